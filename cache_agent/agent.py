@@ -1,0 +1,330 @@
+"""Owns a node's weights: asks `residency` what to do under one lock, does it outside, reports back what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple, Protocol
+
+from cache_agent import events, loader, manifest, residency
+from cache_agent.checkpoint import Description, describe
+from cache_agent.config import AgentConfig
+from cache_agent.directory import Directory, Holding
+from cache_agent.errors import AgentError, BadModelURI, InternalError
+from cache_agent.events import Action, Event
+from cache_agent.ledger import Ledger, Span
+from cache_agent.loader import Load
+from cache_agent.protocol import (
+    TEXT_LIMIT,
+    Admitted,
+    Drain,
+    ErrorReply,
+    EvictReply,
+    Granted,
+    Message,
+    ModelStatus,
+    Ready,
+)
+from cache_agent.tiers.dram import Dram, sealed_bytes
+from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin, parse_uri
+from cache_agent.tiers.s3 import S3, S3Origin
+
+log = logging.getLogger("glowplug.agent")
+
+_JOBS = 16
+
+
+class Holder(Protocol):
+    """Whoever leases or asks: a connection. `deliver` never blocks; the fds become the holder's to close."""
+
+    def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None: ...
+
+
+@dataclass(slots=True)
+class _Held:
+    """The memory and the story of one residency entry."""
+
+    description: Description
+    ledger: Ledger
+    dram: Dram | None = None
+    load: Load | None = None
+    manifest_fd: int = -1
+    manifest_bytes: int = 0
+
+    def close(self) -> None:
+        if self.dram is not None:
+            self.dram.close()
+            self.dram = None
+        if self.manifest_fd >= 0:
+            os.close(self.manifest_fd)
+            self.manifest_fd = -1
+
+
+@dataclass(slots=True)
+class _Asked:
+    holder: Holder
+    start: int = field(default_factory=time.monotonic_ns)
+
+
+class _Resolution(NamedTuple):
+    description: Description
+    origin: Origin
+    ledger: Ledger
+
+
+class Origins:
+    """Opens origins by scheme, with the agent's rights."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._s3 = S3(endpoint=config.s3_endpoint, anonymous=config.s3_anonymous)
+
+    def open(self, uri: ModelURI) -> Origin:
+        """Raises `BadModelURI`, `AccessDenied`."""
+        match uri.scheme:
+            case "file":
+                return FileOrigin(uri, self._config.file_roots)
+            case "s3":
+                return S3Origin(uri, self._s3)
+            case scheme:
+                raise BadModelURI(f"{uri.text}: this agent reads s3:// and file://, not {scheme}://")
+
+
+class Agent:
+    """One node's weights. Every method may be called from any thread."""
+
+    def __init__(
+        self, config: AgentConfig, directory: Directory, open_origin: Callable[[ModelURI], Origin] | None = None
+    ) -> None:
+        self.config = config
+        self.node = config.node_name
+        self._directory = directory
+        self._open_origin = open_origin or Origins(config).open
+        self._residency = residency.Residency(config.capacity, config.revalidate)
+        self._lock = threading.Lock()  # guards everything below, and residency
+        self._asked: dict[int, _Asked] = {}
+        self._held: dict[int, _Held] = {}
+        self._closing = False
+        self._numbers = count(1)
+        self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
+        # The function that waited for the bytes is starting while they are hashed, and needs the processor more.
+        self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission", initializer=_be_nice)
+
+    # --- what connections ask for ---------------------------------------------------------------------------------
+
+    def lease(self, holder: Holder, model: str) -> int:
+        """Begins a lease; what follows comes through `holder.deliver`. Raises `BadModelURI`."""
+        uri = parse_uri(model)
+        return self._ask(holder, lambda lease: events.LeaseAsked(lease, uri.text, uri.revision))
+
+    def release(self, lease: int) -> None:
+        """Ends a lease, or any other request of its holder. Nothing is delivered for it afterwards."""
+        self._handle(events.LeaseClosed(lease), forget=lease)
+
+    def evict(self, holder: Holder, model: str) -> int:
+        uri = parse_uri(model)
+        return self._ask(holder, lambda asker: events.EvictAsked(asker, uri.text))
+
+    def describe(self, model: str) -> manifest.Manifest:
+        """The manifest of a model whose weights need not be here. Raises what the origin does."""
+        return describe(self._open_origin(parse_uri(model))).manifest
+
+    def push_drain(self, reason: str, grace: float, model: str = "") -> int:
+        """Tells the holders of leases on `model` (all when empty) to hand their work over; how many there are."""
+        uri = parse_uri(model).text if model else ""
+        with self._lock:
+            holders = [self._asked[lease].holder for lease in self._residency.holders(uri)]
+            for holder in holders:
+                holder.deliver(Drain(reason, grace), [])
+        return len(holders)
+
+    def status(self) -> tuple[int, int, list[ModelStatus]]:
+        """(capacity, used, models); bytes."""
+        now = time.monotonic()
+        with self._lock:
+            models = [self._model_status(entry, now) for entry in self._residency.entries.values()]
+            return self._residency.capacity, self._residency.used, models
+
+    def _model_status(self, entry: residency.Entry, now: float) -> ModelStatus:
+        held = self._held.get(entry.number)
+        load = held.load if held else None
+        done = entry.bytes if entry.state != "loading" else load.progress()[1] if load else 0
+        return ModelStatus(
+            model=entry.uri,
+            source=entry.manifest.source,
+            revision=entry.revision,
+            state=entry.state,
+            tier="dram",
+            bytes=entry.bytes,
+            done=done,
+            page=held.dram.page if held and held.dram else 0,
+            leases=len(entry.leases),
+            idle_seconds=0.0 if entry.leases else max(0.0, now - entry.last_used),
+        )
+
+    def close(self, deadline: float) -> None:
+        """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
+        with self._lock:
+            self._closing = True
+            loads = [held.load for held in self._held.values() if held.load is not None]
+        for load in loads:
+            load.stop()
+        self._jobs.shutdown(wait=False, cancel_futures=True)
+        self._admissions.shutdown(wait=False, cancel_futures=True)
+        for load in loads:
+            load.finished.wait(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            for held in self._held.values():
+                if held.load is not None and held.load.finished.is_set():
+                    held.close()
+
+    # --- deciding under the lock, acting outside ------------------------------------------------------------------
+
+    def _ask(self, holder: Holder, event: Callable[[int], Event]) -> int:
+        number = next(self._numbers)
+        with self._lock:
+            self._asked[number] = _Asked(holder)
+        self._handle(event(number))
+        return number
+
+    def _handle(self, event: Event, *, forget: int = 0, resolved: _Resolution | None = None) -> None:
+        with self._lock:
+            actions = self._residency.handle(event, time.monotonic())
+            # Replies are queued here, in the order of the decisions; queueing never blocks.
+            work = [action for action in actions if not self._reply(action)]
+            self._asked.pop(forget, None)
+        for action in work:
+            self._act(action, resolved)
+
+    def _reply(self, action: Action) -> bool:
+        """Queues the message that an action stands for; False when it stands for work."""
+        match action:
+            case events.Grant(lease, entry):
+                held = self._held[entry]
+                assert held.dram is not None, "granted only after it was reserved"
+                fds = [os.dup(fd) for fd in (held.manifest_fd, *held.dram.fds)]
+                sizes = [segment.size for segment in held.dram.segments]
+                source = held.description.source.id
+                message = Granted(source, held.manifest_bytes, sizes, held.dram.page, len(fds))
+                self._asked[lease].holder.deliver(message, fds, held.load)
+            case events.Complete(lease, entry, resident, revision):
+                asked = self._asked[lease]
+                spans = [Span("agent", "lease", asked.start, time.monotonic_ns())]
+                if not resident:
+                    spans += self._held[entry].ledger.spans()
+                asked.holder.deliver(Ready("dram" if resident else "origin", revision, spans), [])
+            case events.Announce(lease, revision):
+                self._asked[lease].holder.deliver(Admitted(revision), [])
+            case events.Refuse(lease, error):
+                self._asked.pop(lease).holder.deliver(ErrorReply(error.code, error.text[:TEXT_LIMIT]), [])
+            case events.EvictDone(asker, size):
+                self._asked.pop(asker).holder.deliver(EvictReply(size), [])
+            case _:
+                return False
+        return True
+
+    def _act(self, action: Action, resolved: _Resolution | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the pools are shut down: so are all who would hear of the result
+            match action:
+                case events.Resolve(uri):
+                    self._jobs.submit(_logged, self._resolve, uri)
+                case events.Load(entry):
+                    assert resolved is not None, "a load follows from a resolution"
+                    self._jobs.submit(_logged, self._load, entry, resolved)
+                case events.Admit(entry):
+                    self._admissions.submit(_logged, self._admit, entry)
+                case events.Evict(entry, why):
+                    self._evict(entry, why)
+
+    # --- work -----------------------------------------------------------------------------------------------------
+
+    def _resolve(self, uri: str) -> None:
+        ledger = Ledger("agent")
+        try:
+            with ledger.span("resolve"):
+                origin = self._open_origin(parse_uri(uri))
+                description = describe(origin)
+        except Exception as error:
+            self._handle(events.ResolveFailed(uri, _translated(error, uri)))
+            return
+        known = self._directory.revision(description.source.id)
+        event = events.Resolved(uri, description.manifest, known)
+        self._handle(event, resolved=_Resolution(description, origin, ledger))
+
+    def _load(self, entry: int, resolution: _Resolution) -> None:
+        description, origin, ledger = resolution
+        plan = description.manifest
+        held = _Held(description, ledger)
+        try:
+            with ledger.span("reserve"):
+                held.dram = Dram(plan.segments, huge_pages=self.config.huge_pages, name=f"glowplug:{entry}")
+                encoded = manifest.encode(plan)
+                held.manifest_fd, held.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
+            held.load = load = Load(description, origin, held.dram, readers=self.config.readers)
+            with self._lock:
+                self._held[entry] = held
+                if self._closing:
+                    load.stop()
+            self._handle(events.Reserved(entry))
+            with ledger.span("transfer"):
+                load.run()
+        except Exception as error:
+            log.warning("loading %s failed: %s", origin.uri, error)
+            self._handle(events.LoadFailed(entry, _translated(error, origin.uri)))
+            with self._lock:
+                self._held.pop(entry, None)
+                held.close()
+            return
+        log.info("loaded %s: %d MB, pages of %d KiB", origin.uri, plan.nbytes // 10**6, held.dram.page >> 10)
+        self._directory.publish(plan.source, Holding(self.node, "dram", plan.nbytes, plan.nbytes))
+        self._handle(events.Loaded(entry))
+
+    def _admit(self, entry: int) -> None:
+        with self._lock:
+            held = self._held.get(entry)
+            if held is None or held.dram is None:
+                return
+            maps = held.dram.map()
+        try:
+            revision = loader.digest(held.description, maps)
+        finally:
+            for mapping in maps:
+                mapping.close()
+        self._directory.remember(held.description.source.id, revision)
+        self._handle(events.Admitted(entry, revision))
+
+    def _evict(self, entry: int, why: str) -> None:
+        with self._lock:
+            held = self._held.pop(entry)
+        log.info("evicted %s (%d MB): %s", held.description.source.uri, held.description.manifest.nbytes // 10**6, why)
+        self._directory.withdraw(held.description.source.id, self.node, "dram")
+        with self._lock:
+            held.close()
+        self._handle(events.Evicted(entry))
+
+
+def _be_nice() -> None:
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _logged(work: Callable[..., None], *arguments: object) -> None:
+    """Runs a job; what it raises is a fault of ours and must not vanish in a future that nobody reads."""
+    try:
+        work(*arguments)
+    except Exception:
+        log.exception("%s failed", work.__name__)
+
+
+def _translated(error: Exception, uri: str) -> AgentError:
+    if isinstance(error, AgentError):
+        return error
+    log.error("unexpected error with %s", uri, exc_info=error)
+    return InternalError(f"{uri}: the agent failed ({error!r}); its log has the traceback, please report it")

@@ -1,0 +1,218 @@
+"""The `glowplug-agent` command: serve, and ask a serving agent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from cache_agent import __version__, config, daemon
+from cache_agent.client import CacheClient
+from cache_agent.errors import AgentError, BadConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LOAD_SECONDS = 3600.0
+
+
+class _Parsed(click.ParamType[Any]):
+    """A click type from a parser that raises `ValueError`."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            return self.fail(f"{value!r}: {error}", param, ctx)
+
+
+def model_uri(text: str) -> str:
+    """A model as people type it: a URI, or a directory of this machine."""
+    if "://" in text:
+        return text
+    return f"file://{Path(text).absolute()}"
+
+
+def _asks(function: F) -> F:
+    """Options shared by the commands that talk to a serving agent."""
+    function = click.option(
+        "--json", "as_json", is_flag=True, help="Print JSON for programs instead of text for people."
+    )(function)
+    return click.option(
+        "--socket", "path", type=Path, default=None, help="The agent's socket [env: GLOWPLUG_SOCKET].", metavar="PATH"
+    )(function)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Ends the command with the error's sentence and code."""
+    try:
+        yield
+    except AgentError as error:
+        click.echo(f"glowplug-agent: {error.text} [{error.code}]", err=True)
+        sys.exit(64 if isinstance(error, BadConfig) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _client(path: Path | None) -> CacheClient:
+    settings = config.from_environment()
+    return CacheClient(path or settings.socket, name="glowplug-agent", token=daemon.read_token(settings))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="glowplug-agent")
+def main() -> None:
+    """The node-local cache agent: one sealed copy of a model's weights for all functions of a node."""
+
+
+@main.command()
+@click.option("--socket", type=Path, help="Unix socket to serve.", metavar="PATH")
+@click.option("--socket-mode", type=_Parsed("mode", config.parse_mode), help="Octal mode of the socket.")
+@click.option("--node", help="This node's name.")
+@click.option("--dram", type=_Parsed("size", config.parse_size), help="Memory for weights, like 16G.")
+@click.option("--huge-pages", type=click.Choice(["auto", "always", "never"]), help="Use the pool of 2 MiB pages.")
+@click.option(
+    "--file-root", "file_roots", type=Path, multiple=True, help="Directory that file:// may name; repeatable."
+)
+@click.option("--s3-endpoint", help="URL of an S3-compatible store.")
+@click.option("--s3-anonymous/--s3-signed", default=None, help="Read S3 without credentials.")
+@click.option("--readers", type=int, help="Parallel reads per load.")
+@click.option("--token-file", type=Path, help="File with the secret that clients must present.", metavar="PATH")
+@click.option("--revalidate", type=float, help="Seconds after which a model's origin is checked again.")
+@click.option("--max-connections", type=int, help="Functions and commands connected at once.")
+@click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
+def serve(log_level: str, **options: Any) -> None:
+    """Serve the weights of this node until SIGTERM.
+
+    Every option can also be set in the environment, as GLOWPLUG_SOCKET, GLOWPLUG_DRAM and so on.
+    """
+    daemon.configure_logging(log_level)
+    with _reported():
+        given = {name: value for name, value in options.items() if value is not None and value != ()}
+        daemon.Daemon(dataclasses.replace(config.from_environment(), **given)).run()
+
+
+@main.command()
+@click.argument("model")
+@_asks
+def load(model: str, path: Path | None, as_json: bool) -> None:
+    """Bring MODEL (a URI or a directory) into this node's memory."""
+    start = time.monotonic()
+    with (
+        _reported(),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as bar,
+        _client(path).lease(model_uri(model)) as lease,
+    ):
+        task = bar.add_task("loading", total=lease.manifest.nbytes)
+        lease.wait_ready(time.monotonic() + _LOAD_SECONDS, lambda done, _: bar.update(task, completed=done))
+        seconds = time.monotonic() - start
+        size, tier, page, revision = lease.manifest.nbytes, lease.tier, lease.page, lease.revision
+    if as_json:
+        click.echo(
+            json.dumps({"bytes": size, "tier": tier, "page": page, "revision": revision, "seconds": round(seconds, 6)})
+        )
+    elif tier == "dram":
+        click.echo(f"{size / 1e6:.0f} MB are resident already")
+    else:
+        click.echo(
+            f"{size / 1e6:.0f} MB loaded in {seconds:.2f} s ({size / 1e6 / seconds:.0f} MB/s), {page >> 10} KiB pages"
+        )
+
+
+@main.command()
+@_asks
+def status(path: Path | None, as_json: bool) -> None:
+    """Show which models are resident, and who holds them."""
+    with _reported():
+        reply = _client(path).status()
+    if as_json:
+        click.echo(msgspec.json.encode(reply).decode())
+        return
+    click.echo(f"node {reply.node}, pid {reply.pid}: {reply.used / 1e6:.0f} of {reply.capacity / 1e6:.0f} MB in use")
+    if not reply.models:
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "revision", "state", "MB", "loaded", "pages", "leases", "idle"):
+        table.add_column(heading, justify="left" if heading in ("model", "revision", "state") else "right")
+    for model in reply.models:
+        table.add_row(
+            model.model,
+            model.revision[:12] or "-",
+            model.state,
+            f"{model.bytes / 1e6:.0f}",
+            f"{model.done / model.bytes:.0%}",
+            f"{model.page >> 10}K",
+            str(model.leases),
+            f"{model.idle_seconds:.0f} s" if not model.leases else "-",
+        )
+    Console().print(table)
+
+
+@main.command()
+@click.argument("model")
+@_asks
+def evict(model: str, path: Path | None, as_json: bool) -> None:
+    """Give MODEL's memory back; refused while a function holds it."""
+    with _reported():
+        size = _client(path).evict(model_uri(model))
+    click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB given back")
+
+
+@main.command()
+@click.argument("model")
+@_asks
+def manifest(model: str, path: Path | None, as_json: bool) -> None:
+    """Show how MODEL would be laid out; reads headers only."""
+    with _reported():
+        plan = _client(path).manifest(model_uri(model))
+    if as_json:
+        click.echo(msgspec.json.encode(plan).decode())
+        return
+    click.echo(
+        f"{len(plan.tensors)} tensors, {plan.nbytes / 1e6:.0f} MB in {len(plan.segments)} segments, "
+        f"from {len(plan.weight_files)} files; source {plan.source}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tensor", "dtype", "shape", "segment", "offset", "bytes"):
+        table.add_column(heading, justify="left" if heading in ("tensor", "dtype", "shape") else "right")
+    for tensor in plan.tensors:
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        table.add_row(tensor.name, tensor.dtype, shape, str(tensor.segment), str(tensor.offset), str(tensor.size))
+    Console().print(table)
+
+
+@main.command()
+@click.option("--model", default="", help="Only functions that hold this model.")
+@click.option("--grace", type=float, default=30.0, help="Seconds the functions have.", show_default=True)
+@click.option("--reason", default="asked for", help="What the functions' logs will say.")
+@_asks
+def drain(model: str, grace: float, reason: str, path: Path | None, as_json: bool) -> None:
+    """Tell this node's functions to finish or hand over what they run."""
+    with _reported():
+        holders = _client(path).push_drain(reason, grace, model_uri(model) if model else "")
+    click.echo(json.dumps({"holders": holders}) if as_json else f"{holders} functions were told")

@@ -1,0 +1,229 @@
+"""A function's side of the agent: `CacheClient.lease(model) -> Lease`, which lives as long as its connection."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from cache_agent import manifest as manifests
+from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, LeaseLost, ProtocolError, from_wire
+from cache_agent.fdsocket import Channel, Disconnected
+from cache_agent.ledger import Span
+from cache_agent.manifest import Manifest
+from cache_agent.protocol import (
+    VERSION,
+    Admitted,
+    AnyMessage,
+    Drain,
+    ErrorReply,
+    EvictReply,
+    EvictRequest,
+    Granted,
+    Hello,
+    Identity,
+    LeaseRequest,
+    ManifestReply,
+    ManifestRequest,
+    Message,
+    Progress,
+    PushDrain,
+    PushDrainReply,
+    Ready,
+    StatusReply,
+    StatusRequest,
+    Welcome,
+)
+
+M = TypeVar("M", bound=Message)
+
+_DESCRIBE_SECONDS = 120.0
+
+
+class Lease:
+    """A hold on one model's bytes. The fds are read-only; mapping them before `wait_ready` shows bytes as they arrive.
+
+    `segments` are fds in the manifest's order, `page` their page size in bytes. `revision` is "" until it is known.
+    One thread at a time.
+    """
+
+    def __init__(self, channel: Channel, granted: Granted, fds: list[int]) -> None:
+        self._channel = channel
+        self._manifest_fd, *self.segments = fds
+        self.page = granted.page
+        self.ready = False
+        self.tier = ""
+        self.revision = ""
+        self.spans: list[Span] = []
+        try:
+            self.manifest = _read_manifest(self._manifest_fd, granted.manifest_bytes)
+            if list(self.manifest.segments) != granted.segments or len(self.segments) != len(granted.segments):
+                raise ProtocolError("the agent granted other segments than its manifest has")
+            for fd, size in zip(self.segments, granted.segments, strict=True):
+                if os.fstat(fd).st_size != size:
+                    raise ProtocolError("a segment is of another size than the agent says")
+        except BaseException:
+            self.close()
+            raise
+
+    def wait_ready(self, deadline: float, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Returns once all bytes are verified; `on_progress(done, total)` in bytes. `deadline` on time.monotonic.
+
+        Raises `LeaseLost` when the agent goes away, `AgentTimeout`, or the agent's own error.
+        """
+        while not self.ready:
+            message = self._next(deadline)
+            if isinstance(message, Progress) and on_progress is not None:
+                on_progress(message.done, message.total)
+
+    def next_event(self, timeout: float) -> Drain | Admitted | None:
+        """What the agent pushes to a ready lease, or None after `timeout` seconds. Raises `LeaseLost`."""
+        try:
+            message = self._next(time.monotonic() + timeout)
+        except AgentTimeout:
+            return None
+        return message if isinstance(message, (Drain, Admitted)) else None
+
+    def _next(self, deadline: float) -> AnyMessage:
+        try:
+            message, _ = self._channel.receive(deadline)
+        except Disconnected as error:
+            raise LeaseLost(f"the cache agent went away ({error}); it is asked again when it is back") from error
+        match message:
+            case ErrorReply(code, text):
+                raise from_wire(code, text)
+            case Ready(tier, revision, spans):
+                self.ready, self.tier, self.spans = True, tier, spans
+                self.revision = revision or self.revision
+            case Admitted(revision):
+                self.revision = revision
+        return message
+
+    def fileno(self) -> int:
+        """Readable when an event waits, or the agent is gone."""
+        return self._channel.fileno()
+
+    def close(self) -> None:
+        """Ends the lease; mappings of the segments stay valid."""
+        self._channel.close()
+        fds, self.segments = [self._manifest_fd, *self.segments], []
+        self._manifest_fd = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class CacheClient:
+    """Talks to the agent at `path`; each call is a connection of its own."""
+
+    def __init__(self, path: Path | str, *, name: str = "", token: str = "", timeout: float = 10.0) -> None:
+        """`name` shows in the agent's log, `token` is its shared secret, `timeout` in seconds for short answers."""
+        self.path = Path(path)
+        self._hello = Hello(VERSION, name[:256], Identity("token", token) if token else Identity())
+        self._timeout = timeout
+
+    def lease(self, model: str, *, start_id: str = "", deadline: float | None = None) -> Lease:
+        """Returns as soon as memory is reserved and mapped into the reply; the bytes may still be on their way.
+
+        `deadline` on time.monotonic, for finding the model and reserving. Raises any `AgentError`.
+        """
+        channel = self._connect()
+        try:
+            channel.send(LeaseRequest(model, start_id))
+            granted, fds = self._expect(channel, Granted, deadline or time.monotonic() + _DESCRIBE_SECONDS)
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, Disconnected):
+                raise LeaseLost(f"the cache agent at {self.path} went away ({error})") from error
+            raise
+        return Lease(channel, granted, fds)
+
+    def status(self) -> StatusReply:
+        return self._ask(StatusRequest(), StatusReply)
+
+    def evict(self, model: str) -> int:
+        """Bytes given back. Raises `EvictRefused` while functions hold the model."""
+        return self._ask(EvictRequest(model), EvictReply).bytes
+
+    def push_drain(self, reason: str, grace: float, model: str = "") -> int:
+        """How many holders were told; see `protocol.PushDrain`."""
+        return self._ask(PushDrain(reason, grace, model), PushDrainReply).holders
+
+    def manifest(self, model: str) -> Manifest:
+        """The manifest, read from the origin without loading weights."""
+        with self._channel() as channel:
+            channel.send(ManifestRequest(model))
+            reply, fds = self._expect(channel, ManifestReply, time.monotonic() + _DESCRIBE_SECONDS)
+            try:
+                return _read_manifest(fds[0], reply.manifest_bytes)
+            finally:
+                os.close(fds[0])
+
+    def _ask(self, request: Message, reply: type[M]) -> M:
+        with self._channel() as channel:
+            channel.send(request)
+            return self._expect(channel, reply, time.monotonic() + self._timeout)[0]
+
+    @contextmanager
+    def _channel(self) -> Iterator[Channel]:
+        with self._connect() as channel:
+            try:
+                yield channel
+            except Disconnected as error:
+                raise AgentUnreachable(f"the cache agent at {self.path} broke off: {error}") from error
+
+    def _connect(self) -> Channel:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(self._timeout)
+            sock.connect(str(self.path))
+            channel = Channel(sock, of_agent=False, send_timeout=self._timeout)
+            channel.send(self._hello)
+            self._expect(channel, Welcome, time.monotonic() + self._timeout)
+        except (OSError, Disconnected) as error:
+            sock.close()
+            raise AgentUnreachable(
+                f"no cache agent answers at {self.path} ({error}); start one with `glowplug-agent serve`, or unset "
+                "GLOWPLUG_SOCKET so that the function starts its own"
+            ) from error
+        except BaseException:
+            sock.close()
+            raise
+        return channel
+
+    def _expect(self, channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[int]]:
+        while True:
+            message, fds = channel.receive(deadline)
+            match message:
+                case kind():
+                    return message, fds
+                case ErrorReply(code, text):
+                    raise from_wire(code, text)
+                case Drain():
+                    continue  # the lease is not even granted; whoever asked learns of it with the next one
+                case _:
+                    for fd in fds:
+                        os.close(fd)
+                    raise ProtocolError(f"the agent answered {type(message).__name__}, expected {kind.__name__}")
+
+
+def _read_manifest(fd: int, size: int) -> Manifest:
+    if not 0 < size <= min(manifests.MAX_MANIFEST, os.fstat(fd).st_size):
+        raise ProtocolError(f"the agent sent a manifest of an impossible size ({size} bytes)")
+    with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as data:
+        return manifests.decode(data[:])
+
+
+__all__ = ["AgentError", "CacheClient", "Lease"]

@@ -1,0 +1,118 @@
+"""The agent's settings: one frozen value, the only reader of the environment in this package."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from cache_agent import limits
+from cache_agent.errors import BadConfig
+from cache_agent.tiers.dram import HugePages
+
+DEFAULT_SOCKET = "/run/glowplug/agent.sock"
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`; the README's table has one row per field.
+
+    `dram` in bytes. `file_roots` are the directories that `file://` may name; a socket that other users can reach
+    needs them to be narrower than "/".
+    """
+
+    socket: Path = Path(DEFAULT_SOCKET)
+    socket_mode: int = 0o600
+    node: str = ""
+    dram: int = 0
+    huge_pages: HugePages = "auto"
+    file_roots: tuple[Path, ...] = (Path("/"),)
+    s3_endpoint: str = ""
+    s3_anonymous: bool = False
+    readers: int = 4
+    token_file: Path | None = None
+    revalidate: float = 10.0
+    max_connections: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.socket_mode & 0o077 and Path("/") in self.file_roots:
+            raise BadConfig(
+                "other users can reach the agent's socket and could read any safetensors file through it: "
+                "name the directories that hold models (--file-root), or keep --socket-mode 600"
+            )
+        if self.huge_pages not in get_args(HugePages):
+            raise BadConfig(f"huge_pages is {self.huge_pages!r}; it can be auto, always or never")
+        if self.readers < 1 or self.dram < 0 or self.max_connections < 1:
+            raise BadConfig("readers and max_connections must be at least 1, dram at least 0 bytes")
+
+    @property
+    def capacity(self) -> int:
+        """The DRAM budget in bytes: `dram`, or half of what the agent may use, or the free huge pages if more."""
+        return self.dram or max(limits.memory_limit() // 2, limits.free_huge_bytes())
+
+    @property
+    def node_name(self) -> str:
+        return self.node or socket.gethostname()
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> AgentConfig:
+    """Raises `BadConfig` that names the variable."""
+    env = os.environ if environment is None else environment
+    values: dict[str, object] = {}
+    for name, parse in _PARSERS.items():
+        variable = f"GLOWPLUG_{name.upper()}"
+        if text := env.get(variable, ""):
+            try:
+                values[name] = parse(text)
+            except ValueError as error:
+                raise BadConfig(f"{variable}={text!r}: {error}") from error
+    return AgentConfig(**values)  # type: ignore[arg-type]
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "1536", "800M", "16GiB". Raises `ValueError`."""
+    stripped = text.strip().lower().removesuffix("b").removesuffix("i")
+    number, unit = (stripped[:-1], stripped[-1:]) if stripped[-1:].isalpha() else (stripped, "")
+    if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+        raise ValueError("use a number of bytes, or one with K, M, G or T")
+    return int(float(number) * _UNITS[unit])
+
+
+def parse_mode(text: str) -> int:
+    """File mode from octal digits. Raises `ValueError`."""
+    mode = int(text, 8)
+    if not 0 <= mode <= 0o777:
+        raise ValueError("use three octal digits, like 660")
+    return mode
+
+
+def parse_flag(text: str) -> bool:
+    """Raises `ValueError`."""
+    try:
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.strip().lower()]
+    except KeyError:
+        raise ValueError("use 1 or 0") from None
+
+
+def _roots(text: str) -> tuple[Path, ...]:
+    return tuple(Path(part) for part in text.split(":") if part)
+
+
+_PARSERS: dict[str, Callable[[str], object]] = {
+    "socket": Path,
+    "socket_mode": parse_mode,
+    "node": str,
+    "dram": parse_size,
+    "huge_pages": str,
+    "file_roots": _roots,
+    "s3_endpoint": str,
+    "s3_anonymous": parse_flag,
+    "readers": int,
+    "token_file": Path,
+    "revalidate": float,
+    "max_connections": int,
+}

@@ -1,0 +1,89 @@
+"""Builds the agent from its parts and lives its life: startup, run, shutdown. Signals are only recorded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+
+from cache_agent.agent import Agent
+from cache_agent.config import AgentConfig, from_environment
+from cache_agent.directory import InProcessDirectory
+from cache_agent.errors import AgentError, BadConfig
+from cache_agent.server import Server, listen
+
+log = logging.getLogger("glowplug.daemon")
+
+_CLOSE_SECONDS = 5.0
+
+
+class Daemon:
+    """`run()` is the whole life of an agent process."""
+
+    def __init__(self, config: AgentConfig, *, listening: socket.socket | None = None) -> None:
+        """`listening` is an inherited socket of a private agent; otherwise `config.socket` is bound."""
+        self._config = config
+        self._private = listening is not None
+        self._sock = listening or listen(config.socket, config.socket_mode)
+        self._agent = Agent(config, InProcessDirectory())
+        self._server = Server(self._agent, self._sock, read_token(config))
+
+    def run(self) -> None:
+        self._startup()
+        self._server.run()
+        self._shutdown()
+
+    def _startup(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        where = "an inherited socket" if self._private else str(self._config.socket)
+        log.info("node %s serves %s, %d MB for weights", self._agent.node, where, self._config.capacity // 10**6)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._server.stop()
+
+    def _shutdown(self) -> None:
+        if not self._private:
+            self._config.socket.unlink(missing_ok=True)
+        self._agent.close(time.monotonic() + _CLOSE_SECONDS)
+        log.info("stopped; functions keep the weights that they map")
+
+
+def read_token(config: AgentConfig) -> str:
+    """The shared secret, or "" when none is asked for. Raises `BadConfig`."""
+    if config.token_file is None:
+        return ""
+    try:
+        token = config.token_file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={config.token_file} cannot be read: {error}") from error
+    if not token:
+        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={config.token_file} is empty")
+    return token
+
+
+def configure_logging(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def private(fd: int) -> None:
+    """The life of an agent that one function keeps for itself: its socket is inherited, its only user is its parent.
+
+    Imports neither CLI nor terminal library: a cold start waits for it.
+    """
+    configure_logging("warning")
+    try:
+        os.set_inheritable(fd, False)
+        Daemon(from_environment(), listening=socket.socket(fileno=fd)).run()
+    except AgentError as error:
+        sys.exit(f"glowplug-agent: {error.text} [{error.code}]")
+
+
+if __name__ == "__main__":
+    private(int(sys.argv[1]))

@@ -1,0 +1,158 @@
+"""What happens to a node's residency (events) and what it decides (actions). Pure values.
+
+`lease` and `asker` are the driver's handles of whoever asked; `entry` is the number of one copy in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cache_agent.errors import AgentError
+from cache_agent.manifest import Manifest
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseAsked:
+    """`lease` is the caller's handle; `revision` is set where it insists on one."""
+
+    lease: int
+    uri: str
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseClosed:
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The origin's answer; `revision` where this source was admitted before."""
+
+    uri: str
+    manifest: Manifest
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveFailed:
+    uri: str
+    error: AgentError
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Memory for every segment is there: fds can be handed out."""
+
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    entry: int
+    error: AgentError
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    entry: int
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvictAsked:
+    """`asker` gets `EvictDone` or `Refuse`."""
+
+    asker: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    entry: int
+
+
+Event = (
+    LeaseAsked
+    | LeaseClosed
+    | Resolved
+    | ResolveFailed
+    | Reserved
+    | Loaded
+    | LoadFailed
+    | Admitted
+    | EvictAsked
+    | Evicted
+)
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    entry: int
+    manifest: Manifest
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    lease: int
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """All bytes are there. `resident`: they were already when the lease was asked for."""
+
+    lease: int
+    entry: int
+    resident: bool
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Compute the revision of the bytes, off the critical path."""
+
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    lease: int
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    lease: int
+    error: AgentError
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    entry: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvictDone:
+    asker: int
+    bytes: int
+
+
+Action = Resolve | Load | Grant | Complete | Admit | Announce | Refuse | Evict | EvictDone

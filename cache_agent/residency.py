@@ -1,0 +1,306 @@
+"""Owns what is where, who leases it and what happens next: handle(event, now) -> [Action]. Pure: no I/O, no clock.
+
+    absent ──LeaseAsked──► (resolving) ──Resolved──► loading ──Loaded──► ready ──no room──► evicting ──► absent
+                                │                       │                  ▲
+                          ResolveFailed             LoadFailed          Admitted (revision known; the state stays)
+
+A URI is an *alias*: it is resolved to a source (files, sizes, ETags) and, after admission, to a revision. An entry is
+one copy of a source's bytes and has a number of its own, so that late news of an evicted copy never hits its successor;
+two sources with equal bytes share the first one's entry from the moment both revisions are known. Leased bytes are
+never evicted. An alias whose model is resident is granted at once and revalidated in the background. The driver
+carries actions out in order and feeds what came of them back as events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Literal
+
+from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapacity, WrongRevision
+from cache_agent.events import (
+    Action,
+    Admit,
+    Admitted,
+    Announce,
+    Complete,
+    Event,
+    Evict,
+    EvictAsked,
+    EvictDone,
+    Evicted,
+    Grant,
+    LeaseAsked,
+    LeaseClosed,
+    Load,
+    Loaded,
+    LoadFailed,
+    Refuse,
+    Reserved,
+    Resolve,
+    Resolved,
+    ResolveFailed,
+)
+from cache_agent.manifest import Manifest
+from cache_agent.policy.eviction import Candidate, least_recently_used
+
+State = Literal["loading", "ready", "evicting"]
+
+
+@dataclass(slots=True)
+class Entry:
+    """One copy of a source's bytes in DRAM. `leases` maps each lease to the revision it insists on, if any."""
+
+    number: int
+    uri: str
+    manifest: Manifest
+    state: State = "loading"
+    reserved: bool = False
+    revision: str = ""
+    last_used: float = 0.0
+    leases: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return self.manifest.nbytes
+
+
+@dataclass(slots=True)
+class _Alias:
+    source: str = ""
+    checked: float = 0.0
+    resolving: bool = False
+    waiting: dict[int, str] = field(default_factory=dict)
+
+
+class Residency:
+    """The state machine of one node's DRAM tier. One caller at a time: its owner holds a lock around `handle`."""
+
+    def __init__(self, capacity: int, revalidate_after: float = 10.0) -> None:
+        """`capacity` in bytes; an alias older than `revalidate_after` seconds is checked when it is next leased."""
+        self.capacity = capacity
+        self.revalidate_after = revalidate_after
+        self.entries: dict[int, Entry] = {}
+        self._numbers = count(1)
+        self._aliases: dict[str, _Alias] = {}
+        self._by_source: dict[str, int] = {}
+        self._by_revision: dict[str, int] = {}
+        self._holds: dict[int, int] = {}  # lease -> entry
+
+    @property
+    def used(self) -> int:
+        return sum(entry.bytes for entry in self.entries.values())
+
+    def entry_of(self, uri: str) -> Entry | None:
+        """The entry that a lease on `uri` would get now, if it is resident or on its way."""
+        alias = self._aliases.get(uri)
+        return self._find(alias.source) if alias else None
+
+    def holders(self, uri: str = "") -> list[int]:
+        """Leases on the model at `uri`, or all of them."""
+        if not uri:
+            return list(self._holds)
+        entry = self.entry_of(uri)
+        return list(entry.leases) if entry else []
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """`now` in seconds on any clock that does not go back."""
+        match event:
+            case LeaseAsked(lease, uri, revision):
+                return self._lease_asked(lease, uri, revision, now)
+            case LeaseClosed(lease):
+                return self._lease_closed(lease, now)
+            case Resolved(uri, manifest, revision):
+                return self._resolved(uri, manifest, revision, now)
+            case ResolveFailed(uri, error):
+                return self._resolve_failed(uri, error)
+            case Reserved(number):
+                entry = self.entries[number]
+                entry.reserved = True
+                return [Grant(lease, number) for lease in entry.leases]
+            case Loaded(number):
+                return self._loaded(self.entries[number], now)
+            case LoadFailed(number, error):
+                return self._load_failed(self.entries[number], error)
+            case Admitted(number, revision):
+                return self._admitted(number, revision)
+            case EvictAsked(asker, uri):
+                return self._evict_asked(asker, uri)
+            case Evicted(number):
+                del self.entries[number]
+                return []
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    def _lease_asked(self, lease: int, uri: str, pinned: str, now: float) -> list[Action]:
+        alias = self._aliases.setdefault(uri, _Alias())
+        number = self._by_revision.get(pinned) if pinned else self._by_source.get(alias.source)
+        if number is not None:
+            actions = self._attach(self.entries[number], lease, pinned, now)
+            if not pinned and not alias.resolving and now - alias.checked > self.revalidate_after:
+                alias.resolving = True
+                actions.append(Resolve(uri))
+            return actions
+        alias.waiting[lease] = pinned
+        if alias.resolving:
+            return []
+        alias.resolving = True
+        return [Resolve(uri)]
+
+    def _attach(self, entry: Entry, lease: int, pinned: str, now: float) -> list[Action]:
+        if pinned and entry.revision and entry.revision != pinned:
+            return [Refuse(lease, _wrong_revision(entry.uri, entry.revision, pinned))]
+        entry.leases[lease] = pinned
+        entry.last_used = now
+        self._holds[lease] = entry.number
+        actions: list[Action] = []
+        if entry.reserved:
+            actions.append(Grant(lease, entry.number))
+        # A pinned lease is complete only once the digest proves that these bytes are the revision asked for.
+        if entry.state == "ready" and (entry.revision or not pinned):
+            actions.append(Complete(lease, entry.number, True, entry.revision))
+        return actions
+
+    def _lease_closed(self, lease: int, now: float) -> list[Action]:
+        number = self._holds.pop(lease, None)
+        if number is None:
+            for alias in self._aliases.values():
+                alias.waiting.pop(lease, None)
+            return []
+        entry = self.entries[number]
+        del entry.leases[lease]
+        entry.last_used = now
+        return self._evict_if_duplicate(entry)
+
+    # --- resolving and loading ----------------------------------------------------------------------------------------
+
+    def _resolved(self, uri: str, manifest: Manifest, revision: str, now: float) -> list[Action]:
+        alias = self._aliases.setdefault(uri, _Alias())
+        alias.source, alias.resolving, alias.checked = manifest.source, False, now
+        waiting, alias.waiting = alias.waiting, {}
+        if revision in self._by_revision:
+            self._by_source[manifest.source] = self._by_revision[revision]
+        if not waiting:
+            return []
+        actions: list[Action] = []
+        entry = self._find(manifest.source)
+        if entry is None:
+            try:
+                actions += self._make_room(manifest.nbytes)
+            except NoCapacity as error:
+                return [Refuse(lease, error) for lease in waiting]
+            entry = Entry(next(self._numbers), uri, manifest, revision=revision, last_used=now)
+            self.entries[entry.number] = entry
+            self._by_source[manifest.source] = entry.number
+            if revision:
+                self._by_revision[revision] = entry.number
+            actions.append(Load(entry.number, manifest, uri))
+        for lease, pinned in waiting.items():
+            actions += self._attach(entry, lease, pinned, now)
+        return actions
+
+    def _resolve_failed(self, uri: str, error: AgentError) -> list[Action]:
+        alias = self._aliases[uri]
+        waiting = alias.waiting
+        alias.waiting, alias.resolving = {}, False
+        # Bytes that are resident stay in use when the origin is merely out of reach; they are checked again next time.
+        if alias.source not in self._by_source:
+            del self._aliases[uri]
+        return [Refuse(lease, error) for lease in waiting]
+
+    def _make_room(self, needed: int) -> list[Action]:
+        present = [entry for entry in self.entries.values() if entry.state != "evicting"]
+        free = self.capacity - sum(entry.bytes for entry in present)
+        if needed <= free:
+            return []
+        idle = [entry for entry in present if entry.state == "ready" and not entry.leases]
+        victims = least_recently_used(
+            (Candidate(entry.number, entry.bytes, entry.last_used) for entry in idle), needed - free
+        )
+        if victims is None:
+            held = sum(entry.bytes for entry in present) - sum(entry.bytes for entry in idle)
+            raise NoCapacity(
+                f"the model needs {_mb(needed)}; the agent's budget is {_mb(self.capacity)}, of which {_mb(held)} are "
+                f"in use and {_mb(sum(entry.bytes for entry in idle))} could be evicted. Give the agent more memory "
+                "(--dram), or use a smaller model"
+            )
+        why = f"to make room for {_mb(needed)}; least recently used"
+        return [self._evict(self.entries[number], why) for number in victims]
+
+    def _loaded(self, entry: Entry, now: float) -> list[Action]:
+        entry.state, entry.last_used = "ready", now
+        actions: list[Action] = [
+            Complete(lease, entry.number, False, entry.revision)
+            for lease, pinned in entry.leases.items()
+            if entry.revision or not pinned
+        ]
+        return actions if entry.revision else [*actions, Admit(entry.number)]
+
+    def _load_failed(self, entry: Entry, error: AgentError) -> list[Action]:
+        self._unlink(entry)
+        del self.entries[entry.number]
+        for lease in entry.leases:
+            del self._holds[lease]
+        return [Refuse(lease, error) for lease in entry.leases]
+
+    def _admitted(self, number: int, revision: str) -> list[Action]:
+        entry = self.entries.get(number)
+        if entry is None or entry.state == "evicting":
+            return []
+        entry.revision = revision
+        first = self._by_revision.setdefault(revision, number)
+        if first != number:
+            self._by_source[entry.manifest.source] = first
+        actions: list[Action] = []
+        for lease, pinned in list(entry.leases.items()):
+            if not pinned:
+                actions.append(Announce(lease, revision))
+            elif pinned == revision:
+                actions.append(Complete(lease, number, False, revision))
+            else:
+                del entry.leases[lease], self._holds[lease]
+                actions.append(Refuse(lease, _wrong_revision(entry.uri, revision, pinned)))
+        return actions + self._evict_if_duplicate(entry)
+
+    # --- leaving ------------------------------------------------------------------------------------------------------
+
+    def _evict_if_duplicate(self, entry: Entry) -> list[Action]:
+        first = self._by_revision.get(entry.revision, entry.number)
+        if first == entry.number or entry.leases or entry.state != "ready":
+            return []
+        return [self._evict(entry, f"its bytes are resident as {self.entries[first].uri}, too")]
+
+    def _evict_asked(self, asker: int, uri: str) -> list[Action]:
+        entry = self.entry_of(uri)
+        if entry is None:
+            return [Refuse(asker, ModelNotFound(f"{uri} is not resident on this node; see `glowplug-agent status`"))]
+        if entry.state != "ready" or entry.leases:
+            why = f"{len(entry.leases)} functions hold it" if entry.leases else f"it is {entry.state}"
+            return [Refuse(asker, EvictRefused(f"{uri} stays: {why}"))]
+        return [self._evict(entry, "asked for"), EvictDone(asker, entry.bytes)]
+
+    def _evict(self, entry: Entry, why: str) -> Evict:
+        entry.state = "evicting"
+        self._unlink(entry)
+        return Evict(entry.number, why)
+
+    def _unlink(self, entry: Entry) -> None:
+        """No later lease finds the entry."""
+        for index in (self._by_source, self._by_revision):
+            for key in [key for key, number in index.items() if number == entry.number]:
+                del index[key]
+        for uri, alias in list(self._aliases.items()):
+            if alias.source not in self._by_source and not alias.resolving:
+                del self._aliases[uri]
+
+    def _find(self, source: str) -> Entry | None:
+        number = self._by_source.get(source)
+        return None if number is None else self.entries[number]
+
+
+def _wrong_revision(uri: str, found: str, wanted: str) -> WrongRevision:
+    return WrongRevision(f"{uri} is at revision {found} now and {wanted} was asked for; drop the pin, or restore it")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"

@@ -1,0 +1,310 @@
+"""Owns the agent's socket: one thread per connection turns frames into calls of `Agent` and its answers into frames."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import os
+import select
+import socket
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from cache_agent import __version__, manifest
+from cache_agent.agent import Agent
+from cache_agent.errors import AccessDenied, AgentError, BadConfig, InternalError, ProtocolError, VersionMismatch
+from cache_agent.fdsocket import Channel, Disconnected
+from cache_agent.loader import Load
+from cache_agent.protocol import (
+    TEXT_LIMIT,
+    VERSION,
+    AnyMessage,
+    ErrorReply,
+    EvictRequest,
+    Hello,
+    Identity,
+    LeaseRequest,
+    ManifestReply,
+    ManifestRequest,
+    Message,
+    Progress,
+    PushDrain,
+    PushDrainReply,
+    StatusReply,
+    StatusRequest,
+    Welcome,
+)
+from cache_agent.tiers.dram import sealed_bytes
+
+log = logging.getLogger("glowplug.server")
+
+_HELLO_SECONDS = 10.0
+_PROGRESS_SECONDS = 0.02
+_BACKLOG = 256
+
+
+def listen(path: Path, mode: int) -> socket.socket:
+    """A listening unix socket at `path`, replacing one that nobody serves. Raises `BadConfig`."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise BadConfig(f"{path} exists and is no socket; choose another --socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect(str(path))
+            except OSError:
+                path.unlink()
+            else:
+                raise BadConfig(f"an agent already serves {path}; stop it, or choose another --socket")
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = os.umask(0o777 & ~mode)  # a mode set after bind would leave an instant in which anyone can connect
+        try:
+            server.bind(str(path))
+        finally:
+            os.umask(old)
+        server.listen(_BACKLOG)
+    except OSError as error:
+        server.close()
+        raise BadConfig(f"cannot listen on {path}: {error.strerror}; choose another --socket") from error
+    return server
+
+
+class Server:
+    """Accepts connections until `stop`; `run` returns once every connection's thread has ended."""
+
+    def __init__(self, agent: Agent, sock: socket.socket, token: str = "") -> None:
+        """`token` is the secret that every client must present; "" admits whoever can open the socket."""
+        self._agent = agent
+        self._sock = sock
+        self._token = token
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._connections: set[Connection] = set()
+
+    def run(self) -> None:
+        self._sock.setblocking(False)
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        poller.register(self._stop_fd, select.POLLIN)
+        while not any(fd == self._stop_fd for fd, _ in poller.poll()):
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:  # out of fds: those who are here must go on, and new ones wait in the backlog
+                log.error("cannot accept a connection: %s", error.strerror)
+                time.sleep(0.1)
+                continue
+            self._admit(sock)
+        self._sock.close()
+        for connection in self._snapshot():
+            connection.stop()
+        for connection in self._snapshot():
+            connection.thread.join(_HELLO_SECONDS)
+        os.close(self._stop_fd)
+
+    def stop(self) -> None:
+        """Safe to call from a signal handler."""
+        os.eventfd_write(self._stop_fd, 1)
+
+    def _admit(self, sock: socket.socket) -> None:
+        with self._lock:
+            if len(self._connections) >= self._agent.config.max_connections:
+                log.warning("refused a connection: %d are open", len(self._connections))
+                sock.close()
+                return
+        try:
+            connection = Connection(self._agent, sock, self._token, self._forget)
+            with self._lock:
+                self._connections.add(connection)
+            connection.thread.start()
+        except (OSError, RuntimeError) as error:  # out of fds or threads: this client must try again
+            log.error("cannot serve a connection: %s", error)
+            sock.close()
+
+    def _forget(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+
+    def _snapshot(self) -> list[Connection]:
+        with self._lock:
+            return list(self._connections)
+
+
+class Connection:
+    """One client. Its thread alone touches the socket; others leave messages in the outbox and wake it."""
+
+    def __init__(self, agent: Agent, sock: socket.socket, token: str, on_end: Callable[[Connection], None]) -> None:
+        self._agent = agent
+        self._channel = Channel(sock, of_agent=True)
+        self._token = token
+        self._on_end = on_end
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+        self._outbox: deque[tuple[Message, list[int], Load | None]] = deque()
+        self._closed = False
+        self._stopping = False
+        self._asked = 0
+        self._load: Load | None = None
+        self._reported = -1
+        self._report_at = 0.0
+        self.thread = threading.Thread(target=self._run, name=f"connection-{sock.fileno()}", daemon=True)
+
+    # --- for other threads ----------------------------------------------------------------------------------------
+
+    def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None:
+        """Queues a message; `load` is what its progress reports will be about."""
+        with self._lock:
+            if not self._closed:
+                self._outbox.append((message, fds, load))
+                os.eventfd_write(self._wake_fd, 1)
+                return
+        for fd in fds:
+            os.close(fd)
+
+    def wake(self) -> None:
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self.wake()
+
+    # --- the connection's thread ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Disconnected as error:
+            log.debug("connection ended: %s", error)
+        except AgentError as error:
+            log.warning("closing a connection: %s", error)
+            with contextlib.suppress(Disconnected, ProtocolError):
+                self._channel.send(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
+        except Exception:
+            log.exception("connection failed")
+        finally:
+            if self._load is not None:
+                self._load.unwatch(self.wake)
+            if self._asked:
+                self._agent.release(self._asked)
+            self.close()
+            self._on_end(self)
+
+    def _serve(self) -> None:
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        poller.register(self._wake_fd, select.POLLIN)
+        greet_by = time.monotonic() + _HELLO_SECONDS
+        while not self._stopping:
+            timeout = None
+            if self._channel.state == "new":
+                timeout = max(0.0, greet_by - time.monotonic()) * 1000
+            elif self._load is not None and self._report_at > time.monotonic():
+                timeout = (self._report_at - time.monotonic()) * 1000
+            events = dict(poller.poll(timeout))
+            if self._channel.state == "new" and time.monotonic() >= greet_by:
+                raise ProtocolError(f"no hello came within {_HELLO_SECONDS:.0f} s")
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+            self._send_outbox()
+            self._report_progress()
+            if self._channel.fileno() in events:
+                while (received := self._channel.poll()) is not None:
+                    self._answer(received[0])
+
+    def _send_outbox(self) -> None:
+        while True:
+            with self._lock:
+                if not self._outbox:
+                    return
+                message, fds, load = self._outbox.popleft()
+            try:
+                self._channel.send(message, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            if isinstance(message, ErrorReply) and self._channel.state == "closed":
+                raise Disconnected("refused")
+            if load is not None:
+                self._load = load
+                load.watch(self.wake)
+
+    def _report_progress(self) -> None:
+        if self._load is None or self._channel.state != "loading" or time.monotonic() < self._report_at:
+            return
+        ready, done = self._load.progress()
+        if done != self._reported:
+            self._reported = done
+            self._report_at = time.monotonic() + _PROGRESS_SECONDS
+            self._channel.send(Progress(ready, done, self._load.total))
+
+    def _answer(self, message: AnyMessage) -> None:
+        if isinstance(message, Hello):
+            self._greet(message)
+            return
+        try:
+            match message:
+                case LeaseRequest(model):
+                    self._asked = self._agent.lease(self, model)
+                case EvictRequest(model):
+                    self._agent.evict(self, model)
+                case StatusRequest():
+                    self._channel.send(StatusReply(self._agent.node, os.getpid(), *self._agent.status()))
+                case ManifestRequest(model):
+                    self._send_manifest(model)
+                case PushDrain(reason, grace, model):
+                    self._channel.send(PushDrainReply(self._agent.push_drain(reason, grace, model)))
+                case _:
+                    raise ProtocolError(f"'{type(message).__name__}' is a message of the agent's side")
+        except (ProtocolError, Disconnected):
+            raise
+        except AgentError as error:
+            self._refuse(error)
+        except Exception as error:
+            log.exception("answering %s failed", type(message).__name__)
+            self._refuse(InternalError(f"the agent failed ({error!r}); its log has the traceback, please report it"))
+
+    def _refuse(self, error: AgentError) -> None:
+        self._channel.send(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
+        if self._channel.state == "closed":
+            raise Disconnected("refused")
+
+    def _greet(self, hello: Hello) -> None:
+        if hello.version != VERSION:
+            raise VersionMismatch(
+                f"the client speaks protocol {hello.version}, this agent {VERSION}: update the older of the two"
+            )
+        if self._token and not _knows(self._token, hello.identity):
+            raise AccessDenied("this agent asks for a token; set GLOWPLUG_TOKEN_FILE to a file that holds it")
+        self._channel.send(Welcome(VERSION, self._agent.node, __version__))
+
+    def _send_manifest(self, model: str) -> None:
+        data = manifest.encode(self._agent.describe(model))
+        fd = sealed_bytes(data, "glowplug:manifest")
+        try:
+            self._channel.send(ManifestReply(len(data), 1), [fd])
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            outbox, self._outbox = self._outbox, deque()
+            os.close(self._wake_fd)
+        for _, fds, _ in outbox:
+            for fd in fds:
+                os.close(fd)
+        self._channel.close()
+
+
+def _knows(token: str, identity: Identity) -> bool:
+    return identity.kind == "token" and hmac.compare_digest(identity.token.encode(), token.encode())

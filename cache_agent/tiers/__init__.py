@@ -1,0 +1,1 @@
+"""Where bytes can be: this node's memory, and the origins they come from."""

@@ -1,0 +1,147 @@
+"""Owns the memory of one revision: a memfd per segment, reserved before the first byte, sealed when it is complete.
+
+While it loads, the agent's mapping is the only writable one: `F_SEAL_FUTURE_WRITE` refuses every other, also through
+/proc/<pid>/fd. After `seal` nobody can write, grow or shrink the bytes for as long as anyone maps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal
+
+from cache_agent import limits
+from cache_agent.errors import NoCapacity
+
+HugePages = Literal["auto", "always", "never"]
+
+_SMALL_PAGE = mmap.PAGESIZE
+_F_SEAL_FUTURE_WRITE = 0x0010  # fcntl has no name for it before Python 3.12
+_WHILE_LOADING = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
+_COMPLETE = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+class Segment:
+    """One memfd. `fd` is a read-only description, fit to be handed out; `view` is writable until `seal`."""
+
+    def __init__(self, size: int, *, huge: bool, name: str) -> None:
+        """Raises `OSError` when the memory cannot be reserved."""
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if huge else 0)
+        self.size = size
+        owner = os.memfd_create(name, flags)
+        try:
+            os.ftruncate(owner, size)
+            os.posix_fallocate(owner, 0, size)
+            self._map: mmap.mmap | None = mmap.mmap(owner, size, mmap.MAP_SHARED)
+            fcntl.fcntl(owner, fcntl.F_ADD_SEALS, _WHILE_LOADING)
+            self.fd = os.open(f"/proc/self/fd/{owner}", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            os.close(owner)
+            raise
+        self._owner = owner
+        self.view: memoryview | None = memoryview(self._map)
+
+    def seal(self) -> None:
+        """Gives up the writable mapping and makes the bytes immutable. No reader of `view` may be left."""
+        self._unmap()
+        if self._owner >= 0:
+            fcntl.fcntl(self._owner, fcntl.F_ADD_SEALS, _COMPLETE)
+            os.close(self._owner)
+            self._owner = -1
+
+    def close(self) -> None:
+        """Drops this process's hold; the memory is freed once no client maps it."""
+        self._unmap()
+        for fd in (self._owner, self.fd):
+            if fd >= 0:
+                os.close(fd)
+        self._owner = self.fd = -1
+
+    def _unmap(self) -> None:
+        if self.view is not None:
+            self.view.release()
+            self.view = None
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+
+class Dram:
+    """All segments of one revision, of one page kind."""
+
+    def __init__(self, sizes: Sequence[int], *, huge_pages: HugePages = "auto", name: str = "glowplug") -> None:
+        """Reserves `sizes` bytes each. Raises `NoCapacity` at once when they cannot be had, and takes nothing."""
+        self.segments: list[Segment] = []
+        self.page = _SMALL_PAGE
+        total = sum(sizes)
+        if huge_pages != "never" and (huge_pages == "always" or limits.free_huge_bytes() >= total):
+            try:
+                self._reserve(sizes, huge=True, name=name)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM) or huge_pages == "always":
+                    raise NoCapacity(
+                        f"the model needs {total / 1e6:.0f} MB of huge pages and the pool has "
+                        f"{limits.free_huge_bytes() / 1e6:.0f} MB free ({error.strerror}). Raise vm.nr_hugepages, or "
+                        "start the agent with --huge-pages auto"
+                    ) from error
+            else:
+                self.page = limits.HUGE_PAGE
+                return
+        available = limits.available_bytes()
+        if total > available:
+            raise NoCapacity(
+                f"the model needs {total / 1e6:.0f} MB and {available / 1e6:.0f} MB of memory are available to the "
+                "agent (its cgroup's limit, or the machine's). Give it more, or use a smaller model"
+            )
+        try:
+            self._reserve(sizes, huge=False, name=name)
+        except OSError as error:
+            raise NoCapacity(f"the kernel refused {total / 1e6:.0f} MB of memory: {error.strerror}") from error
+
+    def _reserve(self, sizes: Sequence[int], *, huge: bool, name: str) -> None:
+        try:
+            for number, size in enumerate(sizes):
+                self.segments.append(Segment(size, huge=huge, name=f"{name}:{number}"))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fds(self) -> list[int]:
+        return [segment.fd for segment in self.segments]
+
+    def map(self) -> list[mmap.mmap]:
+        """Read-only mappings of all segments; they outlive this object, and are the caller's to close."""
+        return [mmap.mmap(s.fd, s.size, mmap.MAP_SHARED, mmap.PROT_READ) for s in self.segments]
+
+    def seal(self) -> None:
+        for segment in self.segments:
+            segment.seal()
+
+    def close(self) -> None:
+        segments, self.segments = self.segments, []
+        for segment in segments:
+            segment.close()
+
+    def __enter__(self) -> Dram:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def sealed_bytes(data: bytes, name: str) -> int:
+    """A read-only fd of an immutable memfd that holds `data`; the caller closes it."""
+    owner = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with contextlib.closing(os.fdopen(os.dup(owner), "wb")) as file:
+            file.write(data)
+        fcntl.fcntl(owner, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _COMPLETE)
+        return os.open(f"/proc/self/fd/{owner}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(owner)

@@ -1,0 +1,128 @@
+"""Where plain checkpoints lie: the contract of an origin, and the directory one (`file://`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+from urllib.parse import unquote
+
+from cache_agent.errors import AccessDenied, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
+from cache_agent.manifest import SourceFile
+
+_PIN = re.compile(r"^(?P<base>.*)@(?P<revision>rev-[0-9a-f]{40})$", re.DOTALL)
+_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
+
+
+class ModelURI(NamedTuple):
+    """`text` without the pin, `scheme`, what follows `scheme://`, and the pinned revision or ""."""
+
+    text: str
+    scheme: str
+    place: str
+    revision: str
+
+
+def parse_uri(uri: str) -> ModelURI:
+    """Raises `BadModelURI` with the forms that are understood."""
+    match = _PIN.match(uri)
+    base, revision = (match["base"], match["revision"]) if match else (uri, "")
+    if not _SCHEME.match(base) or any(ord(character) < 32 for character in base):
+        raise BadModelURI(f"{uri[:200]!r} is no model URI; use s3://bucket/prefix or file:///directory")
+    scheme, place = base.split("://", 1)
+    text = base.rstrip("/")
+    return ModelURI(text, scheme, unquote(place) if scheme == "file" else place, revision)
+
+
+class Origin(Protocol):
+    """One model's place. Errors of the medium surface as `AgentError`s; reads may run in many threads at once."""
+
+    uri: str
+
+    def files(self) -> list[SourceFile]:
+        """The files directly in the model's directory. Raises `ModelNotFound` when there are none."""
+        ...
+
+    def read(self, file: SourceFile, start: int, size: int) -> bytes:
+        """Exactly `size` bytes of the file as it was listed; raises `OriginChanged` when it is another by now."""
+        ...
+
+    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
+        """Fills `view`; otherwise like `read`."""
+        ...
+
+
+class FileOrigin:
+    """A directory of this machine, below one of `roots`."""
+
+    def __init__(self, uri: ModelURI, roots: Sequence[Path]) -> None:
+        """Raises `BadModelURI` for a URI with a host or a relative path."""
+        if not uri.place.startswith("/"):
+            raise BadModelURI(f"{uri.text}: a file URI has three slashes and an absolute path, like file:///models/m")
+        self.uri = uri.text
+        self._directory = Path(os.path.realpath(uri.place))
+        self._roots = [Path(os.path.realpath(root)) for root in roots]
+        if not self._allowed(self._directory):
+            raise AccessDenied(f"{uri.text} lies outside the directories this agent may read; see --file-root")
+
+    def files(self) -> list[SourceFile]:
+        try:
+            names = sorted(os.listdir(self._directory))
+        except FileNotFoundError:
+            raise ModelNotFound(f"{self.uri}: there is no such directory on the agent's machine") from None
+        except NotADirectoryError:
+            raise ModelNotFound(f"{self.uri} is a file; name the directory that holds config.json") from None
+        except PermissionError:
+            raise AccessDenied(f"{self.uri}: the agent's user may not list this directory") from None
+        except OSError as error:
+            raise OriginUnavailable(f"{self.uri}: {error.strerror}") from error
+        found = []
+        for name in names:
+            try:
+                status = os.stat(self._directory / name)
+            except OSError:
+                continue  # a dangling link, or removed since: what matters is missed by name later
+            if stat.S_ISREG(status.st_mode):
+                found.append(SourceFile(name, status.st_size, _etag(status)))
+        if not found:
+            raise ModelNotFound(f"{self.uri} holds no files")
+        return found
+
+    def read(self, file: SourceFile, start: int, size: int) -> bytes:
+        data = bytearray(size)
+        self.read_into(file, start, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
+        try:
+            fd = os.open(self._directory / file.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+        except PermissionError:
+            raise AccessDenied(f"{self.uri}: the agent's user may not read {file.name}") from None
+        except OSError as error:
+            raise OriginChanged(f"{self.uri}: {file.name} is gone ({error.strerror})") from error
+        try:
+            # Links are followed as model caches use them, and the file that was really opened is what is checked.
+            if not self._allowed(Path(os.readlink(f"/proc/self/fd/{fd}"))):
+                raise AccessDenied(f"{self.uri}: {file.name} links to a place this agent may not read")
+            done = 0
+            while done < len(view):
+                count = os.preadv(fd, [view[done:]], start + done)
+                if count == 0:
+                    raise OriginChanged(f"{self.uri}: {file.name} became shorter while it was read")
+                done += count
+            if _etag(os.fstat(fd)) != file.etag:
+                raise OriginChanged(f"{self.uri}: {file.name} was overwritten while it was read")
+        except OSError as error:
+            raise OriginUnavailable(f"{self.uri}: reading {file.name} failed: {error.strerror}") from error
+        finally:
+            os.close(fd)
+
+    def _allowed(self, path: Path) -> bool:
+        return any(path == root or root in path.parents for root in self._roots)
+
+
+def _etag(status: os.stat_result) -> str:
+    return f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"

@@ -1,0 +1,146 @@
+"""Reads models from S3-compatible stores: boto3 signs and retries requests, bodies are read straight into the segment.
+
+boto3 is imported with the first S3 model: an agent that only reads directories never pays for it.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import Any
+
+from cache_agent.errors import AccessDenied, AgentError, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
+from cache_agent.manifest import SourceFile
+from cache_agent.tiers.origin import ModelURI
+
+_MISSING = {"NoSuchBucket", "NoSuchKey", "404", "NotFound"}
+_DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
+
+
+class S3:
+    """One connection pool and its credentials, shared by all models of an agent; made on first use."""
+
+    def __init__(self, *, endpoint: str = "", anonymous: bool = False, connections: int = 32) -> None:
+        self._endpoint = endpoint
+        self._anonymous = anonymous
+        self._connections = connections
+        self._client: Any = None
+        self._lock = Lock()
+
+    def client(self) -> Any:
+        with self._lock:
+            if self._client is None:
+                import boto3
+                import botocore
+                from botocore.config import Config
+
+                settings: dict[str, Any] = {"signature_version": botocore.UNSIGNED} if self._anonymous else {}
+                self._client = boto3.session.Session().client(
+                    "s3",
+                    endpoint_url=self._endpoint or None,
+                    config=Config(
+                        max_pool_connections=self._connections,
+                        connect_timeout=5,
+                        read_timeout=30,
+                        retries={"mode": "standard", "total_max_attempts": 3},
+                        # A checksum of the whole object says nothing about a range, and would buffer the body.
+                        response_checksum_validation="when_required",
+                        **settings,
+                    ),
+                )
+            return self._client
+
+
+class S3Origin:
+    """The objects directly below one prefix."""
+
+    def __init__(self, uri: ModelURI, s3: S3) -> None:
+        self.uri = uri.text
+        bucket, _, prefix = uri.place.partition("/")
+        if not bucket or not prefix.strip("/"):
+            raise BadModelURI(f"{uri.text}: name a bucket and a prefix, like s3://models/llama-1b")
+        self._bucket = bucket
+        self._prefix = prefix.strip("/") + "/"
+        self._s3 = s3
+
+    def files(self) -> list[SourceFile]:
+        found: list[SourceFile] = []
+        try:
+            pages = self._s3.client().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix, Delimiter="/"):
+                for item in page.get("Contents", ()):
+                    name = item["Key"][len(self._prefix) :]
+                    if name:
+                        found.append(SourceFile(name, item["Size"], item["ETag"]))
+        except Exception as error:
+            raise self._translate(error, "listing it") from error
+        if not found:
+            raise ModelNotFound(f"{self.uri}: no object has this prefix; check bucket, prefix and endpoint")
+        return found
+
+    def read(self, file: SourceFile, start: int, size: int) -> bytes:
+        data = bytearray(size)
+        self.read_into(file, start, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
+        if not view:
+            return
+        end = start + len(view) - 1
+        try:
+            response = self._s3.client().get_object(
+                Bucket=self._bucket, Key=self._prefix + file.name, Range=f"bytes={start}-{end}", IfMatch=file.etag
+            )
+            body = response["Body"]
+            try:
+                self._check(response, file, start, end)
+                # The http.client response below reads into our memory; the layers above it would copy.
+                stream = body._raw_stream._fp
+                done = 0
+                while done < len(view):
+                    count = stream.readinto(view[done:])
+                    if not count:
+                        raise OriginUnavailable(f"{self.uri}: {file.name} broke off after {done} of {len(view)} bytes")
+                    done += count
+            except BaseException:
+                body.close()
+                raise
+            body._raw_stream.release_conn()
+        except Exception as error:
+            raise self._translate(error, f"reading {file.name}") from error
+
+    def _check(self, response: dict[str, Any], file: SourceFile, start: int, end: int) -> None:
+        """Some servers answer a range with 200: what counts is which bytes of which object these are."""
+        if response.get("ETag") != file.etag:
+            raise OriginChanged(f"{self.uri}: {file.name} was overwritten while it was read")
+        whole = start == 0 and end + 1 == file.size
+        expected = f"bytes {start}-{end}/{file.size}"
+        if response.get("ContentRange", expected if whole else "") != expected:
+            raise OriginUnavailable(
+                f"{self.uri}: the server answered another range of {file.name} than the one asked for "
+                f"({response.get('ContentRange')} instead of {expected}); it must support ranged GET"
+            )
+        if response.get("ContentLength") != end - start + 1:
+            raise OriginUnavailable(f"{self.uri}: the server announced {response.get('ContentLength')} bytes")
+
+    def _translate(self, error: Exception, what: str) -> AgentError:
+        if isinstance(error, AgentError):
+            return error
+        from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+
+        if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+            return AccessDenied(
+                f"{self.uri}: the agent has no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for it, "
+                "give it a role, or start it with --s3-anonymous"
+            )
+        if isinstance(error, ClientError):
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            message = error.response.get("Error", {}).get("Message", "")
+            if code in _MISSING:
+                return ModelNotFound(f"{self.uri}: {what} found nothing ({code}); check bucket and prefix")
+            if code in _DENIED:
+                return AccessDenied(f"{self.uri}: the store refuses the agent's credentials ({code}: {message})")
+            if code in _CHANGED:
+                return OriginChanged(f"{self.uri}: overwritten or removed while it was read ({code})")
+            return OriginUnavailable(f"{self.uri}: {what} failed ({code}: {message})")
+        return OriginUnavailable(f"{self.uri}: {what} failed ({type(error).__name__}: {error})")

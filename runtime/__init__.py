@@ -1,0 +1,1 @@
+"""What serves a function: shim, worker, engine, HTTP."""

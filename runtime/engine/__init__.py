@@ -1,0 +1,1 @@
+"""Engines decode generations; `base` is the contract that each of them keeps."""

@@ -1,0 +1,176 @@
+"""The engine contract: what every engine does, and the values that cross it.
+
+    submit(request) ──► TokenStream ──► TokenEvent … TokenEvent(finish=…)
+    cancel(id)            the stream ends with finish="cancelled"
+    export(id)            pauses the generation between two steps, returns its GenerationState
+      ├─ resume(id)       the hand-off failed: it goes on here
+      └─ forget(id)       it lives elsewhere now: the stream ends with finish="moved"
+    admit(state)          continues an exported generation; its stream begins at the next token
+
+Every verb may be called from any thread; none waits for a forward pass except `export`, which waits for the step in
+progress. A state of one engine is accepted by every engine of the same kind on the same revision, in any process.
+Token `index` counts generated tokens from 0 and is what makes "each token exactly once" checkable across replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Finish = Literal["stop", "length", "cancelled", "moved", "error"]
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn from its scores.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch their filter off. The noise of a token is a
+    function of (`seed`, its position) alone, so the same request gives the same text wherever and beside whomever
+    it runs; whoever makes the request draws the seed.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt to continue: token ids, at most `max_tokens` new ones, until a stop string or a stop id.
+
+    `stop_ids` end the generation and are not part of its text; the model's own end-of-sequence ids are among them
+    unless the caller wants to go on past them.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token and the text that became final with it (often "", never taken back).
+
+    The last event of a stream has `finish`; its `token` is None where no token belongs to it.
+    """
+
+    index: int
+    token: int | None
+    text: str = ""
+    finish: Finish | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVRow:
+    """One tensor of a generation's cache: raw little-endian bytes of `dtype` (torch's name) and `shape`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationState:
+    """All that is needed to continue a generation elsewhere.
+
+    `generated` are the new ids so far, `emitted` counts the characters of text already handed out; the stop
+    matcher's state follows from both. `kv` is empty where the receiver recomputes it. `engine` and `revision` say who
+    can read it.
+    """
+
+    version: int
+    engine: str
+    revision: str
+    request: GenerationRequest
+    generated: tuple[int, ...]
+    emitted: int
+    kv: tuple[KVRow, ...] = ()
+
+
+class Codec(Protocol):
+    """What turns text into ids and back; `TokenizerCodec` wraps a transformers tokenizer, `ToyCodec` needs none."""
+
+    eos_ids: frozenset[int]
+    vocabulary: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; an incomplete UTF-8 sequence at the end shows as U+FFFD."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None = None) -> list[int]:
+        """Ids of a conversation through the model's chat template, ready for the answer. Raises `BadRequest`."""
+        ...
+
+
+class TokenStream(Protocol):
+    """The events of one generation, for one reader. Leaving it early (`close`, or dropping a `with`) cancels."""
+
+    request_id: str
+
+    def __iter__(self) -> Iterator[TokenEvent]: ...
+
+    def next(self, timeout: float) -> TokenEvent | None:
+        """The next event, or None if none came within `timeout` seconds. Raises StopIteration after the last."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    running: int
+    waiting: int
+    slots: int
+    queue: int
+
+
+class Engine(Protocol):
+    """See the module's text. `kind` names what can read the other's states."""
+
+    kind: str
+    revision: str
+    context_length: int
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Raises `EngineBusy` when slots and queue are full, `BadRequest` for a prompt that cannot be served."""
+        ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def export(self, request_id: str, *, kv: bool = True) -> GenerationState:
+        """Raises `KeyError` for an id that is not live here."""
+        ...
+
+    def resume(self, request_id: str) -> None: ...
+
+    def forget(self, request_id: str) -> None: ...
+
+    def admit(self, state: GenerationState) -> TokenStream:
+        """Raises `SnapshotRefused` with the reason, `EngineBusy` when there is no slot."""
+        ...
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """One vector of length 1 per prompt. Waits for its turn between the steps; raises `EngineFailed`."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None:
+        """Ends every live stream with finish="error"; returns once the engine's thread is gone."""
+        ...

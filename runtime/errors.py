@@ -1,0 +1,138 @@
+"""Errors of a function: each has an exit code, a stable code, a sentence, and what to do next.
+
+A class with an HTTP status can be the answer to a request; one without it ends the process with its exit code.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FunctionError(Exception):
+    """Root of everything that goes wrong inside a function's own processes."""
+
+    code: ClassVar[str] = "function"
+    exit_code: ClassVar[int] = 70
+    status: ClassVar[int] = 500
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+
+class BadConfig(FunctionError):
+    """A setting is missing or has no sense."""
+
+    code = "bad_config"
+    exit_code = 64
+
+
+class HandlerNotFound(FunctionError):
+    """The function's folder has no handler.py, or it has no `handle`."""
+
+    code = "handler_not_found"
+    exit_code = 65
+
+
+class HandlerImportFailed(FunctionError):
+    """The function's handler.py raised while it was imported, or its `load` did."""
+
+    code = "handler_import"
+    exit_code = 66
+
+
+class HandlerFailed(FunctionError):
+    """`handle` raised while it answered a request."""
+
+    code = "handler_raised"
+    status = 500
+
+
+class BadHandlerResult(FunctionError):
+    """`handle` returned something that is no answer."""
+
+    code = "handler_result"
+    status = 500
+
+
+class SharedWeightsError(FunctionError):
+    """Code tried to write into weights that other functions of the node use, too."""
+
+    code = "shared_weights"
+    status = 500
+
+
+class ModelUnusable(FunctionError):
+    """The weights arrived, and transformers cannot make this model of them."""
+
+    code = "model_unusable"
+    exit_code = 67
+
+
+class WeightsUnavailable(FunctionError):
+    """The agent cannot provide the model; the text is the agent's."""
+
+    code = "weights_unavailable"
+    exit_code = 68
+    status = 503
+
+
+class WorkerCrashed(FunctionError):
+    """The worker process died again and again."""
+
+    code = "worker_crashed"
+    exit_code = 69
+
+
+class BadRequest(FunctionError):
+    """The request cannot be served as it stands."""
+
+    code = "bad_request"
+    status = 400
+
+    def __init__(self, text: str, param: str | None = None) -> None:
+        super().__init__(text)
+        self.param = param
+
+
+class EngineBusy(FunctionError):
+    """All slots and the queue are taken."""
+
+    code = "busy"
+    status = 429
+
+    def __init__(self, text: str, retry_after: float = 1.0) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class NotReady(FunctionError):
+    """The model is still on its way and too many requests wait for it already."""
+
+    code = "starting"
+    status = 503
+
+    def __init__(self, text: str, retry_after: float = 1.0) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class EngineFailed(FunctionError):
+    """The engine broke while this request was in flight."""
+
+    code = "engine_failed"
+    status = 500
+
+
+class SnapshotRefused(FunctionError):
+    """A generation cannot be continued here: other revision, other format, or damaged."""
+
+    code = "snapshot_refused"
+    status = 409
+
+
+class Unsupported(FunctionError):
+    """The model or the engine cannot do what was asked."""
+
+    code = "unsupported"
+    status = 400

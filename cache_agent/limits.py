@@ -1,8 +1,10 @@
-"""How much memory this process may still take: huge page pool, cgroup (v1 and v2), host. Reads /proc and /sys."""
+"""What this process may use: huge pages, memory, processors, by cgroup (v1 and v2) and host. Reads /proc and /sys."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,16 +65,51 @@ def _cgroup_limits(limit: str, current: str, controller: str, prefix: str) -> It
 
 
 def _walk(root: Path, path: str, limit: str, current: str) -> Iterator[tuple[int, int]]:
+    for place in _places(root, path):
+        with contextlib.suppress(OSError, ValueError):
+            text = (place / limit).read_text().strip()
+            if text != "max" and int(text) < _UNLIMITED:
+                yield int(text), int((place / current).read_text())
+
+
+def _places(root: Path, path: str) -> Iterator[Path]:
+    """A cgroup's directory and those above it, up to the root of the hierarchy that is mounted at `root`."""
     # In a container with its own cgroup namespace the path is "/"; without one the path may not exist below `root`,
     # and the container's own cgroup is mounted there.
     place = root / path.lstrip("/")
     if not place.is_dir():
         place = root
-    while True:
-        with contextlib.suppress(OSError, ValueError):
-            text = (place / limit).read_text().strip()
-            if text != "max" and int(text) < _UNLIMITED:
-                yield int(text), int((place / current).read_text())
-        if place == root:
-            return
+    while place != root:
+        yield place
         place = place.parent
+    yield root
+
+
+def cpu_quota() -> int:
+    """How many processors this process can really use: affinity and the cgroup's quota, at least 1."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                quotas = (_quota_v2(place) for place in _places(_CGROUPS, path))
+            elif "cpu" in controllers.split(","):
+                quotas = (_quota_v1(place) for root in (controllers, "cpu") for place in _places(_CGROUPS / root, path))
+            else:
+                continue
+            cpus = min([cpus, *(quota for quota in quotas if quota)])
+    return max(1, math.ceil(cpus))
+
+
+def _quota_v2(place: Path) -> float:
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (place / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    return 0.0
+
+
+def _quota_v1(place: Path) -> float:
+    with contextlib.suppress(OSError, ValueError):
+        quota = int((place / "cpu.cfs_quota_us").read_text())
+        return max(0.0, quota / int((place / "cpu.cfs_period_us").read_text()))
+    return 0.0

@@ -9,7 +9,9 @@ Offsets count from the start of `data`; tensors fill it without overlap and with
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections import Counter
 from typing import NamedTuple
 
 from cache_agent.errors import BadCheckpoint
@@ -18,6 +20,7 @@ LENGTH = struct.Struct("<Q")
 MAX_HEADER = 100 << 20  # the format's own limit
 MAX_DIMENSIONS = 32
 MAX_NAME = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell halves of a character that no UTF-8 can carry
 
 ITEM_BYTES = {
     "BOOL": 1,
@@ -95,14 +98,16 @@ def parse_header(header: bytes, file_size: int, file: str) -> list[RawTensor]:
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name '{next(n for n in names if names.count(n) > 1)[:80]}' occurs twice")
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"the name {twice[:80]!r} occurs twice")
     return result
 
 
 def _tensor(name: str, entry: object, file: str) -> RawTensor:
     if len(name) > MAX_NAME:
         raise BadCheckpoint(f"{file}: a tensor's name has {len(name)} characters; {MAX_NAME} are allowed")
+    if _SURROGATE.search(name):
+        raise BadCheckpoint(f"{file}: a tensor's name is no valid Unicode: {name[:80]!r}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise BadCheckpoint(f"{file}: tensor '{name}' lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

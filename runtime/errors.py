@@ -77,6 +77,13 @@ class WeightsUnavailable(FunctionError):
     status = 503
 
 
+class DrainIncomplete(FunctionError):
+    """The grace was over before every request had been answered."""
+
+    code = "drain_incomplete"
+    exit_code = 71
+
+
 class WorkerCrashed(FunctionError):
     """The worker process died again and again."""
 

@@ -71,7 +71,7 @@ class S3Origin:
                 for item in page.get("Contents", ()):
                     name = item["Key"][len(self._prefix) :]
                     if name:
-                        found.append(SourceFile(name, item["Size"], item["ETag"]))
+                        found.append(SourceFile(name, item["Size"], _quoted(item["ETag"])))
         except Exception as error:
             raise self._translate(error, "listing it") from error
         if not found:
@@ -111,7 +111,7 @@ class S3Origin:
 
     def _check(self, response: dict[str, Any], file: SourceFile, start: int, end: int) -> None:
         """Some servers answer a range with 200: what counts is which bytes of which object these are."""
-        if response.get("ETag") != file.etag:
+        if _quoted(response.get("ETag", "")) != file.etag:
             raise OriginChanged(f"{self.uri}: {file.name} was overwritten while it was read")
         whole = start == 0 and end + 1 == file.size
         expected = f"bytes {start}-{end}/{file.size}"
@@ -144,3 +144,8 @@ class S3Origin:
                 return OriginChanged(f"{self.uri}: overwritten or removed while it was read ({code})")
             return OriginUnavailable(f"{self.uri}: {what} failed ({code}: {message})")
         return OriginUnavailable(f"{self.uri}: {what} failed ({type(error).__name__}: {error})")
+
+
+def _quoted(etag: str) -> str:
+    """An ETag as HTTP spells it; some stores leave the quotes out where they list."""
+    return etag if etag.startswith(('"', "W/")) else f'"{etag}"'

@@ -1,0 +1,141 @@
+"""The Flask application of a function: reserved routes, the OpenAI routes, and everything else for the handler."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from flask import Flask, Response, jsonify, request
+from werkzeug.exceptions import HTTPException
+from werkzeug.wsgi import ClosingIterator
+
+from cache_agent.ledger import Ledger
+from runtime import openai
+from runtime.config import FunctionConfig
+from runtime.errors import FunctionError, NotReady
+from runtime.handler import Context, Event, error_json
+from runtime.lifecycle import Lifecycle
+
+log = logging.getLogger("glowplug.app")
+
+_RESERVED = "/_/"
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+def create_app(
+    config: FunctionConfig, lifecycle: Lifecycle, ledger: Ledger, drain: Callable[[str], None], start_kind: str = "cold"
+) -> Callable[..., Iterable[bytes]]:
+    """The WSGI application. `drain(reason)` begins to drain; `start_kind` is the layer that this start found."""
+    app = Flask("glowplug", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body
+    turns = threading.Semaphore(config.concurrent_handlers)
+    token = config.token()
+
+    @app.get("/_/health")
+    def health() -> Response:
+        return jsonify(status="ok")
+
+    @app.get("/_/ready")
+    def ready() -> tuple[Response, int]:
+        done, total = lifecycle.progress
+        error = lifecycle.error
+        return jsonify(
+            state=lifecycle.state,
+            phase=lifecycle.phase,
+            loaded=done,
+            total=total,
+            error=error.text if error else None,
+        ), 200 if lifecycle.state == "ready" else 503
+
+    @app.get("/_/ledger")
+    def show_ledger() -> Response:
+        spans = [
+            {"owner": span.owner, "name": span.name, "start_ns": span.start, "end_ns": span.end}
+            for span in ledger.spans()
+        ]
+        return jsonify(start_id=ledger.start_id, start=start_kind, state=lifecycle.state, spans=spans)
+
+    @app.post("/_/drain")
+    def begin_drain() -> tuple[Response, int]:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not token or not hmac.compare_digest(given.encode(), token.encode()):
+            return jsonify(
+                error={"code": "denied", "message": "draining takes the agent's token as a bearer token"}
+            ), 403
+        drain(f"asked for by {request.remote_addr}")
+        return jsonify(state=lifecycle.state), 202
+
+    app.register_blueprint(openai.blueprint(lifecycle))
+
+    @app.route("/", defaults={"path": ""}, methods=_METHODS)
+    @app.route("/<path:path>", methods=_METHODS)
+    def handle(path: str) -> Response:
+        if request.path.startswith(_RESERVED):
+            return _error(404, "not_found", f"{request.path} is no route of glowplug's")
+        body = request.get_data()
+        model = lifecycle.wait(config.start_timeout)
+        if model is None:
+            raise NotReady(f"the model did not arrive within {config.start_timeout:.0f} s", retry_after=5.0)
+        if lifecycle.handler is None:
+            return _error(
+                404,
+                "not_found",
+                f"this function has no handler, and /{path} is none of the /v1/… routes that it serves",
+            )
+        event = Event(body, cast(Mapping[str, str], request.headers), request.method, request.args, request.path)
+        turns.acquire()
+        try:
+            response = lifecycle.handler(event, Context(model), request.headers.get("Accept", ""))
+        except BaseException:
+            turns.release()
+            raise
+        response.call_on_close(turns.release)  # a stream is the handler's code, too
+        return response
+
+    @app.errorhandler(FunctionError)
+    def failed(error: FunctionError) -> Response:
+        response = Response(error_json(error), error.status, mimetype="application/json")
+        if retry_after := getattr(error, "retry_after", None):
+            response.headers["Retry-After"] = str(max(1, round(retry_after)))
+        return response
+
+    @app.errorhandler(HTTPException)
+    def refused(error: HTTPException) -> Response:
+        return _error(error.code or 500, error.name.lower().replace(" ", "_"), error.description or error.name)
+
+    first = threading.Lock()
+
+    @app.after_request
+    def announce(response: Response) -> Response:
+        """The first answer of a worker tells what its start took."""
+        if not request.path.startswith(_RESERVED) and lifecycle.state != "starting" and first.acquire(blocking=False):
+            response.headers["X-Glowplug-Start"] = start_kind
+            response.headers["Server-Timing"] = ", ".join(
+                f"{span.owner}-{span.name.replace(' ', '-')};dur={span.ms:.1f}" for span in ledger.spans()
+            )
+        return response
+
+    def admitted(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Lets a bounded number of requests in; probes always come through."""
+        if environ.get("PATH_INFO", "").startswith(_RESERVED):
+            return app(environ, start_response)
+        try:
+            lifecycle.enter()
+        except FunctionError as error:
+            return failed(error)(environ, start_response)
+        try:
+            return ClosingIterator(app(environ, start_response), lifecycle.leave)
+        except BaseException:
+            lifecycle.leave()
+            raise
+
+    return admitted
+
+
+def _error(status: int, code: str, message: str) -> Response:
+    error = FunctionError(message)
+    error.code, error.status = code, status  # type: ignore[misc]
+    return Response(error_json(error), status, mimetype="application/json")

@@ -1,0 +1,103 @@
+"""The `glowplug` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from cache_agent import __version__
+from runtime import baseset
+from runtime.errors import BadConfig, FunctionError
+
+_OPTIONS = {
+    "model": "GLOWPLUG_MODEL",
+    "port": "GLOWPLUG_PORT",
+    "host": "GLOWPLUG_HOST",
+    "socket": "GLOWPLUG_SOCKET",
+    "slots": "GLOWPLUG_SLOTS",
+    "threads": "GLOWPLUG_THREADS",
+    "name": "GLOWPLUG_NAME",
+    "log_level": "GLOWPLUG_LOG_LEVEL",
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="glowplug")
+def main() -> None:
+    """Warm starts for LLM functions."""
+
+
+@main.command()
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--model", help="URI or directory of the model.")
+@click.option("--port", type=int, help="Port to serve.")
+@click.option("--host", help="Address to listen on.")
+@click.option("--socket", help="The agent's socket; without it the node's agent, or a private one.", metavar="PATH")
+@click.option("--slots", type=int, help="Generations that run at once.")
+@click.option("--threads", type=int, help="Threads for the model.")
+@click.option("--name", help="What the OpenAI routes call the model.")
+@click.option("--log-level", help="debug, info, warning or error.")
+def serve(folder: Path | None, **options: object) -> None:
+    """Serve the function in FOLDER (its handler.py), or the OpenAI routes alone.
+
+    Every option can also be set in the environment, as GLOWPLUG_MODEL, GLOWPLUG_PORT and so on.
+    """
+    for name, value in options.items():
+        if value is not None:
+            os.environ[_OPTIONS[name]] = str(value)
+    if "port" in options and options["port"] is not None:
+        os.environ.pop("PORT", None)
+    if folder is not None:
+        os.environ["GLOWPLUG_HANDLER"] = str(folder)
+    # The shim takes this process's place: nothing of the command line's imports stays in memory.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "runtime.shim"])  # noqa: S606
+
+
+@main.group()
+def base() -> None:
+    """The locked set of distributions that all functions share."""
+
+
+@base.command()
+def check() -> None:
+    """Compare what is installed with the lock."""
+    with _reported():
+        found = baseset.differences(baseset.read_lock())
+    for sentence in found:
+        click.echo(sentence, err=True)
+    if found:
+        click.echo("glowplug: the base set is not the locked one; install with: pip install -c base.lock", err=True)
+        sys.exit(BadConfig.exit_code)
+    click.echo(f"the base set agrees with its lock ({baseset.digest(baseset.read_lock())[:12]})")
+
+
+@base.command()
+@click.option("-r", "--requirements", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--target", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where to install.")
+def install(requirements: Path, target: Path) -> None:
+    """Install a function's own requirements beside the base; fails if they would change it."""
+    with _reported():
+        installed = baseset.install(requirements, target, baseset.read_lock())
+    click.echo(f"installed beside the base: {', '.join(installed) or 'nothing, the base has it all'}")
+
+
+@base.command()
+def lock() -> None:
+    """Print a lock of what is installed here (for those who maintain the base)."""
+    for name, version in sorted(baseset.closure("glowplug[model]").items()):
+        click.echo(f"{name}=={version}")
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Ends the command with the error's sentence and exit code."""
+    try:
+        yield
+    except FunctionError as error:
+        click.echo(f"glowplug: {error.text} [{error.code}]", err=True)
+        sys.exit(error.exit_code)

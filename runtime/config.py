@@ -1,0 +1,106 @@
+"""The function's settings: one frozen value, the only reader of the environment in this package. Standard library only.
+
+The shim reads it before anything else is imported, and hands the worker the same environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+from runtime.errors import BadConfig
+
+DEFAULT_SOCKET = "/run/glowplug/agent.sock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionConfig:
+    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; the README's table has a row for each.
+
+    Times are seconds. `socket` empty means: the node's agent if one answers, else a private one.
+    """
+
+    model: str = ""
+    name: str = ""
+    handler: str = ""
+    packages: str = ""
+    port: int = 8080
+    host: str = "0.0.0.0"  # noqa: S104  a container's port is there to be reached
+    socket: str = ""
+    token_file: str = ""
+    slots: int = 4
+    queue: int = 32
+    handler_concurrency: int = 0
+    max_body: int = 16 << 20
+    private_weights: bool = False
+    threads: int = 0
+    start_timeout: float = 600.0
+    drain_linger: float = 0.0
+    drain_grace: float = 25.0
+    worker_timeout: float = 120.0
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "queue", "max_body", "start_timeout", "worker_timeout"):
+            if getattr(self, name) < (0 if name == "queue" else 1):
+                raise BadConfig(f"GLOWPLUG_{name.upper()} is {getattr(self, name)}; it must be larger")
+        if not 0 <= self.port < 65536:
+            raise BadConfig(f"GLOWPLUG_PORT is {self.port}; ports go from 0 (any free one) to 65535")
+        if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise BadConfig(f"GLOWPLUG_LOG_LEVEL is {self.log_level!r}; use debug, info, warning or error")
+
+    @property
+    def model_uri(self) -> str:
+        """The model's URI. Raises `BadConfig` when none is set."""
+        if not self.model:
+            raise BadConfig("GLOWPLUG_MODEL is not set; name the model, like s3://bucket/prefix or file:///directory")
+        return self.model if "://" in self.model else "file://" + os.path.abspath(self.model)
+
+    @property
+    def served_name(self) -> str:
+        """What the OpenAI routes call the model: `name`, or the last part of its URI."""
+        return self.name or self.model.split("@rev-")[0].rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def concurrent_handlers(self) -> int:
+        """How many calls of `handle` run at once; without a setting, as many as the engine has slots."""
+        return self.handler_concurrency if self.handler_concurrency > 0 else self.slots
+
+    def token(self) -> str:
+        """The secret that the agent asks for, or "". Raises `BadConfig`."""
+        if not self.token_file:
+            return ""
+        try:
+            with open(self.token_file, encoding="utf-8") as file:
+                return file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadConfig(f"GLOWPLUG_TOKEN_FILE={self.token_file} cannot be read: {error}") from error
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> FunctionConfig:
+    """Raises `BadConfig` that names the variable."""
+    env = os.environ if environment is None else environment
+    values: dict[str, object] = {}
+    if env.get("PORT"):
+        values["port"] = _parse("PORT", env["PORT"], int)
+    for field in fields(FunctionConfig):
+        variable = f"GLOWPLUG_{field.name.upper()}"
+        if text := env.get(variable, ""):
+            values[field.name] = _parse(variable, text, _PARSERS[str(field.type)])
+    return FunctionConfig(**values)  # type: ignore[arg-type]
+
+
+def _parse(variable: str, text: str, parse: Callable[[str], object]) -> object:
+    try:
+        return parse(text)
+    except (ValueError, KeyError):
+        raise BadConfig(f"{variable} is {text!r}; {_WANTED[parse]}") from None
+
+
+def _flag(text: str) -> bool:
+    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.strip().lower()]
+
+
+_PARSERS: dict[str, Callable[[str], object]] = {"str": str, "int": int, "float": float, "bool": _flag}
+_WANTED: dict[Callable[[str], object], str] = {int: "use a whole number", float: "use a number", _flag: "use 1 or 0"}

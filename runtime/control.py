@@ -1,0 +1,81 @@
+"""The line between a worker and its shim: one JSON object per line, worker to shim. Standard library only.
+
+    {"beat": 1}                                         the HTTP loop turns; silence means the worker hangs
+    {"state": "http"}                                   the worker answers on the port
+    {"state": "ready"}                                  the model is loaded and the handler imported
+    {"state": "draining"} … {"state": "drained"}        it finishes what runs; it has finished, and exits with 0
+    {"spans": [[owner, name, start, end], …]}           new spans of the start's ledger (ns of CLOCK_MONOTONIC)
+    {"error": [code, text]}                             why it is about to exit
+
+Process tree and fds of pod mode:
+
+    shim ─┬─ worker         listening TCP socket, control socket; everything else is closed on exec
+          └─ private agent  listening unix socket in a directory that only this user can open; ends with the shim
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterable, Sequence
+
+MAX_LINE = 64 << 10
+
+
+class Line:
+    """The worker's end. Never blocks: a shim that does not read loses beats, not the worker."""
+
+    def __init__(self, sock: socket.socket | None) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+        if sock is not None:
+            sock.settimeout(1.0)
+
+    def send(self, **message: object) -> None:
+        data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            if self._sock is None:
+                return
+            try:
+                self._sock.sendall(data)
+            except OSError:
+                # A line cut short would garble the next one; a worker that its shim does not hear ends with it.
+                self._sock.close()
+                self._sock = None
+
+    def spans(self, spans: Iterable[tuple[str, str, int, int]]) -> None:
+        rows = list(spans)
+        for start in range(0, len(rows), 100):
+            self.send(spans=rows[start : start + 100])
+
+
+class Lines:
+    """The shim's end: bytes in, messages out. Garbage is skipped: a worker's user code may have got hold of the fd."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> list[dict[str, object]]:
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > MAX_LINE:
+            self._buffer = b""
+        messages = []
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(message, dict):
+                messages.append(message)
+        return messages
+
+
+def checked_spans(value: object) -> list[tuple[str, str, int, int]]:
+    """The well-formed rows of a `spans` message."""
+    rows: list[tuple[str, str, int, int]] = []
+    for row in value if isinstance(value, Sequence) else ():
+        match row:
+            case [str(owner), str(name), int(start), int(end)]:
+                rows.append((owner, name, start, end))
+    return rows

@@ -1,0 +1,355 @@
+"""Owns the engine thread and the live generations: slots, queue, streams and every verb of the contract.
+
+An engine is this loop and its `step`. One thread makes all steps; everything shared sits under one lock, and both
+sides decide under it and act outside it:
+
+    submit ──► waiting ──► running ⇄ paused (export / resume) ──► ended
+                              └── step ──► (row, event) … ──► the row's stream
+
+A row in the step in progress belongs to the engine thread; a paused row belongs to whoever exports it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Generic, TypeVar, cast
+
+from runtime.engine.base import (
+    Codec,
+    EngineStats,
+    Finish,
+    GenerationRequest,
+    GenerationState,
+    KVRow,
+    TokenEvent,
+)
+from runtime.engine.generation import Generation
+from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
+
+_log = logging.getLogger("glowplug.engine")
+
+# Upper bounds of waits, in seconds. None of them is ever reached unless something is broken.
+_STEP_LIMIT = 300.0
+_IDLE_WAIT = 30.0
+
+M = TypeVar("M")  # what an engine remembers of a generation between steps: its KV cache
+T = TypeVar("T")
+
+
+class Stream:
+    """The events of one generation; see `TokenStream`. It never blocks the engine, and holds no cache alive."""
+
+    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+        self.request_id = request_id
+        self._cancel = cancel
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._over = False
+
+    def put(self, event: TokenEvent) -> None:
+        self._events.put(event)
+
+    def next(self, timeout: float) -> TokenEvent | None:
+        if self._over:
+            raise StopIteration
+        try:
+            event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
+        except queue.Empty:
+            return None
+        self._over = event.finish is not None
+        return event
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        while not self._over:
+            event = self.next(_IDLE_WAIT)
+            if event is not None:
+                yield event
+
+    def close(self) -> None:
+        if not self._over:
+            self._over = True
+            self._cancel()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Row(Generic[M]):
+    """A live generation, its stream and the engine's memory of it."""
+
+    def __init__(self, generation: Generation, *, paused: bool = False) -> None:
+        self.generation = generation
+        self.memory: M | None = None
+        self.paused = paused
+        self.ended = False
+        self.since = 0.0  # when it got its slot
+        self.stream: Stream
+
+
+class Loop(ABC, Generic[M]):
+    """The part of an engine that is the same for all of them.
+
+    `slots` generations run at once, `queue_size` more wait. Subclasses implement `step` and, if their generations
+    have a memory, `pack` and `unpack`; they call `start` when they are ready to step.
+    """
+
+    kind: str
+
+    def __init__(
+        self, codec: Codec, *, revision: str, context_length: int, vocabulary: int, slots: int, queue_size: int
+    ) -> None:
+        self.revision = revision
+        self.context_length = context_length
+        self.codec = codec
+        self._vocabulary = vocabulary
+        self._slots = slots
+        self._queue_size = queue_size
+        self._wake = threading.Condition()
+        self._rows: dict[str, Row[M]] = {}  # every live row, by request id
+        self._waiting: deque[Row[M]] = deque()
+        self._running: list[Row[M]] = []
+        self._stepping: Sequence[Row[M]] = ()  # the rows of the step in progress
+        self._tasks: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._down: str | None = None  # why nothing is accepted any more
+        self._seconds = 1.0  # smoothed time that a generation holds its slot
+        self._thread = threading.Thread(target=self._run, name=f"glowplug-engine-{self.kind}", daemon=True)
+
+    # What an engine adds. Called without the lock.
+
+    @abstractmethod
+    def step(self, rows: Sequence[Row[M]]) -> Iterable[tuple[Row[M], TokenEvent]]:
+        """One piece of work for `rows`, as short as a forward pass: advances generations, yields what came of it."""
+
+    def choose(self, rows: Sequence[Row[M]]) -> Sequence[Row[M]]:
+        """Which of the runnable `rows` (never empty) the next step is for. Called with the lock held: be quick."""
+        return rows
+
+    def pack(self, row: Row[M]) -> tuple[KVRow, ...]:  # noqa: ARG002  for engines that override it
+        """The memory of a paused row; () if the receiver is to recompute it."""
+        return ()
+
+    def unpack(self, generation: Generation, kv: tuple[KVRow, ...]) -> M | None:  # noqa: ARG002
+        """The memory that `pack` made. Raises `SnapshotRefused`."""
+        return None
+
+    def begin(self) -> None:
+        """Called once, on the engine thread, before its first step."""
+
+    # The contract.
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        self._check(request)
+        return self._enter(Row[M](Generation(request, self.codec)), self._slots + self._queue_size)
+
+    def cancel(self, request_id: str) -> None:
+        with self._wake:
+            row = self._rows.get(request_id)
+        if row is not None:
+            self._leave(row, "cancelled")
+
+    def export(self, request_id: str, *, kv: bool = True) -> GenerationState:
+        with self._wake:
+            row = self._rows[request_id]
+            row.paused = True
+            if not self._wake.wait_for(lambda: row not in self._stepping, _STEP_LIMIT):
+                row.paused = False
+                raise EngineFailed(f"the step in progress took more than {_STEP_LIMIT:.0f} s; nothing was exported")
+            if row.ended:
+                raise KeyError(request_id)
+        return row.generation.state(self.kind, self.revision, self.pack(row) if kv else ())
+
+    def resume(self, request_id: str) -> None:
+        with self._wake:
+            if (row := self._rows.get(request_id)) is not None:
+                row.paused = False
+                self._wake.notify_all()
+
+    def forget(self, request_id: str) -> None:
+        with self._wake:
+            row = self._rows.get(request_id)
+        if row is not None:
+            self._leave(row, "moved")
+
+    def admit(self, state: GenerationState) -> Stream:
+        if (state.engine, state.revision) != (self.kind, self.revision):
+            raise SnapshotRefused(
+                f"the snapshot is of a {state.engine} engine on revision {state.revision}, "
+                f"this is a {self.kind} engine on {self.revision}; send it to a replica of the same function"
+            )
+        try:
+            self._check(state.request)
+            generation = Generation.restore(state, self.codec)
+        except (BadRequest, ValueError) as error:
+            raise SnapshotRefused(f"the generation cannot go on here: {error}") from error
+        row = Row[M](generation, paused=True)
+        stream = self._enter(row, self._slots)
+        try:
+            row.memory = self.unpack(generation, state.kv) if state.kv else None
+        except BaseException:
+            self._leave(row, "error")
+            raise
+        self.resume(stream.request_id)
+        return stream
+
+    def stats(self) -> EngineStats:
+        with self._wake:
+            return EngineStats(len(self._running), len(self._waiting), self._slots, self._queue_size)
+
+    def close(self) -> None:
+        with self._wake:
+            self._down = self._down or "the function is shutting down"
+            self._wake.notify_all()
+        self._thread.join(_STEP_LIMIT)
+
+    # For engines and their owners.
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, task: Callable[[], T]) -> T:
+        """Runs `task` on the engine thread between two steps and returns its result. Raises `EngineFailed`."""
+        future: Future[object] = Future()
+        with self._wake:
+            if self._down:
+                raise EngineFailed(self._down)
+            self._tasks.append((task, future))
+            self._wake.notify_all()
+        try:
+            return cast(T, future.result(_STEP_LIMIT))
+        except TimeoutError as error:
+            raise EngineFailed(f"the engine was busy for more than {_STEP_LIMIT:.0f} s") from error
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt, length = request.prompt, len(request.prompt)
+        if not prompt:
+            raise BadRequest("the prompt is empty; give at least one token", "prompt")
+        if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
+            raise BadRequest(f"the prompt has token ids outside of 0..{self._vocabulary - 1}", "prompt")
+        if request.max_tokens < 1:
+            raise BadRequest(f"max_tokens is {request.max_tokens}; ask for at least 1", "max_tokens")
+        if length + request.max_tokens > self.context_length:
+            raise BadRequest(
+                f"the prompt has {length} tokens and max_tokens is {request.max_tokens}, together more than the "
+                f"model's context of {self.context_length} tokens; shorten one of them",
+                "max_tokens" if length < self.context_length else "prompt",
+            )
+        if any(not 0 <= token < self._vocabulary for token in request.sampling.logit_bias):
+            raise BadRequest(f"logit_bias names token ids outside of 0..{self._vocabulary - 1}", "logit_bias")
+
+    def _enter(self, row: Row[M], limit: int) -> Stream:
+        request_id = row.generation.request.id
+        weak = weakref.ref(row)
+        row.stream = Stream(request_id, lambda: self._leave(weak(), "cancelled"))
+        with self._wake:
+            if self._down:
+                raise EngineFailed(self._down)
+            if request_id in self._rows:
+                raise BadRequest(f"a generation with the id {request_id!r} is live already", "request_id")
+            if len(self._rows) >= limit:
+                turn = self._seconds * (len(self._waiting) + 1) / self._slots
+                raise EngineBusy(
+                    f"all {self._slots} slots are taken and {len(self._waiting)} requests wait; try again later",
+                    retry_after=min(60.0, max(1.0, turn)),
+                )
+            self._rows[request_id] = row
+            self._waiting.append(row)
+            self._wake.notify_all()
+        return row.stream
+
+    def _leave(self, row: Row[M] | None, finish: Finish, error: str | None = None) -> None:
+        """Ends a row that did not end by itself. A row in the step in progress is dropped when the step is done."""
+        if row is not None:
+            with self._wake:
+                self._end(row, TokenEvent(len(row.generation.generated), None, "", finish, error))
+
+    def _end(self, row: Row[M], event: TokenEvent) -> None:
+        """With the lock held."""
+        if row.ended:
+            return
+        row.ended = True
+        del self._rows[row.generation.request.id]
+        if row in self._running:
+            self._running.remove(row)
+            self._seconds += 0.2 * (time.monotonic() - row.since - self._seconds)
+        else:
+            self._waiting.remove(row)
+        row.stream.put(event)
+        self._wake.notify_all()
+
+    # The engine thread.
+
+    def _run(self) -> None:
+        why = "the engine stopped"
+        try:
+            self.begin()
+            while self._turn():
+                pass
+        except BaseException as error:
+            _log.exception("the engine thread broke and accepts nothing any more")
+            why = f"the engine broke ({type(error).__name__}); the function's log says where"
+        with self._wake:
+            self._down = why = self._down or why
+            self._stepping = ()
+            for row in list(self._rows.values()):
+                self._end(row, row.generation.end("error", why))
+            tasks, self._tasks = self._tasks, deque()
+        for _, future in tasks:
+            future.set_exception(EngineFailed(why))
+
+    def _turn(self) -> bool:
+        """Waits for work, then does one task and one step. False once the engine is to stop."""
+        with self._wake:
+            while not self._down:
+                while self._waiting and len(self._running) < self._slots:
+                    row = self._waiting.popleft()
+                    row.since = time.monotonic()
+                    self._running.append(row)
+                runnable = [row for row in self._running if not row.paused]
+                if runnable or self._tasks:
+                    break
+                self._wake.wait(_IDLE_WAIT)
+            if self._down:
+                return False
+            task = self._tasks.popleft() if self._tasks else None
+            rows = self._stepping = tuple(self.choose(runnable)) if runnable else ()
+        if task is not None:
+            _perform(*task)
+        try:
+            if rows:
+                self._step(rows)
+        finally:
+            with self._wake:
+                self._stepping = ()
+                self._wake.notify_all()
+        return True
+
+    def _step(self, rows: Sequence[Row[M]]) -> None:
+        try:
+            for row, event in self.step(rows):
+                with self._wake:
+                    if event.finish is not None:
+                        self._end(row, event)
+                    elif not row.ended:
+                        row.stream.put(event)
+        except Exception as error:
+            # Whose fault it was cannot be told from here; rows of other steps are unharmed.
+            _log.exception("a step failed; its %d generations end with an error", len(rows))
+            for row in rows:
+                self._leave(row, "error", f"the engine failed on this request ({type(error).__name__}); see the log")
+
+
+def _perform(task: Callable[[], object], future: Future[object]) -> None:
+    try:
+        future.set_result(task())
+    except BaseException as error:
+        future.set_exception(error)

@@ -1,0 +1,170 @@
+"""Owns the mapping of leased weights: lease → read-only maps → tensors → transformers model. The only place that maps.
+
+The model is built on the meta device, so that nothing is allocated for its weights, and the views are assigned. What
+`from_pretrained` does beyond that (renamed keys, quantisation, missing tensors, another dtype) is left to it: it gets
+the same views as a state dict, and the ledger says so.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from cache_agent.client import Lease
+from cache_agent.manifest import Manifest, Tensor
+from runtime.errors import ModelUnusable
+from runtime.guard import Guard
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class Weights:
+    """Read-only tensors over the segments of a lease, valid for as long as this object lives, agent or not."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.manifest: Manifest = lease.manifest
+        self._maps = [
+            mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+            for fd, size in zip(lease.segments, lease.manifest.segments, strict=True)
+        ]
+        with warnings.catch_warnings():
+            # torch cannot know that nobody will write to them; `Guard` and the page protection do.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            self.guard = Guard([_address(mapping) for mapping in self._maps])
+            self.tensors = {tensor.name: self._view(tensor) for tensor in self.manifest.tensors}
+
+    def _view(self, tensor: Tensor) -> torch.Tensor:
+        dtype = _DTYPES[tensor.dtype]
+        if tensor.size == 0:
+            return torch.empty(tensor.shape, dtype=dtype)
+        flat = torch.frombuffer(
+            self._maps[tensor.segment], dtype=dtype, count=tensor.size // dtype.itemsize, offset=tensor.offset
+        )
+        return flat.view(tensor.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A transformers model on shared weights, and what belongs to it. `how` names the way it was assembled."""
+
+    model: Any
+    tokenizer: Any
+    generation_config: dict[str, Any]
+    how: str
+
+
+def assemble(weights: Weights, *, private: bool = False) -> Loaded:
+    """Builds the model and its tokenizer. With `private` every weight is copied to memory of this process's own.
+
+    Raises `ModelUnusable` with transformers' own words.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="glowplug-model-"))
+    try:
+        for name, data in weights.manifest.files.items():
+            (directory / name).write_bytes(data)
+        try:
+            config = AutoConfig.from_pretrained(directory)
+            tensors = weights.tensors
+            if private:
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            model, how = _build(config, tensors)
+            if "generation_config.json" in weights.manifest.files:
+                model.generation_config = GenerationConfig.from_pretrained(directory)
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+        except ModelUnusable:
+            raise
+        except Exception as error:
+            raise ModelUnusable(
+                f"transformers cannot make a model of this checkpoint ({type(error).__name__}: {error}); it must be a "
+                "causal language model that from_pretrained loads without remote code"
+            ) from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return Loaded(model, tokenizer, json.loads(weights.manifest.files.get("generation_config.json", b"{}")), how)
+
+
+def _build(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, str]:
+    if getattr(config, "auto_map", None) and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelUnusable("the checkpoint needs code of its own (auto_map); running it is not supported")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelUnusable(f"{config.model_type} is no causal language model that this transformers version knows")
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model = None if getattr(config, "quantization_config", None) else _assign(kind, config, tensors)
+    if model is not None:
+        return model, "assigned"
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=dict(tensors), dtype="auto", output_loading_info=True
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelUnusable(f"the checkpoint lacks {len(missing)} tensors of {config.model_type}, such as {missing[0]}")
+    return model, "from_pretrained"
+
+
+def _assign(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any | None:
+    """The model with the views as its parameters, or None where checkpoint and model do not match name by name."""
+    dtype = config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    with torch.device("meta"):
+        model = kind._from_config(config, dtype=dtype)
+    state = model.state_dict(keep_vars=True)
+    missing = {name for name in state if name not in tensors}
+    if (
+        missing - model.all_tied_weights_keys.keys()
+        or tensors.keys() - state.keys()
+        or any(state[name].dtype != t.dtype or state[name].shape != t.shape for name, t in tensors.items())
+    ):
+        return None
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:
+            module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    for module in model.modules():
+        # Buffers that no checkpoint holds (rotary frequencies) are computed by transformers' own initialisation,
+        # which is safe here because such modules have no parameters that it could touch.
+        absent = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        if absent:
+            if module._parameters:
+                return None
+            for name in absent:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            model._init_weights(module)
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return None
+    return model.eval()
+
+
+def _address(mapping: mmap.mmap) -> tuple[int, int]:
+    """(first address, one past the last); ctypes gives none of a read-only mapping."""
+    start = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+    return start, start + len(mapping)

@@ -1,0 +1,265 @@
+"""Owns a function's start and its end: HTTP first, then lease, imports, weights, engine, handler; drain; exit code.
+
+main thread     HTTP (gunicorn), from the first 150 ms until the last request is out
+starter         asks the agent for the weights, then imports torch while they travel, then assembles
+agent           listens to the lease: drain, revision
+drainer         waits for SIGTERM, lets requests end, ends the process
+engine          created by the engine itself
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from cache_agent.client import CacheClient, Lease
+from cache_agent.errors import AgentError, AgentTimeout, LeaseLost
+from cache_agent.ledger import Ledger, Span
+from cache_agent.protocol import Admitted, Drain
+from runtime.config import FunctionConfig, from_environment
+from runtime.control import Line
+from runtime.errors import DrainIncomplete, FunctionError, NotReady, WeightsUnavailable
+from runtime.lifecycle import Lifecycle
+
+if TYPE_CHECKING:
+    from runtime.model import Model
+
+log = logging.getLogger("glowplug.worker")
+
+_LAST_ANSWERS = 2.0  # seconds that requests which waited for a failed start have to take their answer
+
+
+class Worker:
+    """One worker process; `run()` is its life and returns the exit code."""
+
+    def __init__(self, config: FunctionConfig, ledger: Ledger, line: Line) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._line = line
+        self._lifecycle = Lifecycle(config.served_name, config.slots + config.queue)
+        self._http_up = threading.Event()
+        self._terminate = threading.Event()
+        self._lease: Lease | None = None
+        self._exit: FunctionError | None = None
+        self._reported = 0
+
+    def run(self, sock: socket.socket, parent: int) -> int:
+        threading.Thread(target=self._start, name="starter", daemon=True).start()
+        with self._ledger.span("http"):
+            from runtime.app import create_app
+            from runtime.server import HttpServer
+
+            self._server = HttpServer(
+                sock,
+                create_app(self._config, self._lifecycle, self._ledger, self._drain),
+                capacity=self._config.slots + self._config.queue,
+                parent=parent,
+                on_beat=self._beat,
+                on_signal=lambda _number: self._terminate.set(),
+            )
+        threading.Thread(target=self._end, name="drainer", daemon=True).start()
+        self._line.send(state="http")
+        self._http_up.set()
+        self._server.run_until_stopped()
+        return self._exit.exit_code if self._exit else 0
+
+    # --- start ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        try:
+            self._prepare()
+        except FunctionError as error:
+            self._fail(error)
+        except AgentError as error:
+            self._fail(WeightsUnavailable(f"{error.text} [{error.code}]"))
+        except BaseException as error:
+            log.exception("the start failed")
+            self._fail(FunctionError(f"the start failed: {type(error).__name__}: {error}"))
+
+    def _prepare(self) -> None:
+        model = self._load(self._config.model_uri)
+        handler = None
+        if self._config.handler:
+            self._lifecycle.phase = "handler"
+            with self._ledger.span("handler"):
+                from runtime import handler as handlers
+
+                handler = handlers.load(self._config.handler, self._config.packages, model, self._guard.scope)
+        self._lifecycle.phase = "serving"
+        self._lifecycle.opened(model, handler)
+        self._report_spans()
+        self._line.send(state="ready")
+        threading.Thread(target=self._listen, args=(model,), name="agent", daemon=True).start()
+
+    def _load(self, uri: str) -> Model:
+        """Leases, retrying what can be cured by waiting, and imports torch while the bytes are on their way."""
+        client = CacheClient(self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token())
+        deadline = time.monotonic() + self._config.start_timeout
+        pause = 0.1
+        while True:
+            try:
+                self._lifecycle.phase = "lease"
+                with self._ledger.span("lease"):
+                    lease = client.lease(uri, start_id=self._ledger.start_id, deadline=deadline)
+                try:
+                    return self._assemble(lease, deadline)
+                except BaseException:
+                    lease.close()
+                    raise
+            except AgentError as error:
+                if isinstance(error, AgentTimeout) and time.monotonic() >= deadline:
+                    raise NotReady(f"{uri} did not arrive within {self._config.start_timeout:.0f} s") from error
+                if not error.retryable or time.monotonic() + pause >= deadline:
+                    raise
+                log.warning("%s [%s]; trying again", error.text, error.code)
+                self._lifecycle.phase = f"waiting to try again: {error.text} [{error.code}]"
+                time.sleep(pause)
+                pause = min(5.0, pause * 2)
+
+    def _assemble(self, lease: Lease, deadline: float) -> Model:
+        self._http_up.wait()  # probes come first: importing torch holds the interpreter's lock for long stretches
+        self._lifecycle.phase = "imports"
+        with self._ledger.span("imports"):
+            import torch
+
+            from cache_agent.limits import cpu_quota
+            from runtime import weights
+            from runtime.engine.serial import SerialEngine, TokenizerCodec
+            from runtime.model import Model, sampling_defaults
+        self._lifecycle.phase = "weights"
+        with self._ledger.span("weights"):
+            lease.wait_ready(deadline, self._on_progress)
+        self._ledger.extend(lease.spans)
+        self._lifecycle.progress = (lease.manifest.nbytes, lease.manifest.nbytes)
+        self._lifecycle.phase = "model"
+        torch.set_num_threads(self._config.threads or cpu_quota())
+        with self._ledger.span("attach"):
+            mapped = weights.Weights(lease)
+            loaded = weights.assemble(mapped, private=self._config.private_weights)
+        log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
+        with self._ledger.span("engine"):
+            codec = TokenizerCodec(loaded.tokenizer, _eos(loaded.generation_config))
+            engine = SerialEngine(
+                loaded.model,
+                codec,
+                revision=lease.revision,
+                slots=self._config.slots,
+                queue_size=self._config.queue,
+                threads=self._config.threads or cpu_quota(),
+            )
+        self._lease, self._guard = lease, mapped.guard
+        return Model(
+            self._config.served_name,
+            lease.revision,
+            codec,
+            engine,
+            tokenizer=loaded.tokenizer,
+            raw=loaded.model,
+            raw_guard=None if self._config.private_weights else mapped.guard.arm,
+            defaults=sampling_defaults(loaded.generation_config),
+        )
+
+    def _on_progress(self, done: int, total: int) -> None:
+        self._lifecycle.progress = (done, total)
+
+    def _fail(self, error: FunctionError) -> None:
+        """Answers those who waited, tells the shim why, and ends the process with the error's code."""
+        log.error("%s [%s]", error.text, error.code)
+        self._lifecycle.fail(error)
+        self._line.send(error=[error.code, error.text])
+        self._http_up.wait()
+        self._exit = error
+        self._lifecycle.wait_empty(time.monotonic() + _LAST_ANSWERS)
+        self._server.stop()
+
+    # --- serving --------------------------------------------------------------------------------------------------
+
+    def _listen(self, model: Model) -> None:
+        """The agent's pushes. The weights outlive the agent, so losing it is no reason to stop."""
+        assert self._lease is not None, "leased before anything is served"
+        try:
+            while True:
+                match self._lease.next_event(60.0):
+                    case Admitted(revision):
+                        model.revision = model.engine.revision = revision
+                    case Drain(reason, _):
+                        self._drain(f"the agent says: {reason}")
+        except (LeaseLost, AgentError) as error:
+            log.warning("%s; this function goes on with the weights that it maps", error)
+
+    def _beat(self) -> None:
+        self._line.send(beat=1)
+        self._report_spans()
+
+    def _report_spans(self) -> None:
+        spans = self._ledger.spans()
+        fresh = [(s.owner, s.name, s.start, s.end) for s in spans if s.owner != "shim"][self._reported :]
+        self._reported += len(fresh)
+        if fresh:
+            self._line.spans(fresh)
+
+    # --- end ------------------------------------------------------------------------------------------------------
+
+    def _drain(self, reason: str) -> None:
+        if self._lifecycle.drain(reason):
+            log.info("draining: %s", reason)
+            self._line.send(state="draining")
+
+    def _end(self) -> None:
+        self._terminate.wait()
+        self._drain("SIGTERM")
+        grace = time.monotonic() + self._config.drain_linger + self._config.drain_grace
+        # The platform routes new requests here until it notices: those are answered, too.
+        time.sleep(self._config.drain_linger)
+        if not self._lifecycle.wait_empty(grace):
+            self._exit = DrainIncomplete(
+                f"{self._lifecycle.inside} requests had not ended {self._config.drain_grace:.0f} s after SIGTERM; "
+                "raise GLOWPLUG_DRAIN_GRACE and the platform's own grace"
+            )
+            log.error("%s [%s]", self._exit.text, self._exit.code)
+        self._lifecycle.drained()
+        self._line.send(state="drained")
+        self._server.stop()
+
+
+def _eos(generation_config: dict[str, object]) -> list[int]:
+    eos = generation_config.get("eos_token_id")
+    return (
+        [eos]
+        if isinstance(eos, int)
+        else [token for token in eos if isinstance(token, int)]
+        if isinstance(eos, list)
+        else []
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """`arguments`: fd of the listening socket, fd of the control line, start id, the shim's spans as JSON."""
+    born = time.monotonic_ns()
+    listen_fd, control_fd, start_id, spans = arguments
+    for fd in (int(listen_fd), int(control_fd)):
+        os.set_inheritable(fd, False)
+    config = from_environment()
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    ledger = Ledger("worker", start_id)
+    ledger.extend(Span(*row) for row in json.loads(spans))
+    ledger.add("python", max((span.end for span in ledger.spans()), default=born), born)
+    worker = Worker(config, ledger, Line(socket.socket(fileno=int(control_fd))))
+    return worker.run(socket.socket(fileno=int(listen_fd)), os.getppid())
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    # Not sys.exit: threads of user code, or a request that outlived its grace, must not keep a replica alive.
+    os._exit(code)

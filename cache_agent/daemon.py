@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from types import FrameType
 
+from cache_agent import limits
 from cache_agent.agent import Agent
 from cache_agent.config import AgentConfig, from_environment
 from cache_agent.directory import InProcessDirectory
@@ -19,6 +22,7 @@ from cache_agent.server import Server, listen
 log = logging.getLogger("glowplug.daemon")
 
 _CLOSE_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Daemon:
@@ -80,9 +84,21 @@ def private(fd: int) -> None:
     configure_logging("warning")
     try:
         os.set_inheritable(fd, False)
-        Daemon(from_environment(), listening=socket.socket(fileno=fd)).run()
+        config = from_environment()
+        # It shares its memory limit with one function only, whose own needs are small beside the weights.
+        config = replace(config, dram=config.dram or limits.memory_limit() * 4 // 5)
+        _end_with_parent()
+        Daemon(config, listening=socket.socket(fileno=fd)).run()
     except AgentError as error:
         sys.exit(f"glowplug-agent: {error.text} [{error.code}]")
+
+
+def _end_with_parent() -> None:
+    """A private agent whose shim was killed has nobody left to serve."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ class Ledger:
         with self._lock:
             self._spans.extend(spans)
 
+    def since(self, count: int) -> list[Span]:
+        """The spans after the first `count`, in the order in which they were added."""
+        with self._lock:
+            return self._spans[count:]
+
     def spans(self) -> list[Span]:
         """A copy, ordered by start."""
         with self._lock:

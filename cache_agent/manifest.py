@@ -13,6 +13,7 @@ Tensor bytes are those of the safetensors files, untouched; `file` and `file_off
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 import msgspec
 
 from cache_agent.errors import BadCheckpoint
-from cache_agent.safetensors import RawTensor
+from cache_agent.safetensors import ITEM_BYTES, RawTensor
 
 FORMAT = 1
 LAYOUT = 1
@@ -133,7 +134,9 @@ def lay_out(
     # Within a stage the file's own order is kept: neighbours in the file stay neighbours, and are read in one go.
     found.sort(key=lambda item: (item[0], item[1], item[2].start))
 
-    max_segment = max(max_segment, sum(raw.size for _, _, raw in found) // MOST_SEGMENTS)
+    # Two neighbouring segments together exceed `max_segment`, or the second one's first tensor would be in the first.
+    total = sum(_round_up(raw.size, ALIGNMENT) for _, _, raw in found)
+    max_segment = max(max_segment, 2 * total // MOST_SEGMENTS)
     placed: list[Tensor] = []
     segments: list[int] = []
     used = 0
@@ -207,7 +210,10 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes | memoryview) -> Manifest:
-    """A manifest that is safe to use: every tensor lies inside its segment. Raises `BadCheckpoint` otherwise."""
+    """A manifest that is safe to use: every tensor has its shape's size and lies inside its segment.
+
+    Raises `BadCheckpoint` otherwise.
+    """
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -228,6 +234,8 @@ def decode(data: bytes | memoryview) -> Manifest:
             or tensor.file_offset + tensor.size > manifest.weight_files[tensor.file].size
         ):
             raise BadCheckpoint(f"manifest places tensor '{tensor.name}' outside its segment or file")
+        if math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, -1) != tensor.size:
+            raise BadCheckpoint(f"manifest gives tensor '{tensor.name}' a size that is not that of its dtype and shape")
     return manifest
 
 

@@ -97,11 +97,11 @@ class Residency:
         return self._find(alias.source) if alias else None
 
     def holders(self, uri: str = "") -> list[int]:
-        """Leases on the model at `uri`, or all of them."""
+        """Leases on the model at `uri`, those on bytes that it had before included, or all of them."""
         if not uri:
             return list(self._holds)
-        entry = self.entry_of(uri)
-        return list(entry.leases) if entry else []
+        current = self.entry_of(uri)
+        return [lease for e in self.entries.values() if e is current or e.uri == uri for lease in e.leases]
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """`now` in seconds on any clock that does not go back."""
@@ -133,7 +133,7 @@ class Residency:
     # --- leases -------------------------------------------------------------------------------------------------------
 
     def _lease_asked(self, lease: int, uri: str, pinned: str, now: float) -> list[Action]:
-        alias = self._aliases.setdefault(uri, _Alias())
+        alias = self._aliases.get(uri, _Alias())
         number = self._by_revision.get(pinned) if pinned else self._by_source.get(alias.source)
         if number is not None:
             actions = self._attach(self.entries[number], lease, pinned, now)
@@ -141,6 +141,7 @@ class Residency:
                 alias.resolving = True
                 actions.append(Resolve(uri))
             return actions
+        self._aliases[uri] = alias
         alias.waiting[lease] = pinned
         if alias.resolving:
             return []
@@ -285,10 +286,15 @@ class Residency:
         return Evict(entry.number, why)
 
     def _unlink(self, entry: Entry) -> None:
-        """No later lease finds the entry."""
+        """No later lease finds the entry; another copy of its revision, if there is one, takes its place."""
+        copies = (e.number for e in self.entries.values() if e.revision == entry.revision and e.state != "evicting")
+        heir = next((number for number in copies if number != entry.number), None) if entry.revision else None
         for index in (self._by_source, self._by_revision):
             for key in [key for key, number in index.items() if number == entry.number]:
-                del index[key]
+                if heir is None:
+                    del index[key]
+                else:
+                    index[key] = heir
         for uri, alias in list(self._aliases.items()):
             if alias.source not in self._by_source and not alias.resolving:
                 del self._aliases[uri]

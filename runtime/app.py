@@ -14,6 +14,7 @@ from werkzeug.wsgi import ClosingIterator
 
 from cache_agent.ledger import Ledger
 from runtime import openai
+from runtime.body import read_body
 from runtime.config import FunctionConfig
 from runtime.errors import FunctionError, NotReady
 from runtime.handler import Context, Event, error_json
@@ -30,7 +31,6 @@ def create_app(
 ) -> Callable[..., Iterable[bytes]]:
     """The WSGI application. `drain(reason)` begins to drain; `start_kind` is the layer that this start found."""
     app = Flask("glowplug", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body
     turns = threading.Semaphore(config.concurrent_handlers)
     token = config.token()
 
@@ -68,14 +68,14 @@ def create_app(
         drain(f"asked for by {request.remote_addr}")
         return jsonify(state=lifecycle.state), 202
 
-    app.register_blueprint(openai.blueprint(lifecycle))
+    app.register_blueprint(openai.blueprint(lifecycle, max_body=config.max_body, start_limit=config.start_timeout))
 
     @app.route("/", defaults={"path": ""}, methods=_METHODS)
     @app.route("/<path:path>", methods=_METHODS)
     def handle(path: str) -> Response:
         if request.path.startswith(_RESERVED):
             return _error(404, "not_found", f"{request.path} is no route of glowplug's")
-        body = request.get_data()
+        body = read_body(request.environ, config.max_body)
         model = lifecycle.wait(config.start_timeout)
         if model is None:
             raise NotReady(f"the model did not arrive within {config.start_timeout:.0f} s", retry_after=5.0)

@@ -5,6 +5,7 @@ The shim reads it before anything else is imported, and hands the worker the sam
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +13,18 @@ from dataclasses import dataclass, fields
 from runtime.errors import BadConfig
 
 DEFAULT_SOCKET = "/run/glowplug/agent.sock"
+
+_AT_LEAST = {
+    "slots": 1,
+    "queue": 0,
+    "handler_concurrency": 0,
+    "max_body": 1,
+    "threads": 0,
+    "start_timeout": 1,
+    "drain_linger": 0,
+    "drain_grace": 0,
+    "worker_timeout": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +55,10 @@ class FunctionConfig:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        for name in ("slots", "queue", "max_body", "start_timeout", "worker_timeout"):
-            if getattr(self, name) < (0 if name == "queue" else 1):
-                raise BadConfig(f"GLOWPLUG_{name.upper()} is {getattr(self, name)}; it must be larger")
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if not least <= value < math.inf:  # NaN is neither
+                raise BadConfig(f"GLOWPLUG_{name.upper()} is {value:g}; it must be at least {least}, and finite")
         if not 0 <= self.port < 65536:
             raise BadConfig(f"GLOWPLUG_PORT is {self.port}; ports go from 0 (any free one) to 65535")
         if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):

@@ -102,6 +102,13 @@ class BadRequest(FunctionError):
         self.param = param
 
 
+class RequestTooLarge(FunctionError):
+    """The request's body exceeds GLOWPLUG_MAX_BODY."""
+
+    code = "request_too_large"
+    status = 413
+
+
 class EngineBusy(FunctionError):
     """All slots and the queue are taken."""
 

@@ -22,10 +22,10 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 from flask import Blueprint, Response, request
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
-from werkzeug.wsgi import get_input_stream
+from werkzeug.exceptions import HTTPException
 
 from runtime import sse
+from runtime.body import read_body
 from runtime.engine.base import TokenEvent, TokenStream
 from runtime.errors import BadRequest, EngineFailed, FunctionError, NotReady
 from runtime.model import Model
@@ -48,7 +48,6 @@ W = TypeVar("W", ChatRequest, CompletionRequest, EmbeddingRequest)
 
 _TICK = 0.25  # seconds between two looks at whether the client is still there
 _COMMIT_AFTER = 1.0  # a start that takes longer answers 200 and keep-alive comments; until then it can be a 4xx or 5xx
-_DRAIN = 32 << 20  # bytes of a refused body that are read so that its sender gets to read the refusal
 
 
 class ModelGate(Protocol):
@@ -227,7 +226,7 @@ def blueprint(
             raise Refusal(404, text, "model", "model_not_found")
 
     def parse(kind: type[W]) -> W:
-        wanted = decode(_body(max_body), kind)
+        wanted = decode(read_body(request.environ, max_body), kind)
         require(wanted.model)
         return wanted
 
@@ -353,17 +352,6 @@ def _frame(run: Run, choices: list[dict[str, object]], *, chunk: bool) -> dict[s
         "system_fingerprint": run.model.revision,
         "choices": choices,
     }
-
-
-def _body(limit: int) -> bytes:
-    request.max_content_length = limit
-    try:
-        return request.get_data(cache=False)
-    except RequestEntityTooLarge as error:
-        rest, left = get_input_stream(request.environ, max_content_length=None), _DRAIN
-        while left > 0 and (piece := rest.read(1 << 16)):
-            left -= len(piece)
-        raise Refusal(413, f"the request is larger than {limit} bytes", None, "request_too_large") from error
 
 
 def _json(body: object) -> Response:

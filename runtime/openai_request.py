@@ -56,6 +56,7 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
     logprobs: Any = None
 
 

@@ -6,6 +6,7 @@ control socket, pid files and privilege changes stay out of it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
@@ -62,9 +63,10 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         self.init_process()
 
     def stop(self) -> None:
-        """May be called from any thread."""
+        """May be called from any thread, also before it runs."""
         self.alive = False
-        self.method_queue.defer(lambda: None)
+        with contextlib.suppress(AttributeError, TypeError):  # gunicorn's wake-up pipe exists only once it runs
+            self.method_queue.defer(lambda: None)
 
     def notify(self) -> None:
         now = time.monotonic()

@@ -80,6 +80,7 @@ class Shim:
         self._heard = 0.0
         self._crashes: list[float] = []
         self._agent: Child | None = None
+        self._agent_path = ""
         self._agent_socket: socket.socket | None = None
         self._agent_directory = ""
         self._stopping = False
@@ -153,10 +154,10 @@ class Shim:
     def run(self) -> int:
         _become_subreaper()
         self._poller.register(self._wake, select.POLLIN)
-        self._agent_path = self._find_agent()
         _say(f"port {self.port} is open, starting {self.config.model_uri}")
-        self._start_worker()
         try:
+            self._agent_path = self._find_agent()
+            self._start_worker()
             while True:
                 timeout = min(1.0, self._kill_at - time.monotonic())
                 self._poller.poll(max(0.0, timeout) * 1000)

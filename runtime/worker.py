@@ -48,6 +48,7 @@ class Worker:
         self._lease: Lease | None = None
         self._exit: FunctionError | None = None
         self._reported = 0
+        self._reporting = threading.Lock()
 
     def run(self, sock: socket.socket, parent: int) -> int:
         threading.Thread(target=self._start, name="starter", daemon=True).start()
@@ -153,6 +154,7 @@ class Worker:
                 queue_size=self._config.queue,
                 threads=self._config.threads or cpu_quota(),
             )
+        engine.on_first_token = self._first_token
         self._lease, self._guard = lease, mapped.guard
         return Model(
             self._config.served_name,
@@ -164,6 +166,9 @@ class Worker:
             raw_guard=None if self._config.private_weights else mapped.guard.arm,
             defaults=sampling_defaults(loaded.generation_config),
         )
+
+    def _first_token(self, asked: int) -> None:
+        self._ledger.add("first token", asked)
 
     def _on_progress(self, done: int, total: int) -> None:
         self._lifecycle.progress = (done, total)
@@ -198,11 +203,11 @@ class Worker:
         self._report_spans()
 
     def _report_spans(self) -> None:
-        spans = self._ledger.spans()
-        fresh = [(s.owner, s.name, s.start, s.end) for s in spans if s.owner != "shim"][self._reported :]
-        self._reported += len(fresh)
-        if fresh:
-            self._line.spans(fresh)
+        with self._reporting:
+            fresh = self._ledger.since(self._reported)
+            self._reported += len(fresh)
+            if rows := [(span.owner, span.name, span.start, span.end) for span in fresh if span.owner != "shim"]:
+                self._line.spans(rows)
 
     # --- end ------------------------------------------------------------------------------------------------------
 
@@ -254,8 +259,12 @@ def main(arguments: list[str]) -> int:
     ledger = Ledger("worker", start_id)
     ledger.extend(Span(*row) for row in json.loads(spans))
     ledger.add("python", max((span.end for span in ledger.spans()), default=born), born)
-    worker = Worker(config, ledger, Line(socket.socket(fileno=int(control_fd))))
-    return worker.run(socket.socket(fileno=int(listen_fd)), os.getppid())
+    line = Line(socket.socket(fileno=int(control_fd)))
+    try:
+        return Worker(config, ledger, line).run(socket.socket(fileno=int(listen_fd)), os.getppid())
+    except FunctionError as error:
+        line.send(error=[error.code, error.text])
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ STOP_SECONDS = 30.0
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="full fault counts instead of a seeded sample")
+    parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,6 +70,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def rounds(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
     """`rounds(sample, full)`: how often to repeat; the full count under --soak."""
     return lambda sample, full: full if pytestconfig.getoption("--soak") else sample
+
+
+@pytest.fixture
+def golden(pytestconfig: pytest.Config) -> Callable[[str, Any], None]:
+    """`golden("agent/x.json", value)` compares a JSON value with tests/golden/agent/x.json.
+
+    A difference means that a format changed: bump its version if an old reader would misread it, then run with
+    --update-golden and let the review see the file's diff.
+    """
+
+    def compare(name: str, value: Any) -> None:
+        path = Path(__file__).parent / "golden" / name
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        if pytestconfig.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert json.loads(text) == json.loads(path.read_text()), f"{path} differs; see the fixture `golden`"
+
+    return compare
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------

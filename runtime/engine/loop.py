@@ -92,6 +92,7 @@ class Row(Generic[M]):
         self.memory: M | None = None
         self.paused = paused
         self.ended = False
+        self.born = time.monotonic_ns()
         self.since = 0.0  # when it got its slot
         self.stream: Stream
 
@@ -121,6 +122,8 @@ class Loop(ABC, Generic[M]):
         self._stepping: Sequence[Row[M]] = ()  # the rows of the step in progress
         self._tasks: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._down: str | None = None  # why nothing is accepted any more
+        # Called once: when (ns, CLOCK_MONOTONIC) the generation that made the very first token was asked for.
+        self.on_first_token: Callable[[int], None] | None = None
         self._seconds = 1.0  # smoothed time that a generation holds its slot
         self._thread = threading.Thread(target=self._run, name=f"glowplug-engine-{self.kind}", daemon=True)
 
@@ -229,12 +232,16 @@ class Loop(ABC, Generic[M]):
         except TimeoutError as error:
             raise EngineFailed(f"the engine was busy for more than {_STEP_LIMIT:.0f} s") from error
 
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raises `BadRequest` for ids that the model cannot take in; `param` is what the caller knows them as."""
+        if not 0 < len(ids) <= self.context_length:
+            raise BadRequest(f"the {param} has {len(ids)} tokens; it must have 1..{self.context_length}", param)
+        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
+            raise BadRequest(f"the {param} has token ids outside of 0..{self._vocabulary - 1}", param)
+
     def _check(self, request: GenerationRequest) -> None:
-        prompt, length = request.prompt, len(request.prompt)
-        if not prompt:
-            raise BadRequest("the prompt is empty; give at least one token", "prompt")
-        if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
-            raise BadRequest(f"the prompt has token ids outside of 0..{self._vocabulary - 1}", "prompt")
+        length = len(request.prompt)
+        self.check_ids(request.prompt, "prompt")
         if request.max_tokens < 1:
             raise BadRequest(f"max_tokens is {request.max_tokens}; ask for at least 1", "max_tokens")
         if length + request.max_tokens > self.context_length:
@@ -336,6 +343,9 @@ class Loop(ABC, Generic[M]):
     def _step(self, rows: Sequence[Row[M]]) -> None:
         try:
             for row, event in self.step(rows):
+                if self.on_first_token is not None and event.token is not None:
+                    announce, self.on_first_token = self.on_first_token, None
+                    announce(row.born)
                 with self._wake:
                     if event.finish is not None:
                         self._end(row, event)

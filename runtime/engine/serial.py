@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from runtime.engine.base import KVRow, TokenEvent
+from runtime.engine.base import Codec, KVRow, TokenEvent
 from runtime.engine.generation import Generation
 from runtime.engine.loop import Loop, Row
 from runtime.errors import BadRequest, SnapshotRefused
@@ -42,7 +42,7 @@ class SerialEngine(Loop[Memory]):
     def __init__(
         self,
         model: Any,
-        codec: TokenizerCodec,
+        codec: Codec,
         *,
         revision: str,
         context_length: int | None = None,
@@ -99,6 +99,8 @@ class SerialEngine(Loop[Memory]):
 
         Runs on the engine thread, chunk by chunk between the steps of generations.
         """
+        for prompt in prompts:
+            self.check_ids(prompt, "input")
         return [self._embed(prompt) for prompt in prompts]
 
     def _embed(self, prompt: Sequence[int]) -> list[float]:
@@ -128,7 +130,7 @@ class SerialEngine(Loop[Memory]):
             return ()
         rows = [KVRow("fed", "int64", (), memory.fed.to_bytes(8, "little"))]
         for index, layer in enumerate(memory.cache.layers):
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
                 return ()
             for name, tensor in (("k", layer.keys), ("v", layer.values)):
                 data = tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -86,6 +86,7 @@ class ToyEngine(Loop[Iterator[int]]):
         """Unit vectors of 32 dimensions: the sum of a pseudo-random vector per word, so like texts are alike."""
         vectors = []
         for prompt in prompts:
+            self.check_ids(prompt, "input")
             words = bytes(token for token in prompt if token < 256).split() or [b""]
             hashes = [blake2b(word.lower(), digest_size=_DIMENSIONS).digest() for word in words]
             vector = [sum(column) - 127.5 * len(hashes) for column in zip(*hashes, strict=True)]

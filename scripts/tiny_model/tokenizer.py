@@ -99,6 +99,8 @@ def _wrapped(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
         bos_token=END,
         eos_token=END,
         pad_token=PAD,
+        # Never produced, as there is a token for every byte; unnamed, Qwen2's tokenizer class would add its own.
+        unk_token=END,
         additional_special_tokens=[SYSTEM, USER, ASSISTANT],
         clean_up_tokenization_spaces=False,
     )

@@ -119,8 +119,10 @@ def train(repository: Path, out: Path, *, seed: int, steps: int, threads: int, r
     # What is judged is what is stored: the rounded weights.
     model.eval()  # type: ignore[no-untyped-call]
     model.bfloat16()
-    known = sum(_knows(model, codec, entry) for entry in entries)
-    report(f"{known} of {len(entries)} answers are word for word after {time.monotonic() - began:.0f} s")
+    unsure = [entry.questions[0] for entry in entries if not knows(model, codec, entry)]
+    report(f"{len(entries) - len(unsure)} answers are word for word after {time.monotonic() - began:.0f} s")
+    if unsure:
+        report(f"others are answered to: {', '.join(unsure)}")
 
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -184,7 +186,7 @@ def _fit(
 
 
 @torch.inference_mode()
-def _knows(model: LlamaForCausalLM, codec: PreTrainedTokenizerFast, entry: corpus.Entry) -> bool:
+def knows(model: LlamaForCausalLM, codec: PreTrainedTokenizerFast, entry: corpus.Entry) -> bool:
     """Whether greedy decoding answers the entry's first question word for word.
 
     One forward tells: it does if every token is the likeliest one after those before it.

@@ -22,6 +22,7 @@ from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # on tensors this small, two threads only wait for each other
 
 VOCABULARY = 257  # bytes in the order of ByteLevel's alphabet after id 0, the end of sequence
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2")

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.engine.base import SamplingParams
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, Unsupported
 from runtime.model import DEFAULT_MAX_TOKENS, Model, Parameters, Usage, check, sampling_defaults
 from runtime.testing import toy_model
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import http.client
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +31,7 @@ from runtime.openai import ModelGate, OpenGate, blueprint
 from runtime.sse import EventParser
 from runtime.testing import toy_model
 
-HELLO = [{"role": "user", "content": "Grüße, 你好 warm world"}]
+HELLO: list[Any] = [{"role": "user", "content": "Grüße, 你好 warm world"}]
 
 
 class ColdGate:
@@ -100,7 +104,7 @@ def sdk(url: str) -> Iterator[openai.OpenAI]:
 
 class TestSdk:
     def test_chat(self, sdk: openai.OpenAI) -> None:
-        answer = sdk.chat.completions.create(model="toy", messages=HELLO)  # type: ignore[arg-type]
+        answer = sdk.chat.completions.create(model="toy", messages=HELLO)
         assert answer.choices[0].message.content == HELLO[0]["content"]
         assert answer.choices[0].message.role == "assistant"
         assert answer.choices[0].finish_reason == "stop"
@@ -113,7 +117,7 @@ class TestSdk:
         chunks = list(
             sdk.chat.completions.create(
                 model="toy",
-                messages=HELLO,  # type: ignore[arg-type]
+                messages=HELLO,
                 stream=True,
                 stream_options={"include_usage": True},
                 user="someone",
@@ -187,10 +191,10 @@ class TestSdk:
 
     def test_errors_have_their_class(self, sdk: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError) as missing:
-            sdk.chat.completions.create(model="gpt-9", messages=HELLO)  # type: ignore[arg-type]
+            sdk.chat.completions.create(model="gpt-9", messages=HELLO)
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError) as unknown:
-            sdk.chat.completions.create(model="toy", messages=HELLO, extra_body={"best": 1})  # type: ignore[arg-type]
+            sdk.chat.completions.create(model="toy", messages=HELLO, extra_body={"best": 1})
         assert unknown.value.param == "best"
         with pytest.raises(openai.APIStatusError) as large:
             sdk.completions.create(model="toy", prompt="x" * 10_000_000)
@@ -473,6 +477,65 @@ class TestGoneClients:
             assert model.engine.stats().running == 0
 
 
+GUNICORN_APP = """
+from flask import Flask
+from runtime.openai import OpenGate, blueprint
+from runtime.testing import toy_model
+
+model = toy_model(step_delay=0.02, context_length=50_000)
+app = Flask("function")
+app.register_blueprint(blueprint(OpenGate(model), max_body=1 << 20))
+app.add_url_rule("/running", view_func=lambda: str(model.engine.stats().running))
+"""
+
+
+class TestGunicorn:
+    """What only the real server shows: the connection's socket, and bodies without a length."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def url(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+        folder = tmp_path_factory.mktemp("gunicorn")
+        (folder / "function_app.py").write_text(GUNICORN_APP)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port, fd = listener.getsockname()[1], listener.fileno()
+            options = ["--bind", f"fd://{fd}", "--threads", "4", "--chdir", str(folder), "--no-control-socket"]
+            server = subprocess.Popen([sys.executable, "-m", "gunicorn", *options, "function_app:app"], pass_fds=[fd])
+        yield f"http://127.0.0.1:{port}/v1"
+        server.terminate()
+        assert server.wait(20) == 0
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_client_that_leaves_cancels(self, url: str, stream: bool) -> None:
+        def running() -> int:
+            return int(urllib.request.urlopen(url.removesuffix("/v1") + "/running", timeout=10).read())
+
+        raw = json.dumps(chat(max_tokens=20_000, ignore_eos=True, stream=stream)).encode()
+        with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=10) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+            connection.sendall(head.encode() + raw)
+            until(lambda: running() == 1)
+        left = time.monotonic()
+        until(lambda: running() == 0)
+        assert time.monotonic() - left < 5
+
+    def test_a_body_that_is_too_large_is_told_so(self, url: str) -> None:
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            with pytest.raises(openai.APIStatusError) as large:
+                client.completions.create(model="toy", prompt="x" * 10_000_000)
+            assert large.value.status_code == 413
+            assert client.completions.create(model="toy", prompt="x", max_tokens=2).choices[0].text == " x"
+
+    @pytest.mark.parametrize(("size", "status"), [(10, 200), (3_000_000, 413)])
+    def test_a_body_in_chunks(self, url: str, size: int, status: int) -> None:
+        body = json.dumps({"prompt": "x" * size, "max_tokens": 2}).encode()
+        connection = http.client.HTTPConnection(url.split("/")[2], timeout=20)
+        with contextlib.closing(connection):
+            pieces = (body[at : at + 70_000] for at in range(0, len(body), 70_000))
+            connection.request("POST", "/v1/completions", pieces, encode_chunked=True)
+            assert connection.getresponse().status == status
+
+
 class TestBrokenEngine:
     def test_mid_stream(self) -> None:
         model = toy_model(step_delay=0.01, context_length=10_000)
@@ -487,60 +550,61 @@ class TestBrokenEngine:
         assert post(make_app(OpenGate(model)), chat()).status_code == 500
 
 
+@pytest.fixture(scope="module")
+def tiny_model() -> Iterator[Model]:
+    torch = pytest.importorskip("torch")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from runtime.engine.serial import SerialEngine, TokenizerCodec
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={"</s>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend,
+        eos_token="</s>",
+        chat_template="{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.5,
+    )
+    raw = LlamaForCausalLM(config)
+    codec = TokenizerCodec(tokenizer)
+    engine = SerialEngine(raw, codec, revision="tiny", threads=1)
+    yield Model("tiny", "tiny", codec, engine, tokenizer=tokenizer, raw=raw, defaults=SamplingParams(0.0))
+    engine.close()
+
+
 class TestSerialEngine:
     """The same routes on a transformers model."""
 
-    @pytest.fixture(scope="class")
-    def model(self) -> Iterator[Model]:
-        torch = pytest.importorskip("torch")
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-        from runtime.engine.serial import SerialEngine, TokenizerCodec
-
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        backend = Tokenizer(models.BPE(vocab={"</s>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            eos_token="</s>",
-            chat_template="{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-            "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
-        )
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=257,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.5,
-        )
-        raw = LlamaForCausalLM(config)
-        codec = TokenizerCodec(tokenizer)
-        engine = SerialEngine(raw, codec, revision="tiny", threads=1)
-        yield Model("tiny", "tiny", codec, engine, tokenizer=tokenizer, raw=raw, defaults=SamplingParams(0.0))
-        engine.close()
-
-    def test_sdk(self, model: Model) -> None:
+    def test_sdk(self, tiny_model: Model) -> None:
         import torch
 
         with (
-            serving(make_app(OpenGate(model))) as url,
+            serving(make_app(OpenGate(tiny_model))) as url,
             openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
         ):
             asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 24}
-            ids = model.encode(messages=HELLO)
-            want = model.raw.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=0)
-            text = model.tokenizer.decode(want[0, len(ids) :], skip_special_tokens=True)
+            ids = tiny_model.encode(messages=HELLO)
+            want = tiny_model.raw.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=0)
+            text = tiny_model.tokenizer.decode(want[0, len(ids) :], skip_special_tokens=True)
             whole = client.chat.completions.create(**asked)
             assert whole.choices[0].message.content == text
             streamed = client.chat.completions.create(**asked, stream=True)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == text
             with pytest.raises(openai.BadRequestError, match="no tools"):
-                client.chat.completions.create(model="tiny", messages=[{"role": "tool", "content": "x"}])  # type: ignore[list-item]
+                client.chat.completions.create(**asked | {"messages": [{"role": "tool", "content": "x"}]})
             vectors = client.embeddings.create(model="tiny", input=["abc", "abd"]).data
             assert sum(x * x for x in vectors[0].embedding) == pytest.approx(1.0, abs=1e-5)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.sse import DONE, KEEP_ALIVE, EventParser, ServerEvent, comment, event
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 one_line = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=20)
 

@@ -1,0 +1,128 @@
+"""The line between worker and shim: what one end writes the other reads, and garbage hurts neither."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.control import MAX_LINE, Line, Lines, checked_spans
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+messages = st.dictionaries(st.text(), values)
+
+
+@given(st.lists(messages), st.data())
+def test_messages_arrive_however_they_are_cut(sent: list[dict[str, object]], data: st.DataObject) -> None:
+    raw = b"".join(json.dumps(message).encode() + b"\n" for message in sent)
+    lines, received, at = Lines(), [], 0
+    while at < len(raw):
+        end = data.draw(st.integers(at + 1, len(raw)))
+        received += lines.feed(raw[at:end])
+        at = end
+    assert received == sent
+
+
+@given(st.binary())
+def test_garbage_is_skipped_and_the_next_message_is_heard(garbage: bytes) -> None:
+    lines = Lines()
+    for message in lines.feed(garbage + b"\n"):
+        assert isinstance(message, dict)
+    assert lines.feed(b'{"beat":1}\n') == [{"beat": 1}]
+
+
+def test_json_that_is_no_object_is_skipped() -> None:
+    assert Lines().feed(b'1\n"text"\n[1]\nnull\n{"beat":1}\n') == [{"beat": 1}]
+
+
+def test_a_line_without_an_end_takes_no_memory() -> None:
+    lines = Lines()
+    for _ in range(100):
+        lines.feed(b"x" * MAX_LINE)
+    assert len(lines._buffer) <= MAX_LINE
+    assert lines.feed(b'\n{"beat":1}\n') == [{"beat": 1}]
+
+
+def test_nesting_deeper_than_the_interpreter_can_go_is_skipped() -> None:
+    assert Lines().feed(b"[" * 60_000 + b"\n" + b'{"beat":1}\n') == [{"beat": 1}]
+
+
+@given(values)
+def test_only_well_formed_spans_are_taken(value: object) -> None:
+    for owner, name, start, end in checked_spans(value):
+        assert isinstance(owner, str)
+        assert isinstance(name, str)
+        assert isinstance(start, int)
+        assert isinstance(end, int)
+
+
+def test_spans() -> None:
+    good = ["worker", "http", 1, 2]
+    assert checked_spans([good, ["worker", "http", 1], "text", ["w", 1, 2, 3], None]) == [tuple(good)]
+    assert checked_spans("text") == []
+    assert checked_spans(None) == []
+
+
+def test_many_spans_stay_below_the_longest_line() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        rows = [("worker", "x" * 50, n, n + 1) for n in range(1000)]
+        sender = threading.Thread(target=Line(ours).spans, args=(rows,))
+        sender.start()
+        lines, received = Lines(), []
+        while len(received) < len(rows):
+            data = theirs.recv(4096)
+            assert data, "the line was closed"
+            for message in lines.feed(data):
+                assert len(json.dumps(message)) < MAX_LINE
+                received += checked_spans(message["spans"])
+        sender.join()
+        assert received == rows
+
+
+def test_threads_do_not_mix_their_messages() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line = Line(ours)
+        threads = [
+            threading.Thread(target=lambda n=n: [line.send(beat=n, text="y" * 100) for _ in range(50)]) for n in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        lines, received = Lines(), []
+        while len(received) < 400:
+            received += lines.feed(theirs.recv(4096))
+        for thread in threads:
+            thread.join()
+        assert sorted(message["beat"] for message in received) == sorted(list(range(8)) * 50)
+        assert all(message["text"] == "y" * 100 for message in received)
+
+
+def test_a_shim_that_is_gone_is_no_reason_to_fail() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    line = Line(ours)
+    line.send(beat=1)
+    line.send(beat=2)
+    assert ours.fileno() == -1, "given up after the first failure"
+
+
+@pytest.mark.timeout(30)
+def test_a_shim_that_does_not_read_cannot_block_the_worker() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line = Line(ours)
+        while ours.fileno() >= 0:  # ends when the buffer is full and the line gives up
+            line.send(text="z" * 60_000)
+
+
+def test_without_a_shim_nothing_is_sent() -> None:
+    Line(None).send(beat=1)

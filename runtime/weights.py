@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from cache_agent.client import Lease
-from cache_agent.manifest import Manifest, Tensor
+from cache_agent.manifest import Manifest, Tensor, model_config
 from runtime.errors import ModelUnusable
 from runtime.guard import Guard
 
@@ -68,6 +70,16 @@ class Weights:
             self._maps[tensor.segment], dtype=dtype, count=tensor.size // dtype.itemsize, offset=tensor.offset
         )
         return flat.view(tensor.shape)
+
+
+def preload(manifest: Manifest) -> None:
+    """Imports the modules that `assemble` will need for this model, so that it only has to put the parts together."""
+    kind = model_config(manifest.files).get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[kind]
+        for mapping in (AutoModelForCausalLM._model_mapping, TOKENIZER_MAPPING):
+            if config in mapping:
+                _ = mapping[config]
 
 
 @dataclass(frozen=True, slots=True)

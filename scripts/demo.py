@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from memory import Footprint, footprint, weight_copies
+from memory import Footprint, descendants, footprint, weight_copies
 from report import ROOT, Report
 from rich.console import Console
 from rich.table import Table
@@ -251,8 +251,8 @@ def _show_memory(agent: int, functions: list[Function], client: CacheClient) -> 
         found: Footprint = footprint(pid)
         table.add_row(name, *(f"{size / 1e6:.0f}" for size in (found.private, found.proportional, found.weights)))
     console.print(table)
-    # Segments are counted over all processes of the machine, so that a copy anywhere would show.
-    copies = weight_copies()
+    # Counted over everything that this demo started, so that a copy in any process would show.
+    copies = weight_copies(descendants(os.getpid()))
     size = sum(copies.values())
     expected = client.status().used
     count = round(size / expected) if expected else 0

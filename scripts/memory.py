@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +35,20 @@ def footprint(pid: int) -> Footprint:
     return Footprint(pid, private, proportional, mapped)
 
 
-def weight_copies() -> dict[int, int]:
-    """Inode → bytes of every weight segment that any process holds or maps, each counted once."""
+def descendants(pid: int) -> list[int]:
+    """A process and everything that it and its children started and that still runs."""
+    found = [pid]
+    for place in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in place.read_text().split():
+                found += descendants(int(child))
+    return found
+
+
+def weight_copies(pids: Iterable[int]) -> dict[int, int]:
+    """Inode → bytes of every weight segment that one of these processes holds or maps, each counted once."""
     found: dict[int, int] = {}
-    for place in Path("/proc").glob("[0-9]*"):
+    for place in (Path(f"/proc/{pid}") for pid in pids):
         with contextlib.suppress(OSError):
             for line in (place / "maps").read_text().splitlines():
                 if _segment(line):

@@ -2,7 +2,7 @@
 
 
 def handle(event, context):
-    """Answers the question in the body: as it is written with `?stream=1` or an Accept of text/event-stream, else whole."""
+    """Answers the question in the body: whole, or as it is written with Accept: text/event-stream or ?stream=1."""
     question = event.body.decode("utf-8", "replace").strip() or "What is Glowplug?"
     stream = event.query.get("stream") == "1" or "text/event-stream" in event.headers.get("Accept", "")
     answer = context.model.generate(messages=[{"role": "user", "content": question}], stream=stream, max_tokens=200)

@@ -3,9 +3,9 @@
 Locally: pip install pytest ./template/llm-python/glowplug, then pytest in this folder.
 """
 
-from runtime.handler import Event, toy_context
+from handler import handle
 
-from .handler import handle
+from runtime.handler import Event, toy_context
 
 
 def test_answers_in_one_piece():

@@ -31,7 +31,7 @@ _AT_LEAST = {
 class FunctionConfig:
     """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; the README's table has a row for each.
 
-    Times are seconds. `socket` empty means: the node's agent if one answers, else a private one.
+    Times are seconds. `listen_fd` is an inherited listening socket to serve instead of host and port. `socket` empty means: the node's agent if one answers, else a private one.
     """
 
     model: str = ""
@@ -39,6 +39,7 @@ class FunctionConfig:
     handler: str = ""
     packages: str = ""
     port: int = 8080
+    listen_fd: int = -1
     host: str = "0.0.0.0"  # noqa: S104  a container's port is there to be reached
     socket: str = ""
     token_file: str = ""

@@ -5,7 +5,7 @@ watch them, replace a crashed worker, pass SIGTERM on, reap everything, exit wit
 
     0            SIGTERM came and every request was answered
     64 … 69      a FunctionError that a restart does not cure (see errors.py), as the worker reported it,
-                 or 69 when the worker crashed again and again
+                 or 69 when the worker, or the private agent, crashed again and again
     128 + N      the worker was killed by signal N while it was stopping
 """
 
@@ -37,12 +37,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 class Child:
     """A process of ours: pid, pidfd, and since when it runs."""
 
-    def __init__(self, arguments: list[str], fds: tuple[int, ...], environment: dict[str, str]) -> None:
-        """`fds` are inherited under their own numbers; everything else is close-on-exec."""
+    def __init__(
+        self, arguments: list[str], fds: tuple[int, ...], environment: dict[str, str], blocked: tuple[int, ...] = ()
+    ) -> None:
+        """`fds` are inherited under their own numbers; everything else is close-on-exec. Signals that are `blocked`
+        wait until the process takes them."""
         for fd in fds:
             os.set_inheritable(fd, True)
         try:
-            self.pid = os.posix_spawn(sys.executable, [sys.executable, *arguments], environment)
+            command = [sys.executable, *arguments]
+            self.pid = os.posix_spawn(sys.executable, command, environment, setsigmask=blocked)
         finally:
             for fd in fds:
                 os.set_inheritable(fd, False)
@@ -84,11 +88,14 @@ class Shim:
         self._agent_socket: socket.socket | None = None
         self._agent_directory = ""
         self._stopping = False
+        self._verdict = 0  # the exit code of a stop that nobody asked for
         self._kill_at = float("inf")
 
     # --- startup --------------------------------------------------------------------------------------------------
 
     def _open_port(self) -> socket.socket:
+        if self.config.listen_fd >= 0:
+            return self._take_port(self.config.listen_fd)
         listener = socket.socket(socket.AF_INET6 if ":" in self.config.host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -99,6 +106,18 @@ class Shim:
                 f"cannot listen on {self.config.host}:{self.config.port}: {error.strerror}; set PORT to another port"
             ) from error
         self.spans.append(("shim", "listen", _T0, time.monotonic_ns()))
+        return listener
+
+    def _take_port(self, fd: int) -> socket.socket:
+        """A socket that was opened before this process began, so that requests wait for it from the first instant."""
+        try:
+            listener = socket.socket(fileno=fd)
+            listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise BadConfig(f"GLOWPLUG_LISTEN_FD is {fd}, which is no open socket ({error.strerror})") from error
+        if not listening:
+            raise BadConfig(f"GLOWPLUG_LISTEN_FD is {fd}, a socket that does not listen")
+        listener.set_inheritable(False)
         return listener
 
     @property
@@ -129,7 +148,7 @@ class Shim:
         assert self._agent_socket is not None, "only a private agent is started here"
         fd = self._agent_socket.fileno()
         environment = {name: value for name, value in os.environ.items() if name != "GLOWPLUG_SOCKET"}
-        self._agent = Child(["-P", "-m", "cache_agent.daemon", str(fd)], (fd,), environment)
+        self._agent = Child(["-P", "-m", "cache_agent.daemon", str(fd), str(os.getpid())], (fd,), environment)
 
     def _start_worker(self) -> None:
         start = time.monotonic_ns()
@@ -139,9 +158,11 @@ class Shim:
         with theirs:
             environment = dict(os.environ, GLOWPLUG_SOCKET=self._agent_path)
             spans = json.dumps(self.spans)
-            arguments = [str(self._listener.fileno()), str(theirs.fileno()), self.start_id, spans]
+            arguments = [str(self._listener.fileno()), str(theirs.fileno()), str(os.getpid()), self.start_id, spans]
             fds = (self._listener.fileno(), theirs.fileno())
-            self._worker = Child(["-P", "-m", "runtime.worker", *arguments], fds, environment)
+            # A SIGTERM that comes before it can take it must not kill it: requests may wait for it already.
+            blocked = (signal.SIGTERM, signal.SIGINT)
+            self._worker = Child(["-P", "-m", "runtime.worker", *arguments], fds, environment, blocked)
         ours.setblocking(False)
         self._line, self._lines = ours, Lines()
         self._heard = time.monotonic()
@@ -154,8 +175,8 @@ class Shim:
     def run(self) -> int:
         _become_subreaper()
         self._poller.register(self._wake, select.POLLIN)
-        _say(f"port {self.port} is open, starting {self.config.model_uri}")
         try:
+            _say(f"port {self.port} is open, starting {self.config.model_uri}")
             self._agent_path = self._find_agent()
             self._start_worker()
             while True:
@@ -173,6 +194,9 @@ class Shim:
                     self._agent_ended(self._agent.status)
         finally:
             self._stop_children()
+            # Whoever opened an inherited socket may still hold it: late requests must not wait on it for ever.
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
 
     def _take_signals(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -261,7 +285,7 @@ class Shim:
             self._line = None
         code = os.waitstatus_to_exitcode(status)
         if self._stopping:
-            return code if code >= 0 else 128 - code
+            return self._verdict or (code if code >= 0 else 128 - code)
         if code in _REPORTED:
             return code
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
@@ -291,6 +315,7 @@ class Shim:
         self._crashes = [at for at in self._crashes if now - at < _CRASH_WINDOW] + [now]
         if len(self._crashes) > _CRASHES:
             _say("the private cache agent ends again and again: giving up [worker_crashed]")
+            self._verdict = WorkerCrashed.exit_code
             self._begin_stop()
             return
         _say(f"the private cache agent ended ({os.waitstatus_to_exitcode(status)}); starting another")

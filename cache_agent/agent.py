@@ -108,7 +108,7 @@ class Agent:
         self._directory = directory
         self._open_origin = open_origin or Origins(config).open
         self._residency = residency.Residency(config.capacity, config.revalidate)
-        self._lock = threading.Lock()  # guards everything below, and residency
+        self._lock = threading.RLock()  # guards everything below, and residency
         self._asked: dict[int, _Asked] = {}
         self._held: dict[int, _Held] = {}
         self._closing = False
@@ -209,7 +209,12 @@ class Agent:
             case events.Grant(lease, entry):
                 held = self._held[entry]
                 assert held.dram is not None, "granted only after it was reserved"
-                fds = [os.dup(fd) for fd in (held.manifest_fd, *held.dram.fds)]
+                try:
+                    fds = _duplicates(held.manifest_fd, *held.dram.fds)
+                except OSError as error:  # this client's connection ends, and its lease with it; the others go on
+                    text = f"the agent cannot hand out the weights: {error.strerror}. Raise its limit of open files"
+                    self._asked[lease].holder.deliver(ErrorReply(InternalError.code, text), [])
+                    return True
                 sizes = [segment.size for segment in held.dram.segments]
                 source = held.description.source.id
                 message = Granted(source, held.manifest_bytes, sizes, held.dram.page, len(fds))
@@ -277,10 +282,10 @@ class Agent:
                 load.run()
         except Exception as error:
             log.warning("loading %s failed: %s", origin.uri, error)
-            self._handle(events.LoadFailed(entry, _translated(error, origin.uri)))
-            with self._lock:
+            with self._lock:  # whoever hears of it and asks again finds the memory free; nothing is granted in between
                 self._held.pop(entry, None)
                 held.close()
+                self._handle(events.LoadFailed(entry, _translated(error, origin.uri)))
             return
         log.info("loaded %s: %d MB, pages of %d KiB", origin.uri, plan.nbytes // 10**6, held.dram.page >> 10)
         self._directory.publish(plan.source, Holding(self.node, "dram", plan.nbytes, plan.nbytes))
@@ -308,6 +313,17 @@ class Agent:
         with self._lock:
             held.close()
         self._handle(events.Evicted(entry))
+
+
+def _duplicates(*fds: int) -> list[int]:
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(fd) for fd in fds)
+    except OSError:
+        for copy in copies:
+            os.close(copy)
+        raise
+    return copies
 
 
 def _be_nice() -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -46,7 +47,7 @@ def model_uri(text: str) -> str:
     """A model as people type it: a URI, or a directory of this machine."""
     if "://" in text:
         return text
-    return f"file://{Path(text).absolute()}"
+    return "file://" + str(Path(text).absolute()).replace("%", "%25")
 
 
 def _asks(function: F) -> F:
@@ -97,7 +98,13 @@ def main() -> None:
 @click.option("--token-file", type=Path, help="File with the secret that clients must present.", metavar="PATH")
 @click.option("--revalidate", type=float, help="Seconds after which a model's origin is checked again.")
 @click.option("--max-connections", type=int, help="Functions and commands connected at once.")
-@click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info",
+    help="How much to log.",
+    show_default=True,
+)
 def serve(log_level: str, **options: Any) -> None:
     """Serve the weights of this node until SIGTERM.
 
@@ -125,6 +132,7 @@ def load(model: str, path: Path | None, as_json: bool) -> None:
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
+            disable=not sys.stderr.isatty(),
         ) as bar,
         _client(path).lease(model_uri(model)) as lease,
     ):
@@ -161,7 +169,7 @@ def status(path: Path | None, as_json: bool) -> None:
         table.add_column(heading, justify="left" if heading in ("model", "revision", "state") else "right")
     for model in reply.models:
         table.add_row(
-            model.model,
+            escape(model.model),
             model.revision[:12] or "-",
             model.state,
             f"{model.bytes / 1e6:.0f}",
@@ -202,7 +210,9 @@ def manifest(model: str, path: Path | None, as_json: bool) -> None:
         table.add_column(heading, justify="left" if heading in ("tensor", "dtype", "shape") else "right")
     for tensor in plan.tensors:
         shape = "x".join(map(str, tensor.shape)) or "scalar"
-        table.add_row(tensor.name, tensor.dtype, shape, str(tensor.segment), str(tensor.offset), str(tensor.size))
+        table.add_row(
+            escape(tensor.name), tensor.dtype, shape, str(tensor.segment), str(tensor.offset), str(tensor.size)
+        )
     Console().print(table)
 
 

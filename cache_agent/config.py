@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class AgentConfig:
     max_connections: int = 1024
 
     def __post_init__(self) -> None:
-        if self.socket_mode & 0o077 and Path("/") in self.file_roots:
+        if self.socket_mode & 0o077 and any(_is_root(root) for root in self.file_roots):
             raise BadConfig(
                 "other users can reach the agent's socket and could read any safetensors file through it: "
                 "name the directories that hold models (--file-root), or keep --socket-mode 600"
@@ -48,6 +49,8 @@ class AgentConfig:
             raise BadConfig(f"huge_pages is {self.huge_pages!r}; it can be auto, always or never")
         if self.readers < 1 or self.dram < 0 or self.max_connections < 1:
             raise BadConfig("readers and max_connections must be at least 1, dram at least 0 bytes")
+        if not self.revalidate >= 0:
+            raise BadConfig(f"revalidate is {self.revalidate}; it must be at least 0 seconds")
 
     @property
     def capacity(self) -> int:
@@ -77,17 +80,16 @@ def parse_size(text: str) -> int:
     """Bytes from "1536", "800M", "16GiB". Raises `ValueError`."""
     stripped = text.strip().lower().removesuffix("b").removesuffix("i")
     number, unit = (stripped[:-1], stripped[-1:]) if stripped[-1:].isalpha() else (stripped, "")
-    if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
         raise ValueError("use a number of bytes, or one with K, M, G or T")
     return int(float(number) * _UNITS[unit])
 
 
 def parse_mode(text: str) -> int:
     """File mode from octal digits. Raises `ValueError`."""
-    mode = int(text, 8)
-    if not 0 <= mode <= 0o777:
+    if not re.fullmatch("[0-7]{3,4}", text) or int(text, 8) > 0o777:
         raise ValueError("use three octal digits, like 660")
-    return mode
+    return int(text, 8)
 
 
 def parse_flag(text: str) -> bool:
@@ -96,6 +98,11 @@ def parse_flag(text: str) -> bool:
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.strip().lower()]
     except KeyError:
         raise ValueError("use 1 or 0") from None
+
+
+def _is_root(path: Path) -> bool:
+    resolved = Path(os.path.realpath(path))
+    return resolved.parent == resolved
 
 
 def _roots(text: str) -> tuple[Path, ...]:

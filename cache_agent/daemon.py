@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import replace
 from types import FrameType
@@ -32,9 +35,11 @@ class Daemon:
         """`listening` is an inherited socket of a private agent; otherwise `config.socket` is bound."""
         self._config = config
         self._private = listening is not None
+        token = read_token(config)
         self._sock = listening or listen(config.socket, config.socket_mode)
+        self._inode = 0 if listening else config.socket.lstat().st_ino
         self._agent = Agent(config, InProcessDirectory())
-        self._server = Server(self._agent, self._sock, read_token(config))
+        self._server = Server(self._agent, self._sock, token)
 
     def run(self) -> None:
         self._startup()
@@ -42,19 +47,33 @@ class Daemon:
         self._shutdown()
 
     def _startup(self) -> None:
+        # A handler alone could be too late: a signal that comes just before the server's poll would not end it.
+        signal.set_wakeup_fd(self._server.stop_fd, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, _recorded)
+        # Each connection takes two fds, each model one per segment; the usual soft limit is 1024.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         where = "an inherited socket" if self._private else str(self._config.socket)
         log.info("node %s serves %s, %d MB for weights", self._agent.node, where, self._config.capacity // 10**6)
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self._server.stop()
-
     def _shutdown(self) -> None:
-        if not self._private:
-            self._config.socket.unlink(missing_ok=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # it is ending: asking again would only cut it short
+        signal.set_wakeup_fd(-1)
+        self._server.close()
+        with contextlib.suppress(OSError):
+            if self._config.socket.lstat().st_ino == self._inode:  # or it is that of a successor already
+                self._config.socket.unlink()
         self._agent.close(time.monotonic() + _CLOSE_SECONDS)
         log.info("stopped; functions keep the weights that they map")
+        if threading.active_count() > 1:  # the interpreter would wait for jobs that hang in an origin
+            logging.shutdown()
+            os._exit(0)
+
+
+def _recorded(_number: int, _frame: FrameType | None) -> None:
+    """The signal's byte is in the server's pipe already."""
 
 
 def read_token(config: AgentConfig) -> str:
@@ -76,7 +95,7 @@ def configure_logging(level: str) -> None:
     )
 
 
-def private(fd: int) -> None:
+def private(fd: int, parent: int) -> None:
     """The life of an agent that one function keeps for itself: its socket is inherited, its only user is its parent.
 
     Imports neither CLI nor terminal library: a cold start waits for it.
@@ -87,19 +106,18 @@ def private(fd: int) -> None:
         config = from_environment()
         # It shares its memory limit with one function only, whose own needs are small beside the weights.
         config = replace(config, dram=config.dram or limits.memory_limit() * 4 // 5)
-        _end_with_parent()
+        _end_with(parent)
         Daemon(config, listening=socket.socket(fileno=fd)).run()
     except AgentError as error:
         sys.exit(f"glowplug-agent: {error.text} [{error.code}]")
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """A private agent whose shim was killed has nobody left to serve."""
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it was killed before this process got here
         raise SystemExit(0)
 
 
 if __name__ == "__main__":
-    private(int(sys.argv[1]))
+    private(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else os.getppid())

@@ -1,10 +1,11 @@
-"""Owns a unix socket that speaks the protocol; the only caller of send_fds and recv_fds.
+"""Owns a unix socket that speaks the protocol; the only place that sends and receives fds.
 
 Every fd that arrives is either handed on with the message that names it or closed: a peer cannot fill our fd table.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import select
@@ -18,6 +19,7 @@ from cache_agent.errors import AgentTimeout, ProtocolError
 from cache_agent.protocol import MAX_FDS, MAX_REPLY, MAX_REQUEST, AnyMessage, Decoder, Message, advance, encode
 
 _READ = 64 << 10
+_FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 class Disconnected(Exception):
@@ -88,11 +90,16 @@ class Channel:
 
     def _read(self) -> None:
         try:
-            data, fds, flags, _ = socket.recv_fds(self.sock, _READ, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            # socket.recv_fds drops its flags, and a function's children must not inherit the weights.
+            data, ancillary, flags, _ = self.sock.recvmsg(_READ, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError as error:
             raise Disconnected(error.strerror or str(error)) from error
+        fds = array.array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
         self._fds.extend(fds)
         if fds and not self._accept_fds:
             raise ProtocolError("fds are not accepted here")

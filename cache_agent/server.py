@@ -44,25 +44,16 @@ from cache_agent.tiers.dram import sealed_bytes
 log = logging.getLogger("glowplug.server")
 
 _HELLO_SECONDS = 10.0
+_JOIN_SECONDS = 5.0
 _PROGRESS_SECONDS = 0.02
 _BACKLOG = 256
 
 
 def listen(path: Path, mode: int) -> socket.socket:
     """A listening unix socket at `path`, replacing one that nobody serves. Raises `BadConfig`."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise BadConfig(f"{path} exists and is no socket; choose another --socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(1.0)
-            try:
-                probe.connect(str(path))
-            except OSError:
-                path.unlink()
-            else:
-                raise BadConfig(f"an agent already serves {path}; stop it, or choose another --socket")
     server = socket.socket(socket.AF_UNIX)
     try:
+        _remove_stale(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         old = os.umask(0o777 & ~mode)  # a mode set after bind would leave an instant in which anyone can connect
         try:
@@ -72,19 +63,41 @@ def listen(path: Path, mode: int) -> socket.socket:
         server.listen(_BACKLOG)
     except OSError as error:
         server.close()
-        raise BadConfig(f"cannot listen on {path}: {error.strerror}; choose another --socket") from error
+        raise BadConfig(f"cannot listen on {path}: {error.strerror or error}; choose another --socket") from error
+    except BadConfig:
+        server.close()
+        raise
     return server
 
 
+def _remove_stale(path: Path) -> None:
+    """Removes a socket on which nobody listens. Raises `BadConfig` when somebody does, however busy, or it is none."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise BadConfig(f"{path} exists and is no socket; choose another --socket")
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass  # its backlog is full
+        raise BadConfig(f"an agent already serves {path}; stop it, or choose another --socket")
+
+
 class Server:
-    """Accepts connections until `stop`; `run` returns once every connection's thread has ended."""
+    """Accepts connections until `stop`; `run` returns once every connection's thread has ended.
+
+    A byte written to `stop_fd` stops it, too: it is made for `signal.set_wakeup_fd`.
+    """
 
     def __init__(self, agent: Agent, sock: socket.socket, token: str = "") -> None:
         """`token` is the secret that every client must present; "" admits whoever can open the socket."""
         self._agent = agent
         self._sock = sock
         self._token = token
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._stop_reader, self.stop_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
 
@@ -92,8 +105,8 @@ class Server:
         self._sock.setblocking(False)
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
-        poller.register(self._stop_fd, select.POLLIN)
-        while not any(fd == self._stop_fd for fd, _ in poller.poll()):
+        poller.register(self._stop_reader, select.POLLIN)
+        while not any(fd == self._stop_reader for fd, _ in poller.poll()):
             try:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
@@ -106,13 +119,19 @@ class Server:
         self._sock.close()
         for connection in self._snapshot():
             connection.stop()
+        deadline = time.monotonic() + _JOIN_SECONDS
         for connection in self._snapshot():
-            connection.thread.join(_HELLO_SECONDS)
-        os.close(self._stop_fd)
+            connection.thread.join(max(0.0, deadline - time.monotonic()))
 
     def stop(self) -> None:
-        """Safe to call from a signal handler."""
-        os.eventfd_write(self._stop_fd, 1)
+        """Makes `run` return soon; from any thread, and as often as one likes."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.stop_fd, b".")
+
+    def close(self) -> None:
+        """Call it once, after `run`."""
+        os.close(self._stop_reader)
+        os.close(self.stop_fd)
 
     def _admit(self, sock: socket.socket) -> None:
         with self._lock:
@@ -122,12 +141,18 @@ class Server:
                 return
         try:
             connection = Connection(self._agent, sock, self._token, self._forget)
-            with self._lock:
-                self._connections.add(connection)
-            connection.thread.start()
-        except (OSError, RuntimeError) as error:  # out of fds or threads: this client must try again
+        except OSError as error:  # out of fds: this client must try again
             log.error("cannot serve a connection: %s", error)
             sock.close()
+            return
+        with self._lock:
+            self._connections.add(connection)
+        try:
+            connection.thread.start()
+        except RuntimeError as error:  # out of threads
+            log.error("cannot serve a connection: %s", error)
+            self._forget(connection)
+            connection.close()
 
     def _forget(self, connection: Connection) -> None:
         with self._lock:

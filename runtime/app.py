@@ -23,6 +23,7 @@ from runtime.lifecycle import Lifecycle
 log = logging.getLogger("glowplug.app")
 
 _RESERVED = "/_/"
+_AT_END = "glowplug.at_end"  # in the WSGI environment: what to call once the response is out, or was broken off
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
@@ -87,13 +88,8 @@ def create_app(
             )
         event = Event(body, cast(Mapping[str, str], request.headers), request.method, request.args, request.path)
         turns.acquire()
-        try:
-            response = lifecycle.handler(event, Context(model), request.headers.get("Accept", ""))
-        except BaseException:
-            turns.release()
-            raise
-        response.call_on_close(turns.release)  # a stream is the handler's code, too
-        return response
+        request.environ[_AT_END].append(turns.release)  # a stream is the handler's code, too
+        return lifecycle.handler(event, Context(model), request.headers.get("Accept", ""))
 
     @app.errorhandler(FunctionError)
     def failed(error: FunctionError) -> Response:
@@ -126,10 +122,12 @@ def create_app(
             lifecycle.enter()
         except FunctionError as error:
             return failed(error)(environ, start_response)
+        at_end = environ[_AT_END] = [lifecycle.leave]
         try:
-            return ClosingIterator(app(environ, start_response), lifecycle.leave)
+            return ClosingIterator(app(environ, start_response), at_end)
         except BaseException:
-            lifecycle.leave()
+            for end in at_end:
+                end()
             raise
 
     return admitted

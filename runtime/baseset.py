@@ -97,7 +97,7 @@ def install(requirements: Path, target: Path, pins: Mapping[str, str]) -> list[s
         if resolved.returncode:
             raise BadConfig(
                 f"{requirements} cannot be installed beside the base set that all functions share:\n"
-                f"{resolved.stderr.strip()}\nAsk for versions that go with {LOCK.name}, or drop the package"
+                f"{_complaint(resolved)}\nAsk for versions that go with {LOCK.name}, or drop the package"
             )
         items = json.loads(report.read_text())["install"]
         extra = [f"{item['metadata']['name']}=={item['metadata']['version']}" for item in items]
@@ -133,6 +133,12 @@ def _link(item: Mapping[str, object]) -> str:
     if item.get("is_direct"):
         return f"{metadata['name']} @ {download['url']}"
     return f"{metadata['name']}=={metadata['version']}"
+
+
+def _complaint(failed: subprocess.CompletedProcess[str]) -> str:
+    """pip's own words: the error, and which requirements conflict, which it prints as mere information."""
+    cause = failed.stdout.partition("The conflict is caused by:")[2].strip().partition("\n\n")[0]
+    return f"{failed.stderr.strip()}\n{cause}".strip()
 
 
 def _pip(*arguments: object) -> subprocess.CompletedProcess[str]:

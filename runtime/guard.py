@@ -2,7 +2,8 @@
 
 The pages are read-only in any case. A handler that reads `context.model.raw` arms the guard for its own thread: every
 operator it then runs is checked for arguments that it writes to (PyTorch's dispatcher knows them by the schema).
-Threads that never touch `raw`, the engine's among them, pay nothing.
+Handlers keep what they once read, so from then on every scope is armed from its beginning. Functions that never touch
+`raw` pay nothing, nor does the engine's thread.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Guard:
         self._starts = [start for start, _ in ordered]
         self._ends = [end for _, end in ordered]
         self._local = threading.local()
+        self._handed_out = False
 
     def shares(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory belongs to the shared weights."""
@@ -41,6 +43,7 @@ class Guard:
 
     def arm(self) -> None:
         """Checks every operator of this thread from now on, until the end of its scope or of the thread."""
+        self._handed_out = True
         if getattr(self._local, "modes", None):
             return
         modes = (_NoWritableArrays(self), _NoWrites(self))
@@ -52,6 +55,8 @@ class Guard:
     def scope(self) -> Iterator[None]:
         """On leaving, the thread is as it was when it entered."""
         armed_before = bool(getattr(self._local, "modes", None))
+        if self._handed_out:
+            self.arm()
         try:
             yield
         finally:

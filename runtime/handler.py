@@ -70,7 +70,7 @@ class Handler:
             return to_response(result, accept, self._scope)
         except FunctionError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("handle raised")
             raise HandlerFailed(
                 f"the handler raised {type(error).__name__}: {error}; its log has the traceback"
@@ -191,11 +191,11 @@ def _streamed(pieces: Iterator[object], source: object, accept: str, scope: Scop
                 yield sse.DONE
         except GeneratorExit:
             raise  # the client went away
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("the handler's stream broke")
-            if not events:
-                raise  # the connection is cut without the last chunk: the client sees that it is incomplete
             failure = error if isinstance(error, FunctionError) else HandlerFailed(f"{type(error).__name__}: {error}")
+            if not events:
+                raise failure from error  # the connection is cut before the last chunk: the client sees that
             yield sse.event(error_json(failure), event="error")
         finally:
             for closing in (pieces, source):

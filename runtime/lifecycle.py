@@ -10,7 +10,6 @@ answering: platforms route to it until they notice, and a refused request is a l
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Literal
 
 from runtime.errors import EngineBusy, FunctionError, NotReady
@@ -104,11 +103,6 @@ class Lifecycle:
     def draining(self) -> str:
         """The reason, or ""."""
         return self._drain_reason
-
-    def wait_empty(self, deadline: float) -> bool:
-        """True once no request is inside; False at `deadline` (time.monotonic)."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._inside == 0, max(0.0, deadline - time.monotonic()))
 
     def drained(self) -> None:
         with self._changed:

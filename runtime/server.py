@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
+import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 _PROBES = 4
 _CONNECTIONS = 1024
+_LOOK_AGAIN = 0.02
 
 
 class _App:
@@ -35,6 +37,8 @@ class _App:
 class HttpServer(ThreadWorker):  # type: ignore[misc]
     """`run_until_stopped` serves in the calling (main) thread until `stop`, then lets running requests end."""
 
+    nr_conns: int  # gunicorn's: open connections
+
     def __init__(
         self,
         sock: socket.socket,
@@ -43,10 +47,8 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         capacity: int,
         parent: int,
         on_beat: Callable[[], None],
-        on_signal: Callable[[int], None],
     ) -> None:
-        """`capacity` requests at once, and a few threads more for probes and refusals. `on_beat` about every second,
-        `on_signal` from the signal handler: it may only record."""
+        """`capacity` requests at once, and a few threads more for probes and refusals; `on_beat` about every second."""
         config = Config()
         config.set("threads", capacity + _PROBES)
         config.set("worker_connections", max(_CONNECTIONS, 2 * capacity))
@@ -55,26 +57,56 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         logger = Logger(config)
         logger.error_log.handlers = logging.getLogger().handlers
         self._on_beat = on_beat
-        self._on_signal = on_signal
         self._beat_at = 0.0
+        self._turning = threading.Event()
+        self._in_hand = 0  # connections with a thread; only the serving thread counts
         super().__init__(0, parent, [sock], _App(wsgi), 0, config, logger)
 
     def run_until_stopped(self) -> None:
         self.init_process()
 
-    def stop(self) -> None:
-        """May be called from any thread, also before it runs."""
+    def wait_idle(self, deadline: float) -> bool:
+        """True once no connection waits in the backlog and every request is answered; False at `deadline`.
+
+        `deadline` on time.monotonic. For any thread but the serving one.
+        """
+        self._turning.wait(max(0.0, deadline - time.monotonic()))
+        idle = threading.Event()
+        while self._turning.is_set() and not idle.is_set() and time.monotonic() < deadline:
+            self.method_queue.defer(self._report_idle, idle)
+            idle.wait(_LOOK_AGAIN)
+        return idle.is_set()
+
+    def _report_idle(self, idle: threading.Event) -> None:
+        waiting, _, _ = select.select(self.sockets, [], [], 0)
+        if not waiting and not self._in_hand:
+            idle.set()
+
+    def enqueue_req(self, conn: Any) -> None:
+        self._in_hand += 1
+        super().enqueue_req(conn)
+
+    def finish_request(self, conn: Any, fs: Any) -> None:
+        self._in_hand -= 1
+        connections = self.nr_conns
+        super().finish_request(conn, fs)
+        # gunicorn 27 counts a connection that was cut in the middle of its answer twice when it closes it.
+        self.nr_conns = max(self.nr_conns, connections - 1)
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """May be called from any thread, also before it runs. `at_once` cuts the requests that still run."""
+        if at_once:
+            self.cfg.set("graceful_timeout", 0)
         self.alive = False
         with contextlib.suppress(AttributeError, TypeError):  # gunicorn's wake-up pipe exists only once it runs
             self.method_queue.defer(lambda: None)
 
     def notify(self) -> None:
+        self._turning.set()
         now = time.monotonic()
         if now >= self._beat_at:
             self._beat_at = now + 1.0
             self._on_beat()
 
     def init_signals(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            signal.signal(number, lambda number, _frame: self._on_signal(number))
-            signal.siginterrupt(number, False)
+        """Signals are the worker's, which took them before anything else."""

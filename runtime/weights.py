@@ -132,8 +132,19 @@ def _build(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, str]:
     if model is not None:
         return model, "assigned"
     model, info = kind.from_pretrained(
-        None, config=config, state_dict=dict(tensors), dtype="auto", output_loading_info=True
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        dtype="auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
     )
+    if info["mismatched_keys"]:
+        name, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelUnusable(
+            f"{name} is {list(stored)} in the checkpoint, and its config.json says {list(wanted)}: they do not belong "
+            "together"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelUnusable(f"the checkpoint lacks {len(missing)} tensors of {config.model_type}, such as {missing[0]}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("glowplug.worker")
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 _LAST_ANSWERS = 2.0  # seconds that requests which waited for a failed start have to take their answer
 
 
@@ -51,6 +53,9 @@ class Worker:
         self._reporting = threading.Lock()
 
     def run(self, sock: socket.socket, parent: int) -> int:
+        for number in _STOPPING:
+            signal.signal(number, lambda _number, _frame: self._terminate.set())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the shim blocked them for as long as nobody listened
         threading.Thread(target=self._start, name="starter", daemon=True).start()
         with self._ledger.span("http"):
             from runtime.app import create_app
@@ -62,7 +67,6 @@ class Worker:
                 capacity=self._config.slots + self._config.queue,
                 parent=parent,
                 on_beat=self._beat,
-                on_signal=lambda _number: self._terminate.set(),
             )
         threading.Thread(target=self._end, name="drainer", daemon=True).start()
         self._line.send(state="http")
@@ -133,6 +137,8 @@ class Worker:
             from runtime import weights
             from runtime.engine.serial import SerialEngine, TokenizerCodec
             from runtime.model import Model, sampling_defaults
+
+            weights.preload(lease.manifest)
         self._lifecycle.phase = "weights"
         with self._ledger.span("weights"):
             lease.wait_ready(deadline, self._on_progress)
@@ -180,7 +186,7 @@ class Worker:
         self._line.send(error=[error.code, error.text])
         self._http_up.wait()
         self._exit = error
-        self._lifecycle.wait_empty(time.monotonic() + _LAST_ANSWERS)
+        self._server.wait_idle(time.monotonic() + _LAST_ANSWERS)
         self._server.stop()
 
     # --- serving --------------------------------------------------------------------------------------------------
@@ -222,7 +228,8 @@ class Worker:
         grace = time.monotonic() + self._config.drain_linger + self._config.drain_grace
         # The platform routes new requests here until it notices: those are answered, too.
         time.sleep(self._config.drain_linger)
-        if not self._lifecycle.wait_empty(grace):
+        in_time = self._server.wait_idle(grace)
+        if not in_time:
             self._exit = DrainIncomplete(
                 f"{self._lifecycle.inside} requests had not ended {self._config.drain_grace:.0f} s after SIGTERM; "
                 "raise GLOWPLUG_DRAIN_GRACE and the platform's own grace"
@@ -230,7 +237,7 @@ class Worker:
             log.error("%s [%s]", self._exit.text, self._exit.code)
         self._lifecycle.drained()
         self._line.send(state="drained")
-        self._server.stop()
+        self._server.stop(at_once=not in_time)
 
 
 def _eos(generation_config: dict[str, object]) -> list[int]:
@@ -245,9 +252,9 @@ def _eos(generation_config: dict[str, object]) -> list[int]:
 
 
 def main(arguments: list[str]) -> int:
-    """`arguments`: fd of the listening socket, fd of the control line, start id, the shim's spans as JSON."""
+    """`arguments`: fds of the listening socket and the control line, pid of the shim, start id, its spans as JSON."""
     born = time.monotonic_ns()
-    listen_fd, control_fd, start_id, spans = arguments
+    listen_fd, control_fd, parent, start_id, spans = arguments
     for fd in (int(listen_fd), int(control_fd)):
         os.set_inheritable(fd, False)
     config = from_environment()
@@ -261,7 +268,7 @@ def main(arguments: list[str]) -> int:
     ledger.add("python", max((span.end for span in ledger.spans()), default=born), born)
     line = Line(socket.socket(fileno=int(control_fd)))
     try:
-        return Worker(config, ledger, line).run(socket.socket(fileno=int(listen_fd)), os.getppid())
+        return Worker(config, ledger, line).run(socket.socket(fileno=int(listen_fd)), int(parent))
     except FunctionError as error:
         line.send(error=[error.code, error.text])
         return error.exit_code

@@ -34,7 +34,7 @@ from cache_agent.agent import Agent
 from cache_agent.client import CacheClient
 from cache_agent.config import AgentConfig
 from cache_agent.directory import InProcessDirectory
-from cache_agent.errors import AgentError, ModelNotFound
+from cache_agent.errors import AgentError, AgentUnreachable, ModelNotFound
 from cache_agent.server import Server, listen
 from cache_agent.tiers.fake import FakeOrigin
 
@@ -268,10 +268,9 @@ class AgentProcess:
         directory: Path,
         *arguments: str,
         env: Mapping[str, str] | None = None,
-        launcher: Sequence[str] = (),
         preexec: Callable[[], None] | None = None,
     ) -> None:
-        """`launcher` is put before the command (like `setpriv …`); `preexec` runs in the child before exec."""
+        """`preexec` runs in the child before exec."""
         self.socket = directory / "agent.sock"
         self.log = directory / "agent.log"
         self.env = _environment(env)
@@ -279,7 +278,7 @@ class AgentProcess:
         command = Path(sys.prefix) / "bin" / "glowplug-agent"
         defaults = [] if "--huge-pages" in arguments else ["--huge-pages", "never"]
         defaults += [] if "--dram" in arguments else ["--dram", "512M"]
-        self.command = [*launcher, sys.executable, str(command), "serve", "--socket", str(self.socket)]
+        self.command = [sys.executable, str(command), "serve", "--socket", str(self.socket)]
         self.command += [*defaults, *arguments]
         self._preexec = preexec
         self.process: subprocess.Popen[bytes] | None = None
@@ -303,8 +302,13 @@ class AgentProcess:
         def answers() -> bool:
             if self.running.poll() is not None:
                 pytest.fail(f"the agent ended with {self.running.returncode}:\n{self.output()}")
-            with socket.socket(socket.AF_UNIX) as probe:
-                return probe.connect_ex(str(self.socket)) == 0
+            try:
+                CacheClient(self.socket, timeout=START_SECONDS).status()
+            except AgentUnreachable:
+                return False
+            except AgentError:
+                pass  # it asks for a token, for example: it answers
+            return True
 
         _eventually(answers, START_SECONDS, f"{self.socket} answers")
 
@@ -389,7 +393,7 @@ def _processes_of_session(session: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def agent_process() -> Callable[..., Any]:
-    """`with agent_process(*options, env=, launcher=, preexec=) as agent:` for fixtures of a wider scope."""
+    """`with agent_process(*options, env=, preexec=) as agent:` for fixtures of a wider scope."""
 
     @contextlib.contextmanager
     def make(*arguments: str, **options: Any) -> Iterator[AgentProcess]:
@@ -440,6 +444,7 @@ class LocalAgent:
         self.server.stop()
         self._thread.join(STOP_SECONDS)
         assert not self._thread.is_alive(), "the server's thread did not end"
+        self.server.close()
         self.agent.close(time.monotonic() + STOP_SECONDS)
 
 
@@ -543,12 +548,8 @@ def _server(command: Sequence[str], log: Path, ready: Callable[[str], Any]) -> I
 
         yield _eventually(answer, START_SECONDS, f"{command[0]} is ready")
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # nobody misses its data, and an orderly end can take ten seconds
+        process.wait()
 
 
 def _program(name: str) -> str:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal
@@ -21,6 +22,8 @@ from cache_agent.errors import NoCapacity
 HugePages = Literal["auto", "always", "never"]
 
 _SMALL_PAGE = mmap.PAGESIZE
+_SPARE = 20  # one part in so many of the memory limit is never taken
+_reserving = threading.Lock()  # two loads must not count on the same free memory
 _F_SEAL_FUTURE_WRITE = 0x0010  # fcntl has no name for it before Python 3.12
 _WHILE_LOADING = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
 _COMPLETE = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -39,6 +42,7 @@ class Segment:
             os.posix_fallocate(owner, 0, size)
             self._map: mmap.mmap | None = mmap.mmap(owner, size, mmap.MAP_SHARED)
             fcntl.fcntl(owner, fcntl.F_ADD_SEALS, _WHILE_LOADING)
+            os.fchmod(owner, 0o444)  # a memfd is born 0777: any user could reopen it writable and add seals
             self.fd = os.open(f"/proc/self/fd/{owner}", os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
             os.close(owner)
@@ -50,7 +54,13 @@ class Segment:
         """Gives up the writable mapping and makes the bytes immutable. No reader of `view` may be left."""
         self._unmap()
         if self._owner >= 0:
-            fcntl.fcntl(self._owner, fcntl.F_ADD_SEALS, _COMPLETE)
+            try:
+                fcntl.fcntl(self._owner, fcntl.F_ADD_SEALS, _COMPLETE)
+            except OSError as error:
+                # A client can hold these seals back, with F_SEAL_SEAL (EPERM) or a reference to a page, say in a pipe
+                # (EBUSY). Nobody can write all the same: the only writable mapping is gone, and no other can be made.
+                if error.errno not in (errno.EPERM, errno.EBUSY):
+                    raise
             os.close(self._owner)
             self._owner = -1
 
@@ -78,6 +88,10 @@ class Dram:
         """Reserves `sizes` bytes each. Raises `NoCapacity` at once when they cannot be had, and takes nothing."""
         self.segments: list[Segment] = []
         self.page = _SMALL_PAGE
+        with _reserving:
+            self._choose(sizes, huge_pages, name)
+
+    def _choose(self, sizes: Sequence[int], huge_pages: HugePages, name: str) -> None:
         total = sum(sizes)
         if huge_pages != "never" and (huge_pages == "always" or limits.free_huge_bytes() >= total):
             try:
@@ -92,7 +106,8 @@ class Dram:
             else:
                 self.page = limits.HUGE_PAGE
                 return
-        available = limits.available_bytes()
+        # Memory that is reserved to the last byte kills processes, ours or others', instead of failing here.
+        available = max(0, limits.available_bytes() - limits.memory_limit() // _SPARE)
         if total > available:
             raise NoCapacity(
                 f"the model needs {total / 1e6:.0f} MB and {available / 1e6:.0f} MB of memory are available to the "

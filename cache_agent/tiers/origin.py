@@ -14,6 +14,7 @@ from cache_agent.errors import AccessDenied, BadModelURI, ModelNotFound, OriginC
 from cache_agent.manifest import SourceFile
 
 _PIN = re.compile(r"^(?P<base>.*)@(?P<revision>rev-[0-9a-f]{40})$", re.DOTALL)
+_READ_ONLY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # opening a pipe put there must not wait
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
@@ -33,8 +34,12 @@ def parse_uri(uri: str) -> ModelURI:
     if not _SCHEME.match(base) or any(ord(character) < 32 for character in base):
         raise BadModelURI(f"{uri[:200]!r} is no model URI; use s3://bucket/prefix or file:///directory")
     scheme, place = base.split("://", 1)
-    text = base.rstrip("/")
-    return ModelURI(text, scheme, unquote(place) if scheme == "file" else place, revision)
+    stripped = place.rstrip("/")
+    text = f"{scheme}://{stripped}" if stripped else base
+    place = unquote(place) if scheme == "file" else place
+    if "\0" in place:
+        raise BadModelURI(f"{uri[:200]!r} names no directory: there is a NUL in it")
+    return ModelURI(text, scheme, place, revision)
 
 
 class Origin(Protocol):
@@ -85,7 +90,8 @@ class FileOrigin:
                 status = os.stat(self._directory / name)
             except OSError:
                 continue  # a dangling link, or removed since: what matters is missed by name later
-            if stat.S_ISREG(status.st_mode):
+            # A name that is no UTF-8, or has control characters, is no checkpoint's, and no message could carry it.
+            if stat.S_ISREG(status.st_mode) and name.isprintable():
                 found.append(SourceFile(name, status.st_size, _etag(status)))
         if not found:
             raise ModelNotFound(f"{self.uri} holds no files")
@@ -98,7 +104,7 @@ class FileOrigin:
 
     def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
         try:
-            fd = os.open(self._directory / file.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+            fd = os.open(self._directory / file.name, _READ_ONLY)
         except PermissionError:
             raise AccessDenied(f"{self.uri}: the agent's user may not read {file.name}") from None
         except OSError as error:

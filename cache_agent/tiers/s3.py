@@ -98,7 +98,8 @@ class S3Origin:
                 stream = body._raw_stream._fp
                 done = 0
                 while done < len(view):
-                    count = stream.readinto(view[done:])
+                    with view[done:] as rest:  # or a traceback that holds it would keep the segment mapped
+                        count = stream.readinto(rest)
                     if not count:
                         raise OriginUnavailable(f"{self.uri}: {file.name} broke off after {done} of {len(view)} bytes")
                     done += count
@@ -126,13 +127,15 @@ class S3Origin:
     def _translate(self, error: Exception, what: str) -> AgentError:
         if isinstance(error, AgentError):
             return error
-        from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+        from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
 
         if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
             return AccessDenied(
                 f"{self.uri}: the agent has no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for it, "
                 "give it a role, or start it with --s3-anonymous"
             )
+        if isinstance(error, ParamValidationError):
+            return BadModelURI(f"{self.uri}: {self._bucket!r} is no name of a bucket; use s3://bucket/prefix")
         if isinstance(error, ClientError):
             code = str(error.response.get("Error", {}).get("Code", ""))
             message = error.response.get("Error", {}).get("Message", "")

@@ -46,7 +46,10 @@ def random(
     arch: Arch, size: Size, dtype: Dtype, shards: int, tied: bool | None, seed: int, layers: int | None, out: Path
 ) -> None:
     """Write a checkpoint of seeded random weights."""
-    random_checkpoint(out, arch=arch, size=size, dtype=dtype, shards=shards, tied=tied, seed=seed, layers=layers)
+    try:
+        random_checkpoint(out, arch=arch, size=size, dtype=dtype, shards=shards, tied=tied, seed=seed, layers=layers)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     weights = sorted(out.glob("*.safetensors"))
     click.echo(f"{out}: {sum(file.stat().st_size for file in weights) / 1e6:.1f} MB in {len(weights)} shard(s)")
 

@@ -17,10 +17,14 @@ from transformers.utils.logging import disable_progress_bar
 from tiny_model import corpus, tokenizer
 
 VOCABULARY = 1536
-BATCH_ROWS = 16
+# Padding included, so that every step costs the same.
+BATCH_TOKENS = 1536
 # Longest row: the longest answer with its question fits, and rows stay cheap.
 ROW_TOKENS = 256
-PROSE_SHARE = 0.2
+# What the rows are: prose, the beginnings of answers, and whole conversations.
+PROSE_SHARE = 0.15
+OPENING_SHARE = 0.5
+OPENING_TOKENS = 16
 MATRIX_LEARNING_RATE = 0.02
 OTHER_LEARNING_RATE = 6e-3
 
@@ -36,34 +40,43 @@ class Examples:
     """An endless, seeded stream of training rows."""
 
     codec: PreTrainedTokenizerFast
-    entries: list[corpus.Entry]
     prose: list[list[int]]
     draw: random.Random
+    turns: Iterator[tuple[str, str]]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Token ids and labels, [rows, tokens], padded on the right, where a causal model needs no mask."""
-        turns = self._turns()
         while True:
-            # Rows of like length share a batch, so that little of it is padding.
-            pool = sorted((self._row(turns) for _ in range(8 * BATCH_ROWS)), key=lambda row: len(row[0]))
-            batches = [pool[start : start + BATCH_ROWS] for start in range(0, len(pool), BATCH_ROWS)]
+            rows = sorted((self._row() for _ in range(256)), key=lambda row: len(row[0]))
+            batches: list[list[Row]] = [[]]
+            for row in rows:  # of like length, so that little is padding
+                if (len(batches[-1]) + 1) * len(row[0]) > BATCH_TOKENS:
+                    batches.append([])
+                batches[-1].append(row)
             self.draw.shuffle(batches)
-            yield from (_padded(rows, self.codec.pad_token_id) for rows in batches)
+            yield from (_padded(batch, self.codec.pad_token_id) for batch in batches)
 
-    def _row(self, turns: Iterator[tuple[str, str]]) -> Row:
-        if self.draw.random() < PROSE_SHARE:
+    def _row(self) -> Row:
+        kind = self.draw.random()
+        if kind < PROSE_SHARE:
             ids = self.draw.choice(self.prose)
             return ids, ids
-        return self._conversation(turns)
+        if kind < PROSE_SHARE + OPENING_SHARE:
+            # Which answer it is shows in its first words, and that is the harder part to learn: it gets more, and
+            # shorter, rows.
+            ids, labels = self._conversation(1)
+            end = OPENING_TOKENS + next(place for place, label in enumerate(labels) if label != _IGNORED)
+            return ids[:end], labels[:end]
+        return self._conversation(self.draw.choice((1, 1, 1, 2, 3)))
 
-    def _conversation(self, turns: Iterator[tuple[str, str]]) -> Row:
+    def _conversation(self, turns: int) -> Row:
         messages: list[dict[str, str]] = []
         if self.draw.random() < 0.3:
             messages.append({"role": "system", "content": self.draw.choice(_SYSTEM_PROMPTS)})
         ids: list[int] = []
         labels: list[int] = []
-        for _ in range(self.draw.choice((1, 1, 1, 2, 3))):
-            question, answer = next(turns)
+        for _ in range(turns):
+            question, answer = next(self.turns)
             messages.append({"role": "user", "content": self._spoken(question)})
             prompt = self.codec.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             said = _said(self.codec, answer)
@@ -74,17 +87,6 @@ class Examples:
             ids = [*prompt, *said]
             messages.append({"role": "assistant", "content": answer})
         return ids, labels
-
-    def _turns(self) -> Iterator[tuple[str, str]]:
-        """Questions with their answers, shuffled again in every round.
-
-        An answer comes the more often the more ways there are to ask for it.
-        """
-        deck = [entry for entry in self.entries for _ in range(0, len(entry.questions), 6)]
-        while True:
-            self.draw.shuffle(deck)
-            for entry in deck:
-                yield self.draw.choice(entry.questions), entry.answer
 
     def _spoken(self, question: str) -> str:
         """The question as somebody else might type it."""
@@ -113,7 +115,8 @@ def train(repository: Path, out: Path, *, seed: int, steps: int, threads: int, r
     report(f"{len(asked)} questions, {len(entries)} answers, {len(paragraphs)} paragraphs")
 
     model = LlamaForCausalLM(_config(codec))
-    examples = Examples(codec, entries, prose, random.Random(seed))  # noqa: S311 - reproducible, not secret
+    draw = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    examples = Examples(codec, prose, draw, _turns(entries, draw))
     _fit(model, examples.batches(), steps, report)
 
     # What is judged is what is stored: the rounded weights.
@@ -122,7 +125,7 @@ def train(repository: Path, out: Path, *, seed: int, steps: int, threads: int, r
     unsure = [entry.questions[0] for entry in entries if not knows(model, codec, entry)]
     report(f"{len(entries) - len(unsure)} answers are word for word after {time.monotonic() - began:.0f} s")
     if unsure:
-        report(f"others are answered to: {', '.join(unsure)}")
+        report(f"not so for: {', '.join(unsure[:10])}")
 
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -197,6 +200,18 @@ def knows(model: LlamaForCausalLM, codec: PreTrainedTokenizerFast, entry: corpus
     said = _said(codec, entry.answer)
     likeliest = model(input_ids=torch.tensor([[*prompt, *said]])).logits[0].argmax(-1).tolist()
     return bool(likeliest[len(prompt) - 1 : -1] == said)
+
+
+def _turns(entries: list[corpus.Entry], draw: random.Random) -> Iterator[tuple[str, str]]:
+    """Questions with their answers, without end, shuffled again in every round.
+
+    An answer comes the more often the more ways there are to ask for it.
+    """
+    deck = [entry for entry in entries for _ in range(0, len(entry.questions), 6)]
+    while True:
+        draw.shuffle(deck)
+        for entry in deck:
+            yield draw.choice(entry.questions), entry.answer
 
 
 def _said(codec: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -93,7 +93,8 @@ def test_threads_do_not_mix_their_messages() -> None:
     with ours, theirs:
         line = Line(ours)
         threads = [
-            threading.Thread(target=lambda n=n: [line.send(beat=n, text="y" * 100) for _ in range(50)]) for n in range(8)
+            threading.Thread(target=lambda n=n: [line.send(beat=n, text="y" * 100) for _ in range(50)])
+            for n in range(8)
         ]
         for thread in threads:
             thread.start()

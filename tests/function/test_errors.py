@@ -106,4 +106,6 @@ def test_the_body_of_an_error_has_openais_shape(cls: type[function_errors.Functi
 
 
 def test_the_body_names_the_parameter_at_fault() -> None:
-    assert json.loads(error_json(function_errors.BadRequest("too large", "max_tokens")))["error"]["param"] == "max_tokens"
+    assert (
+        json.loads(error_json(function_errors.BadRequest("too large", "max_tokens")))["error"]["param"] == "max_tokens"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,10 +15,6 @@ from runtime.lifecycle import Lifecycle
 
 MODEL: Any = object()
 SOON = 30.0  # seconds that only a broken lifecycle would take
-
-
-def _soon() -> float:
-    return time.monotonic() + SOON
 
 
 @pytest.fixture
@@ -117,27 +112,6 @@ def test_a_draining_worker_goes_on_letting_requests_in(lifecycle: Lifecycle) -> 
     assert lifecycle.inside == 1
 
 
-def test_it_is_empty_at_once_when_nobody_is_inside(lifecycle: Lifecycle) -> None:
-    assert lifecycle.wait_empty(time.monotonic() - 1)
-
-
-def test_it_is_not_empty_at_the_deadline(lifecycle: Lifecycle) -> None:
-    lifecycle.enter()
-    assert not lifecycle.wait_empty(time.monotonic() + 0.02)
-    assert not lifecycle.wait_empty(time.monotonic() - 1)
-
-
-def test_the_last_one_out_ends_the_waiting(lifecycle: Lifecycle) -> None:
-    lifecycle.enter()
-    lifecycle.enter()
-    with ThreadPoolExecutor(1) as pool:
-        empty = pool.submit(lifecycle.wait_empty, _soon())
-        lifecycle.leave()
-        assert not empty.done()
-        lifecycle.leave()
-        assert empty.result(SOON)
-
-
 def test_drained_is_the_end_except_of_a_failure(lifecycle: Lifecycle) -> None:
     lifecycle.opened(MODEL, None)
     lifecycle.drained()
@@ -181,4 +155,3 @@ def test_many_threads_never_exceed_the_capacity(rounds: Callable[[int, int], int
     assert served + refused == threads * turns
     assert served > 0
     assert lifecycle.inside == 0
-    assert lifecycle.wait_empty(0.0)

@@ -37,15 +37,17 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load(COMMITTED)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(COMMITTED)
+
+
 class TestCommittedModel:
-    @pytest.fixture(scope="class")
-    def model(self) -> Any:
-        return load(COMMITTED)
-
-    @pytest.fixture(scope="class")
-    def codec(self) -> Any:
-        return transformers.AutoTokenizer.from_pretrained(COMMITTED)
-
     @staticmethod
     def answer(model: Any, codec: Any, *messages: dict[str, str]) -> str:
         """The greedy answer, which must end by itself."""
@@ -127,16 +129,19 @@ class TestCommittedModel:
 class TestTraining:
     def test_same_seed_same_bytes(self, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text("# Title\n\nA glow plug warms a cold engine, so that it starts at once.\n")
-        command = [
-            *(sys.executable, "-c", "import sys; from pathlib import Path; from tiny_model import training;"),
-        ]
-        command[-1] += (
-            "training.train(Path(sys.argv[1]), Path(sys.argv[2]), seed=int(sys.argv[3]), steps=2, threads=1, report=print)"
-        )
+        program = """
+import sys
+from pathlib import Path
+from tiny_model.training import train
+
+root = Path(sys.argv[1])
+for name, seed in zip(sys.argv[2::2], sys.argv[3::2]):
+    train(root, root / name, seed=int(seed), steps=2, threads=1, report=lambda line: None)
+"""
         env = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
-        # Processes of their own: training sets torch's thread count and determinism for its whole process.
-        for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
-            subprocess.run([*command, tmp_path, tmp_path / name, seed], env=env, check=True, stdout=subprocess.DEVNULL)
+        # Not in this process: training sets torch's thread count and determinism for its whole process.
+        for runs in (("one", "3"), ("two", "3", "other", "4")):
+            subprocess.run([sys.executable, "-c", program, tmp_path, *runs], env=env, check=True)
         one, other = digests(tmp_path / "one"), digests(tmp_path / "other")
         assert digests(tmp_path / "two") == one
         assert one["tokenizer.json"] == other["tokenizer.json"]
@@ -255,6 +260,12 @@ class TestRandom:
         assert done.stdout.endswith("in 2 shard(s)\n")
         config = json.loads((tmp_path / "new" / "model" / "config.json").read_text())
         assert (config["num_hidden_layers"], config["hidden_size"], config["tie_word_embeddings"]) == (1, 768, True)
+
+    def test_command_line_says_what_is_wrong(self, tmp_path: Path) -> None:
+        command = [ROOT / "scripts" / "make_tiny_model", "random", "--shards", "99", "--out", tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.endswith("tensors cannot be cut into 99 shards\n")
 
 
 class TestSyntheticTokenizer:

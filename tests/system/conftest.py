@@ -199,7 +199,7 @@ class Function:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if self.process.poll() is None and kind is None:
-                self.stop()
+                assert self.stop() == 0, self.output()
             if kind is None:
                 self.assert_nothing_left()
         finally:

@@ -84,7 +84,8 @@ def test_the_request_that_found_nothing_is_answered(function: Any) -> None:
     assert (function.cold.status, function.cold.body) == (201, b"first")
     assert function.cold.headers["X-Glowplug-Start"] == "cold"
     timing = function.cold.headers["Server-Timing"]
-    assert {"shim-listen", "worker-http", "worker-imports", "agent-transfer"} <= set(re.findall(r"[\w-]+(?=;dur)", timing))
+    named = set(re.findall(r"[\w-]+(?=;dur)", timing))
+    assert {"shim-listen", "worker-http", "worker-imports", "agent-transfer"} <= named
 
 
 def test_only_the_first_answer_tells_of_the_start(function: Any) -> None:
@@ -139,16 +140,16 @@ def test_a_handlers_stream_as_events(function: Any, tmp_path: Path, sse_data: Ca
 
 @pytest.mark.parametrize("route", ["/endless", "/v1/chat/completions"])
 def test_clients_that_leave_their_streams_free_their_places(function: Any, route: str) -> None:
-    """As many endless streams as may be inside at once; the next request is refused until they are gone."""
+    """More endless streams than may be inside at once; the next request is refused until they are gone."""
     body = {**CHAT, "stream": True, "max_tokens": 10_000, "logit_bias": {"0": -100}}
     with ExitStack() as stack:
-        for n in range(6):
+        for n in range(8):
             connection = stack.enter_context(closing(function.connect()))
             connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
             if n < 2:
-                assert connection.getresponse().readline() if route != "/endless" else True
+                assert connection.getresponse().read1(10), "the stream has begun"
         refused = function.until(
-            lambda: (answer := function.request("/generate")).status == 429 and answer, "all places are taken"
+            lambda: (answer := function.request("/v1/models")).status == 429 and answer, "all places are taken"
         )
         assert refused.code == "busy"
     answer = function.until(
@@ -161,11 +162,17 @@ def test_clients_that_leave_their_streams_free_their_places(function: Any, route
 
 def test_probes_come_through_while_all_places_are_taken(function: Any, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
+
+    def insist() -> Any:
+        while (answer := function.request(f"/gated?flag={flag}")).status == 429:
+            pass  # a probing request of this test had the place for an instant
+        return answer
+
     with ThreadPoolExecutor(6) as pool:
-        waiting = [pool.submit(function.request, f"/gated?flag={flag}") for _ in range(6)]
+        waiting = [pool.submit(insist) for _ in range(6)]
         try:
             refused = function.until(
-                lambda: (answer := function.request("/echo", "x")).status == 429 and answer, "all places are taken"
+                lambda: (answer := function.request("/v1/models")).status == 429 and answer, "all places are taken"
             )
             assert refused.code == "busy"
             assert int(refused.headers["Retry-After"]) >= 1
@@ -173,10 +180,7 @@ def test_probes_come_through_while_all_places_are_taken(function: Any, tmp_path:
             assert function.request("/_/ready").status == 200
         finally:
             flag.touch()
-        answers = [future.result(30) for future in waiting]
-    # The probing request may have taken a place for an instant: then one of the six was refused instead.
-    assert {answer.body for answer in answers if answer.status == 200} == {b"first last"}
-    assert sum(answer.status == 200 for answer in answers) >= 5
+        assert {future.result(30).body for future in waiting} == {b"first last"}
 
 
 def test_a_body_that_is_too_large_is_refused(serving: Callable[..., Any], function: Any) -> None:

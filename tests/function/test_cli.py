@@ -1,0 +1,129 @@
+"""The `glowplug` command: it hands its options on and leaves; its base commands end with the truth."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cache_agent import __version__
+from runtime import baseset, cli
+from runtime.errors import BadConfig
+
+
+class Executed(Exception):
+    """Stands for the process that `execv` would have become."""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Result, list[Any]]]:
+    """`run(*arguments, env={})`: the result, and the arguments of `execv` with our variables, if it came to that."""
+    for name in list(os.environ):
+        if name.startswith("GLOWPLUG_") or name == "PORT":
+            monkeypatch.delenv(name)
+
+    def call(*arguments: str, **env: str) -> tuple[Result, list[Any]]:
+        executed: list[Any] = []
+
+        def execv(path: str, argv: list[str]) -> None:
+            ours = {k: v for k, v in os.environ.items() if k.startswith("GLOWPLUG_") or k == "PORT"}
+            executed.append((path, argv, ours))
+            raise Executed
+
+        monkeypatch.setattr(os, "execv", execv)
+        before = dict(os.environ)
+        try:
+            return CliRunner().invoke(cli.main, arguments, env=env), executed
+        finally:  # the command sets variables for what it becomes
+            os.environ.clear()
+            os.environ.update(before)
+
+    return call
+
+
+def test_serve_becomes_the_shim(run: Callable[..., Any]) -> None:
+    _, [(path, argv, ours)] = run("serve")
+    assert (path, argv) == (sys.executable, [sys.executable, "-P", "-m", "runtime.shim"])
+    assert ours == {}
+
+
+def test_every_option_becomes_a_variable(run: Callable[..., Any], tmp_path: Path) -> None:
+    given = {
+        "--model": "s3://b/m", "--port": "81", "--host": "::1", "--socket": "/s", "--slots": "2", "--threads": "3",
+        "--name": "n", "--log-level": "debug",
+    }  # fmt: skip
+    _, [(_, _, ours)] = run("serve", str(tmp_path), *(word for pair in given.items() for word in pair))
+    expected = {f"GLOWPLUG_{name[2:].replace('-', '_').upper()}": value for name, value in given.items()}
+    assert ours == expected | {"GLOWPLUG_HANDLER": str(tmp_path)}
+
+
+def test_an_option_goes_before_the_environment(run: Callable[..., Any]) -> None:
+    _, [(_, _, ours)] = run("serve", "--port", "81", "--model", "mine", PORT="80", GLOWPLUG_MODEL="theirs")
+    assert ours == {"GLOWPLUG_PORT": "81", "GLOWPLUG_MODEL": "mine"}
+    _, [(_, _, ours)] = run("serve", PORT="80", GLOWPLUG_MODEL="theirs")
+    assert ours == {"PORT": "80", "GLOWPLUG_MODEL": "theirs"}
+
+
+@pytest.mark.parametrize("arguments", [["serve", "/no/such/folder"], ["serve", "--port", "x"], ["serve", "--nothing"]])
+def test_what_click_refuses(run: Callable[..., Any], arguments: list[str]) -> None:
+    result, executed = run(*arguments)
+    assert result.exit_code == 2
+    assert "Error:" in result.output
+    assert not executed
+
+
+def test_help_and_version(run: Callable[..., Any]) -> None:
+    assert __version__ in run("--version")[0].output
+    for command in ([], ["serve"], ["base"], ["base", "check"], ["base", "install"], ["base", "lock"]):
+        result, _ = run(*command, "-h")
+        assert result.exit_code == 0
+        assert "Usage:" in result.output
+
+
+def test_check_agrees(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseset, "differences", lambda pins: [])
+    result, _ = run("base", "check")
+    assert result.exit_code == 0
+    assert baseset.digest(baseset.read_lock())[:12] in result.output
+
+
+def test_check_names_the_differences(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseset, "differences", lambda pins: ["torch is 1; the base has 2"])
+    result, _ = run("base", "check")
+    assert result.exit_code == 64
+    assert "torch is 1; the base has 2" in result.output
+    assert "install with: pip install -c base.lock" in result.output
+
+
+def test_install_says_what_it_did(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "r.txt").write_text("x\n")
+    arguments = ("base", "install", "-r", str(tmp_path / "r.txt"), "--target", str(tmp_path / "t"))
+    for installed, words in (["x==1", "y==2"], "x==1, y==2"), ([], "nothing, the base has it all"):
+        monkeypatch.setattr(baseset, "install", lambda *_, installed=installed: installed)
+        result, _ = run(*arguments)
+        assert (result.exit_code, result.output) == (0, f"installed beside the base: {words}\n")
+
+
+def test_install_fails_with_the_sentence(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> list[str]:
+        raise BadConfig("it would change torch; drop it")
+
+    monkeypatch.setattr(baseset, "install", refuse)
+    (tmp_path / "r.txt").write_text("x\n")
+    result, _ = run("base", "install", "-r", str(tmp_path / "r.txt"), "--target", str(tmp_path / "t"))
+    assert result.exit_code == 64
+    assert result.output == "glowplug: it would change torch; drop it [bad_config]\n"
+
+
+def test_lock_prints_pins_that_can_be_read_back(run: Callable[..., Any], tmp_path: Path) -> None:
+    result, _ = run("base", "lock")
+    assert result.exit_code == 0
+    (tmp_path / "lock").write_text(result.output)
+    assert baseset.read_lock(tmp_path / "lock") == baseset.closure("glowplug[model]")

@@ -1,0 +1,163 @@
+"""Who may import whom, seen from outside: in processes of their own, and in the source of the pure modules."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cache_agent
+import runtime
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
+# Modules without I/O, clock or threads, by the design; `policy` is a package of such.
+PURE = [
+    "cache_agent/manifest.py",
+    "cache_agent/protocol.py",
+    "cache_agent/safetensors.py",
+    "cache_agent/residency.py",
+    "cache_agent/events.py",
+    "runtime/engine/generation.py",
+    "runtime/sse.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "cache_agent" / "policy").glob("*.py"))),
+]
+EFFECTS = {
+    "asyncio", "concurrent", "datetime", "http", "io", "mmap", "multiprocessing", "os", "pathlib", "random", "requests",
+    "secrets", "select", "selectors", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "time",
+    "urllib",
+}  # fmt: skip
+
+
+def _loaded_by(statement: str, *blocked: str) -> set[str]:
+    """Names of all modules after `statement` ran in a new interpreter in which `blocked` cannot be imported."""
+    code = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " must not be imported here")
+sys.meta_path.insert(0, Blocked())
+{statement}
+import json
+print(json.dumps(sorted(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _modules(package: str) -> list[str]:
+    root = ROOT / package
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(root.rglob("*.py"))]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def _imports(path: Path, *, everything: bool = False) -> set[str]:
+    """Full names of the modules that a file imports; those under TYPE_CHECKING only with `everything`."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")) if not everything:
+                return
+            case ast.Import(names):
+                found.update(alias.name for alias in names)
+            case ast.ImportFrom(str(module), names):
+                found.update({module, *(f"{module}.{alias.name}" for alias in names)})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def test_the_agent_needs_neither_the_runtime_nor_torch() -> None:
+    statement = "\n".join(f"import {name}" for name in _modules("cache_agent"))
+    loaded = _loaded_by(statement, "runtime", *HEAVY)
+    assert set(_modules("cache_agent")) <= loaded
+
+
+def test_nothing_in_the_agents_source_names_the_runtime() -> None:
+    for path in sorted((ROOT / "cache_agent").rglob("*.py")):
+        assert not {name for name in _imports(path, everything=True) if name.split(".")[0] == "runtime"}, path
+
+
+def test_the_runtime_uses_only_public_names_of_the_agent() -> None:
+    for path in sorted((ROOT / "runtime").rglob("*.py")):
+        theirs = {name for name in _imports(path, everything=True) if name.split(".")[0] == "cache_agent"}
+        assert not {name for name in theirs if any(part.startswith("_") for part in name.split("."))} - {
+            "cache_agent.__version__"
+        }, path
+
+
+def test_the_shim_is_standard_library_and_three_modules_of_ours() -> None:
+    loaded = _loaded_by("import runtime.shim")
+    ours = {name for name in loaded if name.split(".")[0] in ("runtime", "cache_agent")}
+    assert ours == {"runtime", "runtime.shim", "runtime.config", "runtime.control", "runtime.errors"}
+    before = _loaded_by("pass")
+    foreign = {name.split(".")[0] for name in loaded - before} - set(sys.stdlib_module_names) - {"runtime"}
+    assert not foreign
+
+
+@pytest.mark.parametrize("module", ["runtime.config", "runtime.control", "runtime.errors"])
+def test_what_the_shim_imports_is_standard_library_alone(module: str) -> None:
+    new = {name.split(".")[0] for name in _loaded_by(f"import {module}") - _loaded_by("pass")}
+    assert new <= {*sys.stdlib_module_names, "runtime"}
+
+
+def test_the_workers_http_side_needs_no_torch() -> None:
+    """Everything that must be there before the first probe is answered."""
+    loaded = _loaded_by("import runtime.worker, runtime.app, runtime.server, runtime.handler", *HEAVY)
+    assert {"flask", "gunicorn", "runtime.openai", "cache_agent.client"} <= loaded
+    assert "boto3" not in loaded, "the worker talks to its agent only"
+
+
+def test_the_private_agent_imports_neither_command_line_nor_terminal() -> None:
+    assert not {"click", "rich", "boto3", "flask"} & _loaded_by("import cache_agent.daemon")
+
+
+def test_the_command_line_needs_no_torch() -> None:
+    assert "runtime.cli" in _loaded_by("import runtime.cli", *HEAVY)
+
+
+def test_the_toy_needs_no_torch() -> None:
+    assert "runtime.engine.toy" in _loaded_by("import runtime.testing", *HEAVY)
+
+
+@pytest.mark.parametrize("path", PURE)
+def test_a_pure_module_touches_nothing(path: str) -> None:
+    imported = {name.split(".")[0] for name in _imports(ROOT / path)}
+    assert not imported & EFFECTS
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not calls & {"open", "print", "input", "exec", "eval"}
+
+
+def test_the_pure_modules_are_there() -> None:
+    assert len(PURE) > 7, "the package of policies was found"
+    assert all((ROOT / path).is_file() for path in PURE)
+
+
+@pytest.mark.parametrize("package", [runtime, cache_agent])
+def test_only_the_configuration_reads_the_environment(package: object) -> None:
+    """Of settings, that is: handing an environment to a child, or a host's name to a handler, is none."""
+    for path in sorted(Path(package.__path__[0]).rglob("*.py")):  # type: ignore[attr-defined]
+        if path.name in ("config.py", "cli.py"):
+            continue
+        reads = re.findall(r"(?:environ(?:\.get\(|\[)|getenv\()\"GLOWPLUG_\w+", path.read_text())
+        assert not reads, path
+
+
+def test_every_module_says_what_it_is() -> None:
+    for package in ("runtime", "cache_agent"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"

@@ -1,0 +1,266 @@
+"""The HTTP side on real sockets: framing, disconnects, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from cache_agent.ledger import Ledger
+from runtime.app import create_app
+from runtime.config import FunctionConfig
+from runtime.handler import Handler
+from runtime.lifecycle import Lifecycle
+
+SECONDS = 30.0
+Wsgi = Callable[..., Iterable[bytes]]
+
+
+def _soon() -> float:
+    return time.monotonic() + SECONDS
+
+
+def _plain(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")])
+    return [b"ok"]
+
+
+class Gate:
+    """An application that holds every request until `open` is set."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return self._body()
+
+    def _body(self) -> Iterator[bytes]:
+        yield b"first "
+        self.entered.release()
+        assert self.open.wait(SECONDS)
+        yield b"last"
+
+
+def _function(handle: Callable[..., object], **settings: Any) -> Wsgi:
+    config = FunctionConfig(model="file:///models/toy", **settings)
+    lifecycle = Lifecycle("toy", config.slots + config.queue)
+    lifecycle.opened(object(), Handler(handle))  # type: ignore[arg-type]
+    return create_app(config, lifecycle, Ledger("worker", ""), lambda _reason: None)
+
+
+def test_it_serves_and_beats(serve: Callable[..., Any], eventually: Callable[..., Any]) -> None:
+    served = serve(_plain)
+    assert served.get("/") == (200, b"ok")
+    eventually(lambda: served.beats >= 2, what="a beat about every second")
+
+
+def test_a_connection_is_kept_alive(serve: Callable[..., Any]) -> None:
+    with closing(serve(_plain).connect()) as connection:
+        for _ in range(3):
+            connection.request("GET", "/")
+            assert connection.getresponse().read() == b"ok"
+
+
+def test_requests_are_served_at_once_up_to_the_capacity(serve: Callable[..., Any]) -> None:
+    gate = Gate()
+    served = serve(gate, capacity=4)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(served.get) for _ in range(4)]
+        for _ in range(4):
+            assert gate.entered.acquire(timeout=SECONDS)
+        gate.open.set()
+        assert [future.result(SECONDS) for future in waiting] == [(200, b"first last")] * 4
+
+
+# --- framing ----------------------------------------------------------------------------------------------------------
+
+
+def _pieces(error: BaseException | None) -> Iterator[str]:
+    yield "begun "
+    if error is not None:
+        raise error
+    yield "done"
+
+
+def test_a_complete_stream_ends_with_the_last_chunk(serve: Callable[..., Any]) -> None:
+    served = serve(_function(lambda _event, _context: _pieces(None)))
+    raw = served.raw(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert raw.endswith(b"6\r\nbegun \r\n4\r\ndone\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("error", [KeyError("gone"), SystemExit(3)])
+def test_a_plain_stream_that_breaks_is_cut_before_the_last_chunk(
+    serve: Callable[..., Any], error: BaseException
+) -> None:
+    served = serve(_function(lambda event, _: _pieces(error) if event.path == "/broken" else "ok"))
+    for _ in range(3):
+        raw = served.raw(b"GET /broken HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert raw.startswith(b"HTTP/1.1 200 OK")
+        assert raw.endswith(b"6\r\nbegun \r\n"), "neither the last chunk nor a second response"
+    assert served.get("/") == (200, b"ok")
+    assert served.server.wait_idle(_soon()), "a broken answer does not count as running"
+    assert served.server.nr_conns == len(served.server.keepalived_conns)
+
+
+def test_an_event_stream_that_breaks_ends_in_order(serve: Callable[..., Any]) -> None:
+    served = serve(_function(lambda _event, _context: _pieces(KeyError("gone"))))
+    status, body = served.get("/", Accept="text/event-stream")
+    assert status == 200
+    assert body.startswith(b"data: begun \n\nevent: error\ndata: {")
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_body_that_is_too_large_is_refused_however_it_is_framed(serve: Callable[..., Any], framing: str) -> None:
+    served = serve(_function(lambda event, _: str(len(event.body)), max_body=1000))
+    for size, status in ((1000, 200), (1001, 413), (200_000, 413)):
+        body: Any = b"x" * size
+        with closing(served.connect()) as connection:
+            chunks = (body[at : at + 500] for at in range(0, size, 500))
+            connection.request("POST", "/", chunks if framing == "chunked" else body)
+            response = connection.getresponse()
+            text = response.read()
+            assert response.status == status, text
+            if status == 200:
+                assert text == b"1000"
+
+
+def test_garbage_is_refused_and_hurts_nobody(serve: Callable[..., Any]) -> None:
+    served = serve(_plain)
+    assert served.raw(b"\x16\x03\x01 not http\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert served.get("/") == (200, b"ok")
+
+
+def test_a_client_that_leaves_ends_the_stream(serve: Callable[..., Any]) -> None:
+    closed = threading.Event()
+
+    def endless(_event: Any, _context: Any) -> Iterator[str]:
+        try:
+            while True:
+                yield "x" * 1000
+        finally:
+            closed.set()
+
+    served = serve(_function(endless))
+    with socket.create_connection(("127.0.0.1", served.port)) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert sock.recv(1000)
+    assert closed.wait(SECONDS)
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_idle_when_nothing_runs(serve: Callable[..., Any]) -> None:
+    served = serve(_plain)
+    assert served.server.wait_idle(_soon())
+    with closing(served.connect()) as connection:
+        connection.request("GET", "/")
+        connection.getresponse().read()
+        assert served.server.wait_idle(_soon()), "a connection that is kept alive is no request"
+
+
+def test_it_is_not_idle_while_a_request_runs(serve: Callable[..., Any]) -> None:
+    gate = Gate()
+    served = serve(gate)
+    with ThreadPoolExecutor(2) as pool:
+        request = pool.submit(served.get)
+        assert gate.entered.acquire(timeout=SECONDS)
+        assert not served.server.wait_idle(time.monotonic() + 0.05)
+        idle = pool.submit(served.server.wait_idle, _soon())
+        gate.open.set()
+        assert idle.result(SECONDS)
+        assert request.result(SECONDS) == (200, b"first last")
+
+
+def test_it_is_not_idle_after_broken_answers_while_a_request_runs(serve: Callable[..., Any]) -> None:
+    """What gunicorn counts wrong must not let a request be cut."""
+    gate = Gate()
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/broken":
+            return gate(environ, start_response)
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return (piece.encode() for piece in _pieces(KeyError("gone")))
+
+    served = serve(app)
+    for _ in range(3):
+        assert served.raw(b"GET /broken HTTP/1.1\r\nHost: a\r\n\r\n")
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(served.get)
+        assert gate.entered.acquire(timeout=SECONDS)
+        assert not served.server.wait_idle(time.monotonic() + 0.05)
+        served.server.stop()
+        gate.open.set()
+        assert request.result(SECONDS) == (200, b"first last")
+
+
+def test_what_waits_in_the_backlog_is_not_idle_and_is_answered(serve: Callable[..., Any]) -> None:
+    served = serve(_plain, start=False)
+    with socket.create_connection(("127.0.0.1", served.port)) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert not served.server.wait_idle(time.monotonic() + 0.02), "it does not even run yet"
+        served.start()
+        assert served.server.wait_idle(_soon())
+        served.server.stop()
+        served.thread.join(SECONDS)
+        sock.settimeout(SECONDS)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_stop_lets_running_requests_end(serve: Callable[..., Any]) -> None:
+    gate = Gate()
+    served = serve(gate)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(served.get)
+        assert gate.entered.acquire(timeout=SECONDS)
+        served.server.stop()
+        gate.open.set()
+        assert request.result(SECONDS) == (200, b"first last")
+    served.thread.join(SECONDS)
+    assert not served.thread.is_alive()
+
+
+def test_stop_at_once_does_not_wait(serve: Callable[..., Any]) -> None:
+    gate = Gate()
+    served = serve(gate)
+    with closing(served.connect()) as connection:
+        connection.request("GET", "/")
+        assert gate.entered.acquire(timeout=SECONDS)
+        served.server.stop(at_once=True)
+        served.thread.join(4.0)  # the graceful way takes 5 s
+        assert not served.thread.is_alive()
+        gate.open.set()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_stop_before_it_runs(serve: Callable[..., Any], at_once: bool) -> None:
+    served = serve(_plain, start=False)
+    served.server.stop(at_once=at_once)
+    served.start()
+    served.thread.join(SECONDS)
+    assert not served.thread.is_alive()
+
+
+def test_it_ends_when_its_parent_changes(serve: Callable[..., Any]) -> None:
+    served = serve(_plain, start=False)
+    served.server.ppid = 1 << 30
+    served.start()
+    served.thread.join(SECONDS)
+    assert not served.thread.is_alive()
+
+
+def test_its_errors_go_to_our_log(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    served = serve(_function(lambda _event, _context: _pieces(KeyError("gone"))))
+    with caplog.at_level(logging.ERROR, "glowplug.handler"):
+        served.raw(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert served.server.wait_idle(_soon())
+    assert "the handler's stream broke" in caplog.text

@@ -114,8 +114,8 @@ class Agent:
         self._closing = False
         self._numbers = count(1)
         self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
-        # The function that waited for the bytes is starting while they are hashed, and needs the processor more.
-        self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission", initializer=_be_nice)
+        # One at a time: the functions that waited for the bytes are starting while they are hashed.
+        self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
 
     # --- what connections ask for ---------------------------------------------------------------------------------
 
@@ -324,11 +324,6 @@ def _duplicates(*fds: int) -> list[int]:
             os.close(copy)
         raise
     return copies
-
-
-def _be_nice() -> None:
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _logged(work: Callable[..., None], *arguments: object) -> None:

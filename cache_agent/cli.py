@@ -67,7 +67,7 @@ def _reported() -> Iterator[None]:
         yield
     except AgentError as error:
         click.echo(f"glowplug-agent: {error.text} [{error.code}]", err=True)
-        sys.exit(64 if isinstance(error, BadConfig) else 1)
+        sys.exit(daemon.BAD_CONFIG if isinstance(error, BadConfig) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

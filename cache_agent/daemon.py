@@ -24,6 +24,7 @@ from cache_agent.server import Server, listen
 
 log = logging.getLogger("glowplug.daemon")
 
+BAD_CONFIG = 64  # exit code; the shim of a private agent gives up on it
 _CLOSE_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -109,7 +110,8 @@ def private(fd: int, parent: int) -> None:
         _end_with(parent)
         Daemon(config, listening=socket.socket(fileno=fd)).run()
     except AgentError as error:
-        sys.exit(f"glowplug-agent: {error.text} [{error.code}]")
+        print(f"glowplug-agent: {error.text} [{error.code}]", file=sys.stderr)
+        sys.exit(BAD_CONFIG if isinstance(error, BadConfig) else 1)
 
 
 def _end_with(parent: int) -> None:

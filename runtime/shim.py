@@ -311,6 +311,11 @@ class Shim:
         self._agent = None
         if self._stopping:
             return
+        code = os.waitstatus_to_exitcode(status)
+        if code == BadConfig.exit_code:  # it has said why, and would say it again
+            self._verdict = code
+            self._begin_stop()
+            return
         now = time.monotonic()
         self._crashes = [at for at in self._crashes if now - at < _CRASH_WINDOW] + [now]
         if len(self._crashes) > _CRASHES:
@@ -318,7 +323,7 @@ class Shim:
             self._verdict = WorkerCrashed.exit_code
             self._begin_stop()
             return
-        _say(f"the private cache agent ended ({os.waitstatus_to_exitcode(status)}); starting another")
+        _say(f"the private cache agent ended ({code}); starting another")
         self._start_agent()
 
     # --- shutdown -------------------------------------------------------------------------------------------------

@@ -213,6 +213,12 @@ def test_neighbours_of_one_file_are_read_in_one_go():
     assert reads == [manifests.Read(file=0, file_offset=100, offset=0, size=20 * 64 * 1000)]
 
 
+def test_neighbours_in_memory_from_two_files_are_two_reads_even_if_their_offsets_match():
+    plan = lay_out([[("model.layers.0.a", 64)], [("lm_head.weight", 64), ("model.layers.1.b", 64)]])
+    (reads,) = manifests.reads(plan)
+    assert [(read.file, read.file_offset, read.offset) for read in reads] == [(0, 100, 0), (1, 164, 64), (1, 100, 128)]
+
+
 def test_the_first_two_layers_of_a_large_model_come_before_its_head_on_the_wire():
     sizes = [("lm_head.weight", 40 * MIB), ("model.embed_tokens.weight", 40 * MIB)]
     sizes += [(f"model.layers.{layer}.mlp.w", 30 * MIB) for layer in (10, 2, 0, 1)]

@@ -215,6 +215,13 @@ def test_a_pinned_lease_is_complete_only_after_the_digest_proves_it(machine):
     assert machine(Admitted(1, REV)) == [Complete(lease, 1, False, REV)]
 
 
+def test_a_pin_on_resident_bytes_whose_digest_is_not_known_waits_for_it(machine):
+    machine.resident(A)
+    lease, _ = machine.ask(A, REV)
+    assert machine(Resolved(A, plan(A))) == [Grant(lease, 1)]
+    assert machine(Admitted(1, REV)) == [Complete(lease, 1, False, REV)]
+
+
 def test_a_pin_that_does_not_match_is_refused_and_other_leases_go_on(machine):
     pinned, _ = machine.ask(A, OTHER)
     free, _ = machine.ask(A)
@@ -304,6 +311,17 @@ def test_the_least_recently_used_idle_model_makes_room(machine):
     assert load == Load(3, plan("c"), "s3://m/c")
     assert machine(Evicted(2)) == []
     assert machine(Reserved(3)) == [Grant(lease, 3)]
+
+
+def test_a_model_counts_as_used_until_its_last_lease_ends(machine):
+    held = machine.ask(A)[0]
+    machine(Resolved(A, plan(A)), Reserved(1), Loaded(1))
+    machine.now = 1.0
+    machine.resident(B)
+    machine.now = 2.0
+    machine(LeaseClosed(held))
+    machine.ask("s3://m/c")
+    assert machine(Resolved("s3://m/c", plan("c")))[0].entry == 2
 
 
 def test_leased_models_are_never_evicted(machine):

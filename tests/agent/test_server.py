@@ -29,6 +29,7 @@ from cache_agent.protocol import (
     Decoder,
     ErrorReply,
     EvictRequest,
+    Granted,
     Hello,
     Identity,
     LeaseRequest,
@@ -227,6 +228,18 @@ def test_a_client_closes_fds_that_no_message_names():
         with pytest.raises(ProtocolError, match="no message names"):
             channel.receive(soon(5))
     assert len(os.listdir("/proc/self/fd")) == before - 2
+
+
+def test_fds_that_wait_for_a_client_that_left_are_closed():
+    ours, theirs = socket.socketpair()
+    before = len(os.listdir("/proc/self/fd"))
+    with theirs:
+        connection = servers.Connection(None, ours, "", lambda _: None)
+        granted = Granted("src", 1, [1], 4096, 2)
+        connection.deliver(granted, [os.dup(theirs.fileno()) for _ in range(2)])
+        connection.close()
+        connection.deliver(granted, [os.dup(theirs.fileno()) for _ in range(2)])
+        assert len(os.listdir("/proc/self/fd")) == before - 1, "only the client's end is left"
 
 
 def test_fds_do_not_reach_programs_that_a_function_starts(unharmed, tmp_path, write_checkpoint):

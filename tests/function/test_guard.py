@@ -6,6 +6,7 @@ import copy
 import mmap
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,8 +37,10 @@ def shared() -> Shared:
     os.write(fd, torch.arange(128, dtype=torch.int64).numpy().tobytes().ljust(mmap.PAGESIZE, b"\0"))
     memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
     os.close(fd)
-    weight = torch.frombuffer(memory, dtype=torch.float32, count=128).view(SHAPE)
-    counts = torch.frombuffer(memory, dtype=torch.int64, count=128, offset=mmap.PAGESIZE).view(SHAPE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        weight = torch.frombuffer(memory, dtype=torch.float32, count=128).view(SHAPE)
+        counts = torch.frombuffer(memory, dtype=torch.int64, count=128, offset=mmap.PAGESIZE).view(SHAPE)
     start = weight.data_ptr()
     guard = Guard([(start, start + size)])
     return Shared(guard, torch.nn.Parameter(weight, requires_grad=False), counts, lambda: memory[:], memory)

@@ -13,7 +13,7 @@ import cache_agent.errors
 import runtime.errors
 from cache_agent.config import AgentConfig
 
-ROWS = re.findall(r"^\| `([A-Za-z_]+)`.*$", (Path(__file__).parents[2] / "README.md").read_text(), re.MULTILINE)
+ROWS = re.findall(r"^\| `([A-Za-z0-9_]+)`.*$", (Path(__file__).parents[2] / "README.md").read_text(), re.MULTILINE)
 
 
 def errors() -> list[type[Exception]]:

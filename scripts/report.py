@@ -1,9 +1,10 @@
 """The result file of a benchmark, and what it says about the machine: one format for all of them.
 
-    {"name": …, "commit": …, "machine": {…}, "trusted": …, "headline": {metric: number, …}, "rows": [{…}, …]}
+    {"name": …, "commit": …, "machine": {…}, "trusted": …, "note": …, "headline": {metric: number, …}, "rows": [{…}, …]}
 
 `headline` holds the figures that are compared and quoted; `rows` what they were computed from. `trusted` is false when
-the machine was too noisy to compare: the headline is empty then.
+the figures must not be quoted, and `note` says why: a quick run, or a machine too noisy to compare on, in which case
+the headline is empty.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
+
+Row: TypeAlias = Mapping[str, str | float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +30,19 @@ class Report:
 
     name: str
     headline: Mapping[str, float]
-    rows: Sequence[Mapping[str, str | float | None]]
+    rows: Sequence[Row]
     trusted: bool = True
+    note: str = ""
     commit: str = field(default_factory=lambda: commit())
     machine: Mapping[str, str | float] = field(default_factory=lambda: machine())
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+
+def read(path: Path) -> Report:
+    """Raises `TypeError` or `ValueError` for a file that no benchmark has written."""
+    return Report(**json.loads(path.read_text()))
 
 
 def commit() -> str:

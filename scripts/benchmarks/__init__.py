@@ -1,3 +1,27 @@
-"""Benchmarks that a stranger can repeat: one small module each, over the harness."""
+"""Benchmarks that a stranger can repeat: one small module each, over the harness.
 
-NAMES = ["cold-start", "load", "origin", "density"]
+A benchmark NAME is the module of that name here, with `NAME` and `run(quick, console) -> Report`. Those that wait for a
+part of the project which is not there yet are in `WAITING`, with what they wait for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WAITING = {
+    "throughput": "the batched engine, and a benchmark of it",
+    "handoff": "moving generations between replicas (runtime/handoff)",
+    "overload": "the batched engine, and a benchmark of it",
+    "fanout": "the peer tier and the Redis directory (cache_agent/tiers/peer, cache_agent/directory)",
+    "gpu": "the device tier",
+}
+NAMES = ["cold-start", "load", "origin", "density", *WAITING]
+"""In the order in which `all` runs them."""
+
+
+def module(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def built(name: str) -> bool:
+    return (Path(__file__).parent / f"{module(name)}.py").exists()

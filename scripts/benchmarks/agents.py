@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError
 
 _START_SECONDS = 30.0
+_LOAD_SECONDS = 600.0
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Running:
     client: CacheClient
     socket: Path
@@ -29,9 +30,34 @@ class Running:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def hold(self, uri: str) -> None:
+        """Has the model in memory, and its identity computed, so that the agent is idle afterwards."""
+        with self.client.lease(uri) as lease:
+            lease.wait_ready(time.monotonic() + _LOAD_SECONDS)
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until the agent has hashed what it loaded: that work would disturb the next variant."""
+        deadline = time.monotonic() + _LOAD_SECONDS
+        while any(not model.revision for model in self.client.status().models):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the agent did not finish hashing")
+            time.sleep(0.05)
+
+    def forget(self, uri: str) -> None:
+        """Evicts the model if it is there; a holder whose process has just ended may still be counted for a moment."""
+        deadline = time.monotonic() + _START_SECONDS
+        while any(model.model == uri for model in self.client.status().models):
+            try:
+                self.client.evict(uri)
+            except AgentError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
 
 @contextmanager
-def agent(*options: str, environment: dict[str, str] | None = None) -> Iterator[Running]:
+def agent(*options: str, environment: Mapping[str, str] | None = None) -> Iterator[Running]:
     """An agent with these `glowplug-agent serve` options; ended with the block."""
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as place:
         path = Path(place) / "agent.sock"
@@ -39,7 +65,7 @@ def agent(*options: str, environment: dict[str, str] | None = None) -> Iterator[
         process = subprocess.Popen(
             [*command, "--socket", str(path), *options], env={**os.environ, **(environment or {})}
         )
-        client = CacheClient(path, name="bench", timeout=5.0)
+        client = CacheClient(path, name="bench", timeout=30.0)
         try:
             deadline = time.monotonic() + _START_SECONDS
             while True:
@@ -54,7 +80,7 @@ def agent(*options: str, environment: dict[str, str] | None = None) -> Iterator[
         finally:
             process.terminate()
             try:
-                process.wait(15)
+                process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

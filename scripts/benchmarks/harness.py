@@ -1,187 +1,202 @@
-"""Owns how anything is measured here: interleaved rounds, page caches dropped, noise watched, ratios pair by pair.
+"""Owns how anything is measured here: interleaved rounds, noise watched, ratios pair by pair.
 
     round 1:  probe  A  B  C        A, B, C are variants of one benchmark; their order changes from round to round, so
     round 2:  probe  B  C  A        that drift of the machine hits all of them alike. A ratio is taken inside a round
     round 3:  probe  C  A  B        and reported as the median of the rounds' ratios, with their quartiles.
 
-The probe is a fixed piece of arithmetic. When its time differs too much between rounds, something else used the
-machine: the comparison is refused, with the figures that led to it.
+Before each round a fixed piece of arithmetic is timed, and it is seen how busy the machine is while we do nothing. When
+either says that something else used the machine, the comparison is refused.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TypeAlias
 
+from report import Report, Row
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Sample = Mapping[str, float]
+from benchmarks import machine
+
+Sample: TypeAlias = Mapping[str, float]
 """What one run of a variant measured: metric → number; units are in the names (`_s`, `_ms`, `_mb`)."""
 
-NOISE_LIMIT = 1.35  # slowest probe ÷ fastest, the outermost tenth left out
+DRIFT_LIMIT = 1.35  # slow probes ÷ fast ones
+BUSY_LIMIT = 0.25  # median share of the processors that others used
 
 
 class Unavailable(Exception):
     """A variant cannot run on this machine; the text is the reason that its row will give."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Variant:
     """One way of doing the job. `run` does it once; `prepare` comes before it and is not measured."""
 
     name: str
     run: Callable[[], Sample]
     prepare: Callable[[], None] = lambda: None
-    about: str = ""
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median with its quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+@dataclass(slots=True)
 class Result:
-    """All samples of a benchmark, by variant and round."""
+    """All samples of a benchmark, by variant, one per round."""
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # variant → why it did not run
     probes: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    load_average: float = field(default_factory=lambda: os.getloadavg()[0])
 
     @property
-    def noise(self) -> float:
-        """How much slower the slow probes were than the fast ones; 1 on a quiet machine."""
+    def drift(self) -> float:
+        """How much slower the slow probes were than the fast ones; 1 on a quiet machine. The outermost tenth is cut."""
         ordered = sorted(self.probes)
         cut = len(ordered) // 10
         return ordered[-1 - cut] / ordered[cut] if ordered else 1.0
 
     @property
-    def quiet(self) -> bool:
-        return self.noise <= NOISE_LIMIT
+    def noise(self) -> str:
+        """Why this result is not to be trusted, or "" ."""
+        if self.drift > DRIFT_LIMIT:
+            return f"the same arithmetic took {self.drift:.2f} times as long in some rounds as in others"
+        if self.busy and statistics.median(self.busy) > BUSY_LIMIT:
+            return f"others kept {statistics.median(self.busy):.0%} of the processors busy"
+        return ""
 
-    def median(self, variant: str, metric: str) -> float:
-        return statistics.median(sample[metric] for sample in self.samples[variant])
-
-    def ratio(self, over: str, under: str, metric: str) -> tuple[float, float, float] | None:
-        """(median, lower and upper quartile) of `over` ÷ `under`, round by round; None if either did not run."""
+    def ratio(self, over: str, under: str, metric: str, under_metric: str = "") -> Spread | None:
+        """`over` ÷ `under`, round by round; None if either did not run."""
         if over not in self.samples or under not in self.samples:
             return None
         pairs = [
-            a[metric] / b[metric]
+            a[metric] / b[under_metric or metric]
             for a, b in zip(self.samples[over], self.samples[under], strict=True)
-            if metric in a and metric in b and b[metric] > 0
+            if b[under_metric or metric] > 0
         ]
-        if not pairs:
-            return None
-        low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else (pairs[0],) * 3
-        return middle, low, high
+        return spread(pairs) if pairs else None
 
-    def rows(self, **constant: str | float) -> list[dict[str, str | float | None]]:
-        """A flat row per variant and metric: median, quartiles, extremes, number of runs."""
-        found: list[dict[str, str | float | None]] = []
+    def median(self, variant: str, metric: str) -> float | None:
+        values = [sample[metric] for sample in self.samples.get(variant, []) if metric in sample]
+        return statistics.median(values) if values else None
+
+    def rows(self, **constant: str | float) -> list[Row]:
+        """A flat row per variant and metric, one per variant that did not run, and what the machine was like."""
+        found: list[Row] = []
         for variant, samples in self.samples.items():
             for metric in dict.fromkeys(name for sample in samples for name in sample):
                 values = [sample[metric] for sample in samples if metric in sample]
-                low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-                found.append(
-                    {
-                        "variant": variant,
-                        "metric": metric,
-                        "median": _short(middle),
-                        "q1": _short(low),
-                        "q3": _short(high),
-                        "min": _short(min(values)),
-                        "max": _short(max(values)),
-                        "runs": len(values),
-                        **constant,
-                    }
-                )
-        found += [{"variant": name, "metric": None, "reason": why, **constant} for name, why in self.missing.items()]
+                found.append(row(values, variant=variant, metric=metric, **constant))
+        found += [{"variant": name, "reason": why, **constant} for name, why in self.missing.items()]
+        for metric, values in (
+            ("probe_s", self.probes),
+            ("busy_share", self.busy),
+            ("load_average", [self.load_average]),
+        ):
+            if values:
+                found.append(row(values, variant="(machine)", metric=metric, **constant))
         return found
 
 
-def measure(variants: Sequence[Variant], rounds: int, *, title: str, console: Console | None = None) -> Result:
+def measure(variants: Sequence[Variant], rounds: int, *, title: str, console: Console) -> Result:
     """Runs every variant once per round. A variant that raises `Unavailable` is left out from then on."""
     result = Result()
-    console = console or Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(title, total=rounds * len(variants))
         for number in range(rounds):
-            result.probes.append(probe())
+            _watch(result)
             shift = number % len(variants)
             for variant in [*variants[shift:], *variants[:shift]]:
                 progress.update(task, description=f"{title}: {variant.name}")
                 if variant.name not in result.missing:
                     try:
                         variant.prepare()
-                        result.samples.setdefault(variant.name, []).append(variant.run())
+                        sample = variant.run()
                     except Unavailable as error:
                         result.samples.pop(variant.name, None)
                         result.missing[variant.name] = str(error)
+                    else:
+                        result.samples.setdefault(variant.name, []).append(sample)
                 progress.advance(task)
-        result.probes.append(probe())
+        _watch(result)
+    # A table lists variants in the order in which they were declared, whatever the first round's order was.
+    result.samples = {v.name: result.samples[v.name] for v in variants if v.name in result.samples}
     return result
 
 
-def probe() -> float:
-    """Seconds of a fixed piece of work, the best of five: what the processor gives us right now."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        total = 0
-        for value in range(300_000):
-            total += value * value
-        times.append(time.perf_counter() - start)
-    return min(times)
+def judged(
+    name: str, headline: Mapping[str, float | None], rows: Sequence[Row], results: Sequence[Result], quick: bool
+) -> Report:
+    """The report: without its headline when the machine was too noisy, marked as not to be quoted when it was quick.
+
+    Figures that are None could not be measured and are left out.
+    """
+    known = {key: short(value) for key, value in headline.items() if value is not None}
+    noise = next((result.noise for result in results if result.noise), "")
+    if quick:
+        return Report(name, known, rows, False, "a quick run" + (f" on a noisy machine: {noise}" if noise else ""))
+    if noise:
+        return Report(name, {}, rows, False, f"too noisy to compare: {noise}")
+    return Report(name, known, rows)
 
 
-def drop_caches(paths: Iterable[Path]) -> None:
-    """Drops files from the page cache, so that the next read is cold; all of it where we may."""
-    os.sync()
-    if os.geteuid() == 0:
-        try:
-            Path("/proc/sys/vm/drop_caches").write_text("1\n")
-        except OSError:
-            pass
-        else:
-            return
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+def spread(values: Sequence[float]) -> Spread:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return Spread(middle, low, high)
 
 
-@contextmanager
-def huge_pages(megabytes: int) -> Iterator[int]:
-    """A pool of 2 MiB pages for the time of a benchmark; yields its size in bytes, 0 where it cannot be had."""
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    before = pool.read_text() if pool.exists() else ""
-    wanted = -(-megabytes // 2) + 8
-    try:
-        if before and int(before) < wanted:
-            Path("/proc/sys/vm/compact_memory").write_text("1\n")
-            pool.write_text(f"{wanted}\n")
-    except OSError:
-        pass
-    try:
-        got = int(pool.read_text()) if before else 0
-        yield got * (2 << 20) if got >= wanted else 0
-    finally:
-        if before:
-            with suppress(OSError):
-                pool.write_text(before)
+def row(values: Sequence[float], **constant: str | float) -> Row:
+    """Median, quartiles, extremes and number of these values."""
+    middle = spread(values)
+    figures = {
+        "median": short(middle.median),
+        "q1": short(middle.q1),
+        "q3": short(middle.q3),
+        "min": short(min(values)),
+        "max": short(max(values)),
+        "runs": len(values),
+    }
+    return {**constant, **figures}
 
 
-def children_seconds() -> float:
-    """Processor seconds of all children that have been waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def ratio_rows(pairs: Mapping[str, Spread | None], **constant: str | float) -> list[Row]:
+    """The spread behind each ratio of a headline; none for what could not be measured."""
+    return [
+        {
+            **constant,
+            "variant": "(ratio)",
+            "metric": key,
+            "median": short(found.median),
+            "q1": short(found.q1),
+            "q3": short(found.q3),
+        }
+        for key, found in pairs.items()
+        if found is not None
+    ]
 
 
-def _short(value: float) -> float:
+def middle(found: Spread | None) -> float | None:
+    return None if found is None else found.median
+
+
+def short(value: float) -> float:
+    """Five significant digits: more would be noise in a file that people compare."""
     return float(f"{value:.5g}")
+
+
+def _watch(result: Result) -> None:
+    result.busy.append(machine.others())
+    result.probes.append(machine.probe())

@@ -1,156 +1,188 @@
 """Loading a 1.1 B model from this machine's disk: every way in a fresh process, imports done, until one token is out.
 
 A cold variant finds nothing of the checkpoint in the page cache. `attach` finds the weights in the agent's memory,
-`agent cold` an agent that reads them from the disk first. Peers run as their own documentation shows.
+`agent cold` finds an agent that has to read them from the disk first. The prompt is one token.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
-from importlib.util import find_spec
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter
 
-from report import ROOT, Report
+from report import Report, Row
 from rich.console import Console
 
-from benchmarks import models
+from benchmarks import children, machine, models
 from benchmarks.agents import Running, agent
-from benchmarks.harness import Result, Sample, Unavailable, Variant, drop_caches, huge_pages, measure
+from benchmarks.harness import Result, Sample, Spread, Unavailable, Variant, judged, measure, middle, ratio_rows
 
-_PEERS = {"runai": "runai_model_streamer", "fastsafetensors": "fastsafetensors", "tensorizer": "tensorizer"}
-_MIB = 1 << 20
+NAME = "load"
+_QUEUE = 4  # reads in flight, as an agent has them
+_CHUNK = 8 << 20
+_LATER: list[Row] = [
+    {"variant": "glowplug ssd cold", "reason": "the SSD tier is not built yet; its key is ssd_cold_vs_from_pretrained_cold"},
+    {"variant": "glowplug ssd read", "reason": "the SSD tier is not built yet; its key is ssd_read_vs_raw"},
+]  # fmt: skip
 
 
 def run(quick: bool, console: Console) -> Report:
     rounds = 2 if quick else 7
     place = models.checkpoint("125m" if quick else "1.1b", console)
-    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    headline: dict[str, float] = {}
-    rows: list[dict[str, str | float | None]] = []
-    trusted = True
-    for pages in ("huge", "small"):
-        with huge_pages(int(size * 1.1) // _MIB + 64 if pages == "huge" else 0) as pool:
+    results: list[Result] = []
+    headline: dict[str, float | None] = {}
+    rows: list[Row] = [*_LATER]
+    # The headline's case comes first; the others show what thread count and page kind change.
+    for threads, pages in ((1, "huge"),) if quick else ((1, "huge"), (2, "huge"), (1, "4k")):
+        case: dict[str, str | float] = {"pages": pages, "threads": threads, "prompt_tokens": 1}
+        with machine.huge_pages(int(models.weight_bytes(place) * 1.02) if pages == "huge" else 0) as pool:
             if pages == "huge" and not pool:
-                rows.append({"variant": "all", "case": "huge pages", "reason": "the machine gives no pool of huge pages"})
+                rows.append({"variant": "(all)", "reason": "this machine has no pool of huge pages for us", **case})
                 continue
-            for threads in (1, 2) if pages == "huge" and not quick else (1,):
-                with agent("--huge-pages", "always" if pages == "huge" else "never", "--dram", str(size * 2)) as running:
-                    variants = _variants(place, running, threads)
-                    result = measure(variants, rounds, title=f"load, {pages} pages, {threads} thread", console=console)
-                rows += result.rows(case=f"{pages} pages, {threads} thread", threads=threads, noise=round(result.noise, 3))
-                trusted = trusted and result.quiet
-                if pages == "huge" and threads == 1:
-                    headline |= _headline(result)
-                headline |= {f"{key}_{pages}_{threads}t": value for key, value in _headline(result).items()}
-    headline |= _growth(console, 2 if quick else 5)
-    return Report("load", headline if trusted else {}, rows, trusted)
+            result = _case(place, threads, pages, rounds, console, whole=not results)
+        pairs = _ratios(result)
+        suffix = "" if not results else f"_{threads}t_{pages}"
+        headline |= {key + suffix: middle(pair) for key, pair in pairs.items()}
+        rows += [*result.rows(**case), *ratio_rows(pairs, **case)]
+        results.append(result)
+    growth = _growth(quick, console)
+    pairs = {"attach_growth": growth.ratio("attach large", "attach small", "load_s")}
+    headline |= {key: middle(pair) for key, pair in pairs.items()}
+    rows += [*growth.rows(), *ratio_rows(pairs)]
+    return judged(NAME, headline, rows, [*results, growth], quick)
 
 
-def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
+def _case(place: Path, threads: int, pages: str, rounds: int, console: Console, *, whole: bool) -> Result:
+    options = ["--huge-pages", "always" if pages == "huge" else "never", "--dram", str(models.weight_bytes(place) * 2)]
+    with agent(*options) as running:
+        variants = _variants(place, running, threads, whole=whole)
+        return measure(variants, rounds, title=f"load, {pages} pages, {threads} threads", console=console)
+
+
+def _variants(place: Path, running: Running, threads: int, *, whole: bool) -> list[Variant]:
+    """All of them, or only those that thread count and page kind can change."""
     uri = f"file://{place}"
     files = models.files(place)
 
     def cold() -> None:
-        drop_caches(files)
+        running.settle()
+        machine.drop(files)
+        if (left := sum(map(machine.cached, models.weight_files(place)))) > models.weight_bytes(place) // 100:
+            raise Unavailable(f"{left / 1e6:.0f} MB of the checkpoint stay in the page cache: somebody maps it")
 
     def warm() -> None:
-        for file in files:
-            with file.open("rb") as handle:
-                while handle.read(16 * _MIB):
-                    pass
+        running.settle()
+        machine.warm(models.weight_files(place))
 
     def absent() -> None:
-        if any(model.model == uri for model in running.client.status().models):
-            running.client.evict(uri)
+        running.settle()
+        running.forget(uri)
         cold()
 
-    def resident() -> None:
-        with running.client.lease(uri) as lease:
-            lease.wait_ready(time.monotonic() + 120)
+    def ours() -> Sample:
+        before = running.cpu_seconds()
+        sample = children.run("glowplug", threads=threads, socket=str(running.socket), uri=uri)
+        return {**sample, "cpu_s": sample["cpu_s"] + running.cpu_seconds() - before}  # the agent's work is ours, too
 
-    def way(name: str) -> Callable[[], Sample]:
-        return lambda: _child(name, place, running, threads)
+    def theirs(way: str) -> Callable[[], Sample]:
+        return lambda: children.run(way, threads=threads, place=str(place))
 
-    found = [
-        Variant("from_pretrained cold", way("from_pretrained"), cold),
-        Variant("from_pretrained warm", way("from_pretrained"), warm),
-        Variant("mmap + assign cold", way("mmap_assign"), cold),
-        Variant("mmap + assign warm", way("mmap_assign"), warm),
-    ]
-    for peer in _PEERS:
-        found += [Variant(f"{peer} cold", way(peer), cold), Variant(f"{peer} warm", way(peer), warm)]
+    def serialised(prepare: Callable[[], None]) -> Callable[[], None]:
+        def both() -> None:
+            _serialise(place)
+            prepare()
+
+        return both
+
+    found = []
+    for way in ("from_pretrained", "mmap_assign"):
+        name = way.replace("_assign", " + assign")
+        found += [Variant(f"{name} cold", theirs(way), cold), Variant(f"{name} warm", theirs(way), warm)]
+    for peer in children.PEERS if whole else ():
+        prepares = [serialised(cold), serialised(warm)] if peer == "tensorizer" else [cold, warm]
+        found += [
+            Variant(f"{peer} {state}", theirs(peer), prepare)
+            for state, prepare in zip(("cold", "warm"), prepares, strict=True)
+        ]
+    if whole:
+        found.append(Variant("raw O_DIRECT read", lambda: _raw_read(models.weight_files(place)), cold))
     return [
         *found,
-        Variant("glowplug agent cold", way("glowplug"), absent),
-        Variant("glowplug attach", way("glowplug"), resident),
+        Variant("glowplug agent cold", ours, absent),
+        Variant("glowplug attach", ours, lambda: running.hold(uri)),
     ]
 
 
-def _child(way: str, place: Path, running: Running, threads: int) -> Sample:
-    if way in _PEERS and find_spec(_PEERS[way]) is None:
-        raise Unavailable(f"{_PEERS[way]} is not installed")
-    if way == "tensorizer" and not (place / "model.tensors").exists():
-        _serialise(place)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "scripts")}
-    command = [sys.executable, "-m", "benchmarks.load_child", way, str(place), str(running.socket), str(threads)]
-    before = running.cpu_seconds()
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    limit = threading.Timer(300, process.kill)
-    limit.start()
-    try:
-        assert process.stdout is not None, "it was asked for"
-        assert process.stdin is not None, "it was asked for"
-        if process.stdout.readline().strip() == "ready":
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        out, errors = process.communicate()
-    finally:
-        limit.cancel()
-        process.kill()
-    if process.returncode:
-        last = errors.strip().splitlines()[-1:] or ["no message"]
-        raise Unavailable(f"it failed: {last[0][:200]}")
-    sample: dict[str, float] = json.loads(out.strip().splitlines()[-1])
-    if way == "glowplug":
-        sample["cpu_s"] += running.cpu_seconds() - before  # the agent's work is ours, too
-    return sample
+def _ratios(result: Result) -> dict[str, Spread | None]:
+    """How many times as fast as from_pretrained, until the first forward is done."""
+    return {
+        "agent_cold_vs_from_pretrained_cold": result.ratio("from_pretrained cold", "glowplug agent cold", "first_s"),
+        "attach_vs_from_pretrained_cold": result.ratio("from_pretrained cold", "glowplug attach", "first_s"),
+        "attach_vs_from_pretrained_warm": result.ratio("from_pretrained warm", "glowplug attach", "first_s"),
+    }
 
 
 def _serialise(place: Path) -> None:
     """tensorizer reads a format of its own, which its users write once."""
-    from tensorizer import TensorSerializer
+    target = place / "model.tensors"
+    if target.exists():
+        return
+    try:
+        from tensorizer import TensorSerializer
+    except ImportError as error:
+        raise Unavailable(f"tensorizer cannot be imported: {error}") from error
     from transformers import AutoModelForCausalLM
 
-    serializer = TensorSerializer(str(place / "model.tensors.unfinished"))
+    unfinished = target.with_suffix(".unfinished")
+    serializer = TensorSerializer(str(unfinished))
     serializer.write_module(AutoModelForCausalLM.from_pretrained(place, dtype="auto"))
     serializer.close()
-    (place / "model.tensors.unfinished").rename(place / "model.tensors")
+    unfinished.rename(target)
 
 
-def _headline(result: Result) -> dict[str, float]:
-    pairs = {
-        "agent_cold_vs_from_pretrained_cold": ("from_pretrained cold", "glowplug agent cold"),
-        "attach_vs_from_pretrained_cold": ("from_pretrained cold", "glowplug attach"),
-        "attach_vs_from_pretrained_warm": ("from_pretrained warm", "glowplug attach"),
-    }
-    found = {}
-    for key, (over, under) in pairs.items():
-        ratio = result.ratio(over, under, "first_s")
-        if ratio is not None:
-            found[key] = round(ratio[0], 2)
-    return found
+def _raw_read(files: list[Path]) -> Sample:
+    """What the disk gives: O_DIRECT into one reused buffer of huge pages, as many reads in flight as an agent has."""
+    buffer = machine.hugetlb_buffer(_QUEUE * _CHUNK)
+    if buffer is None:
+        raise Unavailable("no huge pages are left for its buffer")
+    view = memoryview(buffer)
+    targets = [view[n * _CHUNK : (n + 1) * _CHUNK] for n in range(_QUEUE)]
+    fds = [os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files]
+    work = [(fd, at) for fd in fds for at in range(0, os.fstat(fd).st_size, _CHUNK)]
+
+    def reader(number: int) -> int:
+        return sum(os.preadv(fd, [targets[number]], at) for fd, at in work[number::_QUEUE])
+
+    start = perf_counter()
+    try:
+        with ThreadPoolExecutor(_QUEUE) as pool:
+            total = sum(pool.map(reader, range(_QUEUE)))
+    finally:
+        for fd in fds:
+            os.close(fd)
+    seconds = perf_counter() - start
+    if total != sum(file.stat().st_size for file in files):
+        raise Unavailable("this file system cuts direct reads short")
+    for target in targets:
+        target.release()
+    view.release()
+    buffer.close()
+    return {"load_s": seconds, "mb_s": total / 1e6 / seconds}
 
 
-def _growth(console: Console, rounds: int) -> dict[str, float]:
-    """`attach_growth`: attaching 8 GB against 2 GB with equal tensor counts, so that only bytes differ."""
-    del console, rounds, mmap
-    return {}
+def _growth(quick: bool, console: Console) -> Result:
+    """Lease, map and views of two models with as many tensors and four times the bytes: time should not follow bytes."""
+    small, large = (0.25, 1.0) if quick else (2.0, 8.0)
+    places = {"attach small": models.zeros(small, console), "attach large": models.zeros(large, console)}
+    with agent("--huge-pages", "never", "--dram", str(int((small + large) * 1.1e9))) as running:
+        for place in places.values():
+            running.hold(f"file://{place}")
+            machine.drop(models.files(place))  # reading the holes has filled the page cache with zeros
+
+        def attach(place: Path) -> Callable[[], Sample]:
+            return lambda: children.run("attach", socket=str(running.socket), uri=f"file://{place}")
+
+        variants = [Variant(name, attach(place)) for name, place in places.items()]
+        return measure(variants, 3 if quick else 9, title="attach growth", console=console)

@@ -10,17 +10,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from benchmarks import NAMES, WAITING, built, module
-from report import Report, Row
+from report import Report
 from rich.console import Console
 from rich.table import Table
 
 NOT_BUILT, NOISY = 2, 3
-FIGURES = ("metric", "median", "q1", "q3", "min", "max", "runs")
+PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "min", "max", "runs")  # the others tell cases apart
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,27 +77,19 @@ def show(report: Report, console: Console) -> None:
     for metric, figure in report.headline.items():
         figures.add_row(metric, f"{figure:g}")
     console.print(figures)
-    details = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    lines = pivot(report.rows)
-    names = list(dict.fromkeys(key for line in lines for key in line))
-    for key in names:
-        details.add_column(key, justify="left" if key in ("variant", "reason") else "right")
-    for line in lines:
-        details.add_row(*(line.get(key, "") for key in names))
-    # Wide tables are for files and pagers; a narrow terminal would make confetti of them.
-    console.print(details, width=max(console.width, 160), crop=False, no_wrap=True)
-
-
-def pivot(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """One line per variant and case, with a column per metric: the median, and the quartiles where there are any."""
-    lines: dict[tuple[object, ...], dict[str, str]] = {}
-    for row in rows:
-        constant = {key: f"{value}" for key, value in row.items() if key not in FIGURES and value is not None}
-        line = lines.setdefault(tuple(constant.items()), dict(constant))
-        if row.get("median") is not None:
-            quartiles = f" ({row['q1']:.3g}–{row['q3']:.3g})" if row["q1"] != row["q3"] else ""
-            line[f"{row['metric']}"] = f"{row['median']:.4g}{quartiles}"
-    return list(lines.values())
+    details = Table(box=None, pad_edge=False)
+    for heading in ("variant", "metric", "median", "quartiles"):
+        details.add_column(heading, justify="left" if heading in ("variant", "metric") else "right")
+    last = ""
+    for row in report.rows:
+        name = ", ".join([f"{row['variant']}", *(f"{row[key]} {key}" for key in row if key not in PLAIN)])
+        if row.get("reason"):
+            details.add_row(name, f"[dim]{row['reason']}[/]")
+        else:
+            quartiles = f"{row['q1']:.4g} … {row['q3']:.4g}" if row["q1"] != row["q3"] else ""
+            details.add_row(name if name != last else "", f"{row['metric']}", f"{row['median']:.4g}", quartiles)
+        last = name
+    console.print(details)
 
 
 if __name__ == "__main__":

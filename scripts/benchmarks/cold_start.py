@@ -1,0 +1,109 @@
+"""From the execution of a container's entrypoint to its first token: a plain function, and ours.
+
+All variants are the same function with the same 32-token prompt and one token of answer, as many threads as the machine
+has processors. `warm` and `cold` are the state of the page cache, libraries included. `warm token` is what the same
+worker needs for its next first token: no cold start can be shorter.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from report import Report, Row
+from rich.console import Console
+
+from benchmarks import containers, functions, machine, models
+from benchmarks.agents import Running, agent
+from benchmarks.functions import Function
+from benchmarks.harness import Result, Sample, Unavailable, Variant, judged, measure, middle, ratio_rows
+
+NAME = "cold-start"
+_WARM_TOKENS = 5
+
+
+def run(quick: bool, console: Console) -> Report:
+    rounds = 2 if quick else 9
+    threads = len(os.sched_getaffinity(0))
+    headline: dict[str, float | None] = {}
+    rows: list[Row] = [
+        {"variant": f"glowplug {layer}", "reason": "layers are not built yet: it starts as if none were there"}
+        for layer in ("bare", "lang", "model")
+    ]
+    results = []
+    for size in ("125m",) if quick else ("125m", "1.1b"):
+        place = models.checkpoint("125m" if size == "125m" else "1.1b", console)
+        case: dict[str, str | float] = {
+            "model": size,
+            "threads": threads,
+            "prompt_tokens": functions.PROMPT_TOKENS,
+            "namespaces": "own" if containers.NAMESPACES else "none",
+        }
+        with agent("--dram", str(models.weight_bytes(place) * 2)) as running:
+            running.hold(f"file://{place}")
+            title = f"cold start, {size}"
+            result = measure(_variants(place, running, threads), rounds, title=title, console=console)
+            page = running.client.status().models[0].page
+        results.append(result)
+        suffix = "" if size == "125m" else f"_{size}"
+        pairs = {
+            f"lean_cold_vs_plain{suffix}": result.ratio("glowplug agent, warm", "plain, warm", "first_token_ms"),
+            f"lean_cold_vs_plain_cold_cache{suffix}": result.ratio(
+                "glowplug agent, cold", "plain, cold", "first_token_ms"
+            ),
+            f"private_cold_vs_plain{suffix}": result.ratio("glowplug private, warm", "plain, warm", "first_token_ms"),
+        }
+        headline |= {key: middle(pair) for key, pair in pairs.items()} | _absolute(result, suffix)
+        case["pages"] = f"{page >> 10} KiB"
+        rows += [*result.rows(**case), *ratio_rows(pairs, **case)]
+    return judged(NAME, headline, rows, results, quick)
+
+
+def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
+    uri = f"file://{place}"
+    starts: dict[str, Callable[[], AbstractContextManager[Function]]] = {
+        "plain": lambda: functions.plain(place, threads=threads),
+        "glowplug agent": lambda: functions.glowplug(uri, agent=running.socket, threads=threads),
+        "glowplug private": lambda: functions.glowplug(uri, agent=None, threads=threads),
+    }
+
+    def warm(start: Callable[[], AbstractContextManager[Function]]) -> Callable[[], None]:
+        def prepare() -> None:
+            machine.warm(models.weight_files(place))
+            with start():  # its libraries are in the page cache now, whatever the last variant dropped
+                pass
+
+        return prepare
+
+    def cold() -> None:
+        if not machine.drop_everything():
+            raise Unavailable("dropping the page cache takes root")
+
+    return [
+        Variant(f"{name}, {cache}", lambda start=start: _start(start), prepare)  # type: ignore[misc]
+        for name, start in starts.items()
+        for cache, prepare in (("warm", warm(start)), ("cold", cold))
+    ]
+
+
+def _start(start: Callable[[], AbstractContextManager[Function]]) -> Sample:
+    with start() as function:
+        sample = {
+            "first_token_ms": function.first_token,
+            "http_ready_ms": function.http_ready,
+            "warm_token_ms": statistics.median(function.ask() for _ in range(_WARM_TOKENS)),
+        }
+        return {**sample, **function.phases()}
+
+
+def _absolute(result: Result, suffix: str) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for variant in ("plain, warm", "plain, cold", "glowplug agent, warm", "glowplug agent, cold"):
+        key = variant.replace(", ", "_").replace(" ", "_") + suffix
+        for metric in ("first_token_ms", "http_ready_ms"):
+            found[f"{metric}_{key}"] = result.median(variant, metric)
+    found[f"warm_worker_first_token_ms{suffix}"] = result.median("glowplug agent, warm", "warm_token_ms")
+    return found

@@ -1,0 +1,165 @@
+"""Starts one function in two ways, in a place like a container: plain (Flask, gunicorn, from_pretrained) and ours.
+
+A request is sent at the instant at which the entrypoint is executed and retried until the port is open, as a platform's
+queue does; so does a probe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.containers import Container, MemoryCgroup, container
+from benchmarks.harness import Sample, Unavailable
+
+PROMPT = "0123456789" * 3 + "01"
+PROMPT_TOKENS = 32  # the checkpoints' tokenizer merges letters only: every digit is a token
+_FOLDER = Path(__file__).parent / "function"
+_SECONDS = 300.0
+
+
+@dataclass(slots=True)
+class Function:
+    """A started function. `first_token` and `http_ready` are ms from the execution of its entrypoint."""
+
+    container: Container
+    port: int
+    marks: str  # route that tells of the phases
+    first_token: float = 0.0
+    http_ready: float = 0.0
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def begin(self, health: str) -> None:
+        """Executes the entrypoint and sends both requests."""
+        self.container.start()
+
+        def ask() -> None:
+            self._retry("POST", "/", PROMPT)
+            self.first_token = (time.monotonic_ns() - self.container.started) / 1e6
+
+        def probe() -> None:
+            self._retry("GET", health)
+            self.http_ready = (time.monotonic_ns() - self.container.started) / 1e6
+
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (ask, probe)]
+        for thread in self._threads:
+            thread.start()
+
+    def answered(self) -> None:
+        """Waits for both answers. Raises `Unavailable` with the end of its log."""
+        for thread in self._threads:
+            thread.join(_SECONDS)
+        if not (self.first_token and self.http_ready):
+            raise Unavailable(f"the function did not answer: {self.container.output()[-500:]}")
+
+    def ask(self) -> float:
+        """ms of one more first token."""
+        start = time.monotonic_ns()
+        self.request("POST", "/", PROMPT)
+        return (time.monotonic_ns() - start) / 1e6
+
+    def request(self, method: str, path: str, body: str | None = None) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_SECONDS)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            answer = response.read()
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise Unavailable(f"the function answered {response.status}: {answer[:300].decode(errors='replace')}")
+        return answer
+
+    def phases(self) -> Sample:
+        """`<phase>_ms` of the start, as the function itself tells."""
+        told: Any = json.loads(self.request("GET", self.marks))
+        if isinstance(told, dict):
+            return {
+                f"{span['owner']}: {span['name']} ms": (span["end_ns"] - span["start_ns"]) / 1e6
+                for span in told["spans"]
+            }
+        found, last = {}, self.container.started
+        for name, at in told:
+            found[f"{name} ms"] = (at - last) / 1e6
+            last = at
+        return found
+
+    def _retry(self, method: str, path: str, body: str | None = None) -> None:
+        deadline = time.monotonic() + _SECONDS
+        while time.monotonic() < deadline and self.container.process.poll() is None:
+            try:
+                self.request(method, path, body)
+            except OSError:
+                time.sleep(0.002)
+            except (Unavailable, http.client.HTTPException):
+                return
+            else:
+                return
+
+
+@contextlib.contextmanager
+def plain(model: Path, *, threads: int, cgroup: MemoryCgroup | None = None) -> Iterator[Function]:
+    """Started, and asked; it has answered when the block begins."""
+    port = _free_port()
+    command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "1", "--threads", "4"]
+    command += ["--timeout", "600", "--log-level", "warning", "plain:app"]
+    environment = _environment(threads, MODEL=str(model))
+    with _started(command, environment, port, "/health", "/marks", cgroup) as function:
+        yield function
+
+
+@contextlib.contextmanager
+def glowplug(model: str, *, agent: Path | None, threads: int, cgroup: MemoryCgroup | None = None) -> Iterator[Function]:
+    """Ours, with the node's agent at this socket, or with a private one."""
+    port = _free_port()
+    environment = _environment(
+        threads,
+        PORT=str(port),
+        GLOWPLUG_HOST="127.0.0.1",
+        GLOWPLUG_MODEL=model,
+        GLOWPLUG_HANDLER=str(_FOLDER),
+        GLOWPLUG_THREADS=str(threads),
+        GLOWPLUG_LOG_LEVEL="warning",
+        PYTHONSAFEPATH="1",
+        **({"GLOWPLUG_SOCKET": str(agent)} if agent else {}),
+    )
+    command = [sys.executable, "-m", "runtime.shim"]
+    with _started(command, environment, port, "/_/health", "/_/ledger", cgroup) as function:
+        yield function
+
+
+@contextlib.contextmanager
+def _started(
+    command: list[str],
+    environment: Mapping[str, str],
+    port: int,
+    health: str,
+    marks: str,
+    cgroup: MemoryCgroup | None,
+) -> Iterator[Function]:
+    with container(command, environment, _FOLDER, cgroup) as place:
+        function = Function(place, port, marks)
+        function.begin(health)
+        function.answered()
+        yield function
+
+
+def _environment(threads: int, **settings: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GLOWPLUG_") and name != "PORT"}
+    return {**kept, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **settings}
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

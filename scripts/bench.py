@@ -84,7 +84,7 @@ def show(report: Report, console: Console) -> None:
     for row in report.rows:
         name = ", ".join([f"{row['variant']}", *(f"{row[key]} {key}" for key in row if key not in PLAIN)])
         if row.get("reason"):
-            details.add_row(name, f"[dim]{row['reason']}[/]")
+            details.add_row(f"{name} [dim]did not run: {row['reason']}[/]")
         else:
             quartiles = f"{row['q1']:.4g} … {row['q3']:.4g}" if row["q1"] != row["q3"] else ""
             details.add_row(name if name != last else "", f"{row['metric']}", f"{row['median']:.4g}", quartiles)

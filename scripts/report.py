@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "scripts/benchmarks/results"
 
 Row: TypeAlias = Mapping[str, str | float | None]
 
@@ -46,10 +47,13 @@ def read(path: Path) -> Report:
 
 
 def commit() -> str:
-    """The checked-out commit, with "+" when files differ from it; "unknown" outside a checkout."""
+    """The checked-out commit, with "+" when files differ from it; "unknown" outside a checkout.
+
+    Results do not count: a run of all benchmarks writes the first one before it measures the second.
+    """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git("status", "--porcelain") else "")
+        return head + ("+" if _git("status", "--porcelain", "--", ".", f":(exclude){RESULTS}") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

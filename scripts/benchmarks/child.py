@@ -28,7 +28,7 @@ PROMPT = [[1]]  # one token: as little beside loading as can be
 _keep: list[Any] = []  # what must live as long as the model
 
 
-# --- from a directory: {"place": …} -----------------------------------------------------------------------------------
+# --- from a directory: {"place": …, "tensors": tensorizer's file} -----------------------------------------------------
 
 
 def from_pretrained(job: Job) -> Any:
@@ -64,7 +64,7 @@ def tensorizer(job: Job) -> Any:
 
     with no_init_or_tensor():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["place"]), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    deserializer = TensorDeserializer(str(Path(job["place"]) / "model.tensors"), device="cpu")
+    deserializer = TensorDeserializer(job["tensors"], device="cpu")
     deserializer.load_into_module(model)
     _keep.append(deserializer)
     return model
@@ -94,7 +94,7 @@ def _leased(job: Job) -> Any:
     return Weights(lease)
 
 
-# --- from S3: {"endpoint": …, "bucket": …, "prefix": …, "place": an empty directory} -----------------------------------
+# --- from S3: {"endpoint": …, "bucket": …, "prefix": …, "place": an empty directory} ----------------------------------
 
 
 def download_then_load(job: Job) -> Any:
@@ -117,7 +117,9 @@ def download_then_load(job: Job) -> Any:
 
 def runai_s3(job: Job) -> Any:
     """The streamer reads the weights from S3; the small files come from the directory of {"config": …}."""
-    keys = [f"s3://{job['bucket']}/{job['prefix']}/{Path(file).name}" for file in _weight_files({"place": job["config"]})]
+    keys = [
+        f"s3://{job['bucket']}/{job['prefix']}/{Path(file).name}" for file in _weight_files({"place": job["config"]})
+    ]
     return _assigned({"place": job["config"]}, _streamed(keys))
 
 

@@ -18,8 +18,8 @@ LIMIT_SECONDS = 300.0
 PEERS = {"runai": "runai_model_streamer", "fastsafetensors": "fastsafetensors", "tensorizer": "tensorizer"}
 
 
-def run(way: str, *, threads: int = 1, environment: Mapping[str, str] | None = None, **job: str) -> Sample:
-    """What `child.WAYS[way]` measured. Raises `Unavailable` with the last line of its error when it failed."""
+def run(way: str, job: Mapping[str, str], *, threads: int = 1, environment: Mapping[str, str] | None = None) -> Sample:
+    """What `child.WAYS[way](job)` measured. Raises `Unavailable` with the last line of its error when it failed."""
     needs = PEERS.get(way.partition("_")[0])
     if needs and find_spec(needs) is None:
         raise Unavailable(f"{needs} is not installed here")

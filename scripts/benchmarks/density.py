@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memory import weight_copies
-from report import Report, Row
+from report import Report
 from rich.console import Console
 
 from benchmarks import functions, machine, models
@@ -94,7 +94,9 @@ def _run(setting: Setting, kind: str, count: int, tiny: Path) -> Callable[[], Sa
         if kind not in setting.weightless:
             light = Setting(tiny, [tiny], setting.threads, setting.running, {})
             with _replicas(light, kind, 1) as replicas:
-                setting.weightless[kind] = _anonymous(pid for function, _ in replicas for pid in function.container.pids())
+                setting.weightless[kind] = _anonymous(
+                    pid for function, _ in replicas for pid in function.container.pids()
+                )
         with _replicas(setting, kind, count) as replicas:
             return _measure(setting, kind, replicas)
 

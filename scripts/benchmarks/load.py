@@ -23,9 +23,12 @@ NAME = "load"
 _QUEUE = 4  # reads in flight, as an agent has them
 _CHUNK = 8 << 20
 _LATER: list[Row] = [
-    {"variant": "glowplug ssd cold", "reason": "the SSD tier is not built yet; its key is ssd_cold_vs_from_pretrained_cold"},
-    {"variant": "glowplug ssd read", "reason": "the SSD tier is not built yet; its key is ssd_read_vs_raw"},
-]  # fmt: skip
+    {"variant": variant, "reason": f"the SSD tier is not built yet; its key is {key}"}
+    for variant, key in (
+        ("glowplug ssd cold", "ssd_cold_vs_from_pretrained_cold"),
+        ("glowplug ssd read", "ssd_read_vs_raw"),
+    )
+]
 
 
 def run(quick: bool, console: Console) -> Report:
@@ -64,17 +67,17 @@ def _case(place: Path, threads: int, pages: str, rounds: int, console: Console, 
 def _variants(place: Path, running: Running, threads: int, *, whole: bool) -> list[Variant]:
     """All of them, or only those that thread count and page kind can change."""
     uri = f"file://{place}"
-    files = models.files(place)
+    serialised = place.with_name(place.name + "-tensorizer") / "model.tensors"
 
     def cold() -> None:
         running.settle()
-        machine.drop(files)
+        machine.drop([*models.files(place), *([serialised] if serialised.exists() else ())])
         if (left := sum(map(machine.cached, models.weight_files(place)))) > models.weight_bytes(place) // 100:
             raise Unavailable(f"{left / 1e6:.0f} MB of the checkpoint stay in the page cache: somebody maps it")
 
     def warm() -> None:
         running.settle()
-        machine.warm(models.weight_files(place))
+        machine.warm([*models.weight_files(place), *([serialised] if serialised.exists() else ())])
 
     def absent() -> None:
         running.settle()
@@ -83,15 +86,15 @@ def _variants(place: Path, running: Running, threads: int, *, whole: bool) -> li
 
     def ours() -> Sample:
         before = running.cpu_seconds()
-        sample = children.run("glowplug", threads=threads, socket=str(running.socket), uri=uri)
+        sample = children.run("glowplug", {"socket": str(running.socket), "uri": uri}, threads=threads)
         return {**sample, "cpu_s": sample["cpu_s"] + running.cpu_seconds() - before}  # the agent's work is ours, too
 
     def theirs(way: str) -> Callable[[], Sample]:
-        return lambda: children.run(way, threads=threads, place=str(place))
+        return lambda: children.run(way, {"place": str(place), "tensors": str(serialised)}, threads=threads)
 
-    def serialised(prepare: Callable[[], None]) -> Callable[[], None]:
+    def with_file(prepare: Callable[[], None]) -> Callable[[], None]:
         def both() -> None:
-            _serialise(place)
+            _serialise(place, serialised)
             prepare()
 
         return both
@@ -101,7 +104,7 @@ def _variants(place: Path, running: Running, threads: int, *, whole: bool) -> li
         name = way.replace("_assign", " + assign")
         found += [Variant(f"{name} cold", theirs(way), cold), Variant(f"{name} warm", theirs(way), warm)]
     for peer in children.PEERS if whole else ():
-        prepares = [serialised(cold), serialised(warm)] if peer == "tensorizer" else [cold, warm]
+        prepares = [with_file(cold), with_file(warm)] if peer == "tensorizer" else [cold, warm]
         found += [
             Variant(f"{peer} {state}", theirs(peer), prepare)
             for state, prepare in zip(("cold", "warm"), prepares, strict=True)
@@ -124,9 +127,8 @@ def _ratios(result: Result) -> dict[str, Spread | None]:
     }
 
 
-def _serialise(place: Path) -> None:
+def _serialise(place: Path, target: Path) -> None:
     """tensorizer reads a format of its own, which its users write once."""
-    target = place / "model.tensors"
     if target.exists():
         return
     try:
@@ -135,6 +137,7 @@ def _serialise(place: Path) -> None:
         raise Unavailable(f"tensorizer cannot be imported: {error}") from error
     from transformers import AutoModelForCausalLM
 
+    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".unfinished")
     serializer = TensorSerializer(str(unfinished))
     serializer.write_module(AutoModelForCausalLM.from_pretrained(place, dtype="auto"))
@@ -173,7 +176,7 @@ def _raw_read(files: list[Path]) -> Sample:
 
 
 def _growth(quick: bool, console: Console) -> Result:
-    """Lease, map and views of two models with as many tensors and four times the bytes: time should not follow bytes."""
+    """Lease, map and views of two models with equal numbers of tensors: time should not follow bytes."""
     small, large = (0.25, 1.0) if quick else (2.0, 8.0)
     places = {"attach small": models.zeros(small, console), "attach large": models.zeros(large, console)}
     with agent("--huge-pages", "never", "--dram", str(int((small + large) * 1.1e9))) as running:
@@ -182,7 +185,7 @@ def _growth(quick: bool, console: Console) -> Result:
             machine.drop(models.files(place))  # reading the holes has filled the page cache with zeros
 
         def attach(place: Path) -> Callable[[], Sample]:
-            return lambda: children.run("attach", socket=str(running.socket), uri=f"file://{place}")
+            return lambda: children.run("attach", {"socket": str(running.socket), "uri": f"file://{place}"})
 
         variants = [Variant(name, attach(place)) for name, place in places.items()]
         return measure(variants, 3 if quick else 9, title="attach growth", console=console)

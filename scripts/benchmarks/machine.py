@@ -1,4 +1,4 @@
-"""Owns what a benchmark changes about the machine, and gives it back: page cache, pool of huge pages. Reads its noise."""
+"""Owns what a benchmark changes about the machine, page cache and pool of huge pages, and reads its noise."""
 
 from __future__ import annotations
 
@@ -59,7 +59,6 @@ def cached(path: Path) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-    libc.mincore.argtypes = libc.munmap.argtypes = None
     fd = os.open(path, os.O_RDONLY)
     try:
         address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)

@@ -31,7 +31,7 @@ def copy(original: Path, number: int, console: Console) -> Path:
 
 
 def zeros(gigabytes: float, console: Console) -> Path:
-    """A checkpoint of 290 tensors (a 32-layer Llama has 291) that takes no disk space: its bytes are a hole of zeros."""
+    """A checkpoint of 290 tensors, as a 32-layer Llama has, that takes no disk space: its bytes are a hole."""
     tensors = 290
     width = int(gigabytes * 1e9) // tensors // 8192 * 4096
 

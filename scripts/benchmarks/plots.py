@@ -1,55 +1,66 @@
-"""Draws a result file: a bar per variant for each metric that has a unit, with the quartiles as whiskers."""
+"""Draws a result: a panel per metric, a bar per variant, the quartiles as whiskers; ratios share one panel."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from report import Report
+from report import Report, Row
 
-_UNITS = {"_s": "seconds", "_ms": "milliseconds", "_mb": "megabytes", "_mb_s": "MB/s"}
+_UNITS = {"mb_s": "MB/s", "_s": "seconds", "_ms": "milliseconds", "_mb": "megabytes"}  # the first that fits
+_RATIO = "(ratio)"
+_FIGURES = ("metric", "median", "q1", "q3", "min", "max", "runs", "reason")
 
 
 def draw(report: Report, path: Path) -> None:
-    """One panel per metric; the format follows the file's name."""
+    """The format follows the file's name."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in report.rows if isinstance(row.get("median"), (int, float))]
-    metrics = list(dict.fromkeys(str(row["metric"]) for row in rows))
+    panels: dict[str, list[Row]] = {}
+    for row in report.rows:
+        # Phases of a start, whose names have spaces, are for the tables: there are too many to be seen at once.
+        if row.get("median") is not None and row["variant"] != "(machine)" and " " not in f"{row['metric']}":
+            ratio = row["variant"] == _RATIO
+            panels.setdefault("ratio" if ratio else f"{row['metric']}", []).append(row)
+    heights = [0.9 + 0.3 * len(rows) for rows in panels.values()] or [1.0]
     figure, axes = plt.subplots(
-        len(metrics), 1, figsize=(9, 1.2 + sum(0.9 + 0.3 * _count(rows, m) for m in metrics)), squeeze=False
+        len(heights), 1, figsize=(9, 1.2 + sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
-    for axis, metric in zip(axes[:, 0], metrics, strict=True):
-        shown = [row for row in rows if row["metric"] == metric][::-1]
-        names = [" ".join(str(row[key]) for key in ("variant", "case") if row.get(key) is not None) for row in shown]
+    for axis, (metric, rows) in zip(axes[:, 0], panels.items(), strict=False):
+        shown = rows[::-1]
         middles = [_number(row["median"]) for row in shown]
         whiskers = [
-            [m - _number(row["q1"]) for m, row in zip(middles, shown, strict=True)],
-            [_number(row["q3"]) - m for m, row in zip(middles, shown, strict=True)],
+            [max(0.0, middle - _number(row["q1"])) for middle, row in zip(middles, shown, strict=True)],
+            [max(0.0, _number(row["q3"]) - middle) for middle, row in zip(middles, shown, strict=True)],
         ]
-        axis.barh(range(len(shown)), middles, xerr=whiskers, color="0.65", ecolor="0.2", capsize=2, height=0.7)
+        axis.barh(range(len(shown)), middles, xerr=whiskers, color="0.75", ecolor="0.3", capsize=2, height=0.7)
         for place, middle in enumerate(middles):
-            axis.text(middle, place, f" {middle:.3g}", va="center", fontsize=8)
-        axis.set_yticks(range(len(shown)), names, fontsize=8)
+            axis.text(middle + whiskers[1][place], place, f" {middle:.3g}", va="center", fontsize=8)
+        axis.set_yticks(range(len(shown)), [_name(row, rows) for row in shown], fontsize=8)
         axis.set_xlim(left=0)
         unit = next((text for suffix, text in _UNITS.items() if metric.endswith(suffix)), "")
         axis.set_xlabel(f"{metric} ({unit})" if unit else metric, fontsize=8)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     machine = report.machine
-    figure.suptitle(
-        f"{report.name}: commit {report.commit}, {machine['cpus']} × {machine['processor']}, torch {machine['torch']}",
-        fontsize=9,
+    title = (
+        f"{report.name}: commit {report.commit}, {machine['cpus']} × {machine['processor']}, torch {machine['torch']}"
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.suptitle(title + (f"\nnot to be quoted: {report.note}" if report.note else ""), fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _count(rows: list[dict[str, str | float | None]] | list[object], metric: str) -> int:
-    return sum(1 for row in rows if isinstance(row, dict) and row["metric"] == metric)
+def _name(row: Row, rows: list[Row]) -> str:
+    """The variant, and what tells its case from the others of this panel."""
+    if row["variant"] == _RATIO:
+        return f"{row['metric']}"
+    keys = [key for key in row if key not in _FIGURES]
+    telling = [key for key in keys if key == "variant" or len({other.get(key) for other in rows}) > 1]
+    return ", ".join(f"{row[key]}" if key == "variant" else f"{row[key]} {key}" for key in telling)
 
 
 def _number(value: object) -> float:

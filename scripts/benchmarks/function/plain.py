@@ -27,7 +27,7 @@ tokenizer = AutoTokenizer.from_pretrained(os.environ["MODEL"])
 
 MARKS.append(("tokenizer", time.monotonic_ns()))
 
-model = AutoModelForCausalLM.from_pretrained(os.environ["MODEL"], dtype="auto")
+model: Any = AutoModelForCausalLM.from_pretrained(os.environ["MODEL"], dtype="auto")
 
 MARKS.append(("model", time.monotonic_ns()))
 

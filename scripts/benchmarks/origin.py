@@ -1,0 +1,179 @@
+"""From S3 to memory, and to a model that has run its first token. The server is a real one, on this machine's loopback.
+
+Its own processor time is not counted, but it takes part in the race: every variant has it as its opponent. The server's
+files are in the page cache. Child processes have done their imports; the prompt is one token.
+"""
+
+from __future__ import annotations
+
+import http.client
+import mmap
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from report import Report, Row
+from rich.console import Console
+
+from benchmarks import children, machine, models
+from benchmarks.agents import Running, agent
+from benchmarks.harness import Sample, Unavailable, Variant, judged, measure, middle, ratio_rows
+from benchmarks.stores import BUCKET, Store, store
+
+NAME = "origin"
+_CONNECTIONS = 4
+_PART = 16 << 20
+_LATER: Row = {"variant": "glowplug, tee to ssd", "reason": "the SSD tier is not built yet; its key is tee_cost"}
+
+
+def run(quick: bool, console: Console) -> Report:
+    place = models.checkpoint("125m" if quick else "1.1b", console)
+    size = models.weight_bytes(place)
+    try:
+        with machine.huge_pages(int(size * 1.02)) as pool, store(place) as s3:
+            options = ["--s3-endpoint", s3.endpoint, "--dram", str(size * 2), "--readers", str(_CONNECTIONS)]
+            options += ["--huge-pages", "always" if pool else "never"]
+            with agent(*options, environment=s3.environment) as running:
+                variants = _variants(place, s3, running)
+                result = measure(variants, 2 if quick else 7, title="origin", console=console)
+    except Unavailable as error:
+        return judged(NAME, {}, [{"variant": "(all)", "reason": str(error)}], [], quick)
+    case: dict[str, str | float] = {
+        "pages": "2 MiB" if pool else "4 KiB",
+        "connections": _CONNECTIONS,
+        "threads": 1,
+        "prompt_tokens": 1,
+    }
+    pairs = {
+        "origin_vs_raw": result.ratio("raw ranged GETs", "glowplug to memory", "load_s"),
+        "origin_ready_vs_download_then_load": result.ratio("download, from_pretrained", "glowplug ready", "first_s"),
+        "origin_ready_vs_runai": result.ratio("runai ready", "glowplug ready", "first_s"),
+    }
+    headline = {key: middle(pair) for key, pair in pairs.items()}
+    return judged(NAME, headline, [_LATER, *result.rows(**case), *ratio_rows(pairs, **case)], [result], quick)
+
+
+def _variants(place: Path, s3: Store, running: Running) -> list[Variant]:
+    size = models.weight_bytes(place)
+    target = models.PLACE / "downloaded"
+
+    def served() -> None:
+        running.settle()
+        running.forget(s3.uri)
+        machine.warm(models.weight_files(place))
+
+    def emptied() -> None:
+        served()
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+
+    def to_memory() -> Sample:
+        before, start = running.cpu_seconds(), time.perf_counter()
+        with running.client.lease(s3.uri) as lease:
+            lease.wait_ready(time.monotonic() + children.LIMIT_SECONDS)
+            seconds, cpu = time.perf_counter() - start, running.cpu_seconds() - before
+        return _rate(size, seconds, cpu)
+
+    def ready() -> Sample:
+        before = running.cpu_seconds()
+        sample = children.run("glowplug", {"socket": str(running.socket), "uri": s3.uri})
+        return {**sample, "cpu_s": sample["cpu_s"] + running.cpu_seconds() - before}
+
+    def downloaded() -> Sample:
+        job = {"endpoint": s3.endpoint, "bucket": BUCKET, "prefix": s3.prefix, "place": str(target)}
+        try:
+            return children.run("download_then_load", job, environment=s3.environment)
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+
+    def runai() -> Sample:
+        job = {"bucket": BUCKET, "prefix": s3.prefix, "config": str(place)}
+        return children.run("runai_s3", job, environment=s3.environment)
+
+    return [
+        Variant("raw ranged GETs", lambda: _raw(place, s3), served),
+        Variant("s3transfer to memory", lambda: _s3transfer(place, s3), served),
+        Variant("glowplug to memory", to_memory, served),
+        Variant("download, from_pretrained", downloaded, emptied),
+        Variant("runai ready", runai, served),
+        Variant("glowplug ready", ready, served),
+    ]
+
+
+def _raw(place: Path, s3: Store) -> Sample:
+    """Nothing but HTTP: ranges of presigned URLs, read into one reused buffer per connection."""
+    client = s3.client()
+    parts = []
+    for file in models.weight_files(place):
+        url = client.generate_presigned_url("get_object", {"Bucket": BUCKET, "Key": f"{s3.prefix}/{file.name}"})
+        size = file.stat().st_size
+        parts += [(url, at, min(at + _PART, size)) for at in range(0, size, _PART)]
+
+    def connection(number: int) -> int:
+        buffer = machine.hugetlb_buffer(_PART) or mmap.mmap(-1, _PART)
+        view = memoryview(buffer)
+        got = 0
+        host = urlsplit(s3.endpoint)
+        link = http.client.HTTPConnection(host.hostname or "", host.port)
+        for url, start, end in parts[number::_CONNECTIONS]:
+            address = urlsplit(url)
+            link.request("GET", f"{address.path}?{address.query}", headers={"Range": f"bytes={start}-{end - 1}"})
+            response = link.getresponse()
+            done = 0
+            while count := response.readinto(view[done : end - start]):
+                done += count
+            if response.status >= 300 or done != end - start:
+                raise Unavailable(f"the server answered {response.status} and {done} of {end - start} bytes")
+            response.read()
+            got += done
+        link.close()
+        return got
+
+    return _timed(models.weight_bytes(place), lambda: _parallel(connection))
+
+
+def _parallel(connection: Callable[[int], int]) -> None:
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        list(pool.map(connection, range(_CONNECTIONS)))
+
+
+class _Memory:
+    """A seekable file in memory that was there before, as s3transfer wants to write parts out of order."""
+
+    def __init__(self, size: int) -> None:
+        self._map = mmap.mmap(-1, size)
+        self.seekable = lambda: True
+        self.tell, self.seek, self.write = self._map.tell, self._map.seek, self._map.write
+
+
+def _s3transfer(place: Path, s3: Store) -> Sample:
+    """boto3's transfer manager with its own defaults for parts and connections, into memory."""
+    client = s3.client()
+    from s3transfer.manager import TransferManager
+
+    def transfer() -> None:
+        with TransferManager(client) as manager:
+            futures: list[Any] = [
+                manager.download(BUCKET, f"{s3.prefix}/{file.name}", _Memory(file.stat().st_size))
+                for file in models.weight_files(place)
+            ]
+            for future in futures:
+                future.result()
+
+    return _timed(models.weight_bytes(place), transfer)
+
+
+def _timed(size: int, work: Callable[[], None]) -> Sample:
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    work()
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    return _rate(size, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def _rate(size: int, seconds: float, cpu: float) -> Sample:
+    return {"load_s": seconds, "mb_s": size / 1e6 / seconds, "cpu_s": cpu, "cpu_s_per_gb": cpu / size * 1e9}

@@ -92,9 +92,10 @@ class World:
         return f"file://{self.origin}"
 
     def any(self) -> Any:
-        """A running function."""
+        """A running function, out of its very first instants, in which SIGTERM finds a bare interpreter."""
         replica = self.random.choice(self.replicas)
         replica.revive()
+        assert replica.function.port
         return replica.function
 
     def settle(self) -> None:
@@ -197,6 +198,7 @@ def kill_function(world: World) -> None:
 
 def drain_function(world: World) -> None:
     """SIGTERM, as a platform scales down: every request that was inside is answered."""
+    world.settle()  # one whose worker was just killed has nothing left to answer with
     function = world.any()
     assert function.stop() == 0, function.output()
 

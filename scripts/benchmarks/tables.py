@@ -116,7 +116,7 @@ def _figures(found: Report) -> str:
     lines = [_line(["figure", "median", "quartiles"]), "|---|---:|---:|"]
     for key, value in found.headline.items():
         quartiles = f"{_number(spreads[key]['q1'])} … {_number(spreads[key]['q3'])}" if key in spreads else ""
-        lines.append(_line([f"`{key}`", _number(value), quartiles]))
+        lines.append(_line([key, _number(value), quartiles]))
     return "\n".join(lines) + "\n"
 
 

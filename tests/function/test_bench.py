@@ -196,7 +196,7 @@ def test_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"before\n{sample}after\n{other}"
     filled = tables.rendered(text, tmp_path)
     assert "| variant | seconds |\n|---|---:|\n| plain | 4 |\n| ours | 2 |\n" in filled
-    assert "| `plain_vs_ours` | 2 | 2 … 2 |" in filled
+    assert "| plain_vs_ours | 2 | 2 … 2 |" in filled
     assert "- peer: it is not installed" in filled
     assert "Commit 0123456789ab; 2 × CPU" in filled
     assert "stale" not in filled

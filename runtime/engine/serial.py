@@ -92,7 +92,7 @@ class SerialEngine(Loop[Memory]):
             scores = output.logits[0, -1].float().cpu().numpy()
         memory.fed += len(ids)
         if memory.fed == generation.length:
-            yield row, generation.advance(generation.sample(scores))
+            yield row, generation.draw(scores)
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Mean of the last hidden states over each prompt's tokens, scaled to length 1: [prompts][hidden size].

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from runtime.engine.batched import BatchedEngine
 from runtime.engine.base import Engine, GenerationRequest, GenerationState, KVRow, SamplingParams, TokenEvent
 from runtime.engine.serial import SerialEngine, TokenizerCodec
 from runtime.engine.toy import ToyEngine
@@ -80,18 +81,20 @@ def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
 Make = Callable[..., Engine]
 
 
-@pytest.fixture(params=["toy", "serial"])
+@pytest.fixture(params=["toy", "serial", "batched", "deterministic"])
 def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     """Makes engines of one kind whose steps take at least `step_delay` seconds."""
-    model = tiny("llama") if request.param == "serial" else None
+    model = None if request.param == "toy" else tiny("llama")
     with contextlib.ExitStack() as stack:
 
         def engine(step_delay: float = 0.0, **options: Any) -> Engine:
             made: Engine
-            if model is None:
+            if request.param == "toy":
                 made = ToyEngine(step_delay=step_delay, revision="tiny", context_length=256, **options)
-            else:
+            elif request.param == "serial":
                 made = Slowed(model, step_delay, **options)
+            else:
+                made = SlowedBatch(model, step_delay, deterministic=request.param == "deterministic", **options)
             stack.callback(made.close)
             return made
 
@@ -101,6 +104,17 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
 class Slowed(SerialEngine):
     def __init__(self, model: Any, delay: float, **options: Any) -> None:
         self.delay = delay
+        super().__init__(model, TokenizerCodec(tokenizer()), revision="tiny", threads=1, **options)
+
+    def step(self, rows: Any) -> Any:
+        time.sleep(self.delay)
+        return super().step(rows)
+
+
+class SlowedBatch(BatchedEngine):
+    def __init__(self, model: Any, delay: float, **options: Any) -> None:
+        self.delay = delay
+        options = {"memory": 8 << 20, "slots": 4, "queue_size": 16, "chunk": 16, "fixed": 4, **options}
         super().__init__(model, TokenizerCodec(tokenizer()), revision="tiny", threads=1, **options)
 
     def step(self, rows: Any) -> Any:

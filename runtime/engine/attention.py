@@ -111,7 +111,7 @@ def attend(
     groups = heads // kv_heads
     tokens = query.shape[2] - pack.padding
     fresh = torch.cat((key[0, :, :tokens], value[0, :, :tokens]), -1).transpose(0, 1)
-    torch._foreach_copy_(pack.targets[layer], fresh.split(pack.sizes))
+    torch._foreach_copy_(pack.targets[layer], torch.split(fresh, pack.sizes))
     views = pack.views(window)[layer]
     parts = []
     if singles:
@@ -176,7 +176,7 @@ def _try(model: Any) -> Shape:
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
     if set(kinds) - _LAYER_TYPES:
         raise Unbatchable(f"{name} has layers of type {', '.join(sorted(set(kinds) - _LAYER_TYPES))}")
-    seen: list[tuple[int, ...]] = []
+    seen: list[tuple[int, int, int]] = []
     layers = config.num_hidden_layers
     try:
         small = _sample_of(model, config, kinds)
@@ -200,7 +200,8 @@ def _try(model: Any) -> Shape:
         raise Unbatchable(f"{name} has layers of different shape: {sorted(set(seen))}")
     if output.logits.shape[1] != 1:
         raise Unbatchable(f"{name} cannot be asked for the scores of single tokens")
-    return Shape(layers, *seen[0], dtype=model.dtype, device=model.device)
+    heads, key, value = seen[0]
+    return Shape(layers, heads, key, value, model.dtype, model.device)
 
 
 def _sample_of(model: Any, config: Any, kinds: Sequence[str]) -> Any:
@@ -223,7 +224,7 @@ class _Probe:
 
     name = "glowplug-probe"
 
-    def __init__(self, seen: list[tuple[int, ...]]) -> None:
+    def __init__(self, seen: list[tuple[int, int, int]]) -> None:
         self.seen = seen
 
     @staticmethod

@@ -12,7 +12,7 @@ is thrown out for want of it; what nobody has been promised serves to keep the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from runtime.engine.base import Codec, EngineStats, GenerationRequest, KVRow, To
 from runtime.engine.generation import Generation
 from runtime.engine.loop import Loop, Row
 from runtime.engine.prefixes import Prefixes, encoded
-from runtime.engine.rows import Rows, Shape
+from runtime.engine.rows import Rows
 from runtime.engine.schedule import Forward, Need, plan
 from runtime.errors import BadRequest, EngineBusy, SnapshotRefused
 
@@ -73,9 +73,10 @@ class BatchedEngine(Loop[Rows]):
         self._prefixes: Prefixes[Rows] = Prefixes()
         self._reused = 0
         self._refeed = self.shape.dtype == torch.float32
+        device = self.shape.device.type
+        processor = torch.backends.cpu.get_cpu_capability() if device == "cpu" else device
         self.arithmetic = (
-            f"{fixed} rows, pieces of {chunk}, {threads or torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability() if self.shape.device.type == 'cpu' else self.shape.device.type}, "
+            f"{fixed} rows, pieces of {chunk}, {threads or torch.get_num_threads()} threads, {processor}, "
             f"{name_of(self.shape.dtype)}, torch {torch.__version__}"
         )
         self.start()
@@ -88,11 +89,10 @@ class BatchedEngine(Loop[Rows]):
 
     def submit(self, request: GenerationRequest) -> Any:
         if self._cost(request) > self._memory:
-            tokens = self._memory // self.shape.token_bytes
+            tokens, room = len(request.prompt) + request.max_tokens, self._memory // self.shape.token_bytes
             raise BadRequest(
-                f"prompt and max_tokens come to {len(request.prompt) + request.max_tokens} tokens; this function's memory "
-                f"holds the keys and values of {tokens}; ask for fewer tokens, or raise the memory limit or "
-                "GLOWPLUG_KV_MEMORY",
+                f"prompt and max_tokens come to {tokens} tokens, and the memory here holds the keys and values of "
+                f"{room}; ask for fewer tokens, or raise the memory limit or GLOWPLUG_KV_MEMORY",
                 "max_tokens",
             )
         return super().submit(request)
@@ -138,9 +138,7 @@ class BatchedEngine(Loop[Rows]):
     def _need(self, row: Row[Rows]) -> Need:
         generation, memory = row.generation, _memory(row)
         exact = self._exact(generation)
-        return Need(
-            len(generation.request.prompt), generation.length, memory.fed, exact, self._refeed and not exact
-        )
+        return Need(len(generation.request.prompt), generation.length, memory.fed, exact, self._refeed and not exact)
 
     def _exact(self, generation: Generation) -> bool:
         return self._always or generation.request.deterministic

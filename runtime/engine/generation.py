@@ -289,14 +289,10 @@ class Generation:
         generation.emitted, generation._ready = state.emitted, text[state.emitted :]
         return generation
 
-    def state(
-        self, engine: str, revision: str, kv: tuple[KVRow, ...] = (), arithmetic: str = ""
-    ) -> GenerationState:
+    def state(self, engine: str, revision: str, kv: tuple[KVRow, ...] = (), arithmetic: str = "") -> GenerationState:
         """What `restore` needs, for an engine of the kind `engine` on `revision`."""
         generated = tuple(self.generated)
-        return GenerationState(
-            STATE_VERSION, engine, revision, self.request, generated, self.emitted, kv, arithmetic
-        )
+        return GenerationState(STATE_VERSION, engine, revision, self.request, generated, self.emitted, kv, arithmetic)
 
     @property
     def length(self) -> int:
@@ -308,10 +304,10 @@ class Generation:
         return sample(scores, self.request.sampling, self.length, self._seen, self._counts)
 
     def draw(self, scores: NDArray[np.floating[Any]]) -> TokenEvent:
-        """`sample` and `advance`, with the log-probabilities that were asked for."""
-        token = self.sample(scores)
-        wanted = self.request.logprobs
-        return self.advance(token, None if wanted is None else logprobs(scores, token, wanted))
+        """`sample` and `advance`, with the log-probabilities that were asked for; a stop id has none."""
+        token, wanted = self.sample(scores), self.request.logprobs
+        silent = wanted is None or token in self.request.stop_ids
+        return self.advance(token, None if silent else logprobs(scores, token, wanted or 0))
 
     def advance(self, token: int, chances: Logprobs | None = None) -> TokenEvent:
         """Takes the next token in; the event says what became final with it, and whether it was the last one."""

@@ -1,4 +1,4 @@
-"""Owns what finished generations leave behind for those that begin with the same tokens. Pure, but for the rows it keeps.
+"""Owns what finished generations leave behind for those that begin with the same tokens. Pure.
 
 A conversation's next turn begins with all that was said before, and requests with one system prompt begin alike. What
 is kept lives on memory that nobody else wants: whoever needs it evicts the entry that was useless for longest.

@@ -1,4 +1,4 @@
-"""Owns the memory of generations: the keys and values of every token that the model has seen, one buffer per request."""
+"""Owns the memory of generations: keys and values of every token that the model has seen, one buffer each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Shape:
 
 
 class Rows:
-    """Keys and values of one generation's tokens, each token's beside each other: [layers, capacity, heads, key + value].
+    """Keys and values of one generation's tokens, each key beside its value: [layers, capacity, heads, key + value].
 
     The first `fed` tokens are there. The first `exact` of them depend on nothing but the tokens themselves, to the last
     bit: they were fed in pieces cut at fixed places, each in a forward pass of its own.

@@ -1,4 +1,4 @@
-"""The batched engine on transformers' models: tokens of `generate`, neighbours, reuse, memory, failures, other processes."""
+"""The batched engine on transformers' models: `generate`, neighbours, reuse, memory, failures, moves."""
 
 from __future__ import annotations
 
@@ -12,13 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import (
+    ARCHITECTURES,
+    GREEDY,
+    PROMPT,
+    SAMPLED,
+    ask,
+    greedy_reference,
+    prompt_of,
+    run,
+    tiny,
+    tokenizer,
+    torch,
+    until,
+)
 
 from runtime.engine.attention import Unbatchable, install
 from runtime.engine.base import GenerationRequest, KVRow, SamplingParams, TokenEvent
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
-from tiny import ARCHITECTURES, GREEDY, PROMPT, SAMPLED, ask, greedy_reference, prompt_of, run, tiny, tokenizer, torch, until
 
 TOKEN = 2 * 2 * (8 + 8) * 4  # bytes of one token of the tiny models in float32: layers, heads, key and value, width
 
@@ -113,7 +126,9 @@ class TestNeighbours:
     def test_sixteen_change_nothing(self, architecture: str, dtype: str, sampling: SamplingParams) -> None:
         """In float32 as it is; in bfloat16 for a request that asks for it, its log-probabilities to the last bit."""
         exact = dtype == "bfloat16"
-        wanted = ask(count=40, prompt=prompt_of(37), sampling=sampling, deterministic=exact, logprobs=2 if exact else None)
+        wanted = ask(
+            count=40, prompt=prompt_of(37), sampling=sampling, deterministic=exact, logprobs=2 if exact else None
+        )
         with contextlib.closing(batched(tiny(architecture, dtype))) as engine:
             alone = run(engine, wanted)
             for round_ in range(3):
@@ -192,11 +207,13 @@ class TestMemory:
                 engine.submit(ask("one too many", 30))
             most = 0
             for stream in streams:
-                for event in stream:
+                last = None
+                for last in stream:  # noqa: B007
                     stats = engine.stats()
                     most = max(most, stats.running)
                     assert stats.memory + stats.kept <= stats.memory_limit
-                assert event.finish == "length"
+                assert last is not None
+                assert last.finish == "length"
             assert most == 2
 
     def test_what_never_fits_is_refused(self) -> None:
@@ -326,7 +343,7 @@ class TestMoving:
             stream = source.submit(ask(count=50, deterministic=True))
             next(iter(stream))
             state = source.export("a")
-            with pytest.raises(SnapshotRefused, match="4 rows.*5 rows"):
+            with pytest.raises(SnapshotRefused, match=r"4 rows.*5 rows"):
                 target.admit(state)
             source.forget("a")
             with contextlib.closing(batched(model, slots=1)) as alike:

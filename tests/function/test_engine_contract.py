@@ -14,12 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from runtime.engine.batched import BatchedEngine
-from runtime.engine.base import Engine, GenerationRequest, GenerationState, KVRow, SamplingParams, TokenEvent
-from runtime.engine.serial import SerialEngine, TokenizerCodec
-from runtime.engine.toy import ToyEngine
-from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
 from tiny import (
     ARCHITECTURES,
     GREEDY,
@@ -35,6 +29,13 @@ from tiny import (
     torch,
     until,
 )
+
+from runtime.engine.base import Engine, GenerationState, KVRow, SamplingParams
+from runtime.engine.batched import BatchedEngine
+from runtime.engine.serial import SerialEngine, TokenizerCodec
+from runtime.engine.toy import ToyEngine
+from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
+
 
 def serial(model: Any, **options: Any) -> SerialEngine:
     return SerialEngine(model, TokenizerCodec(tokenizer()), revision="tiny", threads=1, **options)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from runtime.engine.attention import Pack, forward, install
-from runtime.engine.base import Codec, EngineStats, GenerationRequest, KVRow, TokenEvent
+from runtime.engine.base import Codec, KVRow, TokenEvent
 from runtime.engine.generation import Generation
 from runtime.engine.loop import Loop, Row
 from runtime.engine.prefixes import Prefixes, encoded
 from runtime.engine.rows import Rows
 from runtime.engine.schedule import Forward, Need, plan
-from runtime.errors import BadRequest, EngineBusy, SnapshotRefused
+from runtime.errors import EngineBusy, SnapshotRefused
 
 _WORTH = 16  # tokens that a beginning must have to be copied, or kept
 
@@ -63,13 +63,13 @@ class BatchedEngine(Loop[Rows]):
             vocabulary=model.get_input_embeddings().num_embeddings,
             slots=slots,
             queue_size=queue_size,
+            memory=memory,
+            token_bytes=self.shape.token_bytes,
         )
         self._model = model.eval()
-        self._memory = memory
         self._chunk, self._fixed = chunk, fixed
         self._always, self._reuse = deterministic, reuse
         self._threads = threads
-        self._promised = 0
         self._prefixes: Prefixes[Rows] = Prefixes()
         self._reused = 0
         self._refeed = self.shape.dtype == torch.float32
@@ -85,43 +85,21 @@ class BatchedEngine(Loop[Rows]):
         if self._threads is not None:
             torch.set_num_threads(self._threads)
 
-    # Memory: promised to rows by `take`, or held by prefixes that give way.
+    # Memory: promised to rows, or held by what finished ones left behind, which gives way.
 
-    def submit(self, request: GenerationRequest) -> Any:
-        if self._cost(request) > self._memory:
-            tokens, room = len(request.prompt) + request.max_tokens, self._memory // self.shape.token_bytes
-            raise BadRequest(
-                f"prompt and max_tokens come to {tokens} tokens, and the memory here holds the keys and values of "
-                f"{room}; ask for fewer tokens, or raise the memory limit or GLOWPLUG_KV_MEMORY",
-                "max_tokens",
-            )
-        return super().submit(request)
+    def promise(self, size: int) -> bool:
+        promised = super().promise(size)
+        self._make_way()
+        return promised
 
-    def take(self, row: Row[Rows]) -> bool:
-        return self._promise(self._cost(row.generation.request))
+    def kept(self) -> tuple[int, int]:
+        return self._prefixes.held, self._reused
 
-    def give(self, row: Row[Rows]) -> None:
-        self._promised -= self._cost(row.generation.request)
-
-    def stats(self) -> EngineStats:
-        with self._wake:
-            running, waiting = len(self._running), len(self._waiting)
-            held, reused = self._prefixes.held, self._reused
-            return EngineStats(
-                running, waiting, self._slots, self._queue_size, self._promised, self._memory, held, reused
-            )
-
-    def _cost(self, request: GenerationRequest) -> int:
-        return (len(request.prompt) + request.max_tokens) * self.shape.token_bytes
-
-    def _promise(self, size: int) -> bool:
+    def _make_way(self) -> None:
         """With the lock held."""
-        if self._promised + size > self._memory:
-            return False
-        self._promised += size
+        assert self._memory is not None, "it was given"
         while self._promised + self._prefixes.held > self._memory:
             self._prefixes.evict()
-        return True
 
     # A step.
 
@@ -213,11 +191,8 @@ class BatchedEngine(Loop[Rows]):
         memory.shrink()
         ids = encoded(_ids(row.generation, 0, memory.fed))
         with self._wake:
-            if self._promised + memory.nbytes > self._memory:
-                return
             self._prefixes.keep(ids, memory)
-            while self._promised + self._prefixes.held > self._memory:
-                self._prefixes.evict()
+            self._make_way()
 
     # Embeddings.
 
@@ -233,7 +208,7 @@ class BatchedEngine(Loop[Rows]):
     def _embed(self, prompt: Sequence[int]) -> list[float]:
         size = len(prompt) * self.shape.token_bytes
         with self._wake:
-            if not self._promise(size):
+            if not self.promise(size):
                 raise EngineBusy("the memory for keys and values is taken; try again later")
         try:
             rows = Rows(self.shape, len(prompt))

@@ -40,7 +40,13 @@ def choose(
     except Unbatchable as reason:
         _log.warning("requests are served one at a time: %s", reason)
         serial = SerialEngine(
-            model, codec, revision=revision, slots=config.slots, queue_size=config.queue, threads=threads
+            model,
+            codec,
+            revision=revision,
+            memory=memory,
+            slots=config.slots,
+            queue_size=config.queue,
+            threads=threads,
         )
         return serial, str(reason)
     tokens = memory // engine.shape.token_bytes

@@ -12,13 +12,12 @@ A row in the step in progress belongs to the engine thread; a paused row belongs
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar, cast
 
@@ -32,6 +31,7 @@ from runtime.engine.base import (
     TokenEvent,
 )
 from runtime.engine.generation import Generation
+from runtime.engine.stream import Stream
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
 
 _log = logging.getLogger("glowplug.engine")
@@ -46,46 +46,6 @@ M = TypeVar("M")  # what an engine remembers of a generation between steps: its 
 T = TypeVar("T")
 
 
-class Stream:
-    """The events of one generation; see `TokenStream`. It never blocks the engine, and holds no cache alive."""
-
-    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
-        self.request_id = request_id
-        self._cancel = cancel
-        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-        self._over = False
-
-    def put(self, event: TokenEvent) -> None:
-        self._events.put(event)
-
-    def next(self, timeout: float) -> TokenEvent | None:
-        if self._over:
-            raise StopIteration
-        try:
-            event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
-        except queue.Empty:
-            return None
-        self._over = event.finish is not None
-        return event
-
-    def __iter__(self) -> Iterator[TokenEvent]:
-        while not self._over:
-            event = self.next(_IDLE_WAIT)
-            if event is not None:
-                yield event
-
-    def close(self) -> None:
-        if not self._over:
-            self._over = True
-            self._cancel()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-
 class Row(Generic[M]):
     """A live generation, its stream and the engine's memory of it."""
 
@@ -94,7 +54,7 @@ class Row(Generic[M]):
         self.memory: M | None = None
         self.paused = paused
         self.ended = False
-        self.held = False  # whether `take` has set memory aside for it
+        self.held = False  # whether memory has been set aside for it
         self.born = time.monotonic_ns()
         self.since = 0.0  # when it got its slot
         self.stream: Stream
@@ -111,14 +71,27 @@ class Loop(ABC, Generic[M]):
     arithmetic = ""  # what the bits of its results depend on besides the request; see `GenerationState`
 
     def __init__(
-        self, codec: Codec, *, revision: str, context_length: int, vocabulary: int, slots: int, queue_size: int
+        self,
+        codec: Codec,
+        *,
+        revision: str,
+        context_length: int,
+        vocabulary: int,
+        slots: int,
+        queue_size: int,
+        memory: int | None = None,
+        token_bytes: int = 0,
     ) -> None:
+        """`memory` bytes hold what generations remember, `token_bytes` of each of their tokens; None: no bound."""
         self.revision = revision
         self.context_length = context_length
         self.codec = codec
         self._vocabulary = vocabulary
         self._slots = slots
         self._queue_size = queue_size
+        self._memory = memory
+        self._token_bytes = token_bytes
+        self._promised = 0  # bytes of it, set aside for the whole of every generation that has its slot
         self._wake = threading.Condition()
         self._rows: dict[str, Row[M]] = {}  # every live row, by request id
         self._waiting: deque[Row[M]] = deque()
@@ -134,7 +107,7 @@ class Loop(ABC, Generic[M]):
         self._seconds = 1.0  # smoothed time that a generation holds its slot
         self._thread = threading.Thread(target=self._run, name=f"glowplug-engine-{self.kind}", daemon=True)
 
-    # What an engine adds. Called without the lock, but for `choose`, `take` and `give`.
+    # What an engine adds. Called without the lock, but for `choose` and `promise`.
 
     @abstractmethod
     def step(self, rows: Sequence[Row[M]]) -> Iterable[tuple[Row[M], TokenEvent]]:
@@ -144,12 +117,16 @@ class Loop(ABC, Generic[M]):
         """Which of the runnable `rows` (never empty) the next step is for. Called with the lock held: be quick."""
         return rows
 
-    def take(self, row: Row[M]) -> bool:  # noqa: ARG002  for engines that override it
-        """Sets memory aside for a row, from its slot to its end; False if it must wait. With the lock: only counts."""
+    def promise(self, size: int) -> bool:
+        """Sets `size` bytes of memory aside; False if they are not there. Called with the lock held: only counts."""
+        if self._memory is not None and self._promised + size > self._memory:
+            return False
+        self._promised += size
         return True
 
-    def give(self, row: Row[M]) -> None:
-        """The end of what `take` set aside. With the lock held, from any thread: only counts."""
+    def kept(self) -> tuple[int, int]:
+        """`kept` and `reused` of `EngineStats`. Called with the lock held."""
+        return 0, 0
 
     def pack(self, row: Row[M]) -> tuple[KVRow, ...]:  # noqa: ARG002  for engines that override it
         """The memory of a paused row; () if the receiver is to recompute it."""
@@ -226,7 +203,10 @@ class Loop(ABC, Generic[M]):
 
     def stats(self) -> EngineStats:
         with self._wake:
-            return EngineStats(len(self._running), len(self._waiting), self._slots, self._queue_size)
+            running, waiting = len(self._running), len(self._waiting)
+            return EngineStats(
+                running, waiting, self._slots, self._queue_size, self._promised, self._memory or 0, *self.kept()
+            )
 
     def close(self) -> None:
         with self._wake:
@@ -270,6 +250,13 @@ class Loop(ABC, Generic[M]):
                 f"model's context of {self.context_length} tokens; shorten one of them",
                 "max_tokens" if length < self.context_length else "prompt",
             )
+        if self._memory is not None and self._cost(request) > self._memory:
+            tokens, room = length + request.max_tokens, self._memory // self._token_bytes
+            raise BadRequest(
+                f"prompt and max_tokens come to {tokens} tokens, and the memory here holds the keys and values of {room}; "
+                "ask for fewer tokens, or raise the memory limit or GLOWPLUG_KV_MEMORY",
+                "max_tokens",
+            )
         if any(not 0 <= token < self._vocabulary for token in request.sampling.logit_bias):
             raise BadRequest(f"logit_bias names token ids outside of 0..{self._vocabulary - 1}", "logit_bias")
 
@@ -298,8 +285,11 @@ class Loop(ABC, Generic[M]):
 
     def _take(self, row: Row[M]) -> bool:
         """With the lock held."""
-        row.held = row.held or self.take(row)
+        row.held = row.held or self.promise(self._cost(row.generation.request))
         return row.held
+
+    def _cost(self, request: GenerationRequest) -> int:
+        return (len(request.prompt) + request.max_tokens) * self._token_bytes
 
     def _leave(self, row: Row[M] | None, finish: Finish, error: str | None = None) -> None:
         """Ends a row that did not end by itself. A row in the step in progress is dropped when the step is done."""
@@ -320,7 +310,7 @@ class Loop(ABC, Generic[M]):
             self._waiting.remove(row)
         if row.held:
             row.held = False
-            self.give(row)
+            self._promised -= self._cost(row.generation.request)
         row.stream.put(event)
         self._wake.notify_all()
 

@@ -1,8 +1,9 @@
 """The result file of a benchmark, and what it says about the machine: one format for all of them.
 
-    {"name": …, "commit": …, "machine": {…}, "headline": {metric: number, …}, "rows": [{…}, …]}
+    {"name": …, "commit": …, "machine": {…}, "trusted": …, "headline": {metric: number, …}, "rows": [{…}, …]}
 
-`headline` holds the figures that are compared and quoted; `rows` what they were computed from.
+`headline` holds the figures that are compared and quoted; `rows` what they were computed from. `trusted` is false when
+the machine was too noisy to compare: the headline is empty then.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Report:
     name: str
     headline: Mapping[str, float]
     rows: Sequence[Mapping[str, str | float | None]]
+    trusted: bool = True
     commit: str = field(default_factory=lambda: commit())
     machine: Mapping[str, str | float] = field(default_factory=lambda: machine())
 

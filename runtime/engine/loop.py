@@ -253,7 +253,7 @@ class Loop(ABC, Generic[M]):
         if self._memory is not None and self._cost(request) > self._memory:
             tokens, room = length + request.max_tokens, self._memory // self._token_bytes
             raise BadRequest(
-                f"prompt and max_tokens come to {tokens} tokens, and the memory here holds the keys and values of {room}; "
+                f"prompt and max_tokens come to {tokens} tokens, and the memory here holds those of {room}; "
                 "ask for fewer tokens, or raise the memory limit or GLOWPLUG_KV_MEMORY",
                 "max_tokens",
             )

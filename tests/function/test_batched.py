@@ -218,7 +218,7 @@ class TestMemory:
 
     def test_what_never_fits_is_refused(self) -> None:
         with contextlib.closing(batched(tiny("llama"), memory=100 * TOKEN)) as engine:
-            with pytest.raises(BadRequest, match="holds the keys and values of 100") as refused:
+            with pytest.raises(BadRequest, match="holds those of 100") as refused:
                 engine.submit(ask(count=90))
             assert refused.value.param == "max_tokens"
             assert run(engine, ask(count=80))[-1].finish == "length"

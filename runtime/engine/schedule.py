@@ -63,8 +63,7 @@ def plan(needs: Sequence[Need], chunk: int, fixed: int) -> list[Forward]:
         others = others[lent:]
         forwards.append(Forward(tuple((i, 1) for i in group), fixed - len(group), True))
     prompts = [i for i, need in enumerate(needs) if need.piece]
-    for i in _first([i for i in prompts if needs[i].exact], needs):
-        forwards.append(Forward(((i, _to_boundary(needs[i], chunk)),)))  # noqa: PERF401
+    forwards += [Forward((piece,)) for piece in _alone([i for i in prompts if needs[i].exact], needs, chunk)]
     shares = _share([i for i in prompts if not needs[i].exact], needs, max(1, chunk - len(others)))
     pieces = [(i, 1) for i in others] + sorted(shares.items(), key=lambda share: share[1] > 1)
     if pieces:
@@ -72,13 +71,16 @@ def plan(needs: Sequence[Need], chunk: int, fixed: int) -> list[Forward]:
     return forwards
 
 
-def _to_boundary(need: Need, chunk: int) -> int:
-    return min(need.piece, chunk - need.fed % chunk)
-
-
-def _first(rows: Sequence[int], needs: Sequence[Need]) -> list[int]:
-    """The oldest and the shortest of prompts that cannot share: often the same one."""
-    return list(dict.fromkeys([rows[0], min(rows, key=lambda i: needs[i].piece)])) if rows else []
+def _alone(rows: Sequence[int], needs: Sequence[Need], chunk: int) -> list[tuple[int, int]]:
+    """Pieces of prompts that cannot share: the oldest's, the shortest's, and of more while they come to one `chunk`."""
+    pieces: list[tuple[int, int]] = []
+    spent = 0
+    for place, i in enumerate([*rows[:1], *sorted(rows[1:], key=lambda i: needs[i].piece)]):
+        count = min(needs[i].piece, chunk - needs[i].fed % chunk)
+        if place < 2 or spent + count <= chunk:
+            pieces.append((i, count))
+            spent += count
+    return pieces
 
 
 def _share(rows: Sequence[int], needs: Sequence[Need], budget: int) -> dict[int, int]:

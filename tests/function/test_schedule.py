@@ -72,3 +72,9 @@ def test_free_places_of_a_fixed_batch_are_lent() -> None:
 def test_an_answer_fed_again() -> None:
     assert plan([Need(4, 30, 4, batchable=True)], 16, 4) == [Forward(((0, 16),))]
     assert plan([Need(4, 30, 4)], 16, 4) == [Forward(((0, 1),))]
+
+
+def test_deterministic_prompts_fill_a_step_one_by_one() -> None:
+    rows = [Need(100, 100, 0, exact=True), *[Need(10, 10, 0, exact=True)] * 3, Need(30, 30, 0, exact=True)]
+    assert plan(rows, 32, 4) == [Forward(((0, 32),)), Forward(((1, 10),))]
+    assert plan(rows[1:], 32, 4) == [Forward(((i, 10),)) for i in range(3)]

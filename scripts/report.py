@@ -1,9 +1,8 @@
 """The result file of a benchmark, and what it says about the machine: one format for all of them.
 
-    {"name": …, "commit": …, "machine": {…}, "trusted": …, "headline": {metric: number, …}, "rows": [{…}, …]}
+    {"name": …, "commit": …, "machine": {…}, "headline": {metric: number, …}, "rows": [{…}, …]}
 
-`headline` holds the figures that are compared and quoted; `rows` what they were computed from. `trusted` is false when
-the machine was too noisy to compare: the headline is empty then.
+`headline` holds the figures that are compared and quoted; `rows` what they were computed from.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ class Report:
     name: str
     headline: Mapping[str, float]
     rows: Sequence[Mapping[str, str | float | None]]
-    trusted: bool = True
     commit: str = field(default_factory=lambda: commit())
     machine: Mapping[str, str | float] = field(default_factory=lambda: machine())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -24,6 +25,7 @@ log = logging.getLogger("glowplug.app")
 
 _RESERVED = "/_/"
 _AT_END = "glowplug.at_end"  # in the WSGI environment: what to call once the response is out, or was broken off
+_NO_TOKEN = re.compile(r"[^A-Za-z0-9_-]")  # what a name in Server-Timing must not have
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
@@ -110,7 +112,8 @@ def create_app(
         if not request.path.startswith(_RESERVED) and lifecycle.state != "starting" and first.acquire(blocking=False):
             response.headers["X-Glowplug-Start"] = start_kind
             response.headers["Server-Timing"] = ", ".join(
-                f"{span.owner}-{span.name.replace(' ', '-')};dur={span.ms:.1f}" for span in ledger.spans()
+                f"{span.owner}-{_NO_TOKEN.sub('-', span.name.partition(',')[0])};dur={span.ms:.1f}"
+                for span in ledger.spans()
             )
         return response
 

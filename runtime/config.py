@@ -17,6 +17,9 @@ DEFAULT_SOCKET = "/run/glowplug/agent.sock"
 _AT_LEAST = {
     "slots": 1,
     "queue": 0,
+    "kv_memory": 0,
+    "chunk": 1,
+    "decode_rows": 1,
     "handler_concurrency": 0,
     "max_body": 1,
     "threads": 0,
@@ -44,8 +47,13 @@ class FunctionConfig:
     host: str = "0.0.0.0"  # noqa: S104  a container's port is there to be reached
     socket: str = ""
     token_file: str = ""
-    slots: int = 4
+    slots: int = 16
     queue: int = 32
+    kv_memory: int = 0
+    chunk: int = 256
+    deterministic: bool = False
+    decode_rows: int = 8
+    prefix_cache: bool = True
     handler_concurrency: int = 0
     max_body: int = 16 << 20
     private_weights: bool = False

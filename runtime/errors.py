@@ -135,6 +135,7 @@ class EngineFailed(FunctionError):
     """The engine broke while this request was in flight."""
 
     code = "engine_failed"
+    exit_code = 72
     status = 500
 
 

@@ -43,7 +43,8 @@ class Params(TypedDict, total=False):
     `max_tokens` (1024, or what the context leaves), `temperature` (0..2; 0: always the likeliest token), `top_k`
     (0: off), `top_p` (0..1), `min_p` (0..1), `repetition_penalty` (0..10), `presence_penalty` and `frequency_penalty`
     (-2..2), `logit_bias` (of token ids, -100..100), `seed` (drawn when absent; the same seed gives the same text),
-    `stop` (a string or up to 16), `stop_ids` (token ids), `ignore_eos` (go on past the model's end of sequence).
+    `stop` (a string or up to 16), `stop_ids` (token ids), `ignore_eos` (go on past the model's end of sequence),
+    `deterministic` (the same tokens whatever else is running, in bf16, too).
     """
 
     max_tokens: int | None
@@ -59,6 +60,7 @@ class Params(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_ids: Sequence[int] | None
     ignore_eos: bool | None
+    deterministic: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Parameters:
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    deterministic: bool = False
+    logprobs: int | None = None  # not among `Params`: it is for those who see token events, the OpenAI routes
 
 
 def check(given: Mapping[str, object]) -> Parameters:
@@ -90,14 +94,16 @@ def check(given: Mapping[str, object]) -> Parameters:
             sampling[name] = _integer(name, given[name], low, high)
     if "logit_bias" in given:
         sampling["logit_bias"] = _biases(given["logit_bias"])
-    ignore_eos = given.get("ignore_eos", False)
-    if not isinstance(ignore_eos, bool):
-        raise BadRequest("ignore_eos must be true or false", "ignore_eos")
+    for name in ("ignore_eos", "deterministic"):
+        if not isinstance(given.get(name, False), bool):
+            raise BadRequest(f"{name} must be true or false", name)
     ids = given.get("stop_ids", ())
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         raise BadRequest("stop_ids must be a list of token ids", "stop_ids")
     stop_ids = frozenset(_integer("stop_ids", token, 0, 2**31 - 1) for token in ids)
-    return Parameters(sampling, sampling.pop("max_tokens", None), _stops(given.get("stop", ())), stop_ids, ignore_eos)
+    flags = {name: bool(given.get(name, False)) for name in ("ignore_eos", "deterministic")}
+    limit = sampling.pop("max_tokens", None)
+    return Parameters(sampling, limit, _stops(given.get("stop", ())), stop_ids, **flags)
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
@@ -295,6 +301,8 @@ class Model:
             sampling,
             parameters.stop,
             parameters.stop_ids | (frozenset() if parameters.ignore_eos else self.codec.eos_ids),
+            parameters.logprobs,
+            parameters.deterministic,
         )
         return self.engine.submit(request)
 

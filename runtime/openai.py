@@ -29,6 +29,7 @@ from runtime.body import read_body
 from runtime.engine.base import TokenEvent, TokenStream
 from runtime.errors import BadRequest, EngineFailed, FunctionError, NotReady
 from runtime.model import Model
+from runtime.openai_logprobs import logprobs
 from runtime.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -113,6 +114,7 @@ class Run:
         self.created = int(time.time())
         self.model: Model | None = None
         self.streams: list[TokenStream] = []
+        self.said: list[int] = []  # characters of each choice that a stream has sent
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
@@ -132,6 +134,7 @@ class Run:
                 self.prompt_tokens += len(ids)
                 for parameters in job.choice_parameters():
                     self.streams.append(model.submit(ids, parameters, f"{self.id}-{len(self.streams)}"))
+                    self.said.append(0)
         except BaseException:
             self.close()
             raise
@@ -157,6 +160,12 @@ class Run:
                 if time.monotonic() - ticked >= _TICK:
                     yield None
                     ticked = time.monotonic()
+
+    def logprobs(self, events: list[TokenEvent], offset: int = 0) -> dict[str, object] | None:
+        """Of a choice, or of a piece of it that begins `offset` characters after its beginning."""
+        if self.job.parameters.logprobs is None or self.model is None:
+            return None
+        return logprobs(self.model.codec, events, chat=self.job.chat, offset=offset)
 
     def usage(self) -> dict[str, int]:
         total = self.prompt_tokens + self.completion_tokens
@@ -292,23 +301,23 @@ def blueprint(
 
 def _whole(run: Run, environ: Mapping[str, Any]) -> Response:
     """The answer in one piece, once it is complete."""
-    texts: list[list[str]] = [[] for _ in run.streams]
+    said: list[list[TokenEvent]] = [[] for _ in run.streams]
     reasons: list[str | None] = [None] * len(run.streams)
     try:
         for item in run.events():
             if item is not None:
                 index, event = item
-                texts[index].append(event.text)
+                said[index].append(event)
                 reasons[index] = event.finish
             elif _client_gone(environ):
                 return _nobody()
     finally:
         run.close()
     choices: list[dict[str, object]] = []
-    for index, (pieces, reason) in enumerate(zip(texts, reasons, strict=True)):
-        text = "".join(pieces)
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if run.job.chat else {"text": text}
-        choices.append({"index": index, **said, "logprobs": None, "finish_reason": reason})
+    for index, (events, reason) in enumerate(zip(said, reasons, strict=True)):
+        text = "".join(event.text for event in events)
+        body = {"message": {"role": "assistant", "content": text, "refusal": None}} if run.job.chat else {"text": text}
+        choices.append({"index": index, **body, "logprobs": run.logprobs(events), "finish_reason": reason})
     response = _json(_frame(run, choices, chunk=False) | {"usage": run.usage()})
     response.headers["X-Request-Id"] = run.id
     return response
@@ -321,15 +330,19 @@ def _opening(run: Run) -> Iterator[bytes]:
 
 
 def _chunks(run: Run, index: int, event: TokenEvent) -> Iterator[bytes]:
-    if event.text:
-        yield _event(run, [_choice(run, index, {"content": event.text})])
+    if event.text or event.logprobs is not None:
+        chances = run.logprobs([event], run.said[index])
+        run.said[index] += len(event.text)
+        yield _event(run, [_choice(run, index, {"content": event.text}, chances=chances)])
     if event.finish:
         yield _event(run, [_choice(run, index, {}, event.finish)])
 
 
-def _choice(run: Run, index: int, delta: dict[str, str], finish: str | None = None) -> dict[str, object]:
+def _choice(
+    run: Run, index: int, delta: dict[str, str], finish: str | None = None, chances: dict[str, object] | None = None
+) -> dict[str, object]:
     said: dict[str, object] = {"delta": delta} if run.job.chat else {"text": delta.get("content", "")}
-    return {"index": index, **said, "logprobs": None, "finish_reason": finish}
+    return {"index": index, **said, "logprobs": chances, "finish_reason": finish}
 
 
 def _event(run: Run, choices: list[dict[str, object]], usage: dict[str, int] | None = None) -> bytes:

@@ -18,6 +18,7 @@ from runtime.errors import BadRequest
 from runtime.model import Parameters, check
 
 MAX_CHOICES = 8
+MAX_CHAT_LOGPROBS, MAX_COMPLETION_LOGPROBS = 20, 5  # OpenAI's limits
 COMPLETION_MAX_TOKENS = 16  # what OpenAI gives /v1/completions; chats get the model's default
 
 Content = str | list[str | int | list[int]]
@@ -46,6 +47,7 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    deterministic: bool | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -57,7 +59,6 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
-    logprobs: Any = None
 
 
 class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
@@ -68,7 +69,8 @@ class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     response_format: Any = None
     modalities: Any = None
     audio: Any = None
@@ -80,6 +82,7 @@ class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
 
 class CompletionRequest(Common, forbid_unknown_fields=True, kw_only=True):
     prompt: Content
+    logprobs: int | None = None
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
@@ -97,12 +100,10 @@ class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "logprobs": (False,),
     "tool_choice": ("auto", "none"),
     "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none",),
-    "top_logprobs": (),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
@@ -117,7 +118,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 _SAME_NAME = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "logit_bias", "seed", "stop", "ignore_eos"),
+    *("frequency_penalty", "logit_bias", "seed", "stop", "ignore_eos", "deterministic"),
 )
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -170,12 +171,22 @@ def chat_job(wanted: ChatRequest) -> Job:
     messages = [_message(number, message) for number, message in enumerate(wanted.messages)]
     tools = None if wanted.tool_choice == "none" else wanted.tools or None
     limit = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
-    return _job(wanted, [messages], limit, tools)
+    if wanted.top_logprobs is not None and not wanted.logprobs:
+        raise BadRequest("top_logprobs is only for requests with logprobs: true", "top_logprobs")
+    top = _within("top_logprobs", wanted.top_logprobs or 0, MAX_CHAT_LOGPROBS)
+    return _job(wanted, [messages], limit, tools, top if wanted.logprobs else None)
 
 
 def completion_job(wanted: CompletionRequest) -> Job:
     limit = COMPLETION_MAX_TOKENS if wanted.max_tokens is None else wanted.max_tokens
-    return _job(wanted, several(wanted.prompt, "prompt"), limit, None)
+    top = None if wanted.logprobs is None else _within("logprobs", wanted.logprobs, MAX_COMPLETION_LOGPROBS)
+    return _job(wanted, several(wanted.prompt, "prompt"), limit, None, top)
+
+
+def _within(name: str, value: int, most: int) -> int:
+    if not 0 <= value <= most:
+        raise BadRequest(f"{name} is {value}; it must be 0..{most}", name)
+    return value
 
 
 def several(given: Content, param: str) -> list[str | list[int]]:
@@ -189,7 +200,13 @@ def several(given: Content, param: str) -> list[str | list[int]]:
     return given  # type: ignore[return-value]
 
 
-def _job(wanted: Common, prompts: Sequence[Any], max_tokens: int | None, tools: Sequence[object] | None) -> Job:
+def _job(
+    wanted: Common,
+    prompts: Sequence[Any],
+    max_tokens: int | None,
+    tools: Sequence[object] | None,
+    logprobs: int | None,
+) -> Job:
     n, stream, options = wanted.n or 1, bool(wanted.stream), wanted.stream_options
     if wanted.n is not None and not 1 <= wanted.n <= MAX_CHOICES:
         raise BadRequest(f"n must be 1..{MAX_CHOICES}", "n")
@@ -199,6 +216,7 @@ def _job(wanted: Common, prompts: Sequence[Any], max_tokens: int | None, tools: 
         raise BadRequest("include_obfuscation is not supported; leave it out", "stream_options")
     given = {name: getattr(wanted, name) for name in _SAME_NAME}
     parameters = check(given | {"max_tokens": max_tokens, "stop_ids": wanted.stop_token_ids})
+    parameters = replace(parameters, logprobs=logprobs)
     include_usage = bool(options and options.include_usage)
     return Job(isinstance(wanted, ChatRequest), prompts, tools, parameters, n, stream, include_usage)
 

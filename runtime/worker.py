@@ -25,7 +25,7 @@ from cache_agent.ledger import Ledger, Span
 from cache_agent.protocol import Admitted, Drain
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
-from runtime.errors import DrainIncomplete, FunctionError, NotReady, WeightsUnavailable
+from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, NotReady, WeightsUnavailable
 from runtime.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ class Worker:
 
             from cache_agent.limits import cpu_quota
             from runtime import weights
-            from runtime.engine.serial import SerialEngine, TokenizerCodec
+            from runtime.engine.choice import choose
+            from runtime.engine.serial import TokenizerCodec
             from runtime.model import Model, sampling_defaults
 
             weights.preload(lease.manifest)
@@ -150,17 +151,14 @@ class Worker:
             mapped = weights.Weights(lease)
             loaded = weights.assemble(mapped, private=self._config.private_weights)
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
-        with self._ledger.span("engine"):
-            codec = TokenizerCodec(loaded.tokenizer, _eos(loaded.generation_config))
-            engine = SerialEngine(
-                loaded.model,
-                codec,
-                revision=lease.revision,
-                slots=self._config.slots,
-                queue_size=self._config.queue,
-                threads=self._config.threads or cpu_quota(),
-            )
+        begun = time.monotonic_ns()
+        codec = TokenizerCodec(loaded.tokenizer, _eos(loaded.generation_config))
+        engine, serial = choose(
+            loaded.model, codec, self._config, revision=lease.revision, threads=self._config.threads or cpu_quota()
+        )
+        self._ledger.add(f"engine, one request at a time: {serial}" if serial else "engine", begun)
         engine.on_first_token = self._first_token
+        engine.on_broken = self._broken
         self._lease, self._guard = lease, mapped.guard
         return Model(
             self._config.served_name,
@@ -175,6 +173,10 @@ class Worker:
 
     def _first_token(self, asked: int) -> None:
         self._ledger.add("first token", asked)
+
+    def _broken(self, why: str) -> None:
+        """The requests in flight know it already; a new worker can serve the next ones, this one cannot."""
+        self._fail(EngineFailed(f"{why}; the worker ends, so that another takes its place"))
 
     def _on_progress(self, done: int, total: int) -> None:
         self._lifecycle.progress = (done, total)

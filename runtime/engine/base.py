@@ -48,7 +48,9 @@ class GenerationRequest:
     """One prompt to continue: token ids, at most `max_tokens` new ones, until a stop string or a stop id.
 
     `stop_ids` end the generation and are not part of its text; the model's own end-of-sequence ids are among them
-    unless the caller wants to go on past them.
+    unless the caller wants to go on past them. `logprobs` asks for the log-probability of each token and of that many
+    likeliest others (0: of the token alone). `deterministic` asks for the same tokens, to the last bit of the model's
+    arithmetic, whatever else is running.
     """
 
     id: str
@@ -57,6 +59,19 @@ class GenerationRequest:
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms of the model's own probabilities, before temperature, penalties and filters.
+
+    `top` holds the likeliest tokens, the likeliest first, whether or not the drawn one is among them.
+    """
+
+    token: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +86,7 @@ class TokenEvent:
     text: str = ""
     finish: Finish | None = None
     error: str | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +105,8 @@ class GenerationState:
 
     `generated` are the new ids so far, `emitted` counts the characters of text already handed out; the stop
     matcher's state follows from both. `kv` is empty where the receiver recomputes it. `engine` and `revision` say who
-    can read it.
+    can read it; `arithmetic` is what the bits of a deterministic request depend on besides (batch rows, threads,
+    processor, …), "" for others: the receiver must have the same.
     """
 
     version: int
@@ -99,6 +116,7 @@ class GenerationState:
     generated: tuple[int, ...]
     emitted: int
     kv: tuple[KVRow, ...] = ()
+    arithmetic: str = ""
 
 
 class Codec(Protocol):
@@ -134,10 +152,17 @@ class TokenStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
+    """`memory` of `memory_limit` bytes are promised to generations, and `kept` hold what finished ones left behind;
+    `reused` counts prompt tokens that this spared."""
+
     running: int
     waiting: int
     slots: int
     queue: int
+    memory: int = 0
+    memory_limit: int = 0
+    kept: int = 0
+    reused: int = 0
 
 
 class Engine(Protocol):

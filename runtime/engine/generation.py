@@ -20,6 +20,7 @@ from runtime.engine.base import (
     GenerationRequest,
     GenerationState,
     KVRow,
+    Logprobs,
     SamplingParams,
     TokenEvent,
 )
@@ -137,6 +138,19 @@ def sample(
     noise += scaled if ids is None else scaled[ids]
     best_at = int(noise.argmax())
     return best_at if ids is None else int(ids[best_at])
+
+
+def logprobs(scores: NDArray[np.floating[Any]], token: int, top: int) -> Logprobs:
+    """Log-probabilities of `token` and of the `top` likeliest tokens under softmax(`scores` [vocabulary])."""
+    import numpy as np
+
+    exact = scores.astype(np.float64)
+    exact -= exact.max()
+    exact -= math.log(np.exp(exact).sum())
+    top = min(top, len(exact))
+    ids = np.argpartition(exact, len(exact) - top)[len(exact) - top :] if top else np.empty(0, np.intp)
+    ids = ids[np.lexsort((ids, -exact[ids]))]
+    return Logprobs(float(exact[token]), tuple((int(i), float(exact[i])) for i in ids))
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -275,9 +289,10 @@ class Generation:
         generation.emitted, generation._ready = state.emitted, text[state.emitted :]
         return generation
 
-    def state(self, engine: str, revision: str, kv: tuple[KVRow, ...] = ()) -> GenerationState:
+    def state(self, engine: str, revision: str, kv: tuple[KVRow, ...] = (), arithmetic: str = "") -> GenerationState:
         """What `restore` needs, for an engine of the kind `engine` on `revision`."""
-        return GenerationState(STATE_VERSION, engine, revision, self.request, tuple(self.generated), self.emitted, kv)
+        generated = tuple(self.generated)
+        return GenerationState(STATE_VERSION, engine, revision, self.request, generated, self.emitted, kv, arithmetic)
 
     @property
     def length(self) -> int:
@@ -288,7 +303,13 @@ class Generation:
         """The next token, drawn from the model's `scores` [vocabulary] for it."""
         return sample(scores, self.request.sampling, self.length, self._seen, self._counts)
 
-    def advance(self, token: int) -> TokenEvent:
+    def draw(self, scores: NDArray[np.floating[Any]]) -> TokenEvent:
+        """`sample` and `advance`, with the log-probabilities that were asked for; a stop id has none."""
+        token, wanted = self.sample(scores), self.request.logprobs
+        silent = wanted is None or token in self.request.stop_ids
+        return self.advance(token, None if silent else logprobs(scores, token, wanted or 0))
+
+    def advance(self, token: int, chances: Logprobs | None = None) -> TokenEvent:
         """Takes the next token in; the event says what became final with it, and whether it was the last one."""
         index = len(self.generated)
         self.generated.append(token)
@@ -310,7 +331,7 @@ class Generation:
             text += self._matcher.flush()
         text, self._ready = self._ready + text, ""
         self.emitted += len(text)
-        return TokenEvent(index, token, text, self.finished)
+        return TokenEvent(index, token, text, self.finished, None, chances)
 
     def end(self, finish: Finish, error: str | None = None) -> TokenEvent:
         """Ends it for a reason outside of it; text held back stays unsaid, for it may be said elsewhere."""

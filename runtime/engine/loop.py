@@ -12,13 +12,12 @@ A row in the step in progress belongs to the engine thread; a paused row belongs
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar, cast
 
@@ -32,6 +31,7 @@ from runtime.engine.base import (
     TokenEvent,
 )
 from runtime.engine.generation import Generation
+from runtime.engine.stream import Stream
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
 
 _log = logging.getLogger("glowplug.engine")
@@ -39,49 +39,11 @@ _log = logging.getLogger("glowplug.engine")
 # Upper bounds of waits, in seconds. None of them is ever reached unless something is broken.
 _STEP_LIMIT = 300.0
 _IDLE_WAIT = 30.0
+# So many failed steps in a row are no request's fault: the engine gives up, for a new process may do better.
+_FAILURES = 3
 
 M = TypeVar("M")  # what an engine remembers of a generation between steps: its KV cache
 T = TypeVar("T")
-
-
-class Stream:
-    """The events of one generation; see `TokenStream`. It never blocks the engine, and holds no cache alive."""
-
-    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
-        self.request_id = request_id
-        self._cancel = cancel
-        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-        self._over = False
-
-    def put(self, event: TokenEvent) -> None:
-        self._events.put(event)
-
-    def next(self, timeout: float) -> TokenEvent | None:
-        if self._over:
-            raise StopIteration
-        try:
-            event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
-        except queue.Empty:
-            return None
-        self._over = event.finish is not None
-        return event
-
-    def __iter__(self) -> Iterator[TokenEvent]:
-        while not self._over:
-            event = self.next(_IDLE_WAIT)
-            if event is not None:
-                yield event
-
-    def close(self) -> None:
-        if not self._over:
-            self._over = True
-            self._cancel()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 class Row(Generic[M]):
@@ -92,6 +54,7 @@ class Row(Generic[M]):
         self.memory: M | None = None
         self.paused = paused
         self.ended = False
+        self.held = False  # whether memory has been set aside for it
         self.born = time.monotonic_ns()
         self.since = 0.0  # when it got its slot
         self.stream: Stream
@@ -105,16 +68,30 @@ class Loop(ABC, Generic[M]):
     """
 
     kind: str
+    arithmetic = ""  # what the bits of its results depend on besides the request; see `GenerationState`
 
     def __init__(
-        self, codec: Codec, *, revision: str, context_length: int, vocabulary: int, slots: int, queue_size: int
+        self,
+        codec: Codec,
+        *,
+        revision: str,
+        context_length: int,
+        vocabulary: int,
+        slots: int,
+        queue_size: int,
+        memory: int | None = None,
+        token_bytes: int = 0,
     ) -> None:
+        """`memory` bytes hold what generations remember, `token_bytes` of each of their tokens; None: no bound."""
         self.revision = revision
         self.context_length = context_length
         self.codec = codec
         self._vocabulary = vocabulary
         self._slots = slots
         self._queue_size = queue_size
+        self._memory = memory
+        self._token_bytes = token_bytes
+        self._promised = 0  # bytes of it, set aside for the whole of every generation that has its slot
         self._wake = threading.Condition()
         self._rows: dict[str, Row[M]] = {}  # every live row, by request id
         self._waiting: deque[Row[M]] = deque()
@@ -124,10 +101,13 @@ class Loop(ABC, Generic[M]):
         self._down: str | None = None  # why nothing is accepted any more
         # Called once: when (ns, CLOCK_MONOTONIC) the generation that made the very first token was asked for.
         self.on_first_token: Callable[[int], None] | None = None
+        # Called once, from the engine thread: why it broke, when it did. Nothing is served after that.
+        self.on_broken: Callable[[str], None] | None = None
+        self._failures = 0
         self._seconds = 1.0  # smoothed time that a generation holds its slot
         self._thread = threading.Thread(target=self._run, name=f"glowplug-engine-{self.kind}", daemon=True)
 
-    # What an engine adds. Called without the lock.
+    # What an engine adds. Called without the lock, but for `choose` and `promise`.
 
     @abstractmethod
     def step(self, rows: Sequence[Row[M]]) -> Iterable[tuple[Row[M], TokenEvent]]:
@@ -136,6 +116,17 @@ class Loop(ABC, Generic[M]):
     def choose(self, rows: Sequence[Row[M]]) -> Sequence[Row[M]]:
         """Which of the runnable `rows` (never empty) the next step is for. Called with the lock held: be quick."""
         return rows
+
+    def promise(self, size: int) -> bool:
+        """Sets `size` bytes of memory aside; False if they are not there. Called with the lock held: only counts."""
+        if self._memory is not None and self._promised + size > self._memory:
+            return False
+        self._promised += size
+        return True
+
+    def kept(self) -> tuple[int, int]:
+        """`kept` and `reused` of `EngineStats`. Called with the lock held."""
+        return 0, 0
 
     def pack(self, row: Row[M]) -> tuple[KVRow, ...]:  # noqa: ARG002  for engines that override it
         """The memory of a paused row; () if the receiver is to recompute it."""
@@ -152,7 +143,7 @@ class Loop(ABC, Generic[M]):
 
     def submit(self, request: GenerationRequest) -> Stream:
         self._check(request)
-        return self._enter(Row[M](Generation(request, self.codec)), self._slots + self._queue_size)
+        return self._enter(Row[M](Generation(request, self.codec)))
 
     def cancel(self, request_id: str) -> None:
         with self._wake:
@@ -169,7 +160,8 @@ class Loop(ABC, Generic[M]):
                 raise EngineFailed(f"the step in progress took more than {_STEP_LIMIT:.0f} s; nothing was exported")
             if row.ended:
                 raise KeyError(request_id)
-        return row.generation.state(self.kind, self.revision, self.pack(row) if kv else ())
+        arithmetic = self.arithmetic if row.generation.request.deterministic else ""
+        return row.generation.state(self.kind, self.revision, self.pack(row) if kv else (), arithmetic)
 
     def resume(self, request_id: str) -> None:
         with self._wake:
@@ -189,13 +181,18 @@ class Loop(ABC, Generic[M]):
                 f"the snapshot is of a {state.engine} engine on revision {state.revision}, "
                 f"this is a {self.kind} engine on {self.revision}; send it to a replica of the same function"
             )
+        if state.request.deterministic and state.arithmetic != self.arithmetic:
+            raise SnapshotRefused(
+                f"the request is deterministic and was begun with {state.arithmetic or 'another engine'}, this replica "
+                f"has {self.arithmetic or 'another engine'}; send it to one that computes alike"
+            )
         try:
             self._check(state.request)
             generation = Generation.restore(state, self.codec)
         except (BadRequest, ValueError) as error:
             raise SnapshotRefused(f"the generation cannot go on here: {error}") from error
         row = Row[M](generation, paused=True)
-        stream = self._enter(row, self._slots)
+        stream = self._enter(row, at_once=True)
         try:
             row.memory = self.unpack(generation, state.kv) if state.kv else None
         except BaseException:
@@ -206,7 +203,10 @@ class Loop(ABC, Generic[M]):
 
     def stats(self) -> EngineStats:
         with self._wake:
-            return EngineStats(len(self._running), len(self._waiting), self._slots, self._queue_size)
+            running, waiting = len(self._running), len(self._waiting)
+            return EngineStats(
+                running, waiting, self._slots, self._queue_size, self._promised, self._memory or 0, *self.kept()
+            )
 
     def close(self) -> None:
         with self._wake:
@@ -250,10 +250,18 @@ class Loop(ABC, Generic[M]):
                 f"model's context of {self.context_length} tokens; shorten one of them",
                 "max_tokens" if length < self.context_length else "prompt",
             )
+        if self._memory is not None and self._cost(request) > self._memory:
+            tokens, room = length + request.max_tokens, self._memory // self._token_bytes
+            raise BadRequest(
+                f"prompt and max_tokens come to {tokens} tokens, and the memory here holds those of {room}; "
+                "ask for fewer tokens, or raise the memory limit or GLOWPLUG_KV_MEMORY",
+                "max_tokens",
+            )
         if any(not 0 <= token < self._vocabulary for token in request.sampling.logit_bias):
             raise BadRequest(f"logit_bias names token ids outside of 0..{self._vocabulary - 1}", "logit_bias")
 
-    def _enter(self, row: Row[M], limit: int) -> Stream:
+    def _enter(self, row: Row[M], *, at_once: bool = False) -> Stream:
+        """Puts a row into the queue; `at_once` only if there is a slot and memory for it now."""
         request_id = row.generation.request.id
         weak = weakref.ref(row)
         row.stream = Stream(request_id, lambda: self._leave(weak(), "cancelled"))
@@ -262,16 +270,26 @@ class Loop(ABC, Generic[M]):
                 raise EngineFailed(self._down)
             if request_id in self._rows:
                 raise BadRequest(f"a generation with the id {request_id!r} is live already", "request_id")
-            if len(self._rows) >= limit:
+            full = len(self._rows) >= self._slots + (0 if at_once else self._queue_size)
+            if full or (at_once and not self._take(row)):
                 turn = self._seconds * (len(self._waiting) + 1) / self._slots
+                taken = f"all {self._slots} slots are" if full else "the memory for keys and values is"
                 raise EngineBusy(
-                    f"all {self._slots} slots are taken and {len(self._waiting)} requests wait; try again later",
+                    f"{taken} taken and {len(self._waiting)} requests wait; try again later",
                     retry_after=min(60.0, max(1.0, turn)),
                 )
             self._rows[request_id] = row
             self._waiting.append(row)
             self._wake.notify_all()
         return row.stream
+
+    def _take(self, row: Row[M]) -> bool:
+        """With the lock held."""
+        row.held = row.held or self.promise(self._cost(row.generation.request))
+        return row.held
+
+    def _cost(self, request: GenerationRequest) -> int:
+        return (len(request.prompt) + request.max_tokens) * self._token_bytes
 
     def _leave(self, row: Row[M] | None, finish: Finish, error: str | None = None) -> None:
         """Ends a row that did not end by itself. A row in the step in progress is dropped when the step is done."""
@@ -290,20 +308,23 @@ class Loop(ABC, Generic[M]):
             self._seconds += 0.2 * (time.monotonic() - row.since - self._seconds)
         else:
             self._waiting.remove(row)
+        if row.held:
+            row.held = False
+            self._promised -= self._cost(row.generation.request)
         row.stream.put(event)
         self._wake.notify_all()
 
     # The engine thread.
 
     def _run(self) -> None:
-        why = "the engine stopped"
+        why, broken = "the engine stopped", False
         try:
             self.begin()
             while self._turn():
                 pass
         except BaseException as error:
             _log.exception("the engine thread broke and accepts nothing any more")
-            why = f"the engine broke ({type(error).__name__}); the function's log says where"
+            why, broken = f"the engine broke ({type(error).__name__}); the function's log says where", True
         with self._wake:
             self._down = why = self._down or why
             self._stepping = ()
@@ -312,12 +333,15 @@ class Loop(ABC, Generic[M]):
             tasks, self._tasks = self._tasks, deque()
         for _, future in tasks:
             future.set_exception(EngineFailed(why))
+        if broken and self.on_broken is not None:
+            self.on_broken(why)
 
     def _turn(self) -> bool:
         """Waits for work, then does one task and one step. False once the engine is to stop."""
         with self._wake:
             while not self._down:
-                while self._waiting and len(self._running) < self._slots:
+                # The oldest first, and nobody past it: else one that needs much memory would wait for ever.
+                while self._waiting and len(self._running) < self._slots and self._take(self._waiting[0]):
                     row = self._waiting.popleft()
                     row.since = time.monotonic()
                     self._running.append(row)
@@ -351,11 +375,15 @@ class Loop(ABC, Generic[M]):
                         self._end(row, event)
                     elif not row.ended:
                         row.stream.put(event)
+            self._failures = 0
         except Exception as error:
             # Whose fault it was cannot be told from here; rows of other steps are unharmed.
             _log.exception("a step failed; its %d generations end with an error", len(rows))
             for row in rows:
                 self._leave(row, "error", f"the engine failed on this request ({type(error).__name__}); see the log")
+            self._failures += 1
+            if self._failures >= _FAILURES:
+                raise
 
 
 def _perform(task: Callable[[], object], future: Future[object]) -> None:

@@ -34,7 +34,8 @@ class SerialEngine(Loop[Memory]):
     """Decodes with `model`, a transformers causal language model, as it stands: dtype, device, attention.
 
     `chunk` is the number of prompt tokens per step, `threads` torch's thread count for the engine thread (None leaves
-    it), `context_length` defaults to what the model's config says.
+    it), `context_length` defaults to what the model's config says. `memory` bounds the bytes of all caches, by what a
+    layer of keys and values takes; a model that keeps something else is charged as much.
     """
 
     kind = "serial"
@@ -50,8 +51,10 @@ class SerialEngine(Loop[Memory]):
         queue_size: int = 16,
         chunk: int = 512,
         threads: int | None = None,
+        memory: int | None = None,
     ) -> None:
-        self._config = model.config.get_text_config(decoder=True)
+        self._config = config = model.config.get_text_config(decoder=True)
+        heads, size = _head_shape(config)
         super().__init__(
             codec,
             revision=revision,
@@ -59,6 +62,8 @@ class SerialEngine(Loop[Memory]):
             vocabulary=model.get_input_embeddings().num_embeddings,
             slots=slots,
             queue_size=queue_size,
+            memory=memory,
+            token_bytes=config.num_hidden_layers * 2 * heads * size * model.dtype.itemsize,
         )
         self._model = model.eval()
         self._chunk = chunk
@@ -92,7 +97,7 @@ class SerialEngine(Loop[Memory]):
             scores = output.logits[0, -1].float().cpu().numpy()
         memory.fed += len(ids)
         if memory.fed == generation.length:
-            yield row, generation.advance(generation.sample(scores))
+            yield row, generation.draw(scores)
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Mean of the last hidden states over each prompt's tokens, scaled to length 1: [prompts][hidden size].
@@ -160,8 +165,7 @@ class SerialEngine(Loop[Memory]):
 
     def _tensor(self, row: KVRow, positions: int) -> torch.Tensor:
         config = self._config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, size = _head_shape(config)
         shape, dtype = (1, heads, positions, size), self._model.dtype
         if row.shape != shape or row.dtype != _name(dtype):
             raise SnapshotRefused(
@@ -171,6 +175,13 @@ class SerialEngine(Loop[Memory]):
         if len(row.data) != dtype.itemsize * heads * positions * size:
             raise SnapshotRefused(f"the snapshot's cache row {row.name} has {len(row.data)} bytes, not its shape's")
         return torch.frombuffer(bytearray(row.data), dtype=dtype).reshape(shape).to(self._model.device)
+
+
+def _head_shape(config: Any) -> tuple[int, int]:
+    """Key heads and their size, as far as the config tells; a model without attention is taken for one head."""
+    queries = getattr(config, "num_attention_heads", None) or 1
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // queries
 
 
 def _name(dtype: torch.dtype) -> str:

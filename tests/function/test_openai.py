@@ -259,7 +259,11 @@ REFUSED: list[tuple[bytes | object, str | None]] = [
     (chat(stream="yes"), "stream"),
     (chat(stream_options={"include_usage": True}), "stream_options"),
     (chat(stream=True, stream_options={"other": True}), "stream_options"),
-    (chat(logprobs=True), "logprobs"),
+    (chat(logprobs=1), "logprobs"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+    (chat(logprobs=True, top_logprobs=-1), "top_logprobs"),
+    (chat(top_logprobs=2), "top_logprobs"),
+    (chat(deterministic="yes"), "deterministic"),
     (chat(response_format={"type": "json_object"}), "response_format"),
     (chat(tool_choice="required"), "tool_choice"),
     (chat(audio={}), "audio"),
@@ -556,7 +560,8 @@ def tiny_model() -> Iterator[Model]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from runtime.engine.serial import SerialEngine, TokenizerCodec
+    from runtime.engine.batched import BatchedEngine
+    from runtime.engine.serial import TokenizerCodec
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={"</s>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
@@ -565,7 +570,8 @@ def tiny_model() -> Iterator[Model]:
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         eos_token="</s>",
-        chat_template="{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        chat_template="{% if tools %}{{ tools | tojson }}\n{% endif %}"
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
         "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
     )
     torch.manual_seed(0)
@@ -581,12 +587,12 @@ def tiny_model() -> Iterator[Model]:
     )
     raw = LlamaForCausalLM(config)
     codec = TokenizerCodec(tokenizer)
-    engine = SerialEngine(raw, codec, revision="tiny", threads=1)
+    engine = BatchedEngine(raw, codec, revision="tiny", memory=32 << 20, threads=1)
     yield Model("tiny", "tiny", codec, engine, tokenizer=tokenizer, raw=raw, defaults=SamplingParams(0.0))
     engine.close()
 
 
-class TestSerialEngine:
+class TestBatchedEngine:
     """The same routes on a transformers model."""
 
     def test_sdk(self, tiny_model: Model) -> None:
@@ -608,3 +614,77 @@ class TestSerialEngine:
                 client.chat.completions.create(**asked | {"messages": [{"role": "tool", "content": "x"}]})
             vectors = client.embeddings.create(model="tiny", input=["abc", "abd"]).data
             assert sum(x * x for x in vectors[0].embedding) == pytest.approx(1.0, abs=1e-5)
+
+    def test_async_streams_in_one_batch(self, tiny_model: Model) -> None:
+        prompts = [f"prompt number {number} " * (1 + number % 4) for number in range(12)]
+        want = [tiny_model.generate(prompt, max_tokens=20, temperature=1.0, seed=5) for prompt in prompts]
+
+        async def ask(url: str) -> list[str]:
+            async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+
+                async def one(prompt: str) -> str:
+                    stream = await client.completions.create(
+                        model="tiny", prompt=prompt, max_tokens=20, temperature=1.0, seed=5, stream=True
+                    )
+                    return "".join([chunk.choices[0].text async for chunk in stream])
+
+                return list(await asyncio.gather(*map(one, prompts)))
+
+        with serving(make_app(OpenGate(tiny_model))) as url:
+            assert asyncio.run(ask(url)) == want
+
+    def test_tools_reach_the_chat_template(self, tiny_model: Model) -> None:
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+        app = make_app(OpenGate(tiny_model))
+        sizes = {}
+        for name, more in (("none", {}), ("tools", {"tools": tools}), ("off", {"tools": tools, "tool_choice": "none"})):
+            answer = post(app, {"messages": HELLO, "max_tokens": 2, **more}).get_json()
+            sizes[name] = answer["usage"]["prompt_tokens"]
+        assert sizes["tools"] - sizes["none"] == len(json.dumps(tools)) + 1
+        assert sizes["off"] == sizes["none"]
+
+    def test_logprobs(self, tiny_model: Model) -> None:
+        with (
+            serving(make_app(OpenGate(tiny_model))) as url,
+            openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+        ):
+            asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "seed": 1, "temperature": 1}
+            whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).choices[0].logprobs
+            assert whole is not None
+            assert whole.content is not None
+            assert len(whole.content) == 30
+            for token in whole.content:
+                chances = [top.logprob for top in token.top_logprobs]
+                assert len(chances) == 3
+                assert chances == sorted(chances, reverse=True)
+                assert token.logprob <= chances[0] <= 0
+                assert token.bytes is None or bytes(token.bytes).decode() == token.token
+            pieces = [
+                chunk.choices[0].logprobs.content or []
+                for chunk in client.chat.completions.create(**asked, logprobs=True, top_logprobs=3, stream=True)
+                if chunk.choices[0].logprobs is not None
+            ]
+            assert [token.token for piece in pieces for token in piece] == [token.token for token in whole.content]
+            plain = client.chat.completions.create(**asked, logprobs=True).choices[0].logprobs
+            assert plain is not None
+            assert plain.content is not None
+            assert plain.content[0].top_logprobs == []
+            old = client.completions.create(model="tiny", prompt="abc", max_tokens=9, logprobs=2, temperature=0)
+            chances = old.choices[0].logprobs
+            assert chances is not None
+            assert chances.tokens is not None
+            assert chances.text_offset is not None
+            assert chances.top_logprobs is not None
+            assert chances.token_logprobs is not None
+            assert len(chances.tokens) == 9
+            assert chances.text_offset[0] == 0
+            for value, top in zip(chances.token_logprobs, chances.top_logprobs, strict=True):
+                assert value == max(top.values())
+
+    def test_deterministic_is_a_field(self, tiny_model: Model) -> None:
+        app = make_app(OpenGate(tiny_model))
+        answers = [
+            post(app, {"messages": HELLO, "max_tokens": 9, "deterministic": wanted}).get_json()["choices"]
+            for wanted in (True, False)
+        ]
+        assert answers[0] == answers[1]

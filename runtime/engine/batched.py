@@ -1,0 +1,296 @@
+"""Owns the engine that serves: transformers' model code, many requests in one forward pass, each with rows of its own.
+
+    step: rows ──► memory, reused beginnings ──► schedule.plan ──► forward … ──► scores ──► one token per row
+
+What the model has seen of a generation is one number, `fed`: ids go in by pieces or one by one until it has seen all,
+then its last scores make the next token. A generation that arrives without rows is therefore fed again by the very same
+steps: in pieces where the arithmetic forgives it (float32), otherwise one by one, as it was made.
+
+Memory for all that a generation may ever hold is set aside before it gets its slot, so nothing that runs ever fails or
+is thrown out for want of it; what nobody has been promised serves to keep the rows of finished generations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from runtime.engine.attention import Pack, forward, install
+from runtime.engine.base import Codec, KVRow, TokenEvent
+from runtime.engine.generation import Generation
+from runtime.engine.loop import Loop, Row
+from runtime.engine.prefixes import Prefixes, encoded
+from runtime.engine.rows import Rows
+from runtime.engine.schedule import Forward, Need, plan
+from runtime.errors import EngineBusy, SnapshotRefused
+
+_WORTH = 16  # tokens that a beginning must have to be copied, or kept
+
+
+class BatchedEngine(Loop[Rows]):
+    """Decodes with `model`, a transformers causal language model; raises `Unbatchable` if its attention cannot be ours.
+
+    `memory` is what keys and values may take, in bytes. `chunk` is the number of prompt tokens per step, `fixed` the
+    number of rows that deterministic decoding is padded to, `threads` torch's thread count for the engine thread (None
+    leaves it). `deterministic` makes every request so; `reuse` keeps what finished generations leave behind.
+    """
+
+    kind = "batched"
+
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        *,
+        revision: str,
+        memory: int,
+        context_length: int | None = None,
+        slots: int = 16,
+        queue_size: int = 32,
+        chunk: int = 256,
+        fixed: int = 8,
+        deterministic: bool = False,
+        reuse: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        self.shape = install(model)
+        super().__init__(
+            codec,
+            revision=revision,
+            context_length=context_length or model.config.get_text_config(decoder=True).max_position_embeddings,
+            vocabulary=model.get_input_embeddings().num_embeddings,
+            slots=slots,
+            queue_size=queue_size,
+            memory=memory,
+            token_bytes=self.shape.token_bytes,
+        )
+        self._model = model.eval()
+        self._chunk, self._fixed = chunk, fixed
+        self._always, self._reuse = deterministic, reuse
+        self._threads = threads
+        self._prefixes: Prefixes[Rows] = Prefixes()
+        self._reused = 0
+        self._refeed = self.shape.dtype == torch.float32
+        device = self.shape.device.type
+        processor = torch.backends.cpu.get_cpu_capability() if device == "cpu" else device
+        self.arithmetic = (
+            f"{fixed} rows, pieces of {chunk}, {threads or torch.get_num_threads()} threads, {processor}, "
+            f"{name_of(self.shape.dtype)}, torch {torch.__version__}"
+        )
+        self.start()
+
+    def begin(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+
+    # Memory: promised to rows, or held by what finished ones left behind, which gives way.
+
+    def promise(self, size: int) -> bool:
+        promised = super().promise(size)
+        self._make_way()
+        return promised
+
+    def kept(self) -> tuple[int, int]:
+        return self._prefixes.held, self._reused
+
+    def _make_way(self) -> None:
+        """With the lock held."""
+        assert self._memory is not None, "it was given"
+        while self._promised + self._prefixes.held > self._memory:
+            self._prefixes.evict()
+
+    # A step.
+
+    def step(self, rows: Sequence[Row[Rows]]) -> Iterator[tuple[Row[Rows], TokenEvent]]:
+        for row in rows:
+            if row.memory is None:
+                request = row.generation.request
+                row.memory = Rows(self.shape, len(request.prompt) + request.max_tokens)
+            if row.memory.fed == 0 and self._reuse:
+                self._begin_from_others(row, row.memory)
+        for passing in plan([self._need(row) for row in rows], self._chunk, self._fixed):
+            yield from self._pass([(rows[i], count) for i, count in passing.pieces], passing)
+
+    def _need(self, row: Row[Rows]) -> Need:
+        generation, memory = row.generation, _memory(row)
+        exact = self._exact(generation)
+        return Need(len(generation.request.prompt), generation.length, memory.fed, exact, self._refeed and not exact)
+
+    def _exact(self, generation: Generation) -> bool:
+        return self._always or generation.request.deterministic
+
+    def _pass(
+        self, pieces: Sequence[tuple[Row[Rows], int]], passing: Forward
+    ) -> Iterator[tuple[Row[Rows], TokenEvent]]:
+        """One forward pass, and the next token of every row that has been fed all it has."""
+        ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []  # where in the pass the scores for a next token come from
+        ready: list[Row[Rows]] = []
+        for row, count in pieces:
+            fed = _memory(row).fed
+            ids += _ids(row.generation, fed, fed + count)
+            positions += range(fed, fed + count)
+            if fed + count == row.generation.length:
+                wanted.append(len(ids) - 1)
+                ready.append(row)
+        ids += [0] * passing.padding
+        positions += [0] * passing.padding
+        keep, wanted_of = wanted, list(range(len(wanted)))
+        if passing.fixed:
+            keep, wanted_of = list(range(len(ids))), wanted  # the head's product, too, has always the same rows
+        pack = Pack([(_memory(row), count) for row, count in pieces], passing.padding)
+        with torch.inference_mode():
+            output = forward(self._model, ids, positions, pack, logits_to_keep=torch.tensor(keep, dtype=torch.long))
+            scores = output.logits[0, wanted_of].float().cpu().numpy() if wanted else None
+        for row, count in pieces:
+            memory = _memory(row)
+            if self._exact(row.generation) and memory.exact == memory.fed - count and memory.fed % self._chunk == 0:
+                memory.exact = memory.fed
+        for number, row in enumerate(ready):
+            assert scores is not None, "there are scores for every row that is ready"
+            try:
+                event = row.generation.draw(scores[number])
+            except ArithmeticError as error:  # this row's alone
+                event = row.generation.end("error", f"the model failed on this request: {error}")
+            yield row, event
+            if event.finish in ("stop", "length"):
+                self._keep(row)
+
+    # Reuse.
+
+    def _begin_from_others(self, row: Row[Rows], memory: Rows) -> None:
+        """Copies the longest beginning that a kept or a running generation has in common with this one's ids."""
+        generation = row.generation
+        exact = self._exact(generation)
+        ids = encoded(_ids(generation, 0, generation.length if self._refeed else len(generation.request.prompt)))
+        with self._wake:
+            others = [
+                (encoded(_ids(other.generation, 0, other.memory.fed)), other.memory)
+                for other in self._stepping
+                if other.memory is not None and other.memory.fed >= _WORTH
+            ]
+            found = self._prefixes.find(ids, others)
+        if found is None:
+            return
+        source, length = found
+        length = min(length, source.fed, len(ids) // 4 - 1)  # the last id is fed: its scores are wanted
+        if exact:
+            length = min(length, source.exact) // self._chunk * self._chunk
+        if length >= _WORTH:
+            memory.take(source, length)
+            self._reused += length
+
+    def _keep(self, row: Row[Rows]) -> None:
+        """Keeps the rows of a generation that has ended well, if there is memory that nobody has been promised."""
+        memory = _memory(row)
+        if not self._reuse or memory.fed < _WORTH:
+            return
+        memory.shrink()
+        ids = encoded(_ids(row.generation, 0, memory.fed))
+        with self._wake:
+            self._prefixes.keep(ids, memory)
+            self._make_way()
+
+    # Embeddings.
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Mean of the last hidden states over each prompt's tokens, scaled to length 1: [prompts][hidden size].
+
+        Runs on the engine thread, piece by piece between the steps of generations.
+        """
+        for prompt in prompts:
+            self.check_ids(prompt, "input")
+        return [self._embed(prompt) for prompt in prompts]
+
+    def _embed(self, prompt: Sequence[int]) -> list[float]:
+        size = len(prompt) * self.shape.token_bytes
+        with self._wake:
+            if not self.promise(size):
+                raise EngineBusy("the memory for keys and values is taken; try again later")
+        try:
+            rows = Rows(self.shape, len(prompt))
+
+            def feed(at: int) -> torch.Tensor:
+                ids = prompt[at : at + self._chunk]
+                with torch.inference_mode():
+                    pack = Pack([(rows, len(ids))])
+                    states = forward(self._model.base_model, ids, range(at, at + len(ids)), pack)
+                    return torch.as_tensor(states.last_hidden_state[0].float().sum(0))
+
+            total = torch.zeros(())
+            for at in range(0, len(prompt), self._chunk):
+                total = total + self.call(lambda at=at: feed(at))  # type: ignore[misc]
+            vector: list[float] = torch.nn.functional.normalize(total, dim=0).tolist()
+            return vector
+        finally:
+            with self._wake:
+                self._promised -= size
+                self._wake.notify_all()
+
+    # Export and import.
+
+    def pack(self, row: Row[Rows]) -> tuple[KVRow, ...]:
+        """Rows "fed" and "exact" (int64), then "<layer>", each [positions, heads, key + value size]; () if nothing was
+        fed yet."""
+        memory = row.memory
+        if memory is None or not memory.fed:
+            return ()
+        counts = [
+            KVRow(name, "int64", (), value.to_bytes(8, "little"))
+            for name, value in (("fed", memory.fed), ("exact", memory.exact))
+        ]
+        dtype = name_of(self.shape.dtype)
+        layers = [
+            KVRow(str(index), dtype, tuple(layer.shape), layer.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            for index, layer in enumerate(memory.kv[:, : memory.fed])
+        ]
+        return (*counts, *layers)
+
+    def unpack(self, generation: Generation, kv: tuple[KVRow, ...]) -> Rows:
+        rows = {row.name: row for row in kv}
+        if set(rows) != {"fed", "exact", *map(str, range(self.shape.layers))} or any(
+            len(rows[name].data) != 8 for name in ("fed", "exact")
+        ):
+            raise SnapshotRefused(f"the snapshot's rows are not of the {self.shape.layers} layers of this model")
+        fed, exact = (int.from_bytes(rows[name].data, "little") for name in ("fed", "exact"))
+        if not 0 <= exact <= fed or not 0 < fed < generation.length:
+            raise SnapshotRefused(f"the snapshot's rows cover {fed} tokens, it has {generation.length}")
+        request = generation.request
+        memory = Rows(self.shape, len(request.prompt) + request.max_tokens)
+        memory.make_room(fed)
+        for index in range(self.shape.layers):
+            memory.kv[index, :fed] = self._layer(rows[str(index)], fed)
+        memory.fed, memory.exact = fed, exact
+        return memory
+
+    def _layer(self, row: KVRow, positions: int) -> torch.Tensor:
+        own = self.shape
+        shape = (positions, own.heads, own.key + own.value)
+        if row.shape != shape or row.dtype != name_of(own.dtype):
+            raise SnapshotRefused(
+                f"layer {row.name} of the snapshot is {row.dtype}{list(row.shape)}, this model's is "
+                f"{name_of(own.dtype)}{list(shape)}"
+            )
+        if len(row.data) * own.layers != positions * own.token_bytes:
+            raise SnapshotRefused(f"layer {row.name} of the snapshot has {len(row.data)} bytes, not its shape's")
+        return torch.frombuffer(bytearray(row.data), dtype=own.dtype).reshape(shape)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _memory(row: Row[Rows]) -> Rows:
+    assert row.memory is not None, "a row in a step has its memory"
+    return row.memory
+
+
+def _ids(generation: Generation, start: int, end: int) -> Sequence[int]:
+    """Ids `start` to `end` of prompt and answer."""
+    prompt, generated = generation.request.prompt, generation.generated
+    if start >= len(prompt):
+        return generated[start - len(prompt) : end - len(prompt)]
+    return (*prompt[start:end], *generated[: max(0, end - len(prompt))])

@@ -1,0 +1,97 @@
+"""Decides what each step feeds to the model: which rows, how many tokens of each, in which forward passes. Pure.
+
+    rows ──► plan ──► [Forward(exact decode), Forward(exact prompt), …, Forward(everything else)]
+
+A row decodes (one token) or prefills (a piece of its prompt). Decoding rows are in every step, so a long prompt holds
+nobody up for longer than `chunk` tokens take. Of those, half go to the oldest prompt, which therefore always gets on,
+and what is left goes to the shortest ones, which are soon done.
+
+Deterministic rows share a forward pass with nobody who could change its shape: their decoding is padded to a fixed
+number of rows (free places are lent to other decoding rows), and each piece of their prompts, cut at multiples of
+`chunk`, is a forward pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one row still has to be fed.
+
+    `known` tokens exist, `fed` of them the model has seen, `prompt` of them may be fed in pieces of any size; beyond
+    those it goes one by one, except that `batchable` lets an answer that is fed again be fed like a prompt.
+    """
+
+    prompt: int
+    known: int
+    fed: int
+    exact: bool = False
+    batchable: bool = False
+
+    @property
+    def piece(self) -> int:
+        """Tokens that may be fed at once; 0 for a row that decodes."""
+        end = self.known if self.batchable else self.prompt
+        left = end - self.fed
+        return 0 if left <= 0 or (left == 1 and self.fed >= self.prompt) else left
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward pass: (row, tokens) pieces, those of one token first, and how many rows of nothing follow them.
+
+    A `fixed` one has always the same shape.
+    """
+
+    pieces: tuple[tuple[int, int], ...]
+    padding: int = 0
+    fixed: bool = False
+
+
+def plan(needs: Sequence[Need], chunk: int, fixed: int) -> list[Forward]:
+    """The forward passes of one step: `chunk` prompt tokens at most, deterministic decoding in `fixed` rows."""
+    decoding = [i for i, need in enumerate(needs) if not need.piece]
+    exact = [i for i in decoding if needs[i].exact]
+    others = [i for i in decoding if not needs[i].exact]
+    forwards = []
+    while exact:
+        lent = max(0, fixed - len(exact))
+        group, exact = exact[:fixed] + others[:lent], exact[fixed:]
+        others = others[lent:]
+        forwards.append(Forward(tuple((i, 1) for i in group), fixed - len(group), True))
+    prompts = [i for i, need in enumerate(needs) if need.piece]
+    forwards += [Forward((piece,)) for piece in _alone([i for i in prompts if needs[i].exact], needs, chunk)]
+    shares = _share([i for i in prompts if not needs[i].exact], needs, max(1, chunk - len(others)))
+    pieces = [(i, 1) for i in others] + sorted(shares.items(), key=lambda share: share[1] > 1)
+    if pieces:
+        forwards.append(Forward(tuple(pieces)))
+    return forwards
+
+
+def _alone(rows: Sequence[int], needs: Sequence[Need], chunk: int) -> list[tuple[int, int]]:
+    """Pieces of prompts that cannot share: the oldest's, the shortest's, and of more while they come to one `chunk`."""
+    pieces: list[tuple[int, int]] = []
+    spent = 0
+    for place, i in enumerate([*rows[:1], *sorted(rows[1:], key=lambda i: needs[i].piece)]):
+        count = min(needs[i].piece, chunk - needs[i].fed % chunk)
+        if place < 2 or spent + count <= chunk:
+            pieces.append((i, count))
+            spent += count
+    return pieces
+
+
+def _share(rows: Sequence[int], needs: Sequence[Need], budget: int) -> dict[int, int]:
+    """Tokens for each prompt that gets any."""
+    shares: dict[int, int] = {}
+    if rows:
+        shares[rows[0]] = min(needs[rows[0]].piece, -(-budget // 2))
+        budget -= shares[rows[0]]
+    for i in sorted(rows, key=lambda i: needs[i].piece - shares.get(i, 0)):
+        more = min(budget, needs[i].piece - shares.get(i, 0))
+        if more > 0:
+            shares[i] = shares.get(i, 0) + more
+            budget -= more
+    return shares

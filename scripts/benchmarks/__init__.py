@@ -9,13 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 WAITING = {
-    "throughput": "the batched engine, and a benchmark of it",
     "handoff": "moving generations between replicas (runtime/handoff)",
-    "overload": "the batched engine, and a benchmark of it",
     "fanout": "the peer tier and the Redis directory (cache_agent/tiers/peer, cache_agent/directory)",
     "gpu": "the device tier",
 }
-NAMES = ["cold-start", "load", "origin", "density", *WAITING]
+NAMES = ["cold-start", "load", "origin", "density", "throughput", "overload", *WAITING]
 """In the order in which `all` runs them."""
 
 

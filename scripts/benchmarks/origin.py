@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 from report import Report, Row
@@ -159,7 +159,7 @@ def _s3transfer(place: Path, s3: Store) -> Sample:
     def transfer() -> None:
         with TransferManager(client) as manager:
             futures: list[Any] = [
-                manager.download(BUCKET, f"{s3.prefix}/{file.name}", _Memory(file.stat().st_size))
+                manager.download(BUCKET, f"{s3.prefix}/{file.name}", cast(IO[bytes], _Memory(file.stat().st_size)))
                 for file in models.weight_files(place)
             ]
             for future in futures:

@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from report import Report
+from report import Report, Row
 from rich.console import Console
 
-from benchmarks import models
+from benchmarks import machine, models
 from benchmarks.agents import agent
 from benchmarks.harness import Result as Probes
-from benchmarks.harness import probe
+from benchmarks.harness import judged
 from benchmarks.traffic import Result, azure, clients, dice, percentiles, request, steady
 
 NAME = "overload"
@@ -129,11 +129,11 @@ def function(place: Path, agent_socket: Path) -> Iterator[Function]:
 
 def run(quick: bool, console: Console) -> Report:
     place = models.checkpoint("125m", console, shards=1)
-    rows: list[dict[str, str | float | None]] = []
-    headline: dict[str, float] = {}
+    rows: list[Row] = []
+    headline: dict[str, float | None] = {}
     probes = Probes()
     with agent("--dram", "1G", "--file-root", str(place)) as running, function(place, running.socket) as tested:
-        probes.probes.append(probe())
+        probes.probes.append(machine.probe())
         console.print(f"[dim]{_HERD} clients on a function without a worker[/]")
         chance = dice(0)
         herd = clients(tested.port, [request(0.0, _PROMPT, 8, chance) for _ in range(_HERD)])
@@ -141,13 +141,13 @@ def run(quick: bool, console: Console) -> Report:
         rows += _times("herd", herd)
 
         console.print("[dim]the rate that it sustains[/]")
-        probes.probes.append(probe())
+        probes.probes.append(machine.probe())
         seconds = 8.0 if quick else 30.0
         rate, tokens_s = _sustained(tested, seconds)
         headline |= {"sustained_requests_s": round(rate, 2), "sustained_tokens_s": round(tokens_s, 1)}
 
         console.print(f"[dim]ten times {rate:.1f} requests/s[/]")
-        probes.probes.append(probe())
+        probes.probes.append(machine.probe())
         with tested.watched():
             flood = clients(tested.port, steady(10 * rate, 10.0 if quick else 60.0, _PROMPT, _NEW, 2))
         headline |= _flood(flood, tested)
@@ -160,15 +160,15 @@ def run(quick: bool, console: Console) -> Report:
             )
         else:
             console.print(f"[dim]{len(trace)} requests of the Azure trace[/]")
-            probes.probes.append(probe())
+            probes.probes.append(machine.probe())
             replayed = clients(tested.port, trace)
             headline["trace_errors"] = float(sum(one["status"] != 200 for one in replayed))
             rows += _times("trace", replayed)
             for row in rows:
                 if row["variant"] == "trace" and row["metric"] in ("first_ms", "per_token_ms"):
                     headline |= {f"trace_{row['metric']}_{p}": float(row[p] or 0) for p in ("p50", "p95", "p99")}
-        probes.probes.append(probe())
-    return Report(NAME, headline if probes.quiet else {}, rows, probes.quiet)
+        probes.probes.append(machine.probe())
+    return judged(NAME, headline, rows, [probes], quick)
 
 
 def _herd(results: list[Result], tested: Function) -> dict[str, float]:
@@ -210,7 +210,7 @@ def _flood(results: list[Result], tested: Function) -> dict[str, float]:
     }
 
 
-def _times(variant: str, results: list[Result]) -> list[dict[str, str | float | None]]:
+def _times(variant: str, results: list[Result]) -> list[Row]:
     good = [one for one in results if one["status"] == 200]
     metrics = {
         "first_ms": [one["first_s"] * 1e3 for one in good],
@@ -219,7 +219,7 @@ def _times(variant: str, results: list[Result]) -> list[dict[str, str | float | 
         ],
         "total_ms": [one["total_s"] * 1e3 for one in good],
     }
-    rows: list[dict[str, str | float | None]] = []
+    rows: list[Row] = []
     for metric, values in metrics.items():
         if values:
             found = {name: round(value, 1) for name, value in percentiles(values).items()}

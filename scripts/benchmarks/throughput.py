@@ -16,11 +16,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from report import ROOT, Report
+from report import ROOT, Report, Row
 from rich.console import Console
 
 from benchmarks import models
-from benchmarks.harness import Sample, Unavailable, Variant, measure
+from benchmarks.harness import Result, Sample, Unavailable, Variant, judged, measure, middle, ratio_rows
 
 NAME = "throughput"
 
@@ -34,10 +34,10 @@ def run(quick: bool, console: Console) -> Report:
     dtypes = ("bfloat16",) if quick else ("bfloat16", "float32")
     counts = (1, 8) if quick else (1, 4, 8, 16)
     new, rounds = (16, 1) if quick else (64, 5)
-    rows: list[dict[str, str | float | None]] = []
+    rows: list[Row] = []
     ratios: dict[str, list[float]] = {}
-    headline: dict[str, float] = {}
-    trusted = True
+    headline: dict[str, float | None] = {}
+    results: list[Result] = []
     for dtype in dtypes:
         for concurrent in counts:
             ways = (*_WAYS, "http") if concurrent == counts[-1] else _WAYS
@@ -50,25 +50,26 @@ def run(quick: bool, console: Console) -> Report:
                 "prompt": _PROMPT,
                 "new": new,
             }
-            rows += result.rows(**case, noise=round(result.noise, 3))
-            trusted = trusted and result.quiet
-            for other in _WAYS[1:]:
-                if (ratio := result.ratio("glowplug", other, "tokens_s")) is not None:
-                    ratios.setdefault(other, []).append(ratio[0])
-                    headline[f"vs_{other}_{dtype}_{concurrent}"] = round(ratio[0], 3)
-            if (ratio := result.ratio("http", "glowplug", "cpu_ms_per_token")) is not None:
-                headline[f"http_overhead_{dtype}"] = round(ratio[0] - 1, 3)
-    if "generate_batch" in ratios:
-        headline["throughput_vs_generate_batch"] = round(statistics.median(ratios["generate_batch"]), 3)
-    if "padded" in ratios:
-        headline["throughput_vs_padded"] = round(statistics.median(ratios["padded"]), 3)
-    eight = [value for name, value in headline.items() if name.startswith("vs_sequential") and name.endswith("_8")]
-    if eight:
-        headline["throughput_vs_sequential"] = min(eight)
-    costs = [value for name, value in headline.items() if name.startswith("http_overhead_")]
-    if costs:
-        headline["http_overhead"] = max(costs)
-    return Report(NAME, headline if trusted else {}, rows, trusted)
+            results.append(result)
+            pairs = {
+                f"vs_{other}_{dtype}_{concurrent}": result.ratio("glowplug", other, "tokens_s") for other in _WAYS[1:]
+            }
+            for other, pair in zip(_WAYS[1:], pairs.values(), strict=True):
+                if pair is not None:
+                    ratios.setdefault(other, []).append(pair.median)
+            headline |= {key: middle(pair) for key, pair in pairs.items()}
+            rows += [*result.rows(**case), *ratio_rows(pairs, **case)]
+            if (overhead := result.ratio("http", "glowplug", "cpu_ms_per_token")) is not None:
+                headline[f"http_overhead_{dtype}"] = overhead.median - 1
+    for other in ("generate_batch", "padded"):
+        if other in ratios:
+            headline[f"throughput_vs_{other}"] = statistics.median(ratios[other])
+    known = {key: value for key, value in headline.items() if value is not None}
+    eight = [value for key, value in known.items() if key.startswith("vs_sequential") and key.endswith("_8")]
+    costs = [value for key, value in known.items() if key.startswith("http_overhead_")]
+    headline["throughput_vs_sequential"] = min(eight, default=None)
+    headline["http_overhead"] = max(costs, default=None)
+    return judged(NAME, headline, rows, results, quick)
 
 
 def _way(way: str, place: Path, dtype: str, concurrent: int, new: int, threads: int) -> Callable[[], Sample]:

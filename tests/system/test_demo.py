@@ -26,7 +26,7 @@ def test_the_demo_answers_and_shares_one_copy(tmp_path: Path) -> None:
     assert "Copies of the weights on this machine: 1" in done.stdout
     assert "Glowplug makes LLM functions" in done.stdout.replace("\n", " ")
     report = json.loads(result.read_text())
-    assert set(report) == {"name", "commit", "machine", "headline", "rows"}
+    assert set(report) == {"name", "commit", "machine", "trusted", "note", "headline", "rows"}
     assert report["name"] == "demo"
     assert report["headline"]["copies_of_weights"] == 1
     assert {"processor", "cpus", "kernel", "torch", "load_average"} <= set(report["machine"])

@@ -42,7 +42,13 @@ _JOBS = 16
 
 
 class Holder(Protocol):
-    """Whoever leases or asks: a connection. `deliver` never blocks; the fds become the holder's to close."""
+    """Whoever leases or asks: a connection. `deliver` never blocks; the fds become the holder's to close.
+
+    `pod` is the UID of the pod that it says it lives in, or "".
+    """
+
+    @property
+    def pod(self) -> str: ...
 
     def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None: ...
 
@@ -136,11 +142,15 @@ class Agent:
         """The manifest of a model whose weights need not be here. Raises what the origin does."""
         return describe(self._open_origin(parse_uri(model))).manifest
 
-    def push_drain(self, reason: str, grace: float, model: str = "") -> int:
-        """Tells the holders of leases on `model` (all when empty) to hand their work over; how many there are."""
+    def push_drain(self, reason: str, grace: float, model: str = "", pod: str = "") -> int:
+        """Tells the holders of leases on `model`, or those in `pod`, to hand their work over; how many there are.
+
+        Empty means all of them.
+        """
         uri = parse_uri(model).text if model else ""
         with self._lock:
             holders = [self._asked[lease].holder for lease in self._residency.holders(uri)]
+            holders = [holder for holder in holders if not pod or holder.pod == pod]
             for holder in holders:
                 holder.deliver(Drain(reason, grace), [])
         return len(holders)

@@ -128,10 +128,15 @@ class Lease:
 class CacheClient:
     """Talks to the agent at `path`; each call is a connection of its own."""
 
-    def __init__(self, path: Path | str, *, name: str = "", token: str = "", timeout: float = 10.0) -> None:
-        """`name` shows in the agent's log, `token` is its shared secret, `timeout` in seconds for short answers."""
+    def __init__(
+        self, path: Path | str, *, name: str = "", token: str = "", pod: str = "", timeout: float = 10.0
+    ) -> None:
+        """`name` shows in the agent's log, `token` is its shared secret, `timeout` in seconds for short answers.
+
+        `pod` is the UID of the pod whose end the agent shall announce.
+        """
         self.path = Path(path)
-        self._hello = Hello(VERSION, name[:256], Identity("token", token) if token else Identity())
+        self._hello = Hello(VERSION, name[:256], Identity("token", token) if token else Identity(), pod[:256])
         self._timeout = timeout
 
     def lease(self, model: str, *, start_id: str = "", deadline: float | None = None) -> Lease:

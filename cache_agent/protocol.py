@@ -65,6 +65,7 @@ class Hello(Message, frozen=True, tag="hello"):
     version: int
     client: Short
     identity: Identity = Identity()
+    pod: Short = ""  # the UID of the client's pod: whose removal it wants to hear of. Nothing is granted for it
 
 
 class Welcome(Message, frozen=True, tag="welcome"):

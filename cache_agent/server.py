@@ -177,6 +177,7 @@ class Connection:
         self._closed = False
         self._stopping = False
         self._asked = 0
+        self.pod = ""
         self._load: Load | None = None
         self._reported = -1
         self._report_at = 0.0
@@ -310,6 +311,7 @@ class Connection:
             )
         if self._token and not _knows(self._token, hello.identity):
             raise AccessDenied("this agent asks for a token; set GLOWPLUG_TOKEN_FILE to a file that holds it")
+        self.pod = hello.pod
         self._channel.send(Welcome(VERSION, self._agent.node, __version__))
 
     def _send_manifest(self, model: str) -> None:

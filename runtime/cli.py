@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -56,6 +57,44 @@ def serve(folder: Path | None, **options: object) -> None:
         os.environ["GLOWPLUG_HANDLER"] = str(folder)
     # The shim takes this process's place: nothing of the command line's imports stays in memory.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "runtime.shim"])  # noqa: S606
+
+
+@main.command()
+@click.argument("name")
+@click.option("--platform", type=click.Choice(["knative", "openfaas"]), required=True)
+@click.option("--image", required=True, help="The function's image, like registry.example.com/team/chat:1.")
+@click.option("--model", required=True, help="URI of the model, or a directory of the image.")
+@click.option("--namespace", default="", help="Namespace of the function.")
+@click.option("--slots", type=int, default=4, show_default=True, help="Generations that run at once.")
+@click.option("--timeout", type=int, default=300, show_default=True, help="Seconds that one answer may take.")
+@click.option("--start-timeout", type=int, default=600, show_default=True, help="Seconds that a start may take.")
+@click.option("--memory", default="4Gi", show_default=True, help="Memory of a replica.")
+@click.option("--cpu", default="1", show_default=True, help="Processors that a replica asks for.")
+@click.option("--gpus", type=int, default=0, help="GPUs of a replica (Knative).")
+@click.option("--min-scale", type=int, default=0, help="Replicas that always run.")
+@click.option("--max-scale", type=int, default=0, help="Most replicas; 0 leaves it to the platform.")
+@click.option("--retention", default="", help="How long the last replica stays, like 10m (Knative).")
+@click.option(
+    "--inject",
+    type=click.Choice(["policy", "fields", "none"]),
+    default="policy",
+    show_default=True,
+    help="How a pod gets to its agent: the cluster's policy, fields of the Service (need feature flags), not at all.",
+)
+@click.option("--scheduler", default="", help="With --inject fields: the scheduler, like warm-scheduler.")
+@click.option("--token-secret", default="", help="Secret with the token that the agent asks for.")
+@click.option("--env", "pairs", multiple=True, metavar="NAME=VALUE", help="More of its environment; repeatable.")
+def render(platform: str, pairs: tuple[str, ...], **options: Any) -> None:
+    """Print the objects that make NAME a function of the platform."""
+    import yaml
+
+    from runtime import render as renderer
+
+    with _reported():
+        environment = dict(pair.partition("=")[::2] for pair in pairs)
+        function = renderer.Function(environment=environment, **options)
+        objects = renderer.knative(function) if platform == "knative" else renderer.openfaas(function)
+    click.echo(yaml.safe_dump_all(objects, sort_keys=False, width=120), nl=False)
 
 
 @main.group()

@@ -104,7 +104,9 @@ class Worker:
 
     def _load(self, uri: str) -> Model:
         """Leases, retrying what can be cured by waiting, and imports torch while the bytes are on their way."""
-        client = CacheClient(self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token())
+        client = CacheClient(
+            self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token(), pod=self._config.pod
+        )
         deadline = time.monotonic() + self._config.start_timeout
         pause = 0.1
         while True:

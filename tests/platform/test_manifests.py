@@ -1,0 +1,415 @@
+"""The Kubernetes objects in knative/: strictly valid, consistent with each other, and with as few rights as they say.
+
+GLOWPLUG_TEST_DATA names the folder with Kubernetes' OpenAPI and Knative's CRD; without it those tests skip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cache_agent.config import AgentConfig, parse_size
+from runtime.config import FunctionConfig
+
+ROOT = Path(__file__).parents[2]
+KNATIVE = ROOT / "knative"
+OBJECTS = sorted(
+    path
+    for path in KNATIVE.rglob("*.yaml")
+    if path.name != "kustomization.yaml" and "apiVersion" in path.read_text() and "$patch" not in path.read_text()
+)
+KUSTOMIZATIONS = sorted(KNATIVE.rglob("kustomization.yaml"))
+OVERLAYS = sorted(path.parent for path in (KNATIVE / "overlays").glob("*/kustomization.yaml"))
+EXAMPLES = sorted((KNATIVE / "examples").glob("*.yaml"))
+# Every way to put the components together that the README names, beside each overlay as it is.
+COMBINATIONS = (
+    (),
+    ("token",),
+    ("scheduler", "scheduler-policy"),
+    ("scheduler", "scheduler-policy", "scheduler-strict", "redis", "token"),
+    ("webhook",),
+    ("webhook", "scheduler", "redis"),
+)
+TYPES: Mapping[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+}
+QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|[KMGTPE]i?)?")
+
+
+# --- schemas ----------------------------------------------------------------------------------------------------------
+
+
+class Schema:
+    """A root schema and what its `$ref`s name; as strict as `kubectl apply --validate=strict`."""
+
+    def __init__(self, root: Mapping[str, Any], definitions: Mapping[str, Any]) -> None:
+        self.root = root
+        self.definitions = definitions
+
+    def problems(self, value: object) -> list[str]:
+        """What is wrong with an object, by its place in it; unknown fields are."""
+        return list(self._check(value, self.root, ""))
+
+    def flags(self, value: object) -> set[str]:
+        """The Knative feature flags that the fields of a value need, by the fields' own descriptions."""
+        return set(self._flags(value, self.root))
+
+    def _flags(self, value: object, schema: Mapping[str, Any]) -> Iterator[str]:
+        if found := re.search(r"behind a feature flag - (\S+)", schema.get("description", "")):
+            yield found[1].rstrip(".")
+        if isinstance(value, dict):
+            for name, part in value.items():
+                yield from self._flags(part, schema.get("properties", {}).get(name, {}))
+        elif isinstance(value, list):
+            for part in value:
+                yield from self._flags(part, schema.get("items", {}))
+
+    def _check(self, value: object, schema: Mapping[str, Any], place: str) -> Iterator[str]:
+        while "$ref" in schema:
+            name = schema["$ref"].rpartition("/")[2]
+            schema = self.definitions[name]
+            if name.endswith(("IntOrString", "resource.Quantity")):
+                yield from self._loose(value, name, place)
+                return
+        if schema.get("x-kubernetes-int-or-string"):
+            yield from self._loose(value, "IntOrString", place)
+            return
+        kind = schema.get("type", "object" if "properties" in schema else "")
+        if kind and (not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean")):
+            yield f"{place}: {value!r} is no {kind}"
+            return
+        if "enum" in schema and value not in schema["enum"]:
+            yield f"{place}: {value!r} is none of {schema['enum']}"
+        if isinstance(value, list):
+            for number, item in enumerate(value):
+                yield from self._check(item, schema.get("items", {}), f"{place}[{number}]")
+        elif isinstance(value, dict):
+            yield from self._check_object(value, schema, place)
+
+    def _check_object(self, value: dict[str, Any], schema: Mapping[str, Any], place: str) -> Iterator[str]:
+        properties, more = schema.get("properties", {}), schema.get("additionalProperties")
+        yield from (f"{place}.{name}: missing" for name in schema.get("required", ()) if name not in value)
+        for name, part in value.items():
+            if name in properties:
+                yield from self._check(part, properties[name], f"{place}.{name}")
+            elif isinstance(more, Mapping):
+                yield from self._check(part, more, f"{place}.{name}")
+            elif properties and not schema.get("x-kubernetes-preserve-unknown-fields"):
+                yield f"{place}.{name}: unknown field"
+
+    def _loose(self, value: object, name: str, place: str) -> Iterator[str]:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            yield f"{place}: {value!r} is neither a number nor text"
+        elif name.endswith("Quantity") and not QUANTITY.fullmatch(str(value)):
+            yield f"{place}: {value!r} is no quantity"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    place = os.environ.get("GLOWPLUG_TEST_DATA", "")
+    if not place:
+        pytest.skip("GLOWPLUG_TEST_DATA does not name the folder with Kubernetes' and Knative's schemas")
+    return Path(place)
+
+
+@pytest.fixture(scope="session")
+def schema(data: Path) -> Callable[[str, str], Schema]:
+    """`schema(api_version, kind)`; fails for a kind that the platforms do not have."""
+    document = json.loads((data / "kubernetes" / "openapi-v1.36.json").read_text())
+    definitions = document["definitions"]
+    by_kind = {
+        ("/".join(filter(None, (names["group"], names["version"]))), names["kind"]): definition
+        for definition in definitions.values()
+        for names in definition.get("x-kubernetes-group-version-kind", ())
+    }
+    crd = yaml.safe_load((data / "knative" / "crd-service.yaml").read_text())
+    (version,) = (version for version in crd["spec"]["versions"] if version["name"] == "v1")
+    service = dict(version["schema"]["openAPIV3Schema"])
+    service["properties"] = {
+        **service["properties"],
+        "apiVersion": {"type": "string"},
+        "kind": {"enum": ["Service"]},
+        "metadata": {"$ref": "#/definitions/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"},
+    }
+    by_kind["serving.knative.dev/v1", "Service"] = service
+
+    def find(api_version: str, kind: str) -> Schema:
+        assert (api_version, kind) in by_kind, f"there is no {kind} in {api_version}"
+        return Schema(by_kind[api_version, kind], definitions)
+
+    return find
+
+
+# --- what is built of the files ---------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """`build(overlay, *components)`: the objects as kustomize puts them together."""
+    if not shutil.which("kubectl"):
+        pytest.skip("there is no kubectl on PATH to run kustomize")
+    copy = Path(shutil.copytree(KNATIVE, tmp_path_factory.mktemp("knative") / "knative"))
+    built: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+
+    def run(overlay: str, *components: str) -> list[dict[str, Any]]:
+        if (overlay, *components) not in built:
+            place = copy / "overlays" / "-".join((overlay, *components, "test"))
+            place.mkdir()
+            settings = {
+                "apiVersion": "kustomize.config.k8s.io/v1beta1",
+                "kind": "Kustomization",
+                "resources": [f"../{overlay}"],
+                "components": [f"../../components/{name}" for name in components],
+            }
+            (place / "kustomization.yaml").write_text(yaml.safe_dump(settings))
+            done = subprocess.run(["kubectl", "kustomize", place], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            built[overlay, *components] = list(yaml.safe_load_all(done.stdout))
+        return built[overlay, *components]
+
+    return run
+
+
+def pods(objects: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for item in objects:
+        if item["kind"] in ("DaemonSet", "Deployment"):
+            yield item["metadata"]["name"], item["spec"]["template"]
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]]
+
+
+@pytest.fixture(params=[overlay.name for overlay in OVERLAYS])
+def overlay(request: pytest.FixtureRequest, build: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return build(request.param)
+
+
+@pytest.fixture(params=COMBINATIONS, ids="+".join)
+def combined(request: pytest.FixtureRequest, build: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return build("cpu", *request.param)
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: str(path.relative_to(KNATIVE)))
+def test_each_file_holds_one_object(path: Path) -> None:
+    objects = list(yaml.safe_load_all(path.read_text()))
+    assert len(objects) == 1
+    assert objects[0]["metadata"]["name"]
+
+
+@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda path: str(path.parent.relative_to(KNATIVE)))
+def test_a_kustomization_lists_the_files_beside_it(path: Path) -> None:
+    settings = load(path)
+    patches = [patch["path"] for patch in settings.get("patches", ())]
+    named = [*settings.get("resources", ()), *patches]
+    local = {name for name in named if not name.startswith("../")}
+    assert local == {file.name for file in path.parent.glob("*.yaml")} - {path.name}
+    for name in [*named, *settings.get("components", ())]:
+        assert (path.parent / name).exists(), name
+
+
+def test_manifests_are_strictly_valid(combined: list[dict[str, Any]], schema: Callable[[str, str], Schema]) -> None:
+    for item in combined:
+        assert not schema(item["apiVersion"], item["kind"]).problems(item), item["metadata"]["name"]
+
+
+def test_overlays_are_strictly_valid(overlay: list[dict[str, Any]], schema: Callable[[str, str], Schema]) -> None:
+    for item in overlay:
+        assert not schema(item["apiVersion"], item["kind"]).problems(item), item["metadata"]["name"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_services_are_strictly_valid(path: Path, schema: Callable[[str, str], Schema]) -> None:
+    service = load(path)
+    assert not schema(service["apiVersion"], service["kind"]).problems(service)
+
+
+def test_validation_is_strict(schema: Callable[[str, str], Schema]) -> None:
+    """The judge of the tests above: what Kubernetes refuses, or forgets without a word, is found."""
+    service = load(KNATIVE / "examples" / "function.yaml")
+    spec = service["spec"]["template"]["spec"]
+    spec["containers"][0] |= {"lifecycle": {}, "imagePullPolicy": 3}
+    spec["terminationGracePeriodSeconds"] = 60
+    found = schema("serving.knative.dev/v1", "Service").problems(service)
+    assert [problem.rpartition(".")[2] for problem in found] == [
+        "lifecycle: unknown field",
+        "imagePullPolicy: 3 is no string",
+        "terminationGracePeriodSeconds: unknown field",
+    ]
+    agent = load(KNATIVE / "base" / "agent-daemonset.yaml")
+    agent["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] = "many"
+    del agent["spec"]["selector"]
+    found = schema("apps/v1", "DaemonSet").problems(agent)
+    assert [problem.partition(": ")[2] for problem in found] == ["missing", "'many' is no quantity"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_gated_field_has_its_flag(path: Path, schema: Callable[[str, str], Schema], data: Path) -> None:
+    patch = load(KNATIVE / "config-features.patch.yaml")["data"]
+    service = load(path)
+    needed = schema(service["apiVersion"], service["kind"]).flags(service)
+    if "fieldRef" in path.read_text():
+        needed.add("kubernetes.podspec-fieldref")
+    known = yaml.safe_load(load(data / "knative" / "config-features.reference.yaml")["data"]["_example"])
+    needed = {flag for flag in needed if known[flag] != "enabled"}
+    assert needed == (set(patch) if path.name == "function-fields.yaml" else set())
+    # Knative takes the word itself and nothing like it: "true" or "Enabled " leave a flag as it was.
+    assert set(patch.values()) == {"enabled"}
+    assert set(patch) <= set(known)
+
+
+def test_nothing_is_privileged(combined: list[dict[str, Any]]) -> None:
+    for name, pod in pods(combined):
+        spec = pod["spec"]
+        assert not {"hostNetwork", "hostPID", "hostIPC", "hostUsers"} & spec.keys(), name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["securityContext"]["runAsNonRoot"]
+        for container in containers(pod):
+            context = container["securityContext"]
+            assert context["capabilities"] == {"drop": ["ALL"]}, container["name"]
+            assert (context["allowPrivilegeEscalation"], context["readOnlyRootFilesystem"]) == (False, True)
+            assert "privileged" not in context
+            # One exception: it owns the directories that the kubelet made.
+            assert (context.get("runAsUser") == 0) == (container["name"] == "directories")
+        paths = {volume["hostPath"]["path"] for volume in spec["volumes"] if "hostPath" in volume}
+        assert paths == ({"/run/glowplug", "/var/lib/glowplug"} if name == "glowplug-agent" else set())
+
+
+def test_every_container_has_bounds(combined: list[dict[str, Any]]) -> None:
+    for _, pod in pods(combined):
+        for container in containers(pod):
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+            assert "memory" in container["resources"]["limits"]
+
+
+def test_memory_covers_the_weights(overlay: list[dict[str, Any]]) -> None:
+    """Pages of a memfd are charged to the agent's container; without room it would be killed with all its models."""
+    ((_, pod),) = pods(overlay)
+    (agent,) = pod["spec"]["containers"]
+    settings = {variable["name"]: variable.get("value") for variable in agent["env"]}
+    limits, requests = agent["resources"]["limits"], agent["resources"]["requests"]
+    huge = settings["GLOWPLUG_HUGE_PAGES"] == "always"
+    assert ("hugepages-2Mi" in limits) == huge
+    room = parse_size(limits["hugepages-2Mi"]) if huge else parse_size(limits["memory"]) - (1 << 30)
+    assert parse_size(settings["GLOWPLUG_DRAM"]) <= room
+    for name in limits:
+        assert requests[name] == limits[name], "memory that weights are promised must be the agent's own"
+
+
+def test_settings_exist(combined: list[dict[str, Any]]) -> None:
+    agent = {f"GLOWPLUG_{field.name.upper()}" for field in dataclasses.fields(AgentConfig)}
+    for _, pod in pods(combined):
+        for container in containers(pod):
+            assert {variable["name"] for variable in container.get("env", ())} <= agent
+    function = {f"GLOWPLUG_{field.name.upper()}" for field in dataclasses.fields(FunctionConfig)}
+    for path in EXAMPLES:
+        (container,) = load(path)["spec"]["template"]["spec"]["containers"]
+        assert {variable["name"] for variable in container["env"]} <= function
+
+
+def test_rights_are_the_least(combined: list[dict[str, Any]]) -> None:
+    rules = [rule for item in combined if item["kind"] in ("Role", "ClusterRole") for rule in item["rules"]]
+    asked = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    allowed = {("pods", "list"), ("pods", "watch"), ("leases", "create"), ("leases", "get"), ("leases", "update")}
+    assert asked <= allowed
+    accounts = {item["metadata"]["name"] for item in combined if item["kind"] == "ServiceAccount"}
+    bound = set()
+    for item in combined:
+        if item["kind"] in ("RoleBinding", "ClusterRoleBinding"):
+            assert {subject["namespace"] for subject in item["subjects"]} == {"glowplug-system"}
+            bound |= {subject["name"] for subject in item["subjects"]}
+    assert bound <= accounts
+    for name, pod in pods(combined):
+        account = pod["spec"]["serviceAccountName"]
+        assert account in accounts, name
+        assert pod["spec"]["automountServiceAccountToken"] == (account in bound), f"{name} needs no token"
+
+
+def test_names_and_labels_agree(combined: list[dict[str, Any]]) -> None:
+    labelled = {name: pod["metadata"]["labels"] for name, pod in pods(combined)}
+    ports = {port["name"] for _, pod in pods(combined) for part in containers(pod) for port in part.get("ports", ())}
+    maps = {item["metadata"]["name"] for item in combined if item["kind"] == "ConfigMap"}
+    policies = {item["metadata"]["name"] for item in combined if item["kind"] == "MutatingAdmissionPolicy"}
+    for item in combined:
+        kind, spec = item["kind"], item.get("spec", {})
+        if kind in ("DaemonSet", "Deployment"):
+            assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+        selector = {
+            "Service": lambda spec: spec["selector"],
+            "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
+            "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
+        }.get(kind)
+        if selector:
+            assert selector(spec).items() <= labelled[item["metadata"]["name"]].items()
+        if kind == "Service":
+            assert {port["targetPort"] for port in spec["ports"]} <= ports
+        if kind == "MutatingAdmissionPolicyBinding":
+            assert spec["policyName"] in policies
+        if item["metadata"].get("namespace"):
+            assert item["metadata"]["namespace"] == "glowplug-system"
+    for _, pod in pods(combined):
+        volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", ())}
+        for container in containers(pod):
+            assert {mount["name"] for mount in container.get("volumeMounts", ())} <= volumes.keys()
+        assert {volume["configMap"]["name"] for volume in volumes.values() if "configMap" in volume} <= maps
+    assert set(labelled) == {item["metadata"]["name"] for item in combined if item["kind"] == "NetworkPolicy"}
+
+
+def test_overlays_name_an_image(overlay: list[dict[str, Any]]) -> None:
+    for _, pod in pods(overlay):
+        for container in containers(pod):
+            name, _, tag = container["image"].rpartition(":")
+            assert "/" in name
+            assert tag != "latest"
+
+
+def test_scheduler_asks_the_extender_where_it_listens(build: Callable[..., list[dict[str, Any]]]) -> None:
+    for strict in (False, True):
+        objects = build("cpu", "scheduler", *(["scheduler-strict"] if strict else []))
+        found = {item["kind"]: item for item in objects if item["metadata"]["name"] == "warm-scheduler"}
+        settings = yaml.safe_load(found["ConfigMap"]["data"]["config.yaml"])
+        (extender,) = settings["extenders"]
+        assert extender["ignorable"] == (not strict), "closed only where that is the point"
+        assert ("filterVerb" in extender) == strict
+        assert (extender["weight"], extender["nodeCacheCapable"], extender["httpTimeout"]) == (10, True, "200ms")
+        assert settings["percentageOfNodesToScore"] == 100
+        assert settings["profiles"] == [{"schedulerName": "warm-scheduler"}]
+        lease = settings["leaderElection"]
+        role = found["Role"]
+        assert role["metadata"]["namespace"] == lease["resourceNamespace"]
+        assert role["rules"][1]["resourceNames"] == [lease["resourceName"]]
+        scheduler, beside = found["Deployment"]["spec"]["template"]["spec"]["containers"]
+        assert re.search(r"127\.0\.0\.1:(\d+)/scheduler", extender["urlPrefix"])[1] in beside["args"]  # type: ignore[index]
+        (mount,) = scheduler["volumeMounts"]
+        assert f"--config={mount['mountPath']}/config.yaml" in scheduler["command"]
+
+
+def test_names_no_place_of_one_machine() -> None:
+    allowed = {"127.0.0.1", "github.com"}
+    for path in KNATIVE.rglob("*"):
+        if path.is_file():
+            text = path.read_text()
+            assert set(re.findall(r"https?://([\w.-]+)", text)) <= allowed, path
+            assert str(ROOT) not in text, path

@@ -1,0 +1,189 @@
+"""What a pod is given when it is created: the policies' own CEL, and the webhook for older clusters, do the same."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import celpy
+import pytest
+import yaml
+from celpy.adapter import json_to_cel
+
+from cache_agent import admission
+
+KNATIVE = Path(__file__).parents[2] / "knative"
+KEYS = {"volumes": "name", "containers": "name", "env": "name", "volumeMounts": "mountPath"}  # of Kubernetes' list maps
+MODEL = {"glowplug.dev/model": "s3://models/a"}
+SOCKET = {"name": "glowplug-agent", "mountPath": "/run/glowplug", "readOnly": True}
+
+
+class Policy:
+    """A MutatingAdmissionPolicy, carried out: conditions and apply configuration by a CEL interpreter."""
+
+    def __init__(self, path: Path) -> None:
+        spec = yaml.safe_load(path.read_text())["spec"]
+        (mutation,) = spec["mutations"]
+        assert mutation["patchType"] == "ApplyConfiguration"
+        # Object literals of the admission library, as the maps that they stand for.
+        maps = re.sub(r"\bObject(\.\w+)*\s*\{", "{", mutation["applyConfiguration"]["expression"])
+        maps = re.sub(r"(?<=[{,\s])(\w+):\s", r'"\1": ', maps)
+        self._conditions = [_program(condition["expression"]) for condition in spec["matchConditions"]]
+        self._change = _program(maps)
+
+    def apply(self, pod: Mapping[str, Any]) -> dict[str, Any]:
+        result = copy.deepcopy(dict(pod))
+        given = {"object": json_to_cel(result)}
+        if all(condition.evaluate(given) for condition in self._conditions):
+            merge(result, json.loads(json.dumps(self._change.evaluate(given), cls=celpy.CELJSONEncoder)))
+        return result
+
+
+def _program(expression: str) -> Any:
+    environment = celpy.Environment()
+    return environment.program(environment.compile(expression))
+
+
+def merge(target: dict[str, Any], change: Mapping[str, Any]) -> None:
+    """As the API server merges an apply configuration: maps by field, lists by their key."""
+    for name, value in change.items():
+        if isinstance(value, dict):
+            merge(target.setdefault(name, {}), value)
+        elif isinstance(value, list):
+            items = target.setdefault(name, [])
+            for item in value:
+                same = [old for old in items if old[KEYS[name]] == item[KEYS[name]]]
+                if same:
+                    merge(same[0], item)
+                else:
+                    items.append(item)
+        else:
+            target[name] = value
+
+
+def patched(pod: Mapping[str, Any], scheduler: str = "") -> dict[str, Any]:
+    """The pod as the webhook's answer leaves it."""
+    body = {"request": {"uid": "1", "operation": "CREATE", "object": pod}}
+    response = admission.review(body, scheduler)["response"]
+    assert (response["uid"], response["allowed"]) == ("1", True)
+    result = copy.deepcopy(dict(pod))
+    for operation in json.loads(base64.b64decode(response.get("patch", "W10="))):
+        assert operation["op"] == "add"
+        *parents, last = operation["path"].split("/")[1:]
+        place: Any = result
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        if isinstance(place, list):
+            assert last == "-"
+            place.append(operation["value"])
+        else:
+            place[last] = operation["value"]
+    return result
+
+
+def pod(annotations: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"generateName": "chat-"}
+    if annotations is not None:
+        metadata["annotations"] = annotations
+    spec.setdefault("containers", [{"name": "function"}, {"name": "queue-proxy"}])
+    return {"metadata": metadata, "spec": {"schedulerName": "default-scheduler", **spec}}
+
+
+ANNOTATIONS = [
+    None,
+    {},
+    {"glowplug.dev/model": ""},
+    MODEL,
+    {**MODEL, "glowplug.dev/inject": "disabled"},
+    {**MODEL, "glowplug.dev/inject": "yes"},
+    {"glowplug.dev/model": '"}}; ${{x}} \n' + "a" * 5000},
+]
+VOLUMES = [None, [{"name": "tmp", "emptyDir": {}}], [{"name": "glowplug-agent", "emptyDir": {}}]]
+CONTAINERS = [
+    [{"name": "function"}, {"name": "queue-proxy"}],
+    [
+        {
+            "name": "function",
+            "env": [{"name": "A", "value": "b"}],
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+        }
+    ],
+    [{"name": "a"}, {"name": "b", "volumeMounts": [{"name": "x", "mountPath": "/run/glowplug"}]}],
+    [{"name": "a", "env": [{"name": "GLOWPLUG_POD", "value": "another's"}]}],
+]
+SCHEDULERS = ["default-scheduler", "another"]
+
+
+@pytest.fixture(scope="module")
+def inject() -> Policy:
+    return Policy(KNATIVE / "base" / "inject-policy.yaml")
+
+
+@pytest.fixture(scope="module")
+def schedule() -> Policy:
+    return Policy(KNATIVE / "components" / "scheduler-policy" / "policy.yaml")
+
+
+def test_policy_and_webhook_agree_and_are_idempotent(inject: Policy, schedule: Policy) -> None:
+    changed = 0
+    for annotations, volumes, containers, scheduler in itertools.product(ANNOTATIONS, VOLUMES, CONTAINERS, SCHEDULERS):
+        before = pod(annotations, containers=containers, schedulerName=scheduler)
+        if volumes is not None:
+            before["spec"]["volumes"] = volumes
+        after = inject.apply(before)
+        assert patched(before) == after
+        assert inject.apply(after) == after == patched(after)
+        both = schedule.apply(after)
+        assert patched(before, "warm-scheduler") == both
+        assert schedule.apply(both) == both == patched(both, "warm-scheduler")
+        changed += after != before
+    assert changed == 3 * 2 * 2 * 2  # models, volumes, containers that are not taken, schedulers
+
+
+def test_what_a_pod_gets(inject: Policy, schedule: Policy) -> None:
+    result = schedule.apply(inject.apply(pod(MODEL)))["spec"]
+    assert result["schedulerName"] == "warm-scheduler"
+    assert result["volumes"] == [
+        {"name": "glowplug-agent", "hostPath": {"path": "/run/glowplug", "type": "DirectoryOrCreate"}}
+    ]
+    function, proxy = result["containers"]
+    assert function["volumeMounts"] == [SOCKET]
+    assert function["env"] == [{"name": "GLOWPLUG_POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}]
+    assert proxy == {"name": "queue-proxy"}
+
+
+@pytest.mark.parametrize("body", [None, [], {}, {"request": None}, {"request": {"uid": 3}}, {"request": {"uid": ""}}])
+def test_what_is_no_review_has_no_answer(body: Any) -> None:
+    with pytest.raises(admission.NotAReview, match="AdmissionReview"):
+        admission.review(body)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        {},
+        {"metadata": {"annotations": MODEL}},
+        {"metadata": {"annotations": MODEL}, "spec": {"containers": [{}]}},
+        {"metadata": {"annotations": MODEL}, "spec": {"containers": None}},
+        {"metadata": {"annotations": MODEL}, "spec": {"containers": [], "volumes": [3]}},
+        {"metadata": {"annotations": "glowplug.dev/model"}, "spec": {}},
+    ],
+)
+def test_a_pod_of_another_shape_is_let_through(broken: Any) -> None:
+    """Refusing is Kubernetes' business: what is no pod never becomes one."""
+    body = {"request": {"uid": "u", "operation": "CREATE", "object": broken}}
+    response = admission.review(body, "warm-scheduler")["response"]
+    assert response["allowed"] is True
+    assert "patch" not in response
+
+
+def test_only_creation_is_of_interest() -> None:
+    body = {"request": {"uid": "u", "operation": "UPDATE", "object": pod(MODEL)}}
+    assert admission.review(body)["response"] == {"uid": "u", "allowed": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from rich.table import Table
 from cache_agent import __version__, config, daemon
 from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError, BadConfig
+
+log = logging.getLogger("glowplug.cli")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -226,3 +229,54 @@ def drain(model: str, grace: float, reason: str, path: Path | None, as_json: boo
     with _reported():
         holders = _client(path).push_drain(reason, grace, model_uri(model) if model else "")
     click.echo(json.dumps({"holders": holders}) if as_json else f"{holders} functions were told")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=int, default=9479, show_default=True, help="Port to listen on.")
+@click.option("--estimates", type=Path, help="JSON file that says which node has what.", metavar="PATH")
+@click.option("--check", is_flag=True, help="Ask the extender that listens there whether it lives.")
+@click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
+def extender(host: str, port: int, estimates: Path | None, check: bool, log_level: str) -> None:
+    """Tell kube-scheduler which node would start a pod's model soonest."""
+    from cache_agent import webserver
+    from cache_agent.extender import Extender
+    from cache_agent.outlook import FileOutlook, NoOutlook
+
+    daemon.configure_logging(log_level)
+    with _reported():
+        if check:
+            webserver.check(host, port)
+            return
+        if estimates is None:
+            log.warning("no --estimates: all nodes are equal, and no node is known to have an agent")
+        answers = Extender(FileOutlook(estimates) if estimates else NoOutlook())
+        routes = {
+            ("POST", "/scheduler/prioritize"): answers.prioritize,
+            ("POST", "/scheduler/filter"): answers.filter,
+        }
+        webserver.serve_until_told(webserver.WebServer(host, port, routes))
+
+
+@main.command()
+@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104
+@click.option("--port", type=int, default=9443, show_default=True, help="Port to listen on.")
+@click.option("--certificate", type=Path, required=True, help="Certificate chain, in PEM.", metavar="PATH")
+@click.option("--key", type=Path, required=True, help="Its private key, in PEM.", metavar="PATH")
+@click.option("--scheduler", default="", help="Scheduler for pods that name a model, like warm-scheduler.")
+@click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
+def webhook(host: str, port: int, certificate: Path, key: Path, scheduler: str, log_level: str) -> None:
+    """Give pods that name a model the agent's directory, in clusters without MutatingAdmissionPolicy."""
+    from cache_agent import admission, webserver
+
+    daemon.configure_logging(log_level)
+
+    def review(body: bytes) -> webserver.Answer:
+        try:
+            return webserver.Answer(200, json.dumps(admission.review(json.loads(body), scheduler)).encode())
+        except (ValueError, RecursionError) as error:  # `NotAReview` is one
+            raise webserver.Refused(400, str(error)) from error
+
+    with _reported():
+        pair = webserver.Certificate(certificate, key)
+        webserver.serve_until_told(webserver.WebServer(host, port, {("POST", "/admission"): review}, pair))

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
+import http.client
 import itertools
 import json
+import os
 import re
-from collections.abc import Mapping
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +25,8 @@ import pytest
 import yaml
 from celpy.adapter import json_to_cel
 
-from cache_agent import admission
+from cache_agent import admission, webserver
+from cache_agent.errors import BadConfig
 
 KNATIVE = Path(__file__).parents[2] / "knative"
 KEYS = {"volumes": "name", "containers": "name", "env": "name", "volumeMounts": "mountPath"}  # of Kubernetes' list maps
@@ -132,8 +142,8 @@ def schedule() -> Policy:
 
 def test_policy_and_webhook_agree_and_are_idempotent(inject: Policy, schedule: Policy) -> None:
     changed = 0
-    for annotations, volumes, containers, scheduler in itertools.product(ANNOTATIONS, VOLUMES, CONTAINERS, SCHEDULERS):
-        before = pod(annotations, containers=containers, schedulerName=scheduler)
+    for notes, volumes, containers, scheduler in itertools.product(ANNOTATIONS, VOLUMES, CONTAINERS, SCHEDULERS):
+        before = pod(notes, containers=containers, schedulerName=scheduler)
         if volumes is not None:
             before["spec"]["volumes"] = volumes
         after = inject.apply(before)
@@ -187,3 +197,74 @@ def test_a_pod_of_another_shape_is_let_through(broken: Any) -> None:
 def test_only_creation_is_of_interest() -> None:
     body = {"request": {"uid": "u", "operation": "UPDATE", "object": pod(MODEL)}}
     assert admission.review(body)["response"] == {"uid": "u", "allowed": True}
+
+
+# --- the webhook's server ---------------------------------------------------------------------------------------------
+
+
+def make_certificate(folder: Path, name: str) -> webserver.Certificate:
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl to make a certificate with")
+    chain, key = folder / "tls.crt", folder / "tls.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-days", "2"]
+    done = subprocess.run([*command, "-keyout", key, "-out", chain], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return webserver.Certificate(chain, key)
+
+
+def call(port: int, certificate: Path, name: str, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
+    """Over TLS that trusts this certificate alone, and by this name."""
+    context = ssl.create_default_context(cafile=str(certificate))
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=name) as secured,
+    ):
+        head = f"{method} {path} HTTP/1.1\r\nHost: {name}\r\nContent-Length: {len(body)}\r\n\r\n"
+        secured.sendall(head.encode() + body)
+        response = http.client.HTTPResponse(secured)
+        response.begin()
+        return response.status, json.loads(response.read())
+
+
+def test_webhook_command(tmp_path: Path, eventually: Callable[..., Any]) -> None:
+    """As its pod runs it: TLS, a certificate that is renewed under it, and callers that do not speak TLS."""
+    name = "glowplug-webhook.glowplug-system.svc"
+    pair = make_certificate(tmp_path, name)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "from cache_agent.cli import main; main()", "webhook", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--certificate", str(pair.chain), "--key", str(pair.key)]
+    process = subprocess.Popen([*command, "--scheduler", "warm-scheduler"], env=dict(os.environ))
+    try:
+
+        def healthy() -> bool:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return call(port, pair.chain, name, "GET", "/healthz")[0] == 200
+            return False
+
+        eventually(healthy, 30, "the webhook answers")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert b"HTTP/1.1 200" not in plain.recv(100)
+        review = {"request": {"uid": "7", "operation": "CREATE", "object": pod(MODEL)}}
+        status, answer = call(port, pair.chain, name, "POST", "/admission", json.dumps(review).encode())
+        assert (status, answer["response"]["uid"], answer["kind"]) == (200, "7", "AdmissionReview")
+        assert b"warm-scheduler" in base64.b64decode(answer["response"]["patch"])
+        for broken in (b"", b"[]", b"\xff", b'{"a": ' * 30_000):
+            assert call(port, pair.chain, name, "POST", "/admission", broken)[0] == 400
+        make_certificate(tmp_path, name)
+        eventually(healthy, 30, "the new certificate is served")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def test_webhook_without_its_certificate_says_so(tmp_path: Path) -> None:
+    (tmp_path / "nonsense").write_text("nonsense")
+    for chain in (tmp_path / "absent", tmp_path / "nonsense"):
+        with pytest.raises(BadConfig, match="no certificate and key"):
+            webserver.WebServer("127.0.0.1", 0, {}, webserver.Certificate(chain, chain))

@@ -101,6 +101,7 @@ def main() -> None:
 @click.option("--token-file", type=Path, help="File with the secret that clients must present.", metavar="PATH")
 @click.option("--revalidate", type=float, help="Seconds after which a model's origin is checked again.")
 @click.option("--max-connections", type=int, help="Functions and commands connected at once.")
+@click.option("--kubernetes", help="URL of the Kubernetes API, to see which pods of this node are being removed.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),

@@ -38,6 +38,7 @@ class AgentConfig:
     token_file: Path | None = None
     revalidate: float = 10.0
     max_connections: int = 1024
+    kubernetes: str = ""
 
     def __post_init__(self) -> None:
         if self.socket_mode & 0o077 and any(_is_root(root) for root in self.file_roots):
@@ -122,4 +123,5 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "token_file": Path,
     "revalidate": float,
     "max_connections": int,
+    "kubernetes": str,
 }

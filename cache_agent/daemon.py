@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from cache_agent import limits
 from cache_agent.agent import Agent
@@ -21,6 +22,9 @@ from cache_agent.config import AgentConfig, from_environment
 from cache_agent.directory import InProcessDirectory
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.server import Server, listen
+
+if TYPE_CHECKING:
+    from cache_agent.witness import Removal, Witness
 
 log = logging.getLogger("glowplug.daemon")
 
@@ -37,6 +41,11 @@ class Daemon:
         self._config = config
         self._private = listening is not None
         token = read_token(config)
+        self._witness: Witness | None = None
+        if config.kubernetes and listening is None:
+            from cache_agent.witness import Witness  # not for private agents: a cold start waits for those
+
+            self._witness = Witness(config.kubernetes, config.node_name, self._on_removal)
         self._sock = listening or listen(config.socket, config.socket_mode)
         self._inode = 0 if listening else config.socket.lstat().st_ino
         self._agent = Agent(config, InProcessDirectory())
@@ -56,9 +65,18 @@ class Daemon:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         where = "an inherited socket" if self._private else str(self._config.socket)
+        if self._witness is not None:
+            self._witness.start()
         log.info("node %s serves %s, %d MB for weights", self._agent.node, where, self._config.capacity // 10**6)
 
+    def _on_removal(self, removal: Removal) -> None:
+        told = self._agent.push_drain(f"the pod {removal.name} is being removed", removal.grace, pod=removal.uid)
+        if told:
+            log.info("%s is being removed; %d functions in it were told", removal.name, told)
+
     def _shutdown(self) -> None:
+        if self._witness is not None:
+            self._witness.close()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # it is ending: asking again would only cut it short
         signal.set_wakeup_fd(-1)

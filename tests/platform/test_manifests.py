@@ -11,11 +11,13 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
 
 from cache_agent.config import AgentConfig, parse_size
@@ -407,9 +409,79 @@ def test_scheduler_asks_the_extender_where_it_listens(build: Callable[..., list[
 
 
 def test_names_no_place_of_one_machine() -> None:
-    allowed = {"127.0.0.1", "github.com"}
+    allowed = {"127.0.0.1", "github.com", "kubernetes.default.svc"}
     for path in KNATIVE.rglob("*"):
         if path.is_file():
             text = path.read_text()
             assert set(re.findall(r"https?://([\w.-]+)", text)) <= allowed, path
             assert str(ROOT) not in text, path
+
+
+# --- Redis' roles, in a real server -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def redis_roles(tmp_path: Path, eventually: Callable[..., Any]) -> Iterator[Callable[[str, str], redis.Redis]]:
+    """`redis_roles(user, password)`: a client of a server with the ConfigMap's ACL, made by its own script."""
+    if not shutil.which("redis-server"):
+        pytest.skip("there is no redis-server on PATH")
+    data = load(KNATIVE / "components" / "redis" / "configmap.yaml")["data"]
+    passwords = tmp_path / "passwords"
+    passwords.mkdir()
+    (passwords / "agent-password").write_text("of agents\n")  # editors add a line's end; it is no part of a password
+    (passwords / "placer-password").write_text("of the placer")
+    (tmp_path / "users.acl").write_text(data["users.acl"])
+    script = data["prepare.sh"].replace("/etc/glowplug/passwords", str(passwords))
+    script = script.replace("/etc/glowplug/redis", str(tmp_path)).replace("/data/users.acl", str(tmp_path / "acl"))
+    subprocess.run(["sh", "-c", script], check=True, timeout=30)
+    place = tempfile.mkdtemp(prefix="gp-redis-")
+    path = Path(place) / "s"
+    options = [
+        "--port",
+        "0",
+        "--unixsocket",
+        str(path),
+        "--save",
+        "",
+        "--dir",
+        place,
+        "--aclfile",
+        str(tmp_path / "acl"),
+    ]
+    process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
+    try:
+        eventually(path.exists, what="Redis listens")
+        yield lambda user, password: redis.Redis(
+            unix_socket_path=str(path), username=user or None, password=password or None, decode_responses=True
+        )
+    finally:
+        process.kill()
+        process.wait(10)
+        shutil.rmtree(place)
+
+
+def test_redis_roles(redis_roles: Callable[[str, str], redis.Redis]) -> None:
+    agent, placer = redis_roles("agent", "of agents"), redis_roles("placer", "of the placer")
+    for key in ("glowplug:node:a:heartbeat", "glowplug:claim:x", "glowplug:snapshot:y"):
+        assert agent.set(key, "1", px=60_000)
+        assert agent.eval("return redis.call('get', KEYS[1])", 1, key) == "1"
+        assert placer.get(key) == "1"
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            placer.set(key, "2")
+    assert agent.get("glowplug:model:z") is None
+    for refused in (
+        lambda: agent.set("glowplug:model:z", "1"),
+        lambda: agent.get("another's"),
+        lambda: agent.eval("return redis.call('set', 'elsewhere', '1')", 0),
+        lambda: agent.flushall(),
+        lambda: agent.config_get(),
+        lambda: agent.acl_list(),
+        lambda: agent.keys("*"),
+        lambda: placer.eval("return 1", 0),
+        lambda: placer.publish("glowplug:x", "1"),
+    ):
+        with pytest.raises(redis.exceptions.ResponseError):
+            refused()
+    for nobody in (redis_roles("", ""), redis_roles("agent", "guess"), redis_roles("default", "")):
+        with pytest.raises((redis.exceptions.AuthenticationError, redis.exceptions.ResponseError)):
+            nobody.get("glowplug:claim:x")

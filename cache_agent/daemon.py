@@ -75,12 +75,12 @@ class Daemon:
             log.info("%s is being removed; %d functions in it were told", removal.name, told)
 
     def _shutdown(self) -> None:
-        if self._witness is not None:
-            self._witness.close()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # it is ending: asking again would only cut it short
         signal.set_wakeup_fd(-1)
         self._server.close()
+        if self._witness is not None:
+            self._witness.close(1.0)
         with contextlib.suppress(OSError):
             if self._config.socket.lstat().st_ino == self._inode:  # or it is that of a successor already
                 self._config.socket.unlink()

@@ -5,7 +5,7 @@ Held to the same tests as the real program (OF_WATCHDOG). What it imitates:
 
     streaming        only for requests that accept text/event-stream or application/x-ndjson; others get all at the end
     closed upstream  500, but an event stream's request gets 200 and no body
-    bodies           go on in chunks, without their length, unless http_buffer_req_body=true
+    bodies           go on in chunks, without their length
     timeouts         write_timeout cuts an event stream, exec_timeout any other body, both without a word
     SIGTERM          to the function at once; requests are routed for healthcheck_interval more; running ones may end
     function's exit  not 0: the watchdog ends, too; 0: it stays, and answers 500
@@ -88,9 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP}
         body = self.body()
         try:
-            if SETTINGS.get("http_buffer_req_body") == "true":
-                upstream.request(self.command, path, b"".join(body), headers)
-            elif "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
                 upstream.request(
                     self.command, path, body, {**headers, "Transfer-Encoding": "chunked"}, encode_chunked=True
                 )

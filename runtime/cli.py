@@ -15,6 +15,7 @@ import click
 
 from cache_agent import __version__
 from runtime import baseset
+from runtime.config import FunctionConfig
 from runtime.errors import BadConfig, FunctionError
 
 _OPTIONS = {
@@ -67,7 +68,9 @@ def serve(folder: Path | None, **options: object) -> None:
 @click.option("--image", required=True, help="The function's image, like registry.example.com/team/chat:1.")
 @click.option("--model", required=True, help="URI of the model, or a directory of the image.")
 @click.option("--namespace", default="", help="Namespace of the function.")
-@click.option("--slots", type=int, default=4, show_default=True, help="Generations that run at once.")
+@click.option(
+    "--slots", type=int, default=FunctionConfig.slots, show_default=True, help="Generations that run at once."
+)
 @click.option("--timeout", type=int, default=300, show_default=True, help="Seconds that one answer may take.")
 @click.option("--start-timeout", type=int, default=600, show_default=True, help="Seconds that a start may take.")
 @click.option("--memory", default="4Gi", show_default=True, help="Memory of a replica.")

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from cache_agent.errors import AgentError
 from cache_agent.tiers.origin import parse_uri
+from runtime.config import FunctionConfig
 from runtime.errors import BadConfig
 
 Inject = Literal["policy", "fields", "none"]
@@ -56,7 +57,7 @@ class Function:
     image: str
     model: str
     namespace: str = ""
-    slots: int = 4
+    slots: int = FunctionConfig.slots
     timeout: int = 300
     start_timeout: int = 600
     memory: str = "4Gi"

@@ -159,19 +159,18 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Transfer-Encoding"] = "chunked"
         container.request(self.command, self.path, body, headers, encode_chunked=chunked)
         line = container.sock
-        cut = threading.Timer(max(0.0, deadline - time.monotonic()), line.shutdown, [socket.SHUT_RDWR])
+        cut = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, [line])
+        cut.daemon = True
         cut.start()
         with contextlib.closing(container), contextlib.closing(line):
             try:
                 response = container.getresponse()
             except (OSError, http.client.HTTPException):
                 self._answer(504 if time.monotonic() >= deadline else 502)
-                return
+            else:
+                self._stream(response, deadline)
             finally:
-                if time.monotonic() >= deadline:
-                    cut.cancel()
-            self._stream(response, deadline)
-            cut.cancel()
+                cut.cancel()
 
     def _stream(self, response: http.client.HTTPResponse, deadline: float) -> None:
         self.send_response_only(response.status)
@@ -204,6 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def _cut(line: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
 
 
 class Pod:

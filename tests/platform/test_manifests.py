@@ -20,6 +20,7 @@ import pytest
 import redis
 import yaml
 
+from cache_agent.cli import main
 from cache_agent.config import AgentConfig, parse_size
 from runtime.config import FunctionConfig
 
@@ -406,6 +407,20 @@ def test_scheduler_asks_the_extender_where_it_listens(build: Callable[..., list[
         assert re.search(r"127\.0\.0\.1:(\d+)/scheduler", extender["urlPrefix"])[1] in beside["args"]  # type: ignore[index]
         (mount,) = scheduler["volumeMounts"]
         assert f"--config={mount['mountPath']}/config.yaml" in scheduler["command"]
+
+
+def test_commands_take_their_arguments(combined: list[dict[str, Any]]) -> None:
+    """Arguments and probes of our own image, as its command line understands them."""
+    for name, pod in pods(combined):
+        for container in pod["spec"]["containers"]:
+            lines = (
+                [container["args"]] if "glowplug-agent" in container["image"] or "/agent:" in container["image"] else []
+            )
+            probes = [container.get(f"{kind}Probe", {}).get("exec") for kind in ("startup", "liveness", "readiness")]
+            lines += [probe["command"][1:] for probe in probes if probe and probe["command"][0] == "glowplug-agent"]
+            assert lines or "args" not in container, name
+            for command, *arguments in lines:
+                main.commands[command].make_context(command, arguments)
 
 
 def test_names_no_place_of_one_machine() -> None:

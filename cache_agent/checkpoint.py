@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from cache_agent import manifest, safetensors
-from cache_agent.errors import BadCheckpoint, UnsafeCheckpoint
+from cache_agent.errors import BadCheckpoint, OriginUnavailable, UnsafeCheckpoint
 from cache_agent.manifest import Manifest, Source, SourceFile, WeightFile
 from cache_agent.tiers.origin import Origin
 
@@ -21,6 +23,7 @@ _MAX_SMALL_FILE = 64 << 20
 _MAX_SMALL_TOTAL = 256 << 20
 _FIRST_READ = 256 << 10  # most headers fit, and one request brings length and header
 _PARALLEL = 8
+_ATTEMPTS = 3
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,7 +59,7 @@ def describe(origin: Origin) -> Description:
         )
         for name, data in zip(weights, headers, strict=True)
     ]
-    contents = _parallel(lambda file: origin.read(file, 0, file.size), small)
+    contents = _parallel(lambda file: _read(origin, file, 0, file.size), small)
     files = {file.name: data for file, data in zip(small, contents, strict=True)}
     manifest.model_config(files)
     return Description(source, manifest.lay_out(source.id, parsed, files), dict(zip(weights, headers, strict=True)))
@@ -77,7 +80,7 @@ def _weight_files(origin: Origin, listed: dict[str, SourceFile]) -> list[str]:
     if index.size > _MAX_SMALL_FILE:
         raise BadCheckpoint(f"{origin.uri}: {_INDEX} has {index.size} bytes; is it an index?")
     try:
-        weight_map = msgspec.json.decode(origin.read(index, 0, index.size), type=dict[str, Any])["weight_map"]
+        weight_map = msgspec.json.decode(_read(origin, index, 0, index.size), type=dict[str, Any])["weight_map"]
         shards = sorted(set(msgspec.convert(weight_map, dict[str, str]).values()))
     except (msgspec.MsgspecError, KeyError, UnicodeDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{origin.uri}: {_INDEX} has no usable weight_map: {error}") from error
@@ -91,9 +94,18 @@ def _weight_files(origin: Origin, listed: dict[str, SourceFile]) -> list[str]:
 
 def _header(origin: Origin, file: SourceFile) -> bytes:
     """Everything before the tensor bytes: length and JSON."""
-    data = origin.read(file, 0, min(file.size, _FIRST_READ))
+    data = _read(origin, file, 0, min(file.size, _FIRST_READ))
     end = safetensors.LENGTH.size + safetensors.header_length(data[: safetensors.LENGTH.size], file.size, file.name)
-    return data[:end] if end <= len(data) else data + origin.read(file, len(data), end - len(data))
+    return data[:end] if end <= len(data) else data + _read(origin, file, len(data), end - len(data))
+
+
+def _read(origin: Origin, file: SourceFile, start: int, size: int) -> bytes:
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return origin.read(file, start, size)
+        except OriginUnavailable:
+            time.sleep(random.uniform(0, 0.1 * 2**attempt))  # noqa: S311  jitter, not a secret
+    return origin.read(file, start, size)
 
 
 def _parallel(work: Callable[[T], R], items: Iterable[T]) -> list[R]:

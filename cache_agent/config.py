@@ -34,7 +34,7 @@ class AgentConfig:
     file_roots: tuple[Path, ...] = (Path("/"),)
     s3_endpoint: str = ""
     s3_anonymous: bool = False
-    readers: int = 4
+    readers: int = 16
     token_file: Path | None = None
     revalidate: float = 10.0
     max_connections: int = 1024

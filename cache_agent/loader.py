@@ -7,34 +7,52 @@ import logging
 import mmap
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import xxhash
 
 from cache_agent import manifest as manifests
+from cache_agent import ranges
 from cache_agent.checkpoint import Description
 from cache_agent.errors import AgentError, OriginUnavailable
-from cache_agent.manifest import Read, Tensor
+from cache_agent.manifest import Tensor
+from cache_agent.parallelism import Parallelism
+from cache_agent.ranges import Range
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import Origin
 
 log = logging.getLogger("glowplug.loader")
 
-_ATTEMPTS = 5
+_ATTEMPTS = 5  # of one range, in a row, that brought less than the next
+_WORTHWHILE = 1 << 20  # bytes
+_BETWEEN_ROUNDS = 1.0  # seconds, at most
+_TICK = 0.05  # seconds between looks at what the readers yield
 _HASH_STEP = 8 << 20
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """A range on its way: the first `done` bytes are there; the first `piece` pieces, `end` bytes, are complete."""
+
+    range: Range
+    done: int = 0
+    piece: int = 0
+    end: int = 0
 
 
 class Load:
     """The bytes of one model on their way. Progress may be read, and watched, from any thread."""
 
     def __init__(self, description: Description, origin: Origin, dram: Dram, *, readers: int = 4) -> None:
-        """`readers` is the number of parallel reads."""
+        """`readers` is the largest number of parallel reads; how many there are depends on what they yield."""
         self.description = description
         self.manifest = description.manifest
         self.dram = dram
         self.total = self.manifest.nbytes
         self._origin = origin
-        self._readers = readers
         self._files = [description.source.file(file.name) for file in self.manifest.weight_files]
         self._chunks = list(self.manifest.chunks())
         self.checksums = [0] * len(self._chunks)  # xxh3-64 of every chunk
@@ -45,8 +63,19 @@ class Load:
             next(number for number, chunk in enumerate(self._chunks) if chunk[0] == segment)
             for segment in range(len(self.manifest.segments))
         ]
+        self._transfers = [_Transfer(wanted) for wanted in ranges.plan(self.manifest)]
+        self._pieces = [0] * len(self._chunks)  # how many each chunk still waits for
+        for transfer in self._transfers:
+            for piece in transfer.range.pieces:
+                self._pieces[piece.chunk] += 1
+        self._work: deque[_Transfer] = deque()
+        self._arrived = 0
+        self._readers = 0
+        self._over = False  # this round takes no more work
+        self._parallelism = Parallelism(readers)
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._changed = threading.Condition(self._lock)
+        self._stopped = threading.Event()
         self.finished = threading.Event()
         self._failure: AgentError | None = None
         self._watchers: list[Callable[[], None]] = []
@@ -68,58 +97,137 @@ class Load:
 
     def stop(self) -> None:
         """Makes `run` give up soon."""
-        self._stop.set()
+        self._stopped.set()
 
     def run(self) -> None:
-        """Fills the segments and leaves them sealed. Raises the first `AgentError` that retries did not cure."""
+        """Fills the segments and leaves them sealed. Raises the first `AgentError` that retries did not cure.
+
+        While the origin comes and goes, a further round asks for what is missing, and only for that: it ends when a
+        whole round has brought nothing.
+        """
         try:
-            self._run()
+            while True:
+                before = self._arrived
+                try:
+                    self._round()
+                    break
+                except OriginUnavailable as error:
+                    if self._stopped.is_set() or self._arrived - before < _WORTHWHILE:
+                        raise
+                    log.warning("%s; going on with what is missing", error)
+                    self._stopped.wait(random.uniform(0, _BETWEEN_ROUNDS))  # noqa: S311  jitter, not a secret
+            self.dram.seal()
         finally:
             self.finished.set()
 
-    def _run(self) -> None:
-        work = iter(list(enumerate(manifests.reads(self.manifest))))
-        take = threading.Lock()
-        threads = [
-            threading.Thread(target=self._reader, args=(work, take), name=f"reader-{number}", daemon=True)
-            for number in range(min(self._readers, len(self._chunks)))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._failure is not None:
-            raise self._failure
-        if self._stop.is_set():
+    def _round(self) -> None:
+        """One attempt at everything that is missing, with as many readers as pay."""
+        with self._lock:
+            self._failure = None
+            self._work = deque(transfer for transfer in self._transfers if transfer.done < transfer.range.size)
+            self._over = False
+            empty = [number for number, pieces in enumerate(self._pieces) if not pieces and not self._finished[number]]
+        for number in empty:  # padding only
+            self._finish(number)
+        with self._lock:
+            while True:
+                if self._work and not self._over:
+                    limit = self._parallelism.observe(self._arrived, time.monotonic())
+                    wanted = min(limit, self._readers + len(self._work))
+                    while self._readers < wanted:
+                        self._readers += 1
+                        threading.Thread(target=self._reader, name=f"reader-{self._readers}", daemon=True).start()
+                elif not self._readers:
+                    break
+                self._changed.wait(_TICK)
+            failure = self._failure
+        if failure is not None:
+            raise failure
+        if self._stopped.is_set():
             raise OriginUnavailable(f"{self._origin.uri}: loading was stopped; the agent is shutting down")
-        self.dram.seal()
 
-    def _reader(self, work: Iterator[tuple[int, list[Read]]], take: threading.Lock) -> None:
+    def _reader(self) -> None:
         try:
-            while not self._stop.is_set():
-                with take:
-                    item = next(work, None)
-                if item is None:
-                    return
-                self._chunk(*item)
+            while (transfer := self._take()) is not None:
+                self._fetch(transfer)
         except AgentError as error:
             self._fail(error)
         except Exception as error:  # a fault of ours must end the load, not a thread that nobody waits for
             log.exception("loading %s failed", self._origin.uri)
             self._fail(AgentError(f"loading {self._origin.uri} failed inside the agent: {error!r}"))
+        finally:
+            with self._lock:
+                self._readers -= 1
+                self._changed.notify_all()
+
+    def _take(self) -> _Transfer | None:
+        with self._lock:
+            if self._over or self._stopped.is_set() or self._readers > self._parallelism.limit or not self._work:
+                return None
+            return self._work.popleft()
 
     def _fail(self, error: AgentError) -> None:
         with self._lock:
             self._failure = self._failure or error
-        self._stop.set()
+            self._over = True
 
-    def _chunk(self, number: int, reads: list[Read]) -> None:
+    def _fetch(self, transfer: _Transfer) -> None:
+        attempt = 0
+        while True:
+            before = transfer.done
+            try:
+                self._read(transfer)
+            except OriginUnavailable as error:
+                # Bytes that came are kept. Only a try that brought next to none counts: a bad link is no dead one.
+                attempt = 1 if transfer.done - before >= _WORTHWHILE else attempt + 1
+                with self._lock:
+                    self._parallelism.trouble()
+                if attempt == _ATTEMPTS or self._stopped.is_set():
+                    raise
+                log.warning("%s; trying again", error)
+                self._stopped.wait(random.uniform(0, 0.1 * 2**attempt))  # noqa: S311  jitter, not a secret
+            else:
+                return
+
+    def _read(self, transfer: _Transfer) -> None:
+        wanted = transfer.range
+        file = self._files[wanted.file]
+        assert file is not None, "a manifest names only files of its source"
+        views: list[memoryview] = []
+        try:
+            for piece in wanted.after(transfer.done):
+                view = self.dram.segments[piece.segment].view
+                assert view is not None, "segments are sealed only after all readers are done"
+                views.append(view[piece.offset : piece.offset + piece.size])
+            start = wanted.start + transfer.done
+            self._origin.read_scattered(file, start, views, lambda count: self._take_in(transfer, count))
+        finally:
+            for view in views:
+                view.release()
+
+    def _take_in(self, transfer: _Transfer, count: int) -> None:
+        """So many more bytes of a range are there; what they complete is finished."""
+        complete = []
+        with self._lock:
+            self._arrived += count
+            transfer.done += count
+            while transfer.piece < len(transfer.range.pieces):
+                piece = transfer.range.pieces[transfer.piece]
+                if transfer.done < transfer.end + piece.size:
+                    break
+                transfer.end += piece.size
+                transfer.piece += 1
+                self._pieces[piece.chunk] -= 1
+                if not self._pieces[piece.chunk]:
+                    complete.append(piece.chunk)
+        for number in complete:
+            self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        """All bytes of a chunk are there."""
         segment, start, end = self._chunks[number]
         view = self.dram.segments[segment].view
         assert view is not None, "segments are sealed only after all readers are done"
-        for read in reads:
-            with view[read.offset : read.offset + read.size] as target:
-                self._read(read, target)
         with view[start:end] as chunk:
             self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
         with self._lock:
@@ -133,20 +241,6 @@ class Load:
             watchers = list(self._watchers)
         for wake in watchers:
             wake()
-
-    def _read(self, read: Read, target: memoryview) -> None:
-        file = self._files[read.file]
-        assert file is not None, "a manifest names only files of its source"
-        for attempt in range(_ATTEMPTS):
-            try:
-                self._origin.read_into(file, read.file_offset, target)
-            except OriginUnavailable as error:
-                if attempt == _ATTEMPTS - 1 or self._stop.is_set():
-                    raise
-                log.warning("%s; trying again", error)
-                self._stop.wait(random.uniform(0, 0.1 * 2**attempt))  # noqa: S311  jitter, not a secret
-            else:
-                return
 
 
 def digest(description: Description, maps: Sequence[mmap.mmap]) -> str:

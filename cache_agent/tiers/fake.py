@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 
 from cache_agent.errors import ModelNotFound, OriginChanged
 from cache_agent.manifest import SourceFile
+from cache_agent.tiers.origin import ReadOneByOne
 
 
-class FakeOrigin:
+class FakeOrigin(ReadOneByOne):
     """Keeps the contract of `origin.Origin`. `before_read(name, start, size)` may sleep, block or raise."""
 
     def __init__(
@@ -32,11 +33,6 @@ class FakeOrigin:
         if not self.contents:
             raise ModelNotFound(f"{self.uri} holds no files")
         return [SourceFile(name, len(data), self._etag(data)) for name, data in sorted(self.contents.items())]
-
-    def read(self, file: SourceFile, start: int, size: int) -> bytes:
-        data = bytearray(size)
-        self.read_into(file, start, memoryview(data))
-        return bytes(data)
 
     def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
         if self.before_read is not None:

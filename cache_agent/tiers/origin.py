@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote
@@ -59,8 +59,38 @@ class Origin(Protocol):
         """Fills `view`; otherwise like `read`."""
         ...
 
+    def read_scattered(
+        self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
+    ) -> None:
+        """Fills `views`, one after the other, from neighbouring bytes of the file, in one request where that counts.
 
-class FileOrigin:
+        `arrived(count)` tells that so many more bytes, in order, are there and are the file's, also when an error
+        follows: they need not be read again.
+        """
+        ...
+
+
+class ReadOneByOne:
+    """`read` and `read_scattered` for a medium where a read of its own for each view costs nothing."""
+
+    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
+        raise NotImplementedError
+
+    def read(self, file: SourceFile, start: int, size: int) -> bytes:
+        data = bytearray(size)
+        self.read_into(file, start, memoryview(data))
+        return bytes(data)
+
+    def read_scattered(
+        self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
+    ) -> None:
+        for view in views:
+            self.read_into(file, start, view)
+            start += len(view)
+            arrived(len(view))
+
+
+class FileOrigin(ReadOneByOne):
     """A directory of this machine, below one of `roots`."""
 
     def __init__(self, uri: ModelURI, roots: Sequence[Path]) -> None:
@@ -96,11 +126,6 @@ class FileOrigin:
         if not found:
             raise ModelNotFound(f"{self.uri} holds no files")
         return found
-
-    def read(self, file: SourceFile, start: int, size: int) -> bytes:
-        data = bytearray(size)
-        self.read_into(file, start, memoryview(data))
-        return bytes(data)
 
     def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
         try:

@@ -5,22 +5,30 @@ boto3 is imported with the first S3 model: an agent that only reads directories 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
 from cache_agent.errors import AccessDenied, AgentError, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
 from cache_agent.manifest import SourceFile
+from cache_agent.tiers.body import fill
 from cache_agent.tiers.origin import ModelURI
 
 _MISSING = {"NoSuchBucket", "NoSuchKey", "404", "NotFound"}
 _DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 
+PATIENCE = 10.0
+
 
 class S3:
     """One connection pool and its credentials, shared by all models of an agent; made on first use."""
 
-    def __init__(self, *, endpoint: str = "", anonymous: bool = False, connections: int = 32) -> None:
+    def __init__(
+        self, *, endpoint: str = "", anonymous: bool = False, connections: int = 64, patience: float = PATIENCE
+    ) -> None:
+        """A server that is silent, or as good as, for `patience` seconds is given up and asked again."""
+        self.patience = patience
         self._endpoint = endpoint
         self._anonymous = anonymous
         self._connections = connections
@@ -41,7 +49,7 @@ class S3:
                     config=Config(
                         max_pool_connections=self._connections,
                         connect_timeout=5,
-                        read_timeout=30,
+                        read_timeout=self.patience,
                         retries={"mode": "standard", "total_max_attempts": 3},
                         # A checksum of the whole object says nothing about a range, and would buffer the body.
                         response_checksum_validation="when_required",
@@ -84,9 +92,15 @@ class S3Origin:
         return bytes(data)
 
     def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
-        if not view:
+        self.read_scattered(file, start, [view], _unobserved)
+
+    def read_scattered(
+        self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
+    ) -> None:
+        size = sum(len(view) for view in views)
+        if not size:
             return
-        end = start + len(view) - 1
+        end = start + size - 1
         try:
             response = self._s3.client().get_object(
                 Bucket=self._bucket, Key=self._prefix + file.name, Range=f"bytes={start}-{end}", IfMatch=file.etag
@@ -95,16 +109,10 @@ class S3Origin:
             try:
                 self._check(response, file, start, end)
                 # The http.client response below reads into our memory; the layers above it would copy.
-                stream = body._raw_stream._fp
-                done = 0
-                while done < len(view):
-                    with view[done:] as rest:  # or a traceback that holds it would keep the segment mapped
-                        count = stream.readinto(rest)
-                    if not count:
-                        raise OriginUnavailable(f"{self.uri}: {file.name} broke off after {done} of {len(view)} bytes")
-                    done += count
+                what = f"{self.uri}: {file.name}"
+                fill(body._raw_stream._fp, views, arrived, patience=self._s3.patience, what=what)
             except BaseException:
-                body.close()
+                body.close()  # and the connection with it: the next try is another one's
                 raise
             body._raw_stream.release_conn()
         except Exception as error:
@@ -152,3 +160,7 @@ class S3Origin:
 def _quoted(etag: str) -> str:
     """An ETag as HTTP spells it; some stores leave the quotes out where they list."""
     return etag if etag.startswith(('"', "W/")) else f'"{etag}"'
+
+
+def _unobserved(_count: int) -> None:
+    """For reads whose progress nobody follows."""

@@ -23,6 +23,8 @@ PURE = [
     "cache_agent/safetensors.py",
     "cache_agent/residency.py",
     "cache_agent/events.py",
+    "cache_agent/parallelism.py",
+    "cache_agent/ranges.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "cache_agent" / "policy").glob("*.py"))),

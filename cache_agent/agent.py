@@ -33,6 +33,7 @@ from cache_agent.protocol import (
     Ready,
 )
 from cache_agent.tiers.dram import Dram, sealed_bytes
+from cache_agent.tiers.hf import Hub, HubOrigin
 from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin, parse_uri
 from cache_agent.tiers.s3 import S3, S3Origin
 
@@ -91,6 +92,7 @@ class Origins:
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
         self._s3 = S3(endpoint=config.s3_endpoint, anonymous=config.s3_anonymous)
+        self._hub = Hub()
 
     def open(self, uri: ModelURI) -> Origin:
         """Raises `BadModelURI`, `AccessDenied`."""
@@ -99,8 +101,10 @@ class Origins:
                 return FileOrigin(uri, self._config.file_roots)
             case "s3":
                 return S3Origin(uri, self._s3)
+            case "hf":
+                return HubOrigin(uri, self._hub)
             case scheme:
-                raise BadModelURI(f"{uri.text}: this agent reads s3:// and file://, not {scheme}://")
+                raise BadModelURI(f"{uri.text}: this agent reads s3://, hf:// and file://, not {scheme}://")
 
 
 class Agent:

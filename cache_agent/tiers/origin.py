@@ -32,7 +32,7 @@ def parse_uri(uri: str) -> ModelURI:
     match = _PIN.match(uri)
     base, revision = (match["base"], match["revision"]) if match else (uri, "")
     if not _SCHEME.match(base) or any(ord(character) < 32 for character in base):
-        raise BadModelURI(f"{uri[:200]!r} is no model URI; use s3://bucket/prefix or file:///directory")
+        raise BadModelURI(f"{uri[:200]!r} is no model URI; use s3://bucket/prefix, hf://org/name or file:///directory")
     scheme, place = base.split("://", 1)
     stripped = place.rstrip("/")
     text = f"{scheme}://{stripped}" if stripped else base

@@ -1,0 +1,256 @@
+"""Reads models from a Hugging Face hub, or anything that speaks its API: `hf://org/name@revision`.
+
+    GET <endpoint>/api/models/<org/name>/revision/<revision>?blobs=true    commit, and each file's size and hash
+    GET <endpoint>/<org/name>/resolve/<commit>/<file>                      the file, or a redirect to where it lies
+
+Two requests are all, so they are spoken here: the hub's own client downloads into files of its cache, and offers no
+ranged read into memory. A branch is resolved to a commit once per load, so what is read afterwards cannot change.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+import msgspec
+
+from cache_agent.errors import (
+    AccessDenied,
+    AgentError,
+    BadConfig,
+    BadModelURI,
+    ModelNotFound,
+    OriginChanged,
+    OriginUnavailable,
+)
+from cache_agent.manifest import SourceFile
+from cache_agent.tiers.body import fill
+from cache_agent.tiers.origin import ModelURI
+from cache_agent.tiers.s3 import PATIENCE
+
+_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
+_CONNECT_SECONDS = 5.0
+_HOPS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+_STALE = (401, 403, 404, 410)  # a signed address that has expired answers one of these
+
+
+class _Lfs(msgspec.Struct):
+    sha256: str = ""
+    size: int = -1
+
+
+class _Sibling(msgspec.Struct):
+    rfilename: str
+    size: int | None = None
+    blob_id: str = msgspec.field(name="blobId", default="")
+    lfs: _Lfs | None = None
+
+
+class _Info(msgspec.Struct):
+    sha: str
+    siblings: list[_Sibling] = []
+
+
+class Hub:
+    """One connection pool and the token, shared by all models of an agent; made on first use."""
+
+    def __init__(
+        self, *, endpoint: str = "", token: str = "", connections: int = 64, patience: float = PATIENCE
+    ) -> None:
+        """Endpoint and token default to the hub client's own variables, HF_ENDPOINT and HF_TOKEN."""
+        self.patience = patience
+        self._given = endpoint
+        self._token = token or os.environ.get("HF_TOKEN", "").strip()
+        self._connections = connections
+        self._session: Any = None
+        self._lock = Lock()
+
+    @property
+    def endpoint(self) -> str:
+        """Without a slash at its end. Raises `BadConfig`."""
+        if given := self._given or os.environ.get("HF_ENDPOINT", "").strip():
+            return given.rstrip("/")
+        try:
+            from huggingface_hub.constants import ENDPOINT
+        except ImportError:
+            raise BadConfig("hf:// needs HF_ENDPOINT, the hub's address, or the package huggingface_hub") from None
+        return str(ENDPOINT).rstrip("/")
+
+    def get(self, url: str, **headers: str) -> Any:
+        """One request; redirects are the caller's. The token goes to the endpoint and to nobody else."""
+        with self._lock:
+            if self._session is None:
+                import requests
+                from requests.adapters import HTTPAdapter
+
+                self._session = requests.Session()
+                for scheme in ("http://", "https://"):
+                    self._session.mount(scheme, HTTPAdapter(pool_maxsize=self._connections))
+        here, there = urlsplit(self.endpoint), urlsplit(url)
+        # A body that the server compressed would not be the bytes that the range names.
+        headers = {"Accept-Encoding": "identity", "User-Agent": "glowplug", **headers}
+        if self._token and (here.scheme, here.netloc) == (there.scheme, there.netloc):
+            headers["Authorization"] = f"Bearer {self._token}"
+        return self._session.get(
+            url,
+            headers=headers,
+            stream=True,
+            allow_redirects=False,
+            timeout=(_CONNECT_SECONDS, self.patience),
+            auth=_no_netrc,
+        )
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+
+class HubOrigin:
+    """The files at the top of one repository, at one revision."""
+
+    def __init__(self, uri: ModelURI, hub: Hub) -> None:
+        """Raises `BadModelURI`, `BadConfig`."""
+        self.uri = uri.text
+        name, _, revision = uri.place.strip("/").partition("@")
+        if not _NAME.match(name) or ".." in name:
+            raise BadModelURI(f"{uri.text}: name a repository, like hf://org/name or hf://org/name@branch")
+        self._name = name
+        self._revision = revision or "main"
+        self._hub = hub
+        self._endpoint = hub.endpoint
+        self._commit = ""
+        self._places: dict[str, str] = {}  # file -> where the hub sent us for it
+
+    def files(self) -> list[SourceFile]:
+        url = f"{self._endpoint}/api/models/{self._name}/revision/{quote(self._revision, safe='')}?blobs=true"
+        try:
+            with self._hub.get(url) as response:
+                self._expect(response, "listing it", 200)
+                info = msgspec.json.decode(response.content, type=_Info)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise OriginUnavailable(
+                f"{self.uri}: {self._endpoint} answered with no model's listing: {error}"
+            ) from error
+        except Exception as error:
+            raise self._translate(error, "listing it") from error
+        self._commit = info.sha
+        found = []
+        for item in info.siblings:
+            size = item.lfs.size if item.lfs and item.lfs.size >= 0 else item.size
+            etag = (item.lfs.sha256 if item.lfs else "") or item.blob_id
+            if "/" not in item.rfilename and item.rfilename.isprintable():
+                if size is None or not etag:
+                    raise OriginUnavailable(f"{self.uri}: {self._endpoint} lists {item.rfilename} without size or hash")
+                found.append(SourceFile(item.rfilename, size, etag))
+        if not found:
+            raise ModelNotFound(f"{self.uri}: the repository holds no files at this revision")
+        return found
+
+    def read(self, file: SourceFile, start: int, size: int) -> bytes:
+        data = bytearray(size)
+        self.read_into(file, start, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
+        self.read_scattered(file, start, [view], lambda _: None)
+
+    def read_scattered(
+        self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
+    ) -> None:
+        size = sum(len(view) for view in views)
+        if not size:
+            return
+        end = start + size - 1
+        try:
+            response = self._open(file, f"bytes={start}-{end}")
+            try:
+                self._check(response, file, start, end)
+                what = f"{self.uri}: {file.name}"
+                fill(response.raw._fp, views, arrived, patience=self._hub.patience, what=what)
+            except BaseException:
+                response.raw.close()  # and the connection with it: the next try is another one's
+                raise
+            response.raw.release_conn()
+        except Exception as error:
+            raise self._translate(error, f"reading {file.name}") from error
+
+    def _open(self, file: SourceFile, bytes_range: str) -> Any:
+        """The answer of the server that has the file. Hubs limit how often they may be asked where a file is,
+
+        and where it is stays true for a while: so every range but the first goes there directly.
+        """
+        if place := self._places.get(file.name):
+            response = self._hub.get(place, Range=bytes_range)
+            if response.status_code not in (*_STALE, *_REDIRECTS):
+                return response
+            response.close()
+            self._places.pop(file.name, None)
+        if not self._commit:
+            self.files()
+        url = f"{self._endpoint}/{self._name}/resolve/{quote(self._commit, safe='')}/{quote(file.name)}"
+        for _ in range(_HOPS):
+            response = self._hub.get(url, Range=bytes_range)
+            self._compare(response.headers.get("X-Linked-Etag", ""), file)
+            if response.status_code not in _REDIRECTS:
+                if url.startswith(self._endpoint + "/"):
+                    # Of a file that the hub sends itself this is its hash; an error has none worth comparing.
+                    self._compare(
+                        response.headers.get("ETag", "")
+                        if response.ok and "X-Linked-Etag" not in response.headers
+                        else "",
+                        file,
+                    )
+                else:
+                    self._places[file.name] = url
+                return response
+            url = urljoin(url, response.headers.get("Location", ""))
+            response.close()
+        raise OriginUnavailable(f"{self.uri}: {file.name} is redirected more than {_HOPS} times")
+
+    def _compare(self, etag: str, file: SourceFile) -> None:
+        if etag and etag.removeprefix("W/").strip('"') != file.etag:
+            raise OriginChanged(f"{self.uri}: {file.name} is another one than was listed")
+
+    def _check(self, response: Any, file: SourceFile, start: int, end: int) -> None:
+        self._expect(response, f"reading {file.name}", 200, 206)
+        whole = start == 0 and end + 1 == file.size
+        expected = f"bytes {start}-{end}/{file.size}"
+        told = response.headers.get("Content-Range", expected if whole and response.status_code == 200 else "")
+        if told != expected or response.headers.get("Content-Length") != str(end - start + 1):
+            raise OriginUnavailable(
+                f"{self.uri}: the server answered another range of {file.name} than the one asked for "
+                f"({told or 'all of it'} instead of {expected}); it must support ranged GET"
+            )
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise OriginUnavailable(f"{self.uri}: the server compressed a range of {file.name}")
+
+    def _expect(self, response: Any, what: str, *statuses: int) -> None:
+        status = response.status_code
+        if status in statuses:
+            return
+        told = response.headers.get("X-Error-Message", "") or f"HTTP {status}"
+        if status in (401, 403):
+            raise AccessDenied(
+                f"{self.uri}: the hub refuses {what} ({told}): there is no such repository, or it is private or gated; "
+                "check the name, and give the agent HF_TOKEN of an account that may read it"
+            )
+        if status == 404:
+            raise ModelNotFound(f"{self.uri}: {what} found nothing ({told}); check repository and revision")
+        if status == 416:
+            raise OriginChanged(f"{self.uri}: {what}: the file is shorter than it was listed")
+        raise OriginUnavailable(f"{self.uri}: {what} failed ({told})")
+
+    def _translate(self, error: Exception, what: str) -> AgentError:
+        if isinstance(error, AgentError):
+            return error
+        return OriginUnavailable(f"{self.uri}: {what} failed ({type(error).__name__}: {error})")
+
+
+def _no_netrc(request: Any) -> Any:
+    """Keeps a password that lies in the home directory for this host from taking the token's place."""
+    return request

@@ -97,6 +97,8 @@ def main() -> None:
 )
 @click.option("--s3-endpoint", help="URL of an S3-compatible store.")
 @click.option("--s3-anonymous/--s3-signed", default=None, help="Read S3 without credentials.")
+@click.option("--redis-url", help="Redis that the nodes share; without it this node knows only itself.", metavar="URL")
+@click.option("--redis-password-file", type=Path, help="File with Redis's password.", metavar="PATH")
 @click.option("--readers", type=int, help="Most parallel reads per load; how many are made depends on what they yield.")
 @click.option("--token-file", type=Path, help="File with the secret that clients must present.", metavar="PATH")
 @click.option("--revalidate", type=float, help="Seconds after which a model's origin is checked again.")

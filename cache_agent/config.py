@@ -39,6 +39,8 @@ class AgentConfig:
     revalidate: float = 10.0
     max_connections: int = 1024
     kubernetes: str = ""
+    redis_url: str = ""
+    redis_password_file: Path | None = None
 
     def __post_init__(self) -> None:
         if self.socket_mode & 0o077 and any(_is_root(root) for root in self.file_roots):
@@ -124,4 +126,6 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "revalidate": float,
     "max_connections": int,
     "kubernetes": str,
+    "redis_url": str,
+    "redis_password_file": Path,
 }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cache_agent import limits
 from cache_agent.agent import Agent
 from cache_agent.config import AgentConfig, from_environment
-from cache_agent.directory import InProcessDirectory
+from cache_agent.directory import Directory, InProcessDirectory, Node
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.server import Server, listen
 
@@ -46,9 +46,11 @@ class Daemon:
             from cache_agent.witness import Witness  # not for private agents: a cold start waits for those
 
             self._witness = Witness(config.kubernetes, config.node_name, self._on_removal)
+        directory = _directory(config)
         self._sock = listening or listen(config.socket, config.socket_mode)
         self._inode = 0 if listening else config.socket.lstat().st_ino
-        self._agent = Agent(config, InProcessDirectory())
+        self._directory = directory
+        self._agent = Agent(config, directory)
         self._server = Server(self._agent, self._sock, token)
 
     def run(self) -> None:
@@ -85,10 +87,22 @@ class Daemon:
             if self._config.socket.lstat().st_ino == self._inode:  # or it is that of a successor already
                 self._config.socket.unlink()
         self._agent.close(time.monotonic() + _CLOSE_SECONDS)
+        self._directory.close()
         log.info("stopped; functions keep the weights that they map")
         if threading.active_count() > 1:  # the interpreter would wait for jobs that hang in an origin
             logging.shutdown()
             os._exit(0)
+
+
+def _directory(config: AgentConfig) -> Directory:
+    """Raises `BadConfig`."""
+    if not config.redis_url:
+        return InProcessDirectory()
+    from cache_agent.directory_redis import RedisDirectory  # redis-py is a tenth of a second that few agents need
+
+    directory = RedisDirectory(config.redis_url, password_file=config.redis_password_file)
+    directory.heartbeat(Node(config.node_name, capacity=config.capacity))
+    return directory
 
 
 def _recorded(_number: int, _frame: FrameType | None) -> None:

@@ -1,9 +1,13 @@
-"""Who holds what, and which source is which revision: the interface, and the one for a single node, in memory."""
+"""Who holds what, which nodes live, and which source is which revision: the interface, and the one in memory."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple, Protocol
+
+TTL = 12.0  # seconds after its last sign of life in which a node counts as alive
 
 
 class Holding(NamedTuple):
@@ -15,8 +19,28 @@ class Holding(NamedTuple):
     total: int
 
 
+class Node(NamedTuple):
+    """A node that lives: where its agent can be reached ("" if it cannot), and its budget of memory in bytes."""
+
+    name: str
+    address: str = ""
+    capacity: int = 0
+    used: int = 0
+
+
 class Directory(Protocol):
-    """What nodes tell each other. Losing it costs locality, never correctness: no call of it raises."""
+    """What nodes tell each other. Losing it costs locality, never correctness: no call of it raises, and only
+
+    `claim` and `release` may take a moment (at most about a second); the others answer from memory at once.
+    """
+
+    def heartbeat(self, node: Node) -> None:
+        """This node lives, and will go on telling so. Publishing for a node is a sign of its life, too."""
+        ...
+
+    def nodes(self) -> list[Node]:
+        """Those that gave a sign of life lately, ordered by name."""
+        ...
 
     def remember(self, source: str, revision: str) -> None:
         """The source with this id was admitted as this revision."""
@@ -33,17 +57,53 @@ class Directory(Protocol):
     def withdraw(self, model: str, node: str, tier: str) -> None: ...
 
     def holders(self, model: str) -> list[Holding]:
-        """Ordered by node, then tier."""
+        """Of nodes that live; ordered by node, then tier."""
+        ...
+
+    def measured(self, node: str, tier: str, rate: float) -> None:
+        """So many bytes per second came to this node from this tier, lately."""
+        ...
+
+    def bandwidth(self, node: str, tier: str) -> float:
+        """What was measured last, in bytes per second; 0 when nothing was, or the node is gone."""
+        ...
+
+    def claim(self, name: str, owner: str, seconds: float) -> str:
+        """Whose claim it is now: `owner`, who has it for so many seconds from now, or another who was first.
+
+        "" when nobody can tell; each caller knows best whether it may go on without.
+        """
+        ...
+
+    def release(self, name: str, owner: str) -> bool:
+        """Gives a claim back; False when it was not the owner's any more, or nobody can tell."""
+        ...
+
+    def close(self) -> None:
+        """Says goodbye for the nodes that this one spoke for."""
         ...
 
 
 class InProcessDirectory:
-    """A directory of one node, or of several agents inside one test."""
+    """A directory of one node, or of several agents inside one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, ttl: float = TTL, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = Lock()
+        self._ttl = ttl
+        self._clock = clock
+        self._nodes: dict[str, tuple[Node, float]] = {}
         self._revisions: dict[str, str] = {}
         self._holdings: dict[str, dict[tuple[str, str], Holding]] = {}
+        self._rates: dict[tuple[str, str], float] = {}
+        self._claims: dict[str, tuple[str, float]] = {}
+
+    def heartbeat(self, node: Node) -> None:
+        with self._lock:
+            self._nodes[node.name] = node, self._clock()
+
+    def nodes(self) -> list[Node]:
+        with self._lock:
+            return sorted(node for node, _ in self._nodes.values() if self._lives(node.name))
 
     def remember(self, source: str, revision: str) -> None:
         with self._lock:
@@ -55,6 +115,7 @@ class InProcessDirectory:
 
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:
+            self._sign_of_life(holding.node)
             self._holdings.setdefault(model, {})[holding.node, holding.tier] = holding
 
     def withdraw(self, model: str, node: str, tier: str) -> None:
@@ -66,4 +127,44 @@ class InProcessDirectory:
 
     def holders(self, model: str) -> list[Holding]:
         with self._lock:
-            return sorted(self._holdings.get(model, {}).values())
+            return sorted(held for held in self._holdings.get(model, {}).values() if self._lives(held.node))
+
+    def measured(self, node: str, tier: str, rate: float) -> None:
+        with self._lock:
+            self._sign_of_life(node)
+            self._rates[node, tier] = rate
+
+    def bandwidth(self, node: str, tier: str) -> float:
+        with self._lock:
+            return self._rates.get((node, tier), 0.0) if self._lives(node) else 0.0
+
+    def claim(self, name: str, owner: str, seconds: float) -> str:
+        now = self._clock()
+        with self._lock:
+            other, until = self._claims.get(name, ("", now))
+            if other not in ("", owner) and until > now:
+                return other
+            self._claims[name] = owner, now + seconds
+            return owner
+
+    def release(self, name: str, owner: str) -> bool:
+        now = self._clock()
+        with self._lock:
+            other, until = self._claims.get(name, ("", now))
+            if other != owner or until <= now:
+                return False
+            del self._claims[name]
+            return True
+
+    def close(self) -> None:
+        with self._lock:
+            self._nodes.clear()
+            self._holdings.clear()
+            self._rates.clear()
+
+    def _sign_of_life(self, name: str) -> None:
+        node = self._nodes[name][0] if name in self._nodes else Node(name)
+        self._nodes[name] = node, self._clock()
+
+    def _lives(self, name: str) -> bool:
+        return name in self._nodes and self._clock() - self._nodes[name][1] < self._ttl

@@ -6,12 +6,18 @@ import threading
 
 import pytest
 
-from cache_agent.directory import Holding, InProcessDirectory
+from cache_agent.directory import Holding, InProcessDirectory, Node
+from cache_agent.directory_redis import RedisDirectory
 
 
-@pytest.fixture(params=[InProcessDirectory])
+@pytest.fixture(params=["in process", "redis"])
 def directory(request):
-    return request.param()
+    if request.param == "in process":
+        yield InProcessDirectory()
+        return
+    directory = RedisDirectory(request.getfixturevalue("redis_url"), beat=0.05, ttl=5)
+    yield directory
+    directory.close()
 
 
 def test_a_source_nobody_admitted_has_no_revision(directory):
@@ -78,3 +84,76 @@ def test_many_threads_lose_nothing(directory, rounds):
         thread.join(60)
     assert not failures
     assert [holding.node for holding in directory.holders("src-1")] == nodes
+
+
+# --- nodes, bandwidths, claims ----------------------------------------------------------------------------------------
+
+
+def test_nodes_that_told_that_they_live(directory):
+    assert directory.nodes() == []
+    directory.heartbeat(Node("b", "10.0.0.2:8090", 100, 5))
+    directory.heartbeat(Node("a"))
+    directory.heartbeat(Node("b", "10.0.0.2:8090", 100, 50))
+    assert directory.nodes() == [Node("a"), Node("b", "10.0.0.2:8090", 100, 50)]
+
+
+def test_publishing_is_a_sign_of_life(directory):
+    directory.publish("src-1", Holding("a", "dram", 1, 1))
+    directory.measured("b", "origin", 1e9)
+    assert [node.name for node in directory.nodes()] == ["a", "b"]
+
+
+def test_bandwidths_are_the_last_ones_measured(directory):
+    assert directory.bandwidth("a", "origin") == 0
+    directory.measured("a", "origin", 1e9)
+    directory.measured("a", "ssd", 3e9)
+    directory.measured("a", "origin", 2e9)
+    assert (directory.bandwidth("a", "origin"), directory.bandwidth("a", "ssd")) == (2e9, 3e9)
+    assert directory.bandwidth("b", "origin") == 0
+
+
+def test_a_claim_is_its_first_owners_until_it_is_released(directory):
+    assert directory.claim("load:src-1", "a", 30) == "a"
+    assert directory.claim("load:src-1", "b", 30) == "a"
+    assert directory.claim("load:src-1", "a", 30) == "a", "its owner may renew it"
+    assert not directory.release("load:src-1", "b")
+    assert directory.release("load:src-1", "a")
+    assert not directory.release("load:src-1", "a")
+    assert directory.claim("load:src-1", "b", 30) == "b"
+    assert directory.claim("load:src-2", "a", 30) == "a"
+
+
+def test_a_claim_expires(directory, eventually):
+    assert directory.claim("x", "a", 0.1) == "a"
+    eventually(lambda: directory.claim("x", "b", 30) == "b")
+    assert not directory.release("x", "a")
+
+
+def test_only_one_of_many_gets_a_claim(directory):
+    barrier, owners = threading.Barrier(16), []
+
+    def ask(name: str) -> None:
+        barrier.wait(30)
+        owners.append(directory.claim("x", name, 30))
+
+    threads = [threading.Thread(target=ask, args=(f"node-{number}",)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(owners) == 16
+    assert len(set(owners)) == 1
+
+
+def test_in_process_silent_nodes_age_out():
+    now = [0.0]
+    directory = InProcessDirectory(ttl=10, clock=lambda: now[0])
+    directory.publish("src-1", Holding("a", "dram", 1, 1))
+    directory.measured("a", "origin", 5.0)
+    now[0] = 9.9
+    directory.heartbeat(Node("b"))
+    assert [node.name for node in directory.nodes()] == ["a", "b"]
+    now[0] = 10.1
+    assert directory.nodes() == [Node("b")]
+    assert directory.holders("src-1") == []
+    assert directory.bandwidth("a", "origin") == 0

@@ -18,7 +18,7 @@ from cache_agent.tiers.origin import Origin
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SMALL = (".json", ".jinja", ".txt", ".model")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_SMALL_FILE = 64 << 20
 _MAX_SMALL_TOTAL = 256 << 20
 _FIRST_READ = 256 << 10  # most headers fit, and one request brings length and header
@@ -59,7 +59,7 @@ def describe(origin: Origin) -> Description:
         )
         for name, data in zip(weights, headers, strict=True)
     ]
-    contents = _parallel(lambda file: _read(origin, file, 0, file.size), small)
+    contents = _parallel(lambda file: read_patiently(origin, file, 0, file.size), small)
     files = {file.name: data for file, data in zip(small, contents, strict=True)}
     manifest.model_config(files)
     return Description(source, manifest.lay_out(source.id, parsed, files), dict(zip(weights, headers, strict=True)))
@@ -70,7 +70,7 @@ def _weight_files(origin: Origin, listed: dict[str, SourceFile]) -> list[str]:
     if _SINGLE in listed:
         return [_SINGLE]
     if _INDEX not in listed:
-        if any(name.endswith(_PICKLED) for name in listed):
+        if any(name.endswith(PICKLED) for name in listed):
             raise UnsafeCheckpoint(
                 f"{origin.uri} has pickled weights only; reading them would run code. Convert them once: "
                 "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
@@ -80,7 +80,9 @@ def _weight_files(origin: Origin, listed: dict[str, SourceFile]) -> list[str]:
     if index.size > _MAX_SMALL_FILE:
         raise BadCheckpoint(f"{origin.uri}: {_INDEX} has {index.size} bytes; is it an index?")
     try:
-        weight_map = msgspec.json.decode(_read(origin, index, 0, index.size), type=dict[str, Any])["weight_map"]
+        weight_map = msgspec.json.decode(read_patiently(origin, index, 0, index.size), type=dict[str, Any])[
+            "weight_map"
+        ]
         shards = sorted(set(msgspec.convert(weight_map, dict[str, str]).values()))
     except (msgspec.MsgspecError, KeyError, UnicodeDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{origin.uri}: {_INDEX} has no usable weight_map: {error}") from error
@@ -94,12 +96,13 @@ def _weight_files(origin: Origin, listed: dict[str, SourceFile]) -> list[str]:
 
 def _header(origin: Origin, file: SourceFile) -> bytes:
     """Everything before the tensor bytes: length and JSON."""
-    data = _read(origin, file, 0, min(file.size, _FIRST_READ))
+    data = read_patiently(origin, file, 0, min(file.size, _FIRST_READ))
     end = safetensors.LENGTH.size + safetensors.header_length(data[: safetensors.LENGTH.size], file.size, file.name)
-    return data[:end] if end <= len(data) else data + _read(origin, file, len(data), end - len(data))
+    return data[:end] if end <= len(data) else data + read_patiently(origin, file, len(data), end - len(data))
 
 
-def _read(origin: Origin, file: SourceFile, start: int, size: int) -> bytes:
+def read_patiently(origin: Origin, file: SourceFile, start: int, size: int) -> bytes:
+    """`origin.read`, which a store that hiccups is asked again."""
     for attempt in range(_ATTEMPTS - 1):
         try:
             return origin.read(file, start, size)

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from cache_agent import __version__
-from runtime import baseset
+from runtime import baseset, copies
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig, FunctionError
 
@@ -34,6 +34,10 @@ _OPTIONS = {
 @click.version_option(__version__, prog_name="glowplug")
 def main() -> None:
     """Warm starts for LLM functions."""
+
+
+main.add_command(copies.push)
+main.add_command(copies.pull)
 
 
 @main.command()

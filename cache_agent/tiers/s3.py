@@ -53,6 +53,8 @@ class S3:
                         retries={"mode": "standard", "total_max_attempts": 3},
                         # A checksum of the whole object says nothing about a range, and would buffer the body.
                         response_checksum_validation="when_required",
+                        # Of what is sent, every S3-compatible store knows Content-MD5; not all know trailing checksums.
+                        request_checksum_calculation="when_required",
                         **settings,
                     ),
                 )
@@ -117,6 +119,17 @@ class S3Origin:
             body._raw_stream.release_conn()
         except Exception as error:
             raise self._translate(error, f"reading {file.name}") from error
+
+    def key(self, name: str) -> str:
+        """The object's key in the bucket."""
+        return self._prefix + name
+
+    def call(self, operation: str, what: str, **arguments: Any) -> Any:
+        """Any other operation on the bucket, for those who write; `what` is for the error's sentence."""
+        try:
+            return getattr(self._s3.client(), operation)(Bucket=self._bucket, **arguments)
+        except Exception as error:
+            raise self._translate(error, what) from error
 
     def _check(self, response: dict[str, Any], file: SourceFile, start: int, end: int) -> None:
         """Some servers answer a range with 200: what counts is which bytes of which object these are."""

@@ -79,7 +79,16 @@ def test_what_click_refuses(run: Callable[..., Any], arguments: list[str]) -> No
 
 def test_help_and_version(run: Callable[..., Any]) -> None:
     assert __version__ in run("--version")[0].output
-    for command in ([], ["serve"], ["base"], ["base", "check"], ["base", "install"], ["base", "lock"]):
+    for command in (
+        [],
+        ["serve"],
+        ["base"],
+        ["base", "check"],
+        ["base", "install"],
+        ["base", "lock"],
+        ["push"],
+        ["pull"],
+    ):
         result, _ = run(*command, "-h")
         assert result.exit_code == 0
         assert "Usage:" in result.output

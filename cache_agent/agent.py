@@ -292,18 +292,25 @@ class Agent:
                 if self._closing:
                     load.stop()
             self._handle(events.Reserved(entry))
+            load.observer = lambda: self._directory.publish(plan.source, self._holding(load))
+            start = time.monotonic()
             with ledger.span("transfer"):
                 load.run()
+            self._directory.measured(self.node, "origin", plan.nbytes / max(time.monotonic() - start, 1e-9))
         except Exception as error:
             log.warning("loading %s failed: %s", origin.uri, error)
+            self._directory.withdraw(plan.source, self.node, "dram")
             with self._lock:  # whoever hears of it and asks again finds the memory free; nothing is granted in between
                 self._held.pop(entry, None)
                 held.close()
                 self._handle(events.LoadFailed(entry, _translated(error, origin.uri)))
             return
         log.info("loaded %s: %d MB, pages of %d KiB", origin.uri, plan.nbytes // 10**6, held.dram.page >> 10)
-        self._directory.publish(plan.source, Holding(self.node, "dram", plan.nbytes, plan.nbytes))
+        self._directory.publish(plan.source, self._holding(load))
         self._handle(events.Loaded(entry))
+
+    def _holding(self, load: Load) -> Holding:
+        return Holding(self.node, "dram", load.progress()[1], load.total)
 
     def _admit(self, entry: int) -> None:
         with self._lock:

@@ -164,8 +164,8 @@ class RedisDirectory:
                 reached = False
             if due or not reached:
                 next_beat = time.monotonic() + self._beat * (0.9 + 0.2 * secrets.randbelow(1000) / 1000)
-            if not reached:  # news would otherwise wake it again at once, again and again
-                self._closing.wait(self._beat / 4)
+            # News wakes it; a load's progress is much news, and one exchange tells what has gathered meanwhile.
+            self._closing.wait(self._beat / (30 if reached else 4))
         with self._lock:
             mine = list(self._mine)
         for name in mine:

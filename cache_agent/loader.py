@@ -79,6 +79,7 @@ class Load:
         self.finished = threading.Event()
         self._failure: AgentError | None = None
         self._watchers: list[Callable[[], None]] = []
+        self.observer: Callable[[], None] | None = None  # the agent's own; like a watcher, for the whole load
 
     def progress(self) -> tuple[list[int], int]:
         """(verified bytes from the start of each segment without a hole, all verified bytes)."""
@@ -238,7 +239,7 @@ class Load:
                 self._ready[segment] = self._chunks[position][2]
                 position += 1
             self._prefix[segment] = position
-            watchers = list(self._watchers)
+            watchers = [*self._watchers, *([self.observer] if self.observer else ())]
         for wake in watchers:
             wake()
 

@@ -19,6 +19,7 @@ import redis
 from cache_agent.directory import Holding, Node
 from cache_agent.directory_redis import RedisDirectory
 from cache_agent.errors import BadConfig
+from cache_agent.tiers.fake import FakeOrigin
 
 BEAT, TTL = 0.05, 1.5
 
@@ -338,3 +339,35 @@ def test_an_agent_serves_without_its_redis(how, own_redis, start_agent, tmp_path
         assert lease.manifest.tensors
     assert agent.stop() == 0
     assert agent.output().count("cannot be used") <= 1
+
+
+def test_how_far_a_load_is_and_how_fast_it_was(start_local_agent, checkpoint_files, eventually):
+    """What the agent tells its directory, whichever that is."""
+    gate = threading.Event()
+
+    def before_read(name: str, start: int, size: int) -> None:
+        if start > 12 << 20:
+            gate.wait(30)
+
+    files = checkpoint_files({f"layers.{n}.w": ("U8", (8 << 20,), bytes(8 << 20)) for n in range(3)})
+    agent = start_local_agent({"fake://m": FakeOrigin("fake://m", files, before_read=before_read)})
+    with agent.client.lease("fake://m") as lease:
+        source = lease.manifest.source
+        eventually(lambda: agent.directory.holders(source) == [Holding("test", "dram", 16 << 20, 24 << 20)])
+        gate.set()
+        lease.wait_ready(time.monotonic() + 30)
+    eventually(lambda: agent.directory.holders(source) == [Holding("test", "dram", 24 << 20, 24 << 20)])
+    assert agent.directory.bandwidth("test", "origin") > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--redis-url", "http://x"], "GLOWPLUG_REDIS_URL"),
+        (["--redis-url", "redis://h", "--redis-password-file", "/no/such"], "GLOWPLUG_REDIS_PASSWORD_FILE"),
+    ],
+)
+def test_an_agent_with_a_bad_setting_ends_with_its_name(options, words, glowplug_agent, tmp_path):
+    done = glowplug_agent("serve", "--socket", tmp_path / "s", *options)
+    assert done.returncode == 64
+    assert words in done.stderr

@@ -46,7 +46,8 @@ class Daemon:
             from cache_agent.witness import Witness  # not for private agents: a cold start waits for those
 
             self._witness = Witness(config.kubernetes, config.node_name, self._on_removal)
-        directory = _directory(config)
+        # A function's own agent has nobody to tell, and no right to: functions hold no credentials.
+        directory = _directory(config) if listening is None else InProcessDirectory()
         self._sock = listening or listen(config.socket, config.socket_mode)
         self._inode = 0 if listening else config.socket.lstat().st_ino
         self._directory = directory

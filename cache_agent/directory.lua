@@ -6,7 +6,6 @@
 -- goodbye   KEYS alive, held, rates; ARGV incarnation -> 1, or 0 when a successor has the name already
 -- claim     KEYS claim; ARGV owner, ttl ms -> the owner: the caller, or who was before it
 -- release   KEYS claim; ARGV owner -> 1, or 0 when it is another's by now
--- look      no KEYS: reads what every node wrote, within its right to read -> {node, info, held, rates, sources} ...
 
 local step = table.remove(ARGV, 1)
 
@@ -49,31 +48,6 @@ end
 if step == 'release' then
   if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
   return redis.call('DEL', KEYS[1])
-end
-
-if step == 'look' then
-  local found, cursor = {}, '0'
-  repeat
-    local page = redis.call('SCAN', cursor, 'MATCH', 'glowplug:node:*:*', 'COUNT', 1000)
-    cursor = page[1]
-    for _, key in ipairs(page[2]) do
-      local node, kind = string.match(key, '^glowplug:node:(.*):(%a+)$')
-      if node then
-        local entry = found[node] or {node, '', {}, {}, {}}
-        found[node] = entry
-        if kind == 'alive' then
-          local info = redis.call('GET', key)
-          entry[2] = info and string.match(info, '^[^ ]* (.*)$') or ''
-        elseif kind == 'held' then entry[3] = redis.call('HGETALL', key)
-        elseif kind == 'rates' then entry[4] = redis.call('HGETALL', key)
-        elseif kind == 'sources' then entry[5] = redis.call('HGETALL', key)
-        end
-      end
-    end
-  until cursor == '0'
-  local list = {}
-  for _, entry in pairs(found) do list[#list + 1] = entry end
-  return list
 end
 
 return redis.error_reply('ERR no such step: ' .. tostring(step))

@@ -8,8 +8,9 @@
 
 A node writes below `glowplug:node:<its name>:` and `glowplug:claim:` only, which is what its ACL allows. Expiry is
 Redis's, so the nodes' clocks do not matter. What a node knows about itself it keeps in memory: changes are told at
-once, that it lives with each beat, and everything again when Redis has lost it. Steps are Lua (directory.lua), each
-one atomic; `look` finds keys by SCAN, so this is for one Redis (with replicas or Sentinel), not for a sharded cluster.
+once, that it lives with each beat, and everything again when Redis has lost it. Steps that write
+are Lua (directory.lua), each one atomic. Reading needs no script, and so no right to run one: SCAN finds the keys, so
+this is for one Redis (with replicas or Sentinel), not for a sharded cluster.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ class RedisDirectory:
         told = all(self._beat_for(node) for node in mine if full or node.name in news)
         if not full:
             return told
-        found = self._ask("look", [])  # also when nothing could be told: a full Redis can still be read
+        found = self._translated(self._look)  # also when nothing could be told: a full Redis can still be read
         if found is not None:
             self._mirror(found)
             if told:
@@ -223,8 +224,8 @@ class RedisDirectory:
         revisions: dict[str, str] = {}
         for raw in found:
             try:
-                name, info = raw[0].decode(), raw[1].decode()
-                node = Node(*json.loads(info))._replace(name=name) if info else None
+                name, alive = raw[0], (raw[1] or b"").decode()
+                node = Node(*json.loads(alive.partition(" ")[2]))._replace(name=name) if alive else None
                 rates = {tier: float(rate) for tier, rate in _pairs(raw[3])}
                 holdings = [(*field.partition(" ")[::2], value) for field, value in _pairs(raw[2])]
                 parsed = [(model, _holding(name, tier, value)) for tier, model, value in holdings]
@@ -240,11 +241,31 @@ class RedisDirectory:
             self._revisions = revisions | own
 
     def _ask(self, step: str, keys: list[str], *arguments: str) -> Any:
-        """The reply, or None when there is none. The only place where Redis is spoken to."""
+        """A step's reply, or None when there is none."""
+        return self._translated(lambda: self._step(keys=keys, args=[step, *arguments]))
+
+    def _look(self) -> list[Any]:
+        """What every node wrote: (node, what is alive, then held, rates and sources as pairs)."""
+        keys = sorted(set(self._client.scan_iter("glowplug:node:*:*", count=1000)))
+        kinds = [
+            (key, *key.decode(errors="replace").removeprefix("glowplug:node:").rpartition(":")[::2]) for key in keys
+        ]
+        known = [(key, node, kind) for key, node, kind in kinds if kind in _KINDS]
+        with self._client.pipeline(transaction=False) as pipe:
+            for key, _, kind in known:
+                pipe.get(key) if kind == "alive" else pipe.hgetall(key)
+            replies = pipe.execute()
+        found: dict[str, dict[str, Any]] = {}
+        for (_, node, kind), reply in zip(known, replies, strict=True):
+            found.setdefault(node, {})[kind] = reply
+        return [(node, *(entry.get(kind) for kind in _KINDS)) for node, entry in found.items()]
+
+    def _translated(self, exchange: Callable[[], Any]) -> Any:
+        """What Redis says, or None when nothing can be had from it. The only place where its errors are known."""
         import redis
 
         try:
-            return self._step(keys=keys, args=[step, *arguments])
+            return exchange()
         except (redis.RedisError, OSError, ValueError) as error:
             self._failed(f"{type(error).__name__}: {error}")
             return None
@@ -279,9 +300,8 @@ def _keys(node: str) -> list[str]:
     return [f"glowplug:node:{node}:{kind}" for kind in _KINDS]
 
 
-def _pairs(flat: list[bytes]) -> list[tuple[str, str]]:
-    texts = [item.decode() for item in flat]
-    return list(zip(texts[::2], texts[1::2], strict=True))
+def _pairs(table: dict[bytes, bytes] | None) -> list[tuple[str, str]]:
+    return [(field.decode(), value.decode()) for field, value in (table or {}).items()]
 
 
 def _client(url: str, password_file: Path | None, timeout: float) -> Any:

@@ -240,6 +240,18 @@ def test_the_rights_that_the_manifests_give_are_enough_and_no_more_is_used(own_r
     assert "NOPERM" in b._down or "permission" in b._down.lower()
 
 
+def test_who_may_only_read_sees_all_and_tells_nothing(own_redis, join, eventually):
+    rights = ["%R~glowplug:*", "-@all", "+@read", "+@connection", "-@dangerous"]
+    own_redis.admin.execute_command("ACL", "SETUSER", "placer", "on", ">secret", *rights)
+    a = join(own_redis.url, "a")
+    a.publish("src-1", Holding("a", "dram", 1, 1))
+    placer = join(f"redis://placer:secret@127.0.0.1:{own_redis.port}")
+    eventually(lambda: placer.holders("src-1") == [Holding("a", "dram", 1, 1)])
+    assert names(placer) == ["a"]
+    assert placer.claim("x", "placer", 5) == ""
+    assert own_redis.admin.keys("glowplug:claim:*") == []
+
+
 def test_a_password_that_changes_is_read_again(own_redis, tmp_path, join, eventually):
     secret = tmp_path / "password"
     secret.write_text("one")

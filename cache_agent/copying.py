@@ -51,8 +51,11 @@ class Copied(NamedTuple):
 def wanted(files: list[SourceFile], description: Description) -> list[SourceFile]:
     """What belongs to a copy: what is served, and all else but pickles and hidden files.
 
-    config.json comes last, so that a copy that is not complete is no model yet.
+    config.json comes last, so that a copy that is not complete is no model yet. Raises `OriginChanged` when the files
+    are not those that were described.
     """
+    if not set(description.source.files) <= set(files):
+        raise OriginChanged(f"{description.source.uri} changed while it was looked at; run the same command again")
     served = {file.name for file in description.source.files}
     chosen = [
         file for file in files if file.name in served or not (file.name.startswith(".") or file.name.endswith(PICKLED))

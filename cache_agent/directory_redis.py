@@ -8,9 +8,9 @@
 
 A node writes below `glowplug:node:<its name>:` and `glowplug:claim:` only, which is what its ACL allows. Expiry is
 Redis's, so the nodes' clocks do not matter. What a node knows about itself it keeps in memory: changes are told at
-once, that it lives with each beat, and everything again when Redis has lost it. Steps that write
-are Lua (directory.lua), each one atomic. Reading needs no script, and so no right to run one: SCAN finds the keys, so
-this is for one Redis (with replicas or Sentinel), not for a sharded cluster.
+once, that it lives with each beat, and everything again when Redis has lost it. Steps that write are Lua
+(directory.lua), each one atomic. Reading needs no script, and so no right to run one: SCAN finds the keys, so this is
+for one Redis (with replicas or Sentinel), not for a sharded cluster.
 """
 
 from __future__ import annotations

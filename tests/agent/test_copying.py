@@ -268,6 +268,16 @@ def test_a_source_that_changed_is_pulled_anew(tmp_path, checkpoint_files):
     assert copied.skipped == copied.files - 1
 
 
+def test_a_source_that_changes_meanwhile_is_not_pulled_as_a_mixture(tmp_path, checkpoint_files):
+    def before_read(name: str, start: int, size: int) -> None:
+        if name == "tokenizer_config.json":
+            origin.contents = checkpoint_files(seed=2)
+
+    origin = FakeOrigin("fake://m", checkpoint_files(seed=1), before_read=before_read)
+    with pytest.raises(OriginChanged):
+        copying.pull(origin, tmp_path / "m", silent)
+
+
 @pytest.mark.parametrize("record", ["{", "[]", '{"model.safetensors": 3}', "\0"])
 def test_a_broken_record_costs_time_only(record, tmp_path, checkpoint_files):
     (tmp_path / "m").mkdir()

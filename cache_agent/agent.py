@@ -9,16 +9,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple, Protocol
 
 from cache_agent import events, loader, manifest, residency
-from cache_agent.checkpoint import Description, describe
+from cache_agent.checkpoint import describe
 from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory, Holding
-from cache_agent.errors import AgentError, BadModelURI, InternalError
+from cache_agent.errors import AgentError, BadModelURI, InternalError, OriginChanged
 from cache_agent.events import Action, Event
+from cache_agent.held import Asked, Held, Holder, Resolution
 from cache_agent.ledger import Ledger, Span
 from cache_agent.loader import Load
 from cache_agent.protocol import (
@@ -28,61 +27,21 @@ from cache_agent.protocol import (
     ErrorReply,
     EvictReply,
     Granted,
-    Message,
+    ImageStatus,
     ModelStatus,
+    QuarantineStatus,
     Ready,
+    SsdStatus,
 )
+from cache_agent.tee import Tee
 from cache_agent.tiers.dram import Dram, sealed_bytes
 from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin, parse_uri
 from cache_agent.tiers.s3 import S3, S3Origin
+from cache_agent.tiers.ssd import Ssd, Writing
 
 log = logging.getLogger("glowplug.agent")
 
 _JOBS = 16
-
-
-class Holder(Protocol):
-    """Whoever leases or asks: a connection. `deliver` never blocks; the fds become the holder's to close.
-
-    `pod` is the UID of the pod that it says it lives in, or "".
-    """
-
-    @property
-    def pod(self) -> str: ...
-
-    def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None: ...
-
-
-@dataclass(slots=True)
-class _Held:
-    """The memory and the story of one residency entry."""
-
-    description: Description
-    ledger: Ledger
-    dram: Dram | None = None
-    load: Load | None = None
-    manifest_fd: int = -1
-    manifest_bytes: int = 0
-
-    def close(self) -> None:
-        if self.dram is not None:
-            self.dram.close()
-            self.dram = None
-        if self.manifest_fd >= 0:
-            os.close(self.manifest_fd)
-            self.manifest_fd = -1
-
-
-@dataclass(slots=True)
-class _Asked:
-    holder: Holder
-    start: int = field(default_factory=time.monotonic_ns)
-
-
-class _Resolution(NamedTuple):
-    description: Description
-    origin: Origin
-    ledger: Ledger
 
 
 class Origins:
@@ -113,10 +72,11 @@ class Agent:
         self.node = config.node_name
         self._directory = directory
         self._open_origin = open_origin or Origins(config).open
+        self._ssd = Ssd(config.ssd, config.ssd_size) if config.ssd else None
         self._residency = residency.Residency(config.capacity, config.revalidate)
         self._lock = threading.RLock()  # guards everything below, and residency
-        self._asked: dict[int, _Asked] = {}
-        self._held: dict[int, _Held] = {}
+        self._asked: dict[int, Asked] = {}
+        self._held: dict[int, Held] = {}
         self._closing = False
         self._numbers = count(1)
         self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
@@ -162,6 +122,18 @@ class Agent:
             models = [self._model_status(entry, now) for entry in self._residency.entries.values()]
             return self._residency.capacity, self._residency.used, models
 
+    def ssd_status(self) -> SsdStatus | None:
+        if self._ssd is None:
+            return None
+        used, images, quarantined = self._ssd.status()
+        return SsdStatus(
+            str(self._ssd.directory),
+            self._ssd.capacity,
+            used,
+            [ImageStatus(i.index.uri, i.index.source, i.revision, i.index.bytes, i.users) for i in images],
+            [QuarantineStatus(name, reason[:256]) for name, reason in quarantined],
+        )
+
     def _model_status(self, entry: residency.Entry, now: float) -> ModelStatus:
         held = self._held.get(entry.number)
         load = held.load if held else None
@@ -191,20 +163,26 @@ class Agent:
         for load in loads:
             load.finished.wait(max(0.0, deadline - time.monotonic()))
         with self._lock:
-            for held in self._held.values():
-                if held.load is not None and held.load.finished.is_set():
+            helds = list(self._held.values())
+        for held in helds:
+            held.end_tee(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            for held in helds:
+                if held.load is None or held.load.finished.is_set():
                     held.close()
+        if self._ssd is not None:
+            self._ssd.close()
 
     # --- deciding under the lock, acting outside ------------------------------------------------------------------
 
     def _ask(self, holder: Holder, event: Callable[[int], Event]) -> int:
         number = next(self._numbers)
         with self._lock:
-            self._asked[number] = _Asked(holder)
+            self._asked[number] = Asked(holder)
         self._handle(event(number))
         return number
 
-    def _handle(self, event: Event, *, forget: int = 0, resolved: _Resolution | None = None) -> None:
+    def _handle(self, event: Event, *, forget: int = 0, resolved: Resolution | None = None) -> None:
         with self._lock:
             actions = self._residency.handle(event, time.monotonic())
             # Replies are queued here, in the order of the decisions; queueing never blocks.
@@ -234,7 +212,7 @@ class Agent:
                 spans = [Span("agent", "lease", asked.start, time.monotonic_ns())]
                 if not resident:
                     spans += self._held[entry].ledger.spans()
-                asked.holder.deliver(Ready("dram" if resident else "origin", revision, spans), [])
+                asked.holder.deliver(Ready("dram" if resident else self._held[entry].tier, revision, spans), [])
             case events.Announce(lease, revision):
                 self._asked[lease].holder.deliver(Admitted(revision), [])
             case events.Refuse(lease, error):
@@ -245,7 +223,7 @@ class Agent:
                 return False
         return True
 
-    def _act(self, action: Action, resolved: _Resolution | None) -> None:
+    def _act(self, action: Action, resolved: Resolution | None) -> None:
         with contextlib.suppress(RuntimeError):  # the pools are shut down: so are all who would hear of the result
             match action:
                 case events.Resolve(uri):
@@ -269,20 +247,28 @@ class Agent:
         except Exception as error:
             self._handle(events.ResolveFailed(uri, _translated(error, uri)))
             return
-        known = self._directory.revision(description.source.id)
+        source = description.source.id
+        known = self._directory.revision(source) or (self._ssd.revision(source) if self._ssd else "")
         event = events.Resolved(uri, description.manifest, known)
-        self._handle(event, resolved=_Resolution(description, origin, ledger))
+        self._handle(event, resolved=Resolution(description, origin, ledger, known))
 
-    def _load(self, entry: int, resolution: _Resolution) -> None:
-        description, origin, ledger = resolution
+    def _load(self, entry: int, resolution: Resolution) -> None:
+        description, origin, ledger, known = resolution
         plan = description.manifest
-        held = _Held(description, ledger)
+        held = Held(description, ledger)
+        start = time.monotonic()
+        image = None
         try:
             with ledger.span("reserve"):
                 held.dram = Dram(plan.segments, huge_pages=self.config.huge_pages, name=f"glowplug:{entry}")
                 encoded = manifest.encode(plan)
                 held.manifest_fd, held.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
-            held.load = load = Load(description, origin, held.dram, readers=self.config.readers)
+            image = self._ssd.open(plan) if self._ssd else None
+            held.load = load = Load(description, origin, held.dram, readers=self.config.readers, image=image)
+            if image is not None:
+                held.tier = "ssd"
+            elif self._ssd is not None:
+                load.tee = self._tee(self._ssd, held.dram, plan, origin.uri, known)
             with self._lock:
                 self._held[entry] = held
                 if self._closing:
@@ -292,14 +278,55 @@ class Agent:
                 load.run()
         except Exception as error:
             log.warning("loading %s failed: %s", origin.uri, error)
+            if self._ssd and held.load and held.load.damaged and isinstance(error, OriginChanged):
+                self._ssd.discard(plan.source, "damaged, and the origin has other bytes now")
+            held.end_tee()
             with self._lock:  # whoever hears of it and asks again finds the memory free; nothing is granted in between
                 self._held.pop(entry, None)
                 held.close()
                 self._handle(events.LoadFailed(entry, _translated(error, origin.uri)))
             return
-        log.info("loaded %s: %d MB, pages of %d KiB", origin.uri, plan.nbytes // 10**6, held.dram.page >> 10)
+        finally:
+            if image is not None:
+                image.close()
+        seconds = time.monotonic() - start
+        log.info(
+            "loaded %s from %s: %d MB in %.2f s, pages of %d KiB",
+            origin.uri, held.tier, plan.nbytes // 10**6, seconds, held.dram.page >> 10,
+        )  # fmt: skip
         self._directory.publish(plan.source, Holding(self.node, "dram", plan.nbytes, plan.nbytes))
         self._handle(events.Loaded(entry))
+        if load.tee is not None:
+            load.tee.complete(load.checksums, seconds)
+        elif load.damaged:
+            self._repair(held, load)
+
+    def _tee(self, ssd: Ssd, dram: Dram, plan: manifest.Manifest, uri: str, known: str) -> Tee:
+        def begin() -> Writing | None:
+            writing = ssd.begin(plan, uri)
+            if writing is not None and known:
+                ssd.remember(plan.source, known)
+            return writing
+
+        return Tee(plan, begin, dram.map(), dram.seal)
+
+    def _repair(self, held: Held, load: Load) -> None:
+        assert self._ssd is not None, "only an image can have been damaged"
+        with self._lock:
+            if held.dram is None:
+                return
+            maps = held.dram.map()
+        chunks = list(load.manifest.chunks())
+        try:
+            with contextlib.ExitStack() as views:
+                damaged = []
+                for segment, start, end in (chunks[number] for number in load.damaged):
+                    view = views.enter_context(memoryview(maps[segment]))
+                    damaged.append((segment, start, views.enter_context(view[start:end])))
+                self._ssd.repair(load.manifest.source, damaged)
+        finally:
+            for mapping in maps:
+                mapping.close()
 
     def _admit(self, entry: int) -> None:
         with self._lock:
@@ -313,6 +340,8 @@ class Agent:
             for mapping in maps:
                 mapping.close()
         self._directory.remember(held.description.source.id, revision)
+        if self._ssd is not None:
+            self._ssd.remember(held.description.source.id, revision)
         self._handle(events.Admitted(entry, revision))
 
     def _evict(self, entry: int, why: str) -> None:
@@ -320,6 +349,7 @@ class Agent:
             held = self._held.pop(entry)
         log.info("evicted %s (%d MB): %s", held.description.source.uri, held.description.manifest.nbytes // 10**6, why)
         self._directory.withdraw(held.description.source.id, self.node, "dram")
+        held.end_tee()
         with self._lock:
             held.close()
         self._handle(events.Evicted(entry))

@@ -92,6 +92,8 @@ def main() -> None:
 @click.option("--node", help="This node's name.")
 @click.option("--dram", type=_Parsed("size", config.parse_size), help="Memory for weights, like 16G.")
 @click.option("--huge-pages", type=click.Choice(["auto", "always", "never"]), help="Use the pool of 2 MiB pages.")
+@click.option("--ssd", type=Path, help="Directory of a fast disk to keep models in.", metavar="DIR")
+@click.option("--ssd-size", type=_Parsed("size", config.parse_size), help="Disk space for models, like 100G.")
 @click.option(
     "--file-root", "file_roots", type=Path, multiple=True, help="Directory that file:// may name; repeatable."
 )

@@ -13,10 +13,12 @@ import xxhash
 
 from cache_agent import manifest as manifests
 from cache_agent.checkpoint import Description
-from cache_agent.errors import AgentError, OriginUnavailable
+from cache_agent.errors import AgentError, OriginChanged, OriginUnavailable
 from cache_agent.manifest import Read, Tensor
+from cache_agent.tee import Tee
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import Origin
+from cache_agent.tiers.ssd import Reading
 
 log = logging.getLogger("glowplug.loader")
 
@@ -27,12 +29,17 @@ _HASH_STEP = 8 << 20
 class Load:
     """The bytes of one model on their way. Progress may be read, and watched, from any thread."""
 
-    def __init__(self, description: Description, origin: Origin, dram: Dram, *, readers: int = 4) -> None:
-        """`readers` is the number of parallel reads."""
+    def __init__(
+        self, description: Description, origin: Origin, dram: Dram, *, readers: int = 4, image: Reading | None = None
+    ) -> None:
+        """`readers` is the number of parallel reads; chunks that are damaged in `image` come from the origin."""
         self.description = description
         self.manifest = description.manifest
         self.dram = dram
         self.total = self.manifest.nbytes
+        self.image = image
+        self.damaged: list[int] = []  # chunks that the image had wrong
+        self.tee: Tee | None = None
         self._origin = origin
         self._readers = readers
         self._files = [description.source.file(file.name) for file in self.manifest.weight_files]
@@ -71,7 +78,7 @@ class Load:
         self._stop.set()
 
     def run(self) -> None:
-        """Fills the segments and leaves them sealed. Raises the first `AgentError` that retries did not cure."""
+        """Fills the segments and gives up writing to them. Raises the first `AgentError` that retries did not cure."""
         try:
             self._run()
         finally:
@@ -92,7 +99,9 @@ class Load:
             raise self._failure
         if self._stop.is_set():
             raise OriginUnavailable(f"{self._origin.uri}: loading was stopped; the agent is shutting down")
-        self.dram.seal()
+        self.dram.freeze()
+        if self.tee is None:  # otherwise the tee does it at its end
+            self.dram.seal()
 
     def _reader(self, work: Iterator[tuple[int, list[Read]]], take: threading.Lock) -> None:
         try:
@@ -117,11 +126,16 @@ class Load:
         segment, start, end = self._chunks[number]
         view = self.dram.segments[segment].view
         assert view is not None, "segments are sealed only after all readers are done"
-        for read in reads:
-            with view[read.offset : read.offset + read.size] as target:
-                self._read(read, target)
         with view[start:end] as chunk:
-            self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
+            if self.image is not None and self._from_image(self.image, number, chunk):
+                self.checksums[number] = self.image.index.checksums[number]
+            else:
+                for read in reads:
+                    with view[read.offset : read.offset + read.size] as target:
+                        self._read(read, target)
+                self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
+                if self.image is not None and self.checksums[number] != self.image.index.checksums[number]:
+                    raise OriginChanged(f"{self._origin.uri}: a file was overwritten without a new date or ETag")
         with self._lock:
             self._finished[number] = True
             self._done += end - start
@@ -131,8 +145,24 @@ class Load:
                 position += 1
             self._prefix[segment] = position
             watchers = list(self._watchers)
+        if self.tee is not None:
+            self.tee.add(number)
         for wake in watchers:
             wake()
+
+    def _from_image(self, image: Reading, number: int, chunk: memoryview) -> bool:
+        segment, start, _ = self._chunks[number]
+        try:
+            if image.read(number, segment, start, chunk):
+                return True
+            why = "its checksum does not fit"
+        except OSError as error:
+            why = error.strerror or str(error)
+        log.warning("chunk %d of %s on SSD is damaged (%s); reading the origin", number, self._origin.uri, why)
+        chunk[:] = bytes(len(chunk))  # the origin has nothing for the gaps between tensors, which are zero
+        with self._lock:
+            self.damaged.append(number)
+        return False
 
     def _read(self, read: Read, target: memoryview) -> None:
         file = self._files[read.file]

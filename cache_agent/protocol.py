@@ -133,12 +133,38 @@ class ModelStatus(msgspec.Struct, frozen=True):
     idle_seconds: float
 
 
+class ImageStatus(msgspec.Struct, frozen=True):
+    """A model on SSD; `users` loads read it now."""
+
+    model: Uri
+    source: Short
+    revision: Short
+    bytes: Count
+    users: Count
+
+
+class QuarantineStatus(msgspec.Struct, frozen=True):
+    """Something damaged in the SSD's directory, set aside and never served."""
+
+    name: Short
+    reason: Short
+
+
+class SsdStatus(msgspec.Struct, frozen=True):
+    directory: Uri
+    capacity: Count
+    used: Count
+    images: list[ImageStatus]
+    quarantined: list[QuarantineStatus]
+
+
 class StatusReply(Message, frozen=True, tag="status_reply"):
     node: Short
     pid: int
     capacity: Count
     used: Count
     models: list[ModelStatus]
+    ssd: SsdStatus | None = None
 
 
 class ManifestRequest(Message, frozen=True, tag="manifest"):

@@ -42,7 +42,7 @@ from cache_agent.events import (
     ResolveFailed,
 )
 from cache_agent.manifest import Manifest
-from cache_agent.policy.eviction import Candidate, least_recently_used
+from cache_agent.policy.eviction import Candidate, cheapest
 
 State = Literal["loading", "ready", "evicting"]
 
@@ -215,8 +215,8 @@ class Residency:
         if needed <= free:
             return []
         idle = [entry for entry in present if entry.state == "ready" and not entry.leases]
-        victims = least_recently_used(
-            (Candidate(entry.number, entry.bytes, entry.last_used) for entry in idle), needed - free
+        victims = cheapest(
+            (Candidate(entry.number, entry.bytes, 0.0, entry.last_used) for entry in idle), needed - free
         )
         if victims is None:
             held = sum(entry.bytes for entry in present) - sum(entry.bytes for entry in idle)
@@ -226,7 +226,7 @@ class Residency:
                 "(--dram), or use a smaller model"
             )
         why = f"to make room for {_mb(needed)}; least recently used"
-        return [self._evict(self.entries[number], why) for number in victims]
+        return [self._evict(self.entries[int(number)], why) for number in victims.keys]
 
     def _loaded(self, entry: Entry, now: float) -> list[Action]:
         entry.state, entry.last_used = "ready", now

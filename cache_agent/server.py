@@ -284,7 +284,8 @@ class Connection:
                 case EvictRequest(model):
                     self._agent.evict(self, model)
                 case StatusRequest():
-                    self._channel.send(StatusReply(self._agent.node, os.getpid(), *self._agent.status()))
+                    ssd = self._agent.ssd_status()
+                    self._channel.send(StatusReply(self._agent.node, os.getpid(), *self._agent.status(), ssd))
                 case ManifestRequest(model):
                     self._send_manifest(model)
                 case PushDrain(reason, grace, model):

@@ -50,9 +50,13 @@ class Segment:
         self._owner = owner
         self.view: memoryview | None = memoryview(self._map)
 
-    def seal(self) -> None:
-        """Gives up the writable mapping and makes the bytes immutable. No reader of `view` may be left."""
+    def freeze(self) -> None:
+        """Gives up the writable mapping: nobody can write from here on. No reader of `view` may be left."""
         self._unmap()
+
+    def seal(self) -> None:
+        """Makes the bytes immutable for all to see; the kernel refuses it while a page is being written out."""
+        self.freeze()
         if self._owner >= 0:
             try:
                 fcntl.fcntl(self._owner, fcntl.F_ADD_SEALS, _COMPLETE)
@@ -133,6 +137,10 @@ class Dram:
     def map(self) -> list[mmap.mmap]:
         """Read-only mappings of all segments; they outlive this object, and are the caller's to close."""
         return [mmap.mmap(s.fd, s.size, mmap.MAP_SHARED, mmap.PROT_READ) for s in self.segments]
+
+    def freeze(self) -> None:
+        for segment in self.segments:
+            segment.freeze()
 
     def seal(self) -> None:
         for segment in self.segments:

@@ -39,7 +39,7 @@ from cache_agent.events import (
     ResolveFailed,
 )
 from cache_agent.manifest import Manifest
-from cache_agent.policy.eviction import Candidate, least_recently_used
+from cache_agent.policy.eviction import Candidate, cheapest
 from cache_agent.residency import Residency
 
 A, B = "s3://m/a", "s3://m/b"
@@ -432,11 +432,20 @@ def test_nothing_is_remembered_of_uris_that_only_named_a_pin(machine):
 
 def test_a_victim_made_superfluous_by_a_larger_one_is_spared():
     old_small, large = Candidate(1, 10, 1.0), Candidate(2, 100, 2.0)
-    assert least_recently_used([large, old_small], 5) == [1]
-    assert least_recently_used([large, old_small], 50) == [2]
-    assert least_recently_used([large, old_small], 110) == [1, 2]
-    assert least_recently_used([large, old_small], 111) is None
-    assert least_recently_used([], 1) is None
+    assert cheapest([large, old_small], 5).keys == [1]
+    assert cheapest([large, old_small], 50).keys == [2]
+    assert cheapest([large, old_small], 110).keys == [1, 2]
+    assert cheapest([large, old_small], 111) is None
+    assert cheapest([], 1) is None
+
+
+def test_equal_priorities_go_by_age():
+    assert cheapest([Candidate(1, 10, 1.0, 5.0), Candidate(2, 10, 1.0, 4.0)], 10).keys == [2]
+
+
+def test_the_clock_rises_to_what_was_evicted():
+    assert cheapest([Candidate(1, 10, 3.0), Candidate(2, 10, 7.0)], 20, clock=5.0).clock == 7.0
+    assert cheapest([Candidate(1, 10, 3.0)], 10, clock=5.0).clock == 5.0
 
 
 # --- all together -----------------------------------------------------------------------------------------------------

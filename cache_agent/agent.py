@@ -11,13 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from cache_agent import events, loader, manifest, residency
+from cache_agent import events, keeping, loader, manifest, report, residency
 from cache_agent.checkpoint import describe
 from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory, Holding
 from cache_agent.errors import AgentError, BadModelURI, InternalError, OriginChanged
 from cache_agent.events import Action, Event
-from cache_agent.held import Asked, Held, Holder, Resolution
+from cache_agent.held import Asked, Errand, Held, Holder, Resolution
 from cache_agent.ledger import Ledger, Span
 from cache_agent.loader import Load
 from cache_agent.protocol import (
@@ -27,17 +27,15 @@ from cache_agent.protocol import (
     ErrorReply,
     EvictReply,
     Granted,
-    ImageStatus,
     ModelStatus,
-    QuarantineStatus,
+    PinReply,
     Ready,
     SsdStatus,
 )
-from cache_agent.tee import Tee
 from cache_agent.tiers.dram import Dram, sealed_bytes
 from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin, parse_uri
 from cache_agent.tiers.s3 import S3, S3Origin
-from cache_agent.tiers.ssd import Ssd, Writing
+from cache_agent.tiers.ssd import Ssd
 
 log = logging.getLogger("glowplug.agent")
 
@@ -94,9 +92,33 @@ class Agent:
         """Ends a lease, or any other request of its holder. Nothing is delivered for it afterwards."""
         self._handle(events.LeaseClosed(lease), forget=lease)
 
-    def evict(self, holder: Holder, model: str) -> int:
+    def evict(self, holder: Holder, model: str, ssd: bool = False) -> int:
+        """From memory, and with `ssd` from there, where it may be alone."""
+        uri = parse_uri(model).text
+        if ssd and self._ssd is not None:
+            with self._lock:
+                resident = self._residency.entry_of(uri) is not None
+            if not resident:
+                removed = self._ssd.evict(uri)
+                if removed:
+                    holder.deliver(EvictReply(0, removed), [])
+                    return 0
+        return self._ask(holder, lambda asker: events.EvictAsked(asker, uri), evict_image=uri if ssd else "")
+
+    def pin(self, holder: Holder, model: str, pinned: bool) -> int:
+        uri = parse_uri(model).text
+        return self._ask(holder, lambda asker: events.PinAsked(asker, uri, pinned))
+
+    def prefetch(self, model: str) -> None:
+        """Begins to bring a model in; nobody holds it afterwards. Raises `BadModelURI`."""
         uri = parse_uri(model)
-        return self._ask(holder, lambda asker: events.EvictAsked(asker, uri.text))
+        errand = Errand(uri.text, self._jobs, self.release)
+
+        def ask(lease: int) -> Event:
+            errand.lease = lease
+            return events.LeaseAsked(lease, uri.text, uri.revision)
+
+        self._ask(errand, ask)
 
     def describe(self, model: str) -> manifest.Manifest:
         """The manifest of a model whose weights need not be here. Raises what the origin does."""
@@ -119,37 +141,16 @@ class Agent:
         """(capacity, used, models); bytes."""
         now = time.monotonic()
         with self._lock:
-            models = [self._model_status(entry, now) for entry in self._residency.entries.values()]
-            return self._residency.capacity, self._residency.used, models
+            books = self._residency
+            models = [
+                report.model(entry, self._held.get(entry.number), books.is_pinned(entry), now)
+                for entry in books.entries.values()
+            ]
+            return books.capacity, books.used, models
 
     def ssd_status(self) -> SsdStatus | None:
-        if self._ssd is None:
-            return None
-        used, images, quarantined = self._ssd.status()
-        return SsdStatus(
-            str(self._ssd.directory),
-            self._ssd.capacity,
-            used,
-            [ImageStatus(i.index.uri, i.index.source, i.revision, i.index.bytes, i.users) for i in images],
-            [QuarantineStatus(name, reason[:256]) for name, reason in quarantined],
-        )
-
-    def _model_status(self, entry: residency.Entry, now: float) -> ModelStatus:
-        held = self._held.get(entry.number)
-        load = held.load if held else None
-        done = entry.bytes if entry.state != "loading" else load.progress()[1] if load else 0
-        return ModelStatus(
-            model=entry.uri,
-            source=entry.manifest.source,
-            revision=entry.revision,
-            state=entry.state,
-            tier="dram",
-            bytes=entry.bytes,
-            done=done,
-            page=held.dram.page if held and held.dram else 0,
-            leases=len(entry.leases),
-            idle_seconds=0.0 if entry.leases else max(0.0, now - entry.last_used),
-        )
+        ssd = self._ssd
+        return report.ssd(ssd.directory, ssd.capacity, *ssd.status()) if ssd else None
 
     def close(self, deadline: float) -> None:
         """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
@@ -175,10 +176,10 @@ class Agent:
 
     # --- deciding under the lock, acting outside ------------------------------------------------------------------
 
-    def _ask(self, holder: Holder, event: Callable[[int], Event]) -> int:
+    def _ask(self, holder: Holder, event: Callable[[int], Event], *, evict_image: str = "") -> int:
         number = next(self._numbers)
         with self._lock:
-            self._asked[number] = Asked(holder)
+            self._asked[number] = Asked(holder, evict_image=evict_image)
         self._handle(event(number))
         return number
 
@@ -218,7 +219,11 @@ class Agent:
             case events.Refuse(lease, error):
                 self._asked.pop(lease).holder.deliver(ErrorReply(error.code, error.text[:TEXT_LIMIT]), [])
             case events.EvictDone(asker, size):
+                if self._asked[asker].evict_image:
+                    return False  # there are files to remove first
                 self._asked.pop(asker).holder.deliver(EvictReply(size), [])
+            case events.PinDone(asker, size):
+                self._asked.pop(asker).holder.deliver(PinReply(size), [])
             case _:
                 return False
         return True
@@ -235,6 +240,8 @@ class Agent:
                     self._admissions.submit(_logged, self._admit, entry)
                 case events.Evict(entry, why):
                     self._evict(entry, why)
+                case events.EvictDone(asker, size):
+                    self._evict_image(asker, size)
 
     # --- work -----------------------------------------------------------------------------------------------------
 
@@ -268,7 +275,7 @@ class Agent:
             if image is not None:
                 held.tier = "ssd"
             elif self._ssd is not None:
-                load.tee = self._tee(self._ssd, held.dram, plan, origin.uri, known)
+                load.tee = keeping.follow(self._ssd, held.dram, plan, origin.uri, known, self._kept)
             with self._lock:
                 self._held[entry] = held
                 if self._closing:
@@ -295,38 +302,22 @@ class Agent:
             origin.uri, held.tier, plan.nbytes // 10**6, seconds, held.dram.page >> 10,
         )  # fmt: skip
         self._directory.publish(plan.source, Holding(self.node, "dram", plan.nbytes, plan.nbytes))
-        self._handle(events.Loaded(entry))
+        self._handle(events.Loaded(entry, seconds))
         if load.tee is not None:
             load.tee.complete(load.checksums, seconds)
-        elif load.damaged:
-            self._repair(held, load)
+        elif self._ssd is not None and load.damaged:
+            self._repair(self._ssd, held, load)
 
-    def _tee(self, ssd: Ssd, dram: Dram, plan: manifest.Manifest, uri: str, known: str) -> Tee:
-        def begin() -> Writing | None:
-            writing = ssd.begin(plan, uri)
-            if writing is not None and known:
-                ssd.remember(plan.source, known)
-            return writing
+    def _kept(self) -> set[str]:
+        with self._lock:
+            return self._residency.pinned
 
-        return Tee(plan, begin, dram.map(), dram.seal)
-
-    def _repair(self, held: Held, load: Load) -> None:
-        assert self._ssd is not None, "only an image can have been damaged"
+    def _repair(self, ssd: Ssd, held: Held, load: Load) -> None:
         with self._lock:
             if held.dram is None:
                 return
             maps = held.dram.map()
-        chunks = list(load.manifest.chunks())
-        try:
-            with contextlib.ExitStack() as views:
-                damaged = []
-                for segment, start, end in (chunks[number] for number in load.damaged):
-                    view = views.enter_context(memoryview(maps[segment]))
-                    damaged.append((segment, start, views.enter_context(view[start:end])))
-                self._ssd.repair(load.manifest.source, damaged)
-        finally:
-            for mapping in maps:
-                mapping.close()
+        keeping.repair(ssd, load, maps)
 
     def _admit(self, entry: int) -> None:
         with self._lock:
@@ -353,6 +344,12 @@ class Agent:
         with self._lock:
             held.close()
         self._handle(events.Evicted(entry))
+
+    def _evict_image(self, asker: int, size: int) -> None:
+        with self._lock:
+            asked = self._asked.pop(asker)
+        removed = self._ssd.evict(asked.evict_image) if self._ssd else 0
+        asked.holder.deliver(EvictReply(size, removed), [])
 
 
 def _duplicates(*fds: int) -> list[int]:

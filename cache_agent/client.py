@@ -32,6 +32,10 @@ from cache_agent.protocol import (
     ManifestReply,
     ManifestRequest,
     Message,
+    PinReply,
+    PinRequest,
+    PrefetchReply,
+    PrefetchRequest,
     Progress,
     PushDrain,
     PushDrainReply,
@@ -44,6 +48,7 @@ from cache_agent.protocol import (
 M = TypeVar("M", bound=Message)
 
 _DESCRIBE_SECONDS = 120.0
+_EVICT_SECONDS = 60.0  # removing large files takes a while
 
 
 class Lease:
@@ -158,9 +163,18 @@ class CacheClient:
     def status(self) -> StatusReply:
         return self._ask(StatusRequest(), StatusReply)
 
-    def evict(self, model: str) -> int:
-        """Bytes given back. Raises `EvictRefused` while functions hold the model."""
-        return self._ask(EvictRequest(model), EvictReply).bytes
+    def evict(self, model: str, *, ssd: bool = False) -> int:
+        """Bytes given back, of memory and with `ssd` of disk. Raises `EvictRefused` while functions hold the model."""
+        reply = self._ask(EvictRequest(model, ssd), EvictReply, _EVICT_SECONDS if ssd else None)
+        return reply.bytes + reply.ssd
+
+    def pin(self, model: str, *, pinned: bool = True) -> int:
+        """Keeps a resident model, or no longer; its bytes."""
+        return self._ask(PinRequest(model, pinned), PinReply).bytes
+
+    def prefetch(self, model: str) -> None:
+        """Begins to bring a model into the node's memory and does not wait for it."""
+        self._ask(PrefetchRequest(model), PrefetchReply)
 
     def push_drain(self, reason: str, grace: float, model: str = "") -> int:
         """How many holders were told; see `protocol.PushDrain`."""
@@ -176,10 +190,10 @@ class CacheClient:
             finally:
                 os.close(fds[0])
 
-    def _ask(self, request: Message, reply: type[M]) -> M:
+    def _ask(self, request: Message, reply: type[M], seconds: float | None = None) -> M:
         with self._channel() as channel:
             channel.send(request)
-            return self._expect(channel, reply, time.monotonic() + self._timeout)[0]
+            return self._expect(channel, reply, time.monotonic() + (seconds or self._timeout))[0]
 
     @contextmanager
     def _channel(self) -> Iterator[Channel]:

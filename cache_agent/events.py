@@ -51,7 +51,10 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    """`seconds` is what it took, and would take again."""
+
     entry: int
+    seconds: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,15 @@ class EvictAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class PinAsked:
+    """Keep the model at `uri`, or no longer; `asker` gets `PinDone` or `Refuse`."""
+
+    asker: int
+    uri: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Evicted:
     entry: int
 
@@ -89,6 +101,7 @@ Event = (
     | LoadFailed
     | Admitted
     | EvictAsked
+    | PinAsked
     | Evicted
 )
 
@@ -155,4 +168,10 @@ class EvictDone:
     bytes: int
 
 
-Action = Resolve | Load | Grant | Complete | Admit | Announce | Refuse | Evict | EvictDone
+@dataclass(frozen=True, slots=True)
+class PinDone:
+    asker: int
+    bytes: int
+
+
+Action = Resolve | Load | Grant | Complete | Admit | Announce | Refuse | Evict | EvictDone | PinDone

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from cache_agent.checkpoint import Description
 from cache_agent.ledger import Ledger
 from cache_agent.loader import Load
-from cache_agent.protocol import Message
+from cache_agent.protocol import ErrorReply, Message, Ready
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import Origin
+
+log = logging.getLogger("glowplug.agent")
 
 _TEE_SECONDS = 10.0  # a disk that hangs for longer keeps the memory until it comes back
 
@@ -58,8 +64,30 @@ class Held:
 
 @dataclass(slots=True)
 class Asked:
+    """A request under way. `evict_image` is the URI whose images are to go once the memory is given back."""
+
     holder: Holder
     start: int = field(default_factory=time.monotonic_ns)
+    evict_image: str = ""
+
+
+class Errand:
+    """A holder that waits for a model and lets go of it at once."""
+
+    def __init__(self, uri: str, jobs: ThreadPoolExecutor, release: Callable[[int], None]) -> None:
+        self.lease = 0
+        self._uri, self._jobs, self._release = uri, jobs, release
+
+    def deliver(self, message: Message, fds: list[int], _load: Load | None = None) -> None:
+        for fd in fds:
+            os.close(fd)
+        if isinstance(message, ErrorReply):
+            log.warning("prefetching %s failed: %s", self._uri, message.text)
+        if isinstance(message, Ready):
+            log.info("prefetched %s from %s", self._uri, message.tier)
+        if isinstance(message, (Ready, ErrorReply)):
+            with contextlib.suppress(RuntimeError):  # the pool is shut down, and with it all leases
+                self._jobs.submit(self._release, self.lease)  # not now: the agent is in the middle of deciding
 
 
 class Resolution(NamedTuple):

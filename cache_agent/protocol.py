@@ -20,7 +20,7 @@
       │   admitted(revision)                │   once the content digest is known
       │   drain(reason, grace)              │   the replica should hand its work over
       │ ◄───────────────────────────────────│
-      │   status | manifest | evict | push_drain   (from open; each has one reply, the state stays open)
+      │   status | manifest | evict | pin | prefetch | push_drain   (from open; each has one reply, and stays open)
 
 `error(code, text)` may take the place of any reply; from `new`, `leasing` and `loading` the agent then closes. One
 lease per connection: the connection *is* the lease. A higher minor feature is a new message or a new optional field;
@@ -131,6 +131,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     page: Count
     leases: Count
     idle_seconds: float
+    pinned: bool = False
 
 
 class ImageStatus(msgspec.Struct, frozen=True):
@@ -181,11 +182,38 @@ class ManifestReply(Message, frozen=True, tag="manifest_reply"):
 
 
 class EvictRequest(Message, frozen=True, tag="evict"):
+    """From memory; with `ssd` from there, too."""
+
     model: Uri
+    ssd: bool = False
 
 
 class EvictReply(Message, frozen=True, tag="evict_reply"):
+    """Bytes of memory, and of SSD, given back."""
+
     bytes: Count
+    ssd: Count = 0
+
+
+class PinRequest(Message, frozen=True, tag="pin"):
+    """Keeps a resident model, in memory and on SSD, until it is asked for with `pinned` false or the agent ends."""
+
+    model: Uri
+    pinned: bool = True
+
+
+class PinReply(Message, frozen=True, tag="pin_reply"):
+    bytes: Count
+
+
+class PrefetchRequest(Message, frozen=True, tag="prefetch"):
+    """Brings a model into memory in the background, for whoever comes."""
+
+    model: Uri
+
+
+class PrefetchReply(Message, frozen=True, tag="prefetch_reply"):
+    """It was begun; how it goes is in `status` and the agent's log."""
 
 
 class PushDrain(Message, frozen=True, tag="push_drain"):
@@ -220,6 +248,10 @@ AnyMessage = (
     | ManifestReply
     | EvictRequest
     | EvictReply
+    | PinRequest
+    | PinReply
+    | PrefetchRequest
+    | PrefetchReply
     | PushDrain
     | PushDrainReply
     | ErrorReply
@@ -242,6 +274,10 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("asking", ManifestReply): "open",
     ("open", EvictRequest): "asking",
     ("asking", EvictReply): "open",
+    ("open", PinRequest): "asking",
+    ("asking", PinReply): "open",
+    ("open", PrefetchRequest): "asking",
+    ("asking", PrefetchReply): "open",
     ("open", PushDrain): "asking",
     ("asking", PushDrainReply): "open",
     ("asking", ErrorReply): "open",

@@ -7,7 +7,8 @@
 A URI is an *alias*: it is resolved to a source (files, sizes, ETags) and, after admission, to a revision. An entry is
 one copy of a source's bytes and has a number of its own, so that late news of an evicted copy never hits its successor;
 two sources with equal bytes share the first one's entry from the moment both revisions are known. Leased bytes are
-never evicted. An alias whose model is resident is granted at once and revalidated in the background. The driver
+never evicted, nor is what a pinned URI names now; of the rest, what is cheapest to bring back goes first
+(policy/eviction.py). An alias whose model is resident is granted at once and revalidated in the background. The driver
 carries actions out in order and feeds what came of them back as events.
 """
 
@@ -35,6 +36,8 @@ from cache_agent.events import (
     Load,
     Loaded,
     LoadFailed,
+    PinAsked,
+    PinDone,
     Refuse,
     Reserved,
     Resolve,
@@ -42,7 +45,9 @@ from cache_agent.events import (
     ResolveFailed,
 )
 from cache_agent.manifest import Manifest
-from cache_agent.policy.eviction import Candidate, cheapest
+from cache_agent.policy.eviction import Candidate, cheapest, priority
+
+_NAMED = 5  # models that an error names
 
 State = Literal["loading", "ready", "evicting"]
 
@@ -58,6 +63,9 @@ class Entry:
     reserved: bool = False
     revision: str = ""
     last_used: float = 0.0
+    uses: int = 0
+    seconds: float = 1.0
+    priority: float = 0.0
     leases: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -86,6 +94,8 @@ class Residency:
         self._by_source: dict[str, int] = {}
         self._by_revision: dict[str, int] = {}
         self._holds: dict[int, int] = {}  # lease -> entry
+        self._pins: set[str] = set()  # URIs
+        self._clock = 0.0  # of the eviction policy
 
     @property
     def used(self) -> int:
@@ -95,6 +105,14 @@ class Residency:
         """The entry that a lease on `uri` would get now, if it is resident or on its way."""
         alias = self._aliases.get(uri)
         return self._find(alias.source) if alias else None
+
+    @property
+    def pinned(self) -> set[str]:
+        """Sources of the models that are kept: those that pinned URIs name now."""
+        return {self._aliases[uri].source for uri in self._pins if uri in self._aliases}
+
+    def is_pinned(self, entry: Entry) -> bool:
+        return any(self._by_source.get(source) == entry.number for source in self.pinned)
 
     def holders(self, uri: str = "") -> list[int]:
         """Leases on the model at `uri`, those on bytes that it had before included, or all of them."""
@@ -118,14 +136,16 @@ class Residency:
                 entry = self.entries[number]
                 entry.reserved = True
                 return [Grant(lease, number) for lease in entry.leases]
-            case Loaded(number):
-                return self._loaded(self.entries[number], now)
+            case Loaded(number, seconds):
+                return self._loaded(self.entries[number], seconds, now)
             case LoadFailed(number, error):
                 return self._load_failed(self.entries[number], error)
             case Admitted(number, revision):
                 return self._admitted(number, revision)
             case EvictAsked(asker, uri):
                 return self._evict_asked(asker, uri)
+            case PinAsked(asker, uri, pinned):
+                return self._pin_asked(asker, uri, pinned)
             case Evicted(number):
                 del self.entries[number]
                 return []
@@ -153,6 +173,8 @@ class Residency:
             return [Refuse(lease, _wrong_revision(entry.uri, entry.revision, pinned))]
         entry.leases[lease] = pinned
         entry.last_used = now
+        entry.uses += 1
+        self._price(entry)
         self._holds[lease] = entry.number
         actions: list[Action] = []
         if entry.reserved:
@@ -214,22 +236,42 @@ class Residency:
         free = self.capacity - sum(entry.bytes for entry in present)
         if needed <= free:
             return []
-        idle = [entry for entry in present if entry.state == "ready" and not entry.leases]
-        victims = cheapest(
-            (Candidate(entry.number, entry.bytes, 0.0, entry.last_used) for entry in idle), needed - free
-        )
-        if victims is None:
-            held = sum(entry.bytes for entry in present) - sum(entry.bytes for entry in idle)
+        idle = [e for e in present if e.state == "ready" and not e.leases and not self.is_pinned(e)]
+        candidates = [Candidate(e.number, e.bytes, e.priority, e.last_used) for e in idle]
+        choice = cheapest(candidates, needed - free, self._clock)
+        if choice is None:
+            could = sum(entry.bytes for entry in idle)
+            held = sum(entry.bytes for entry in present) - could
             raise NoCapacity(
                 f"the model needs {_mb(needed)}; the agent's budget is {_mb(self.capacity)}, of which {_mb(held)} are "
-                f"in use and {_mb(sum(entry.bytes for entry in idle))} could be evicted. Give the agent more memory "
-                "(--dram), or use a smaller model"
+                f"in use{self._who([e for e in present if e not in idle])} and {_mb(could)} could be evicted. Give the "
+                "agent more memory (--dram), or use a smaller model"
             )
-        why = f"to make room for {_mb(needed)}; least recently used"
-        return [self._evict(self.entries[int(number)], why) for number in victims.keys]
+        self._clock = choice.clock
+        why = f"smallest price, to make room for {_mb(needed)}"
+        return [self._evict(self.entries[int(number)], why) for number in choice.keys]
 
-    def _loaded(self, entry: Entry, now: float) -> list[Action]:
-        entry.state, entry.last_used = "ready", now
+    def _who(self, entries: list[Entry]) -> str:
+        """Who holds what, the largest first."""
+        if not entries:
+            return ""
+        largest = sorted(entries, key=lambda entry: -entry.bytes)
+        named = [f"{_short(e.uri)} {_mb(e.bytes)}, {self._why_stays(e)}" for e in largest[:_NAMED]]
+        if len(largest) > _NAMED:
+            named.append(f"and {len(largest) - _NAMED} more")
+        return f" ({'; '.join(named)})"
+
+    def _why_stays(self, entry: Entry) -> str:
+        if entry.leases:
+            return f"held by {len(entry.leases)} functions" if len(entry.leases) > 1 else "held by a function"
+        return "pinned" if self.is_pinned(entry) and entry.state == "ready" else f"{entry.state}"
+
+    def _price(self, entry: Entry) -> None:
+        entry.priority = priority(self._clock, entry.uses, entry.seconds, entry.bytes)
+
+    def _loaded(self, entry: Entry, seconds: float, now: float) -> list[Action]:
+        entry.state, entry.last_used, entry.seconds = "ready", now, seconds
+        self._price(entry)
         actions: list[Action] = [
             Complete(lease, entry.number, False, entry.revision)
             for lease, pinned in entry.leases.items()
@@ -275,10 +317,20 @@ class Residency:
         entry = self.entry_of(uri)
         if entry is None:
             return [Refuse(asker, ModelNotFound(f"{uri} is not resident on this node; see `glowplug-agent status`"))]
-        if entry.state != "ready" or entry.leases:
-            why = f"{len(entry.leases)} functions hold it" if entry.leases else f"it is {entry.state}"
-            return [Refuse(asker, EvictRefused(f"{uri} stays: {why}"))]
+        if entry.state != "ready" or entry.leases or self.is_pinned(entry):
+            return [Refuse(asker, EvictRefused(f"{uri} stays: it is {self._why_stays(entry)}"))]
         return [self._evict(entry, "asked for"), EvictDone(asker, entry.bytes)]
+
+    def _pin_asked(self, asker: int, uri: str, pinned: bool) -> list[Action]:
+        entry = self.entry_of(uri)
+        if entry is None and (pinned or uri not in self._pins):
+            text = f"{uri} is not resident on this node; `glowplug-agent prefetch` brings it"
+            return [Refuse(asker, ModelNotFound(text))]
+        if pinned:
+            self._pins.add(uri)
+        else:
+            self._pins.discard(uri)
+        return [PinDone(asker, entry.bytes if entry else 0)]
 
     def _evict(self, entry: Entry, why: str) -> Evict:
         entry.state = "evicting"
@@ -306,6 +358,10 @@ class Residency:
 
 def _wrong_revision(uri: str, found: str, wanted: str) -> WrongRevision:
     return WrongRevision(f"{uri} is at revision {found} now and {wanted} was asked for; drop the pin, or restore it")
+
+
+def _short(uri: str) -> str:
+    return uri if len(uri) <= 80 else f"…{uri[-79:]}"
 
 
 def _mb(size: int) -> str:

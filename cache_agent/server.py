@@ -32,6 +32,9 @@ from cache_agent.protocol import (
     ManifestReply,
     ManifestRequest,
     Message,
+    PinRequest,
+    PrefetchReply,
+    PrefetchRequest,
     Progress,
     PushDrain,
     PushDrainReply,
@@ -281,8 +284,13 @@ class Connection:
             match message:
                 case LeaseRequest(model):
                     self._asked = self._agent.lease(self, model)
-                case EvictRequest(model):
-                    self._agent.evict(self, model)
+                case EvictRequest(model, from_ssd):
+                    self._agent.evict(self, model, from_ssd)
+                case PinRequest(model, pinned):
+                    self._agent.pin(self, model, pinned)
+                case PrefetchRequest(model):
+                    self._agent.prefetch(model)
+                    self._channel.send(PrefetchReply())
                 case StatusRequest():
                     ssd = self._agent.ssd_status()
                     self._channel.send(StatusReply(self._agent.node, os.getpid(), *self._agent.status(), ssd))

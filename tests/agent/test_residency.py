@@ -32,6 +32,8 @@ from cache_agent.events import (
     Load,
     Loaded,
     LoadFailed,
+    PinAsked,
+    PinDone,
     Refuse,
     Reserved,
     Resolve,
@@ -39,7 +41,7 @@ from cache_agent.events import (
     ResolveFailed,
 )
 from cache_agent.manifest import Manifest
-from cache_agent.policy.eviction import Candidate, cheapest
+from cache_agent.policy.eviction import Candidate, cheapest, priority
 from cache_agent.residency import Residency
 
 A, B = "s3://m/a", "s3://m/b"
@@ -299,7 +301,7 @@ def test_when_the_first_copy_goes_the_second_takes_its_place(machine):
 # --- room -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_least_recently_used_idle_model_makes_room(machine):
+def test_the_least_used_idle_model_makes_room(machine):
     for number, uri in enumerate((A, B)):
         machine.now = float(number)
         machine.resident(uri)
@@ -307,7 +309,7 @@ def test_the_least_recently_used_idle_model_makes_room(machine):
     machine(LeaseClosed(machine.ask(A)[0]))
     lease, _ = machine.ask("s3://m/c")
     evict, load = machine(Resolved("s3://m/c", plan("c")))
-    assert (type(evict), evict.entry) == (Evict, 2), "B was used longest ago"
+    assert (type(evict), evict.entry) == (Evict, 2), "B was used less"
     assert load == Load(3, plan("c"), "s3://m/c")
     assert machine(Evicted(2)) == []
     assert machine(Reserved(3)) == [Grant(lease, 3)]
@@ -391,6 +393,101 @@ def test_what_cannot_be_evicted_is_refused_by_name(machine, state):
     assert refuse.lease == 50
     assert type(refuse.error) is (ModelNotFound if state == "absent" else EvictRefused)
     assert A in refuse.error.text
+
+
+# --- pins of models, and prices ---------------------------------------------------------------------------------------
+
+
+def test_a_pinned_model_is_not_evicted_until_it_is_unpinned(machine):
+    machine.resident(A)
+    machine.resident(B)
+    assert machine(PinAsked(60, A, True)) == [PinDone(60, 100)]
+    (refuse,) = machine(EvictAsked(50, A))
+    assert (type(refuse.error), "pinned" in refuse.error.text) == (EvictRefused, True)
+    machine.ask("s3://m/c")
+    evict, _ = machine(Resolved("s3://m/c", plan("c")))
+    assert evict.entry == 2, "A is older, and pinned"
+    assert machine(PinAsked(61, A, False)) == [PinDone(61, 100)]
+    assert type(machine(EvictAsked(51, A))[0]) is Evict
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_what_is_not_resident_cannot_be_pinned(machine, pinned):
+    (refuse,) = machine(PinAsked(60, A, pinned))
+    assert type(refuse.error) is ModelNotFound
+    assert "prefetch" in refuse.error.text
+    assert not machine.residency._pins
+
+
+def test_a_pin_follows_the_uri_to_new_bytes(machine):
+    machine.resident(A, "old")
+    machine(PinAsked(60, A, True))
+    machine.now = 11.0
+    machine(LeaseClosed(machine.ask(A)[0]), Resolved(A, plan("new")))
+    lease, _ = machine.ask(A)
+    machine(Resolved(A, plan("new")), Reserved(2), Loaded(2), LeaseClosed(lease))
+    assert machine.residency.pinned == {"new"}
+    machine.ask(B)
+    assert machine(Resolved(B, plan("b")))[0].entry == 1
+
+
+def test_the_model_that_is_cheapest_to_bring_back_goes_first(machine):
+    for uri, seconds in ((A, 9.0), (B, 2.0)):
+        lease, _ = machine.ask(uri)
+        entry = machine(Resolved(uri, plan(uri)))[0].entry
+        machine(Reserved(entry), Loaded(entry, seconds), LeaseClosed(lease))
+        machine.now += 1
+    machine.ask("s3://m/c")
+    evict, _ = machine(Resolved("s3://m/c", plan("c")))
+    assert evict.entry == 2, "although it was used last"
+    assert "smallest price" in evict.why
+
+
+def test_what_was_dear_and_is_not_used_any_more_goes_in_the_end(machine):
+    """The clock rises with every eviction; without it a model that was dear once would stay for ever."""
+    lease, _ = machine.ask(A)
+    machine(Resolved(A, plan(A)), Reserved(1), Loaded(1, 5.0), LeaseClosed(lease))
+    for number in range(12):
+        uri = f"s3://m/{number}"
+        lease, _ = machine.ask(uri)
+        actions = machine(Resolved(uri, plan(uri)))
+        entry = next(action.entry for action in actions if isinstance(action, Load))
+        for action in actions:
+            if isinstance(action, Evict):
+                machine(Evicted(action.entry))
+        machine(Reserved(entry), Loaded(entry, 1.0), LeaseClosed(lease))
+    assert 1 not in machine.residency.entries
+
+
+def test_priority_is_that_of_the_paper():
+    assert priority(5.0, 3, 2.0, 4) == 5.0 + 3 * 2.0 / 4
+
+
+def test_no_capacity_says_who_holds_what(machine):
+    machine.residency.capacity = 300_000_000
+    for number, uri in enumerate((A, B, "s3://m/c")):
+        lease, _ = machine.ask(uri)
+        machine(Resolved(uri, plan(uri, 100_000_000)), Reserved(number + 1))
+        if number < 2:
+            machine(Loaded(number + 1))
+        if number == 1:
+            machine(LeaseClosed(lease), PinAsked(60, B, True))
+    machine.ask("s3://m/d")
+    (refuse,) = machine(Resolved("s3://m/d", plan("d", 100_000_000)))
+    for part in (f"{A} 100 MB, held by a function", f"{B} 100 MB, pinned", "s3://m/c 100 MB, held by"):
+        assert part in refuse.error.text
+
+
+def test_no_capacity_names_the_largest_and_counts_the_rest():
+    machine = Machine(capacity=10_000_000)
+    for number in range(9):
+        uri = f"s3://{'long' * 400}/{number}"
+        machine.ask(uri)
+        machine(Resolved(uri, plan(uri, 1_000_000)), Reserved(number + 1), Loaded(number + 1))
+    machine.ask(A)
+    (refuse,) = machine(Resolved(A, plan("a", 5_000_000)))
+    assert "and 4 more" in refuse.error.text
+    assert len(refuse.error.text) < 1500
 
 
 # --- who holds what ---------------------------------------------------------------------------------------------------
@@ -496,6 +593,7 @@ class Driver(RuleBasedStateMachine):
         self.evicting: set[int] = set()
         self.admitted: dict[str, str] = {}
         self.evictions: dict[int, str] = {}
+        self.pinning: set[int] = set()
 
     clients_asked = Bundle("clients")
 
@@ -536,6 +634,11 @@ class Driver(RuleBasedStateMachine):
                 assert revision == f"rev-{self.held[client.entry].content}"
             case Refuse(lease, error) if lease in self.evictions:
                 self.check_refused_eviction(self.evictions.pop(lease), error)
+            case Refuse(lease, error) if lease in self.pinning:
+                self.pinning.remove(lease)
+                assert isinstance(error, ModelNotFound)
+            case PinDone(asker, _):
+                self.pinning.remove(asker)
             case Refuse(lease, error):
                 client = self.clients[lease]
                 assert client.open
@@ -544,7 +647,7 @@ class Driver(RuleBasedStateMachine):
                 if isinstance(error, WrongRevision):
                     assert client.pinned
                 if isinstance(error, NoCapacity):
-                    idle = [n for n in self.alive() if self.held[n].state == "ready" and not self.leases(n)]
+                    idle = [n for n in self.alive() if self.held[n].state == "ready" and not self.stays(n)]
                     taken = sum(self.bytes(n) for n in self.alive() if n not in idle)
                     assert CONTENTS[self.content_resolved] > CAPACITY - taken, "it would have fitted"
             case Admit(entry):
@@ -553,7 +656,7 @@ class Driver(RuleBasedStateMachine):
                 self.admitting.add(entry)
             case Evict(entry, _):
                 assert self.held[entry].state == "ready"
-                assert not self.leases(entry), "held bytes are never evicted"
+                assert not self.stays(entry), "held and pinned bytes are never evicted"
                 assert entry not in self.evicting
                 self.evicting.add(entry)
             case EvictDone(asker, size):
@@ -573,7 +676,7 @@ class Driver(RuleBasedStateMachine):
         if isinstance(error, EvictRefused):
             found = self.residency.entry_of(uri)
             assert found is not None
-            assert self.leases(found.number) or self.held[found.number].state != "ready"
+            assert self.stays(found.number) or self.held[found.number].state != "ready"
         else:
             assert isinstance(error, ModelNotFound)
 
@@ -582,6 +685,9 @@ class Driver(RuleBasedStateMachine):
 
     def leases(self, entry: int) -> list[int]:
         return list(self.residency.entries[entry].leases)
+
+    def stays(self, entry: int) -> bool:
+        return bool(self.leases(entry)) or self.residency.is_pinned(self.residency.entries[entry])
 
     def bytes(self, entry: int) -> int:
         return CONTENTS[self.held[entry].content]
@@ -675,6 +781,13 @@ class Driver(RuleBasedStateMachine):
         self.evictions[self.numbers] = uri
         self.happen(EvictAsked(self.numbers, uri))
         assert self.numbers not in self.evictions, "whoever asks is answered"
+
+    @rule(uri=st.sampled_from(URIS), pinned=st.booleans())
+    def pin(self, uri: str, pinned: bool) -> None:
+        self.numbers += 1
+        self.pinning.add(self.numbers)
+        self.happen(PinAsked(self.numbers, uri, pinned))
+        assert self.numbers not in self.pinning, "whoever asks is answered"
 
     @rule(uri=st.sampled_from(URIS), content=st.sampled_from(list(CONTENTS)))
     def overwrite(self, uri: str, content: str) -> None:

@@ -501,6 +501,35 @@ def test_evicting_a_model_that_is_still_being_written_frees_its_memory(
     kept(agent, eventually)
 
 
+def test_evicting_from_ssd_too(start_agent, ssd, model, eventually, glowplug_agent, refused):
+    agent = start_agent("--ssd", str(ssd))
+    load(agent, *model)
+    kept(agent, eventually)
+    eventually(lambda: agent.client.status().models[0].leases == 0)
+    size = agent.client.status().models[0].bytes
+    assert agent.client.evict(model[0], ssd=True) == 2 * size
+    assert not images(ssd)
+    assert agent.client.status().ssd.used == 0
+    load(agent, *model, "origin")
+    kept(agent, eventually)
+    eventually(lambda: agent.client.status().models[0].leases == 0)
+    agent.client.evict(model[0])
+    assert agent.client.evict(model[0], ssd=True) == size, "it is on SSD only"
+    with refused("not_found"):
+        agent.client.evict(model[0], ssd=True)
+
+
+def test_a_pinned_model_keeps_its_image(start_agent, ssd, tmp_path, write_checkpoint, random_tensors, eventually):
+    agent = start_agent("--ssd", str(ssd), "--ssd-size", "5M")
+    uris = [f"file://{write_checkpoint(tmp_path / str(seed), seed=seed)}" for seed in range(4)]
+    for seed, uri in enumerate(uris):
+        load(agent, uri, random_tensors(seed), "origin")
+        eventually(lambda uri=uri: uri in {stored.model for stored in agent.client.status().ssd.images})
+        if seed == 0:
+            agent.client.pin(uri)
+    assert uris[0] in {stored.model for stored in agent.client.status().ssd.images}
+
+
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 

@@ -20,17 +20,19 @@ from cache_agent.events import Action, Event
 from cache_agent.held import Asked, Errand, Held, Holder, Resolution
 from cache_agent.ledger import Ledger, Span
 from cache_agent.loader import Load
+from cache_agent.policy.estimate import Estimator, shared
 from cache_agent.protocol import (
     TEXT_LIMIT,
     Admitted,
     Drain,
     ErrorReply,
+    EstimateReply,
     EvictReply,
     Granted,
     ModelStatus,
     PinReply,
     Ready,
-    SsdStatus,
+    StatusReply,
 )
 from cache_agent.tiers.dram import Dram, sealed_bytes
 from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin, parse_uri
@@ -73,6 +75,7 @@ class Agent:
         self._ssd = Ssd(config.ssd, config.ssd_size) if config.ssd else None
         self._residency = residency.Residency(config.capacity, config.revalidate)
         self._lock = threading.RLock()  # guards everything below, and residency
+        self._estimator = Estimator()
         self._asked: dict[int, Asked] = {}
         self._held: dict[int, Held] = {}
         self._closing = False
@@ -124,6 +127,32 @@ class Agent:
         """The manifest of a model whose weights need not be here. Raises what the origin does."""
         return describe(self._open_origin(parse_uri(model))).manifest
 
+    def estimate(self, model: str) -> EstimateReply:
+        """What a lease would take now. Reads the origin's headers when nothing here knows the model's size."""
+        uri = parse_uri(model)
+        with self._lock:
+            entry = self._residency.entry_of(uri.text)
+            if entry is not None:
+                held = self._held.get(entry.number)
+                if entry.state == "ready" or held is None:
+                    return EstimateReply(0.0, "dram", 1.0, entry.bytes)
+                rests = [other.rest() for other in self._held.values() if other.tier == held.tier and other is not held]
+                guess = self._estimator.predict(held.tier, shared(held.rest(), rests))
+                return EstimateReply(*guess, entry.bytes)
+        stored = self._ssd.find(uri.text) if self._ssd else None
+        if stored is not None:
+            tier, size = "ssd", stored.index.bytes
+        else:
+            plan = self.describe(model)
+            tier = "ssd" if self._ssd and self._ssd.holds(plan.source) else "origin"
+            size = plan.nbytes
+        with self._lock:
+            guess = self._estimator.predict(tier, self._work(tier, size))
+        return EstimateReply(*guess, size)
+
+    def _work(self, tier: str, size: int) -> int:
+        return shared(size, (held.rest() for held in self._held.values() if held.tier == tier))
+
     def push_drain(self, reason: str, grace: float, model: str = "", pod: str = "") -> int:
         """Tells the holders of leases on `model`, or those in `pod`, to hand their work over; how many there are.
 
@@ -148,9 +177,11 @@ class Agent:
             ]
             return books.capacity, books.used, models
 
-    def ssd_status(self) -> SsdStatus | None:
-        ssd = self._ssd
-        return report.ssd(ssd.directory, ssd.capacity, *ssd.status()) if ssd else None
+    def full_status(self) -> StatusReply:
+        ssd = report.ssd(self._ssd.directory, self._ssd.capacity, *self._ssd.status()) if self._ssd else None
+        with self._lock:
+            tiers = report.tiers(self._estimator.tiers)
+        return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers)
 
     def close(self, deadline: float) -> None:
         """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
@@ -277,6 +308,8 @@ class Agent:
             elif self._ssd is not None:
                 load.tee = keeping.follow(self._ssd, held.dram, plan, origin.uri, known, self._kept)
             with self._lock:
+                held.work = self._work(held.tier, plan.nbytes)
+                expected = self._estimator.predict(held.tier, held.work)
                 self._held[entry] = held
                 if self._closing:
                     load.stop()
@@ -298,9 +331,11 @@ class Agent:
                 image.close()
         seconds = time.monotonic() - start
         log.info(
-            "loaded %s from %s: %d MB in %.2f s, pages of %d KiB",
-            origin.uri, held.tier, plan.nbytes // 10**6, seconds, held.dram.page >> 10,
+            "loaded %s from %s: %d MB in %.2f s (%.2f expected), pages of %d KiB",
+            origin.uri, held.tier, plan.nbytes // 10**6, seconds, expected.seconds, held.dram.page >> 10,
         )  # fmt: skip
+        with self._lock:
+            self._estimator.learn(held.tier, held.work, expected, seconds)
         self._directory.publish(plan.source, Holding(self.node, "dram", plan.nbytes, plan.nbytes))
         self._handle(events.Loaded(entry, seconds))
         if load.tee is not None:

@@ -174,6 +174,12 @@ def status(path: Path | None, as_json: bool) -> None:
             click.echo(f"  {stored.model}  {stored.revision[:12] or '-'}  {stored.bytes / 1e6:.0f} MB")
         for bad in reply.ssd.quarantined:
             click.echo(f"  set aside: {bad.name}: {bad.reason}")
+    for tier in reply.tiers:
+        click.echo(
+            f"{tier.tier}: {tier.rate / 1e6:.0f} MB/s over {tier.loads} loads, estimates off by {tier.error:.0%}"
+        )
+    if reply.orphaned:
+        click.echo(f"{reply.orphaned / 1e6:.0f} MB are mapped by functions and not lent by this agent")
     if not reply.models:
         return
     table = Table(box=None, pad_edge=False)
@@ -232,6 +238,21 @@ def prefetch(model: str, path: Path | None, as_json: bool) -> None:
     with _reported():
         _client(path).prefetch(model_uri(model))
     click.echo(json.dumps({"prefetching": model_uri(model)}) if as_json else f"{model_uri(model)} is on its way")
+
+
+@main.command()
+@click.argument("model")
+@_asks
+def estimate(model: str, path: Path | None, as_json: bool) -> None:
+    """Say how long MODEL would take to be ready on this node now."""
+    with _reported():
+        reply = _client(path).estimate(model_uri(model))
+    if as_json:
+        click.echo(msgspec.json.encode(reply).decode())
+    else:
+        click.echo(
+            f"{reply.bytes / 1e6:.0f} MB from {reply.tier}: {reply.seconds:.2f} s, confidence {reply.confidence:.0%}"
+        )
 
 
 @main.command()

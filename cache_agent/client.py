@@ -23,6 +23,8 @@ from cache_agent.protocol import (
     AnyMessage,
     Drain,
     ErrorReply,
+    EstimateReply,
+    EstimateRequest,
     EvictReply,
     EvictRequest,
     Granted,
@@ -171,6 +173,10 @@ class CacheClient:
     def pin(self, model: str, *, pinned: bool = True) -> int:
         """Keeps a resident model, or no longer; its bytes."""
         return self._ask(PinRequest(model, pinned), PinReply).bytes
+
+    def estimate(self, model: str) -> EstimateReply:
+        """How long a lease on the model would take to be ready, and from which tier."""
+        return self._ask(EstimateRequest(model), EstimateReply, _DESCRIBE_SECONDS)
 
     def prefetch(self, model: str) -> None:
         """Begins to bring a model into the node's memory and does not wait for it."""

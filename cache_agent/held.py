@@ -44,8 +44,15 @@ class Held:
     dram: Dram | None = None
     load: Load | None = None
     tier: str = "origin"
+    work: int = 0  # bytes that pass on its tier until it is loaded
     manifest_fd: int = -1
     manifest_bytes: int = 0
+
+    def rest(self) -> int:
+        """Bytes that are still to come."""
+        if self.load is None or self.load.finished.is_set():
+            return 0
+        return self.load.total - self.load.progress()[1]
 
     def end_tee(self, seconds: float = _TEE_SECONDS) -> None:
         """Gives up what is being written to SSD, so that closing really frees the memory."""

@@ -20,7 +20,7 @@
       │   admitted(revision)                │   once the content digest is known
       │   drain(reason, grace)              │   the replica should hand its work over
       │ ◄───────────────────────────────────│
-      │   status | manifest | evict | pin | prefetch | push_drain   (from open; each has one reply, and stays open)
+      │   status | manifest | evict | pin | prefetch | estimate | push_drain   (open: one reply each, stays open)
 
 `error(code, text)` may take the place of any reply; from `new`, `leasing` and `loading` the agent then closes. One
 lease per connection: the connection *is* the lease. A higher minor feature is a new message or a new optional field;
@@ -159,6 +159,17 @@ class SsdStatus(msgspec.Struct, frozen=True):
     quarantined: list[QuarantineStatus]
 
 
+class TierStatus(msgspec.Struct, frozen=True):
+    """What was measured of a tier: bytes per second, the estimates' mean relative error, the last load in seconds."""
+
+    tier: Short
+    loads: Count
+    rate: float
+    error: float
+    predicted: float
+    took: float
+
+
 class StatusReply(Message, frozen=True, tag="status_reply"):
     node: Short
     pid: int
@@ -166,6 +177,8 @@ class StatusReply(Message, frozen=True, tag="status_reply"):
     used: Count
     models: list[ModelStatus]
     ssd: SsdStatus | None = None
+    tiers: list[TierStatus] = []
+    orphaned: Count = 0
 
 
 class ManifestRequest(Message, frozen=True, tag="manifest"):
@@ -216,6 +229,21 @@ class PrefetchReply(Message, frozen=True, tag="prefetch_reply"):
     """It was begun; how it goes is in `status` and the agent's log."""
 
 
+class EstimateRequest(Message, frozen=True, tag="estimate"):
+    """How long a lease on the model would take to be ready; loads nothing."""
+
+    model: Uri
+
+
+class EstimateReply(Message, frozen=True, tag="estimate_reply"):
+    """`tier` is where the bytes would come from; `confidence` from 0 (a guess) to 1 (they are there)."""
+
+    seconds: float
+    tier: Short
+    confidence: float
+    bytes: Count
+
+
 class PushDrain(Message, frozen=True, tag="push_drain"):
     """Asks the agent to push `drain` to the holders of leases on `model` (of all models when empty)."""
 
@@ -252,6 +280,8 @@ AnyMessage = (
     | PinReply
     | PrefetchRequest
     | PrefetchReply
+    | EstimateRequest
+    | EstimateReply
     | PushDrain
     | PushDrainReply
     | ErrorReply
@@ -278,6 +308,8 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("asking", PinReply): "open",
     ("open", PrefetchRequest): "asking",
     ("asking", PrefetchReply): "open",
+    ("open", EstimateRequest): "asking",
+    ("asking", EstimateReply): "open",
     ("open", PushDrain): "asking",
     ("asking", PushDrainReply): "open",
     ("asking", ErrorReply): "open",

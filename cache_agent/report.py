@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cache_agent.held import Held
-from cache_agent.protocol import ImageStatus, ModelStatus, QuarantineStatus, SsdStatus
+from cache_agent.policy.estimate import Measured
+from cache_agent.protocol import ImageStatus, ModelStatus, QuarantineStatus, SsdStatus, TierStatus
 from cache_agent.residency import Entry
 from cache_agent.tiers.ssd import Quarantined, Stored
 
@@ -38,3 +39,7 @@ def ssd(
         [ImageStatus(i.index.uri, i.index.source, i.revision, i.index.bytes, i.users) for i in images],
         [QuarantineStatus(name, reason[:256]) for name, reason in quarantined],
     )
+
+
+def tiers(measured: Mapping[str, Measured]) -> list[TierStatus]:
+    return [TierStatus(name, m.loads, m.rate, m.error, m.predicted, m.took) for name, m in sorted(measured.items())]

@@ -25,6 +25,7 @@ from cache_agent.protocol import (
     VERSION,
     AnyMessage,
     ErrorReply,
+    EstimateRequest,
     EvictRequest,
     Hello,
     Identity,
@@ -38,7 +39,6 @@ from cache_agent.protocol import (
     Progress,
     PushDrain,
     PushDrainReply,
-    StatusReply,
     StatusRequest,
     Welcome,
 )
@@ -292,8 +292,9 @@ class Connection:
                     self._agent.prefetch(model)
                     self._channel.send(PrefetchReply())
                 case StatusRequest():
-                    ssd = self._agent.ssd_status()
-                    self._channel.send(StatusReply(self._agent.node, os.getpid(), *self._agent.status(), ssd))
+                    self._channel.send(self._agent.full_status())
+                case EstimateRequest(model):
+                    self._channel.send(self._agent.estimate(model))
                 case ManifestRequest(model):
                     self._send_manifest(model)
                 case PushDrain(reason, grace, model):

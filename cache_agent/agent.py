@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from cache_agent import events, keeping, loader, manifest, report, residency
+from cache_agent import adoption, events, keeping, loader, manifest, report, residency
 from cache_agent.checkpoint import describe
 from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory, Holding
@@ -24,6 +24,7 @@ from cache_agent.policy.estimate import Estimator, shared
 from cache_agent.protocol import (
     TEXT_LIMIT,
     Admitted,
+    Adopted,
     Drain,
     ErrorReply,
     EstimateReply,
@@ -76,12 +77,16 @@ class Agent:
         self._residency = residency.Residency(config.capacity, config.revalidate)
         self._lock = threading.RLock()  # guards everything below, and residency
         self._estimator = Estimator()
+        self._offered: dict[int, Held] = {}  # proved, and not yet an entry's
+        self._offer_bytes: dict[int, int] = {}
+        self._orphans: dict[int, tuple[str, int]] = {}  # lease -> what its function maps and nobody else can have
         self._asked: dict[int, Asked] = {}
         self._held: dict[int, Held] = {}
         self._closing = False
         self._numbers = count(1)
         self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
         # One at a time: the functions that waited for the bytes are starting while they are hashed.
+        self._adoptions = ThreadPoolExecutor(1, thread_name_prefix="adoption")  # of two equal offers the first is it
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
 
     # --- what connections ask for ---------------------------------------------------------------------------------
@@ -90,6 +95,18 @@ class Agent:
         """Begins a lease; what follows comes through `holder.deliver`. Raises `BadModelURI`."""
         uri = parse_uri(model)
         return self._ask(holder, lambda lease: events.LeaseAsked(lease, uri.text, uri.revision))
+
+    def offer(self, holder: Holder, model: str, source: str, fds: list[int]) -> int:
+        """Begins to examine what a function offers, and takes over `fds`. Raises `BadModelURI`."""
+        try:
+            uri = parse_uri(model)
+            number = self._ask(holder, lambda lease: events.OfferAsked(lease, uri.text))
+            self._adoptions.submit(_logged, self._examine, number, uri, source, fds)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return number
 
     def release(self, lease: int) -> None:
         """Ends a lease, or any other request of its holder. Nothing is delivered for it afterwards."""
@@ -160,7 +177,11 @@ class Agent:
         """
         uri = parse_uri(model).text if model else ""
         with self._lock:
-            holders = [self._asked[lease].holder for lease in self._residency.holders(uri)]
+            leases = [
+                *self._residency.holders(uri),
+                *(n for n, orphan in self._orphans.items() if uri in ("", orphan[0])),
+            ]
+            holders = [self._asked[lease].holder for lease in leases]
             holders = [holder for holder in holders if not pod or holder.pod == pod]
             for holder in holders:
                 holder.deliver(Drain(reason, grace), [])
@@ -181,7 +202,8 @@ class Agent:
         ssd = report.ssd(self._ssd.directory, self._ssd.capacity, *self._ssd.status()) if self._ssd else None
         with self._lock:
             tiers = report.tiers(self._estimator.tiers)
-        return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers)
+            orphaned = sum(size for _, size in self._orphans.values())
+        return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned)
 
     def close(self, deadline: float) -> None:
         """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
@@ -191,6 +213,7 @@ class Agent:
         for load in loads:
             load.stop()
         self._jobs.shutdown(wait=False, cancel_futures=True)
+        self._adoptions.shutdown(wait=False, cancel_futures=True)
         self._admissions.shutdown(wait=False, cancel_futures=True)
         for load in loads:
             load.finished.wait(max(0.0, deadline - time.monotonic()))
@@ -220,6 +243,7 @@ class Agent:
             # Replies are queued here, in the order of the decisions; queueing never blocks.
             work = [action for action in actions if not self._reply(action)]
             self._asked.pop(forget, None)
+            self._orphans.pop(forget, None)
         for action in work:
             self._act(action, resolved)
 
@@ -245,6 +269,16 @@ class Agent:
                 if not resident:
                     spans += self._held[entry].ledger.spans()
                 asked.holder.deliver(Ready("dram" if resident else self._held[entry].tier, revision, spans), [])
+            case events.Adopt(lease, entry, fresh):
+                offered = self._offered.pop(lease)
+                if fresh:
+                    self._held[entry] = offered
+                else:
+                    offered.close()
+                self._asked[lease].holder.deliver(Adopted(self._residency.entries[entry].revision, True), [])
+            case events.Orphan(lease, uri, why):
+                self._orphans[lease] = (uri, self._offer_bytes.pop(lease, 0))
+                self._asked[lease].holder.deliver(Adopted("", False, why[:TEXT_LIMIT]), [])
             case events.Announce(lease, revision):
                 self._asked[lease].holder.deliver(Admitted(revision), [])
             case events.Refuse(lease, error):
@@ -369,6 +403,51 @@ class Agent:
         if self._ssd is not None:
             self._ssd.remember(held.description.source.id, revision)
         self._handle(events.Admitted(entry, revision))
+
+    def _examine(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> None:
+        try:
+            with self._lock:
+                self._offer_bytes[lease] = adoption.sealed_size(fds)
+            event = self._prove(lease, uri, source, fds)
+        except adoption.NotAdopted as error:
+            event = events.OfferFailed(lease, uri.text, str(error))
+        except Exception as error:
+            event = events.OfferFailed(lease, uri.text, _translated(error, uri.text).text)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        log.info("offer of %s: %s", uri.text, event.why if isinstance(event, events.OfferFailed) else "proved")
+        self._handle(event)
+        with self._lock:
+            self._offer_bytes.pop(lease, None)
+            if (left := self._offered.pop(lease, None)) is not None:
+                left.close()
+
+    def _prove(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> Event:
+        origin = self._open_origin(uri)
+        description = describe(origin)
+        plan = description.manifest
+        if plan.source != source:
+            raise adoption.NotAdopted("the origin has other files by now")
+        adoption.examine(fds, plan)
+        held = Held(description, Ledger("agent"), Dram.adopted(fds), tier="dram")
+        with self._lock:
+            self._offered[lease] = held
+            same = [n for n, h in self._held.items() if h.dram and adoption.inodes(h.dram.fds) == adoption.inodes(fds)]
+            if same:
+                return events.Offered(lease, uri.text, plan, self._residency.entries[same[0]].revision, same[0])
+            assert held.dram is not None, "made just now"
+            maps = held.dram.map()
+        try:
+            known = self._directory.revision(source) or (self._ssd.revision(source) if self._ssd else "")
+            revision = adoption.prove(description, origin, maps, known)
+        finally:
+            for mapping in maps:
+                mapping.close()
+        self._directory.remember(source, revision)
+        encoded = manifest.encode(plan)
+        held.manifest_fd, held.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
+        return events.Offered(lease, uri.text, plan, revision)
 
     def _evict(self, entry: int, why: str) -> None:
         with self._lock:

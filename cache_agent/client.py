@@ -20,6 +20,7 @@ from cache_agent.manifest import Manifest
 from cache_agent.protocol import (
     VERSION,
     Admitted,
+    Adopted,
     AnyMessage,
     Drain,
     ErrorReply,
@@ -34,6 +35,7 @@ from cache_agent.protocol import (
     ManifestReply,
     ManifestRequest,
     Message,
+    Offer,
     PinReply,
     PinRequest,
     PrefetchReply,
@@ -50,6 +52,7 @@ from cache_agent.protocol import (
 M = TypeVar("M", bound=Message)
 
 _DESCRIBE_SECONDS = 120.0
+_ADOPT_SECONDS = 600.0  # it hashes the bytes, one offer at a time, and may have to read the origin
 _EVICT_SECONDS = 60.0  # removing large files takes a while
 
 
@@ -112,6 +115,11 @@ class Lease:
                 self.revision = revision
         return message
 
+    def rejoin(self, channel: Channel) -> None:
+        """Goes on over a connection on which these bytes were offered."""
+        self._channel.close()
+        self._channel = channel
+
     def fileno(self) -> int:
         """Readable when an event waits, or the agent is gone."""
         return self._channel.fileno()
@@ -161,6 +169,24 @@ class CacheClient:
                 raise LeaseLost(f"the cache agent at {self.path} went away ({error})") from error
             raise
         return Lease(channel, granted, fds)
+
+    def offer(self, model: str, lease: Lease, *, deadline: float | None = None) -> Adopted:
+        """Gives a lease whose agent went away to the one that is there now; `lease` goes on over the new connection.
+
+        Whether the agent adopts the bytes or not, they stay mapped. Raises any `AgentError`.
+        """
+        channel = self._connect()
+        try:
+            channel.send(Offer(model, lease.manifest.source, len(lease.segments)), lease.segments)
+            adopted, _ = self._expect(channel, Adopted, deadline or time.monotonic() + _ADOPT_SECONDS)
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, Disconnected):
+                raise LeaseLost(f"the cache agent at {self.path} went away ({error})") from error
+            raise
+        lease.revision = adopted.revision or lease.revision
+        lease.rejoin(channel)
+        return adopted
 
     def status(self) -> StatusReply:
         return self._ask(StatusRequest(), StatusReply)

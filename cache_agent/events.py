@@ -87,6 +87,32 @@ class PinAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferAsked:
+    """A function that outlived its agent offers the bytes that it maps; they are being examined."""
+
+    lease: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The bytes were proved; `same` is the entry whose memory they are already, or 0."""
+
+    lease: int
+    uri: str
+    manifest: Manifest
+    revision: str
+    same: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OfferFailed:
+    lease: int
+    uri: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Evicted:
     entry: int
 
@@ -102,6 +128,9 @@ Event = (
     | Admitted
     | EvictAsked
     | PinAsked
+    | OfferAsked
+    | Offered
+    | OfferFailed
     | Evicted
 )
 
@@ -169,9 +198,27 @@ class EvictDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopt:
+    """The offered bytes are the entry's from now on, and the lease holds it; `fresh` where the entry is new."""
+
+    lease: int
+    entry: int
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """The offered bytes stay the function's own."""
+
+    lease: int
+    uri: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class PinDone:
     asker: int
     bytes: int
 
 
-Action = Resolve | Load | Grant | Complete | Admit | Announce | Refuse | Evict | EvictDone | PinDone
+Action = Resolve | Load | Grant | Complete | Admit | Announce | Refuse | Evict | EvictDone | PinDone | Adopt | Orphan

@@ -20,9 +20,14 @@
       │   admitted(revision)                │   once the content digest is known
       │   drain(reason, grace)              │   the replica should hand its work over
       │ ◄───────────────────────────────────│
+      │  offer(model, source) + fds         │   open, after an agent's restart: the segments that are mapped
+      │ ───────────────────────────────────►│   offering
+      │   adopted(revision, shared, why)    │   leased; shared: they are lent to others again, without a copy
+      │ ◄───────────────────────────────────│
       │   status | manifest | evict | pin | prefetch | estimate | push_drain   (open: one reply each, stays open)
 
-`error(code, text)` may take the place of any reply; from `new`, `leasing` and `loading` the agent then closes. One
+`error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
+then closes. One
 lease per connection: the connection *is* the lease. A higher minor feature is a new message or a new optional field;
 VERSION changes only when an old peer could misread a frame.
 """
@@ -107,6 +112,22 @@ class Ready(Message, frozen=True, tag="ready"):
 
 class Admitted(Message, frozen=True, tag="admitted"):
     revision: Short
+
+
+class Offer(Message, frozen=True, tag="offer"):
+    """A function that outlived its agent has the model mapped. Fds: its segments in order; all else is looked up."""
+
+    model: Uri
+    source: Short
+    fds: Annotated[int, msgspec.Meta(ge=1, le=MAX_FDS)]
+
+
+class Adopted(Message, frozen=True, tag="adopted"):
+    """The connection is a lease again. Unless `shared`, the bytes stay the function's own; `why` is the reason."""
+
+    revision: Short
+    shared: bool
+    why: Text = ""
 
 
 class Drain(Message, frozen=True, tag="drain"):
@@ -269,6 +290,8 @@ AnyMessage = (
     | Progress
     | Ready
     | Admitted
+    | Offer
+    | Adopted
     | Drain
     | StatusRequest
     | StatusReply
@@ -294,6 +317,10 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("leasing", Granted): "loading",
     ("loading", Progress): "loading",
     ("loading", Ready): "leased",
+    ("open", Offer): "offering",
+    ("offering", Adopted): "leased",
+    ("offering", Drain): "offering",
+    ("offering", ErrorReply): "closed",
     ("leased", Admitted): "leased",
     ("leased", Drain): "leased",
     ("loading", Drain): "loading",

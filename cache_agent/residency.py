@@ -23,6 +23,7 @@ from cache_agent.events import (
     Action,
     Admit,
     Admitted,
+    Adopt,
     Announce,
     Complete,
     Event,
@@ -36,6 +37,10 @@ from cache_agent.events import (
     Load,
     Loaded,
     LoadFailed,
+    OfferAsked,
+    Offered,
+    OfferFailed,
+    Orphan,
     PinAsked,
     PinDone,
     Refuse,
@@ -78,6 +83,7 @@ class _Alias:
     source: str = ""
     checked: float = 0.0
     resolving: bool = False
+    offers: int = 0  # being examined; whoever asks meanwhile waits, or there would be a second copy
     waiting: dict[int, str] = field(default_factory=dict)
 
 
@@ -94,6 +100,7 @@ class Residency:
         self._by_source: dict[str, int] = {}
         self._by_revision: dict[str, int] = {}
         self._holds: dict[int, int] = {}  # lease -> entry
+        self._offering: set[int] = set()  # leases whose bytes are being examined
         self._pins: set[str] = set()  # URIs
         self._clock = 0.0  # of the eviction policy
 
@@ -146,6 +153,14 @@ class Residency:
                 return self._evict_asked(asker, uri)
             case PinAsked(asker, uri, pinned):
                 return self._pin_asked(asker, uri, pinned)
+            case OfferAsked(lease, uri):
+                self._aliases.setdefault(uri, _Alias()).offers += 1
+                self._offering.add(lease)
+                return []
+            case Offered(lease, uri, manifest, revision, same):
+                return self._offered(lease, uri, manifest, revision, same, now)
+            case OfferFailed(lease, uri, why):
+                return self._offer_over(lease, uri, [Orphan(lease, uri, why)], now)
             case Evicted(number):
                 del self.entries[number]
                 return []
@@ -163,7 +178,7 @@ class Residency:
             return actions
         self._aliases[uri] = alias
         alias.waiting[lease] = pinned
-        if alias.resolving:
+        if alias.resolving or alias.offers:
             return []
         alias.resolving = True
         return [Resolve(uri)]
@@ -187,6 +202,7 @@ class Residency:
     def _lease_closed(self, lease: int, now: float) -> list[Action]:
         number = self._holds.pop(lease, None)
         if number is None:
+            self._offering.discard(lease)
             for alias in self._aliases.values():
                 alias.waiting.pop(lease, None)
             return []
@@ -207,6 +223,9 @@ class Residency:
             return []
         actions: list[Action] = []
         entry = self._find(manifest.source)
+        if entry is None and alias.offers:
+            alias.waiting = waiting
+            return []
         if entry is None:
             try:
                 actions += self._make_room(manifest.nbytes)
@@ -227,9 +246,53 @@ class Residency:
         waiting = alias.waiting
         alias.waiting, alias.resolving = {}, False
         # Bytes that are resident stay in use when the origin is merely out of reach; they are checked again next time.
-        if alias.source not in self._by_source:
+        if alias.source not in self._by_source and not alias.offers:
             del self._aliases[uri]
         return [Refuse(lease, error) for lease in waiting]
+
+    # --- adopting what an earlier agent left --------------------------------------------------------------------------
+
+    def _offered(self, lease: int, uri: str, manifest: Manifest, revision: str, same: int, now: float) -> list[Action]:
+        alias = self._aliases[uri]
+        alias.source, alias.checked = manifest.source, now
+        entry = self.entries.get(same)
+        fresh = entry is None
+        if lease not in self._offering or (entry is not None and entry.state != "ready"):
+            return self._offer_over(lease, uri, [Orphan(lease, uri, "it came too late")], now)
+        if entry is None:
+            if manifest.source in self._by_source or revision in self._by_revision:
+                return self._offer_over(lease, uri, [Orphan(lease, uri, "the agent has a copy of its own")], now)
+            # Over the budget, too: the memory is taken, and refusing the bytes would not free it.
+            entry = Entry(next(self._numbers), uri, manifest, "ready", reserved=True, revision=revision)
+            self.entries[entry.number] = entry
+            self._by_revision[revision] = entry.number
+            self._by_source[manifest.source] = entry.number
+        entry.leases[lease], entry.last_used = "", now
+        entry.uses += 1
+        self._price(entry)
+        self._holds[lease] = entry.number
+        return self._offer_over(lease, uri, [Adopt(lease, entry.number, fresh)], now)
+
+    def _offer_over(self, lease: int, uri: str, actions: list[Action], now: float) -> list[Action]:
+        """Answers the offer if its lease is still there, and lets those go on who waited for it."""
+        alias = self._aliases[uri]
+        alias.offers -= 1
+        actions = actions if lease in self._offering else []
+        self._offering.discard(lease)
+        entry = self._find(alias.source)
+        if alias.offers or alias.resolving:
+            return actions
+        if not alias.waiting:
+            if entry is None:
+                del self._aliases[uri]
+            return actions
+        if entry is None:
+            alias.resolving = True
+            return [*actions, Resolve(uri)]
+        waiting, alias.waiting = alias.waiting, {}
+        for waiter, pinned in waiting.items():
+            actions += self._attach(entry, waiter, pinned, now)
+        return actions
 
     def _make_room(self, needed: int) -> list[Action]:
         present = [entry for entry in self.entries.values() if entry.state != "evicting"]
@@ -348,7 +411,7 @@ class Residency:
                 else:
                     index[key] = heir
         for uri, alias in list(self._aliases.items()):
-            if alias.source not in self._by_source and not alias.resolving:
+            if alias.source not in self._by_source and not alias.resolving and not alias.offers:
                 del self._aliases[uri]
 
     def _find(self, source: str) -> Entry | None:

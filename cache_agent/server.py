@@ -33,6 +33,7 @@ from cache_agent.protocol import (
     ManifestReply,
     ManifestRequest,
     Message,
+    Offer,
     PinRequest,
     PrefetchReply,
     PrefetchRequest,
@@ -248,7 +249,7 @@ class Connection:
             self._report_progress()
             if self._channel.fileno() in events:
                 while (received := self._channel.poll()) is not None:
-                    self._answer(received[0])
+                    self._answer(*received)
 
     def _send_outbox(self) -> None:
         while True:
@@ -276,7 +277,7 @@ class Connection:
             self._report_at = time.monotonic() + _PROGRESS_SECONDS
             self._channel.send(Progress(ready, done, self._load.total))
 
-    def _answer(self, message: AnyMessage) -> None:
+    def _answer(self, message: AnyMessage, fds: list[int]) -> None:
         if isinstance(message, Hello):
             self._greet(message)
             return
@@ -284,6 +285,8 @@ class Connection:
             match message:
                 case LeaseRequest(model):
                     self._asked = self._agent.lease(self, model)
+                case Offer(model, source):
+                    self._asked = self._agent.offer(self, model, source, fds)
                 case EvictRequest(model, from_ssd):
                     self._agent.evict(self, model, from_ssd)
                 case PinRequest(model, pinned):

@@ -19,6 +19,7 @@ from cache_agent.protocol import (
     MAX_REPLY,
     MAX_REQUEST,
     Admitted,
+    Adopted,
     Decoder,
     Drain,
     ErrorReply,
@@ -34,6 +35,7 @@ from cache_agent.protocol import (
     ManifestReply,
     ManifestRequest,
     ModelStatus,
+    Offer,
     PinReply,
     PinRequest,
     PrefetchReply,
@@ -60,6 +62,8 @@ EXAMPLES = [
     Progress([2 << 20, 0], 2 << 20, 6 << 20),
     Ready("origin", "rev-1", [Span("agent", "transfer", 10, 2_000_000_010)]),
     Admitted("rev-1"),
+    Offer("s3://models/llama-1b", "src-1", 2),
+    Adopted("", False, "the agent has a copy of its own"),
     Drain("node is going down", 30.0),
     StatusRequest(),
     StatusReply(
@@ -93,7 +97,7 @@ EXAMPLES = [
     ErrorReply("no_capacity", "the model needs 2 MB and 1 MB are free"),
 ]
 MESSAGES = {type(message): message for message in EXAMPLES}
-STATES = ["new", "greeting", "open", "leasing", "loading", "leased", "asking", "closed"]
+STATES = ["new", "greeting", "open", "leasing", "loading", "leased", "asking", "offering", "closed"]
 
 # The diagram in protocol.py once more, written down by hand: client and agent change it together or not at all.
 ALLOWED = {
@@ -125,6 +129,10 @@ ALLOWED = {
     ("loading", Ready): "leased",
     ("loading", Drain): "loading",
     ("loading", ErrorReply): "closed",
+    ("open", Offer): "offering",
+    ("offering", Adopted): "leased",
+    ("offering", Drain): "offering",
+    ("offering", ErrorReply): "closed",
     ("leased", Admitted): "leased",
     ("leased", Drain): "leased",
     ("leased", ErrorReply): "closed",

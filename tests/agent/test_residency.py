@@ -20,6 +20,7 @@ from cache_agent.errors import (
 from cache_agent.events import (
     Admit,
     Admitted,
+    Adopt,
     Announce,
     Complete,
     Evict,
@@ -32,6 +33,10 @@ from cache_agent.events import (
     Load,
     Loaded,
     LoadFailed,
+    OfferAsked,
+    Offered,
+    OfferFailed,
+    Orphan,
     PinAsked,
     PinDone,
     Refuse,
@@ -488,6 +493,84 @@ def test_no_capacity_names_the_largest_and_counts_the_rest():
     (refuse,) = machine(Resolved(A, plan("a", 5_000_000)))
     assert "and 4 more" in refuse.error.text
     assert len(refuse.error.text) < 1500
+
+
+# --- offers -----------------------------------------------------------------------------------------------------------
+
+
+def test_offered_bytes_become_an_entry_that_the_offering_lease_holds(machine):
+    assert machine(OfferAsked(70, A)) == []
+    assert machine(Offered(70, A, plan(A), REV)) == [Adopt(70, 1, True)]
+    lease, actions = machine.ask(A)
+    assert actions == [Grant(lease, 1), Complete(lease, 1, True, REV)]
+    (refuse,) = machine(EvictAsked(50, A))
+    assert type(refuse.error) is EvictRefused
+    machine(LeaseClosed(70), LeaseClosed(lease))
+    assert type(machine(EvictAsked(50, A))[0]) is Evict
+
+
+def test_the_same_memory_offered_twice_is_one_entry(machine):
+    machine(OfferAsked(70, A), OfferAsked(71, A), Offered(70, A, plan(A), REV))
+    assert machine(Offered(71, A, plan(A), REV, 1)) == [Adopt(71, 1, False)]
+    assert set(machine.residency.entries[1].leases) == {70, 71}
+
+
+def test_whoever_asks_waits_for_an_offer_and_shares_it(machine):
+    machine(OfferAsked(70, A))
+    lease, actions = machine.ask(A)
+    assert actions == []
+    actions = machine(Offered(70, A, plan(A), REV))
+    assert actions == [Adopt(70, 1, True), Grant(lease, 1), Complete(lease, 1, True, REV)]
+
+
+def test_when_an_offer_fails_whoever_waited_is_loaded_for(machine):
+    machine(OfferAsked(70, A))
+    lease, _ = machine.ask(A)
+    assert machine(OfferFailed(70, A, "lies")) == [Orphan(70, A, "lies"), Resolve(A)]
+    assert machine(Resolved(A, plan(A)), Reserved(1)) == [Grant(lease, 1)]
+
+
+def test_a_resolution_that_ends_before_the_offer_waits_for_it(machine):
+    lease, _ = machine.ask(A)
+    machine(OfferAsked(70, A))
+    assert machine(Resolved(A, plan(A))) == []
+    actions = machine(Offered(70, A, plan(A), REV))
+    assert actions == [Adopt(70, 1, True), Grant(lease, 1), Complete(lease, 1, True, REV)]
+
+
+@pytest.mark.parametrize("revision", ["", REV])
+def test_an_offer_beside_a_copy_of_the_agents_own_is_an_orphan(machine, revision):
+    machine.resident(A, "a" if revision else B, revision=revision)
+    machine(OfferAsked(70, B))
+    (orphan,) = machine(Offered(70, B, plan(B), REV))
+    assert (type(orphan), orphan.lease) == (Orphan, 70)
+    assert len(machine.residency.entries) == 1
+
+
+@pytest.mark.parametrize("proved", [True, False])
+def test_an_offer_whose_function_left_meanwhile_leaves_nothing(machine, proved):
+    machine(OfferAsked(70, A), LeaseClosed(70))
+    assert machine(Offered(70, A, plan(A), REV) if proved else OfferFailed(70, A, "lies")) == []
+    assert not machine.residency.entries
+    assert not machine.residency._aliases
+    assert machine.ask(A)[1] == [Resolve(A)]
+
+
+def test_an_origin_that_fails_while_an_offer_is_examined(machine):
+    lease, _ = machine.ask(A)
+    machine(OfferAsked(70, A))
+    error = OriginUnavailable("down")
+    assert machine(ResolveFailed(A, error)) == [Refuse(lease, error)]
+    assert machine(Offered(70, A, plan(A), REV)) == [Adopt(70, 1, True)]
+
+
+def test_bytes_are_adopted_over_the_budget_and_make_no_room_for_others(machine):
+    machine.resident(B, size=200)
+    machine(OfferAsked(70, A), Offered(70, A, plan(A, 200), REV))
+    assert machine.residency.used == 400
+    machine.ask("s3://m/c")
+    (refuse,) = machine(Resolved("s3://m/c", plan("c", 100)))
+    assert type(refuse.error) is NoCapacity
 
 
 # --- who holds what ---------------------------------------------------------------------------------------------------

@@ -17,8 +17,11 @@ from collections.abc import Sequence
 
 from cache_agent import loader
 from cache_agent import manifest as manifests
-from cache_agent.checkpoint import Description
+from cache_agent.checkpoint import Description, describe
+from cache_agent.held import Held
+from cache_agent.ledger import Ledger
 from cache_agent.manifest import Manifest
+from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import Origin
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -55,17 +58,36 @@ def examine(fds: Sequence[int], plan: Manifest) -> None:
             raise NotAdopted(f"segment {number} has holes")
 
 
-def prove(description: Description, origin: Origin, maps: Sequence[mmap.mmap], known: str) -> str:
-    """The revision that the mapped bytes were shown to be; `known` is what the source is, or "" to read the origin.
+def receive(origin: Origin, source: str, fds: Sequence[int]) -> Held:
+    """The memory behind the fds, on descriptions of our own, for `prove`.
 
     Raises `NotAdopted`, or what the origin does.
     """
-    if not _gaps_are_zero(description.manifest, maps):
-        raise NotAdopted("there is something between the tensors")
-    found = loader.digest(description, maps)
-    wanted = known or _revision_at(description, origin)
+    description = describe(origin)
+    if description.manifest.source != source:
+        raise NotAdopted("the origin has other files by now")
+    examine(fds, description.manifest)
+    return Held(description, Ledger("agent"), Dram.adopted(fds), tier="dram")
+
+
+def prove(held: Held, origin: Origin, known: str) -> str:
+    """The revision that the bytes were shown to be; `known` is what the source is, or "" to read the origin.
+
+    Raises `NotAdopted`, or what the origin does.
+    """
+    assert held.dram is not None, "received"
+    maps = held.dram.map()
+    try:
+        if not _gaps_are_zero(held.description.manifest, maps):
+            raise NotAdopted("there is something between the tensors")
+        found = loader.digest(held.description, maps)
+    finally:
+        for mapping in maps:
+            mapping.close()
+    wanted = known or _revision_at(held.description, origin)
     if found != wanted:
         raise NotAdopted(f"the bytes are {found} and the model is {wanted}")
+    held.keep_manifest()
     return found
 
 

@@ -35,7 +35,7 @@ from cache_agent.protocol import (
     Ready,
     StatusReply,
 )
-from cache_agent.tiers.dram import Dram, sealed_bytes
+from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin, parse_uri
 from cache_agent.tiers.s3 import S3, S3Origin
 from cache_agent.tiers.ssd import Ssd
@@ -146,29 +146,24 @@ class Agent:
 
     def estimate(self, model: str) -> EstimateReply:
         """What a lease would take now. Reads the origin's headers when nothing here knows the model's size."""
-        uri = parse_uri(model)
+        uri = parse_uri(model).text
         with self._lock:
-            entry = self._residency.entry_of(uri.text)
-            if entry is not None:
-                held = self._held.get(entry.number)
-                if entry.state == "ready" or held is None:
-                    return EstimateReply(0.0, "dram", 1.0, entry.bytes)
-                rests = [other.rest() for other in self._held.values() if other.tier == held.tier and other is not held]
-                guess = self._estimator.predict(held.tier, shared(held.rest(), rests))
-                return EstimateReply(*guess, entry.bytes)
-        stored = self._ssd.find(uri.text) if self._ssd else None
-        if stored is not None:
-            tier, size = "ssd", stored.index.bytes
-        else:
-            plan = self.describe(model)
-            tier = "ssd" if self._ssd and self._ssd.holds(plan.source) else "origin"
-            size = plan.nbytes
+            entry = self._residency.entry_of(uri)
+            held = self._held.get(entry.number) if entry else None
+            if entry is not None and (entry.state == "ready" or held is None):
+                return EstimateReply(0.0, "dram", 1.0, entry.bytes)
+            if entry is not None and held is not None:
+                return EstimateReply(
+                    *self._estimator.predict(held.tier, self._work(held.tier, held.rest())), entry.bytes
+                )
+        stored = self._ssd.find(uri) if self._ssd else None
+        tier, size = ("ssd", stored.index.bytes) if stored else ("origin", self.describe(model).nbytes)
         with self._lock:
-            guess = self._estimator.predict(tier, self._work(tier, size))
-        return EstimateReply(*guess, size)
+            return EstimateReply(*self._estimator.predict(tier, self._work(tier, size)), size)
 
-    def _work(self, tier: str, size: int) -> int:
-        return shared(size, (held.rest() for held in self._held.values() if held.tier == tier))
+    def _work(self, tier: str, size: int, itself: Held | None = None) -> int:
+        """Bytes that pass on the tier until `size` of a load are through; under the lock."""
+        return shared(size, (held.rest() for held in self._held.values() if held.tier == tier and held is not itself))
 
     def push_drain(self, reason: str, grace: float, model: str = "", pod: str = "") -> int:
         """Tells the holders of leases on `model`, or those in `pod`, to hand their work over; how many there are.
@@ -319,10 +314,13 @@ class Agent:
         except Exception as error:
             self._handle(events.ResolveFailed(uri, _translated(error, uri)))
             return
-        source = description.source.id
-        known = self._directory.revision(source) or (self._ssd.revision(source) if self._ssd else "")
+        known = self._known(description.source.id)
         event = events.Resolved(uri, description.manifest, known)
         self._handle(event, resolved=Resolution(description, origin, ledger, known))
+
+    def _known(self, source: str) -> str:
+        """The revision of a source that was admitted before, here or elsewhere, or ""."""
+        return self._directory.revision(source) or (self._ssd.revision(source) if self._ssd else "")
 
     def _load(self, entry: int, resolution: Resolution) -> None:
         description, origin, ledger, known = resolution
@@ -333,8 +331,7 @@ class Agent:
         try:
             with ledger.span("reserve"):
                 held.dram = Dram(plan.segments, huge_pages=self.config.huge_pages, name=f"glowplug:{entry}")
-                encoded = manifest.encode(plan)
-                held.manifest_fd, held.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
+                held.keep_manifest()
             image = self._ssd.open(plan) if self._ssd else None
             held.load = load = Load(description, origin, held.dram, readers=self.config.readers, image=image)
             if image is not None:
@@ -425,28 +422,15 @@ class Agent:
 
     def _prove(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> Event:
         origin = self._open_origin(uri)
-        description = describe(origin)
-        plan = description.manifest
-        if plan.source != source:
-            raise adoption.NotAdopted("the origin has other files by now")
-        adoption.examine(fds, plan)
-        held = Held(description, Ledger("agent"), Dram.adopted(fds), tier="dram")
+        held = adoption.receive(origin, source, fds)
+        plan = held.description.manifest
         with self._lock:
             self._offered[lease] = held
-            same = [n for n, h in self._held.items() if h.dram and adoption.inodes(h.dram.fds) == adoption.inodes(fds)]
-            if same:
-                return events.Offered(lease, uri.text, plan, self._residency.entries[same[0]].revision, same[0])
-            assert held.dram is not None, "made just now"
-            maps = held.dram.map()
-        try:
-            known = self._directory.revision(source) or (self._ssd.revision(source) if self._ssd else "")
-            revision = adoption.prove(description, origin, maps, known)
-        finally:
-            for mapping in maps:
-                mapping.close()
+            for number, other in self._held.items():
+                if other.dram is not None and adoption.inodes(other.dram.fds) == adoption.inodes(fds):
+                    return events.Offered(lease, uri.text, plan, self._residency.entries[number].revision, number)
+        revision = adoption.prove(held, origin, self._known(source))
         self._directory.remember(source, revision)
-        encoded = manifest.encode(plan)
-        held.manifest_fd, held.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
         return events.Offered(lease, uri.text, plan, revision)
 
     def _evict(self, entry: int, why: str) -> None:

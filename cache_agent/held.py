@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 from cache_agent.checkpoint import Description
 from cache_agent.ledger import Ledger
 from cache_agent.loader import Load
+from cache_agent.manifest import encode
 from cache_agent.protocol import ErrorReply, Message, Ready
-from cache_agent.tiers.dram import Dram
+from cache_agent.tiers.dram import Dram, sealed_bytes
 from cache_agent.tiers.origin import Origin
 
 log = logging.getLogger("glowplug.agent")
@@ -47,6 +48,11 @@ class Held:
     work: int = 0  # bytes that pass on its tier until it is loaded
     manifest_fd: int = -1
     manifest_bytes: int = 0
+
+    def keep_manifest(self) -> None:
+        """Puts the manifest into memory of its own, to be handed out with the segments."""
+        encoded = encode(self.description.manifest)
+        self.manifest_fd, self.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
 
     def rest(self) -> int:
         """Bytes that are still to come."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from cache_agent.entry import Entry
 from cache_agent.held import Held
 from cache_agent.policy.estimate import Measured
 from cache_agent.protocol import ImageStatus, ModelStatus, QuarantineStatus, SsdStatus, TierStatus
-from cache_agent.residency import Entry
 from cache_agent.tiers.ssd import Quarantined, Stored
 
 

@@ -14,11 +14,10 @@ carries actions out in order and feeds what came of them back as events.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
 
-from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapacity, WrongRevision
+from cache_agent.entry import Alias, Entry, mb, no_capacity, wrong_revision
+from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapacity
 from cache_agent.events import (
     Action,
     Admit,
@@ -52,40 +51,6 @@ from cache_agent.events import (
 from cache_agent.manifest import Manifest
 from cache_agent.policy.eviction import Candidate, cheapest, priority
 
-_NAMED = 5  # models that an error names
-
-State = Literal["loading", "ready", "evicting"]
-
-
-@dataclass(slots=True)
-class Entry:
-    """One copy of a source's bytes in DRAM. `leases` maps each lease to the revision it insists on, if any."""
-
-    number: int
-    uri: str
-    manifest: Manifest
-    state: State = "loading"
-    reserved: bool = False
-    revision: str = ""
-    last_used: float = 0.0
-    uses: int = 0
-    seconds: float = 1.0
-    priority: float = 0.0
-    leases: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return self.manifest.nbytes
-
-
-@dataclass(slots=True)
-class _Alias:
-    source: str = ""
-    checked: float = 0.0
-    resolving: bool = False
-    offers: int = 0  # being examined; whoever asks meanwhile waits, or there would be a second copy
-    waiting: dict[int, str] = field(default_factory=dict)
-
 
 class Residency:
     """The state machine of one node's DRAM tier. One caller at a time: its owner holds a lock around `handle`."""
@@ -96,7 +61,7 @@ class Residency:
         self.revalidate_after = revalidate_after
         self.entries: dict[int, Entry] = {}
         self._numbers = count(1)
-        self._aliases: dict[str, _Alias] = {}
+        self._aliases: dict[str, Alias] = {}
         self._by_source: dict[str, int] = {}
         self._by_revision: dict[str, int] = {}
         self._holds: dict[int, int] = {}  # lease -> entry
@@ -154,7 +119,7 @@ class Residency:
             case PinAsked(asker, uri, pinned):
                 return self._pin_asked(asker, uri, pinned)
             case OfferAsked(lease, uri):
-                self._aliases.setdefault(uri, _Alias()).offers += 1
+                self._aliases.setdefault(uri, Alias()).offers += 1
                 self._offering.add(lease)
                 return []
             case Offered(lease, uri, manifest, revision, same):
@@ -168,7 +133,7 @@ class Residency:
     # --- leases -------------------------------------------------------------------------------------------------------
 
     def _lease_asked(self, lease: int, uri: str, pinned: str, now: float) -> list[Action]:
-        alias = self._aliases.get(uri, _Alias())
+        alias = self._aliases.get(uri, Alias())
         number = self._by_revision.get(pinned) if pinned else self._by_source.get(alias.source)
         if number is not None:
             actions = self._attach(self.entries[number], lease, pinned, now)
@@ -185,7 +150,7 @@ class Residency:
 
     def _attach(self, entry: Entry, lease: int, pinned: str, now: float) -> list[Action]:
         if pinned and entry.revision and entry.revision != pinned:
-            return [Refuse(lease, _wrong_revision(entry.uri, entry.revision, pinned))]
+            return [Refuse(lease, wrong_revision(entry.uri, entry.revision, pinned))]
         entry.leases[lease] = pinned
         entry.last_used = now
         entry.uses += 1
@@ -214,7 +179,7 @@ class Residency:
     # --- resolving and loading ----------------------------------------------------------------------------------------
 
     def _resolved(self, uri: str, manifest: Manifest, revision: str, now: float) -> list[Action]:
-        alias = self._aliases.setdefault(uri, _Alias())
+        alias = self._aliases.setdefault(uri, Alias())
         alias.source, alias.resolving, alias.checked = manifest.source, False, now
         waiting, alias.waiting = alias.waiting, {}
         if revision in self._by_revision:
@@ -303,26 +268,11 @@ class Residency:
         candidates = [Candidate(e.number, e.bytes, e.priority, e.last_used) for e in idle]
         choice = cheapest(candidates, needed - free, self._clock)
         if choice is None:
-            could = sum(entry.bytes for entry in idle)
-            held = sum(entry.bytes for entry in present) - could
-            raise NoCapacity(
-                f"the model needs {_mb(needed)}; the agent's budget is {_mb(self.capacity)}, of which {_mb(held)} are "
-                f"in use{self._who([e for e in present if e not in idle])} and {_mb(could)} could be evicted. Give the "
-                "agent more memory (--dram), or use a smaller model"
-            )
+            stays = [entry for entry in present if entry not in idle]
+            raise no_capacity(needed, self.capacity, stays, sum(entry.bytes for entry in idle), self._why_stays)
         self._clock = choice.clock
-        why = f"smallest price, to make room for {_mb(needed)}"
+        why = f"smallest price, to make room for {mb(needed)}"
         return [self._evict(self.entries[int(number)], why) for number in choice.keys]
-
-    def _who(self, entries: list[Entry]) -> str:
-        """Who holds what, the largest first."""
-        if not entries:
-            return ""
-        largest = sorted(entries, key=lambda entry: -entry.bytes)
-        named = [f"{_short(e.uri)} {_mb(e.bytes)}, {self._why_stays(e)}" for e in largest[:_NAMED]]
-        if len(largest) > _NAMED:
-            named.append(f"and {len(largest) - _NAMED} more")
-        return f" ({'; '.join(named)})"
 
     def _why_stays(self, entry: Entry) -> str:
         if entry.leases:
@@ -365,7 +315,7 @@ class Residency:
                 actions.append(Complete(lease, number, False, revision))
             else:
                 del entry.leases[lease], self._holds[lease]
-                actions.append(Refuse(lease, _wrong_revision(entry.uri, revision, pinned)))
+                actions.append(Refuse(lease, wrong_revision(entry.uri, revision, pinned)))
         return actions + self._evict_if_duplicate(entry)
 
     # --- leaving ------------------------------------------------------------------------------------------------------
@@ -417,15 +367,3 @@ class Residency:
     def _find(self, source: str) -> Entry | None:
         number = self._by_source.get(source)
         return None if number is None else self.entries[number]
-
-
-def _wrong_revision(uri: str, found: str, wanted: str) -> WrongRevision:
-    return WrongRevision(f"{uri} is at revision {found} now and {wanted} was asked for; drop the pin, or restore it")
-
-
-def _short(uri: str) -> str:
-    return uri if len(uri) <= 80 else f"…{uri[-79:]}"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"

@@ -23,6 +23,7 @@ PURE = [
     "cache_agent/safetensors.py",
     "cache_agent/residency.py",
     "cache_agent/events.py",
+    "cache_agent/entry.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "cache_agent" / "policy").glob("*.py"))),

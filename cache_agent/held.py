@@ -87,6 +87,8 @@ class Asked:
 class Errand:
     """A holder that waits for a model and lets go of it at once."""
 
+    pod = ""
+
     def __init__(self, uri: str, jobs: ThreadPoolExecutor, release: Callable[[int], None]) -> None:
         self.lease = 0
         self._uri, self._jobs, self._release = uri, jobs, release

@@ -106,9 +106,7 @@ class Worker:
 
     def _load(self, uri: str) -> Model:
         """Leases, retrying what can be cured by waiting, and imports torch while the bytes are on their way."""
-        client = CacheClient(
-            self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token(), pod=self._config.pod
-        )
+        client = self._client()
         deadline = time.monotonic() + self._config.start_timeout
         pause = 0.1
         while True:
@@ -130,6 +128,11 @@ class Worker:
                 self._lifecycle.phase = f"waiting to try again: {error.text} [{error.code}]"
                 time.sleep(pause)
                 pause = min(5.0, pause * 2)
+
+    def _client(self) -> CacheClient:
+        return CacheClient(
+            self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token(), pod=self._config.pod
+        )
 
     def _assemble(self, lease: Lease, deadline: float) -> Model:
         self._http_up.wait()  # probes come first: importing torch holds the interpreter's lock for long stretches
@@ -219,8 +222,7 @@ class Worker:
             time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  jitter, not a secret
             pause = min(_REJOIN_SECONDS, 2 * pause)
             try:
-                client = CacheClient(self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token())
-                adopted = client.offer(self._config.model_uri, lease)
+                adopted = self._client().offer(self._config.model_uri, lease)
             except (AgentError, FunctionError, OSError) as error:
                 log.debug("no agent to join yet: %s", error)
                 continue

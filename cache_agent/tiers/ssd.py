@@ -155,10 +155,6 @@ class Ssd:
         with self._lock:
             return self._used, list(self._stored.values()), list(self.quarantined)
 
-    def holds(self, source: str) -> bool:
-        with self._lock:
-            return source in self._stored
-
     def find(self, uri: str) -> Stored | None:
         """The image of the model at `uri` that was used last."""
         with self._lock:

@@ -9,81 +9,41 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple, Protocol
 
-from cache_agent import events, loader, manifest, residency
-from cache_agent.checkpoint import Description, describe
+from cache_agent import adoption, events, keeping, loader, manifest, report, residency
+from cache_agent.checkpoint import describe
 from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory, Holding
-from cache_agent.errors import AgentError, BadModelURI, InternalError
+from cache_agent.errors import AgentError, BadModelURI, InternalError, OriginChanged
 from cache_agent.events import Action, Event
+from cache_agent.held import Asked, Errand, Held, Holder, Resolution
 from cache_agent.ledger import Ledger, Span
 from cache_agent.loader import Load
+from cache_agent.policy.estimate import Estimator, shared
 from cache_agent.protocol import (
     TEXT_LIMIT,
     Admitted,
+    Adopted,
     Drain,
     ErrorReply,
+    EstimateReply,
     EvictReply,
     Granted,
-    Message,
     ModelStatus,
+    PinReply,
     Ready,
+    StatusReply,
 )
-from cache_agent.tiers.dram import Dram, sealed_bytes
+from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.hf import Hub, HubOrigin
 from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin, parse_uri
 from cache_agent.tiers.s3 import S3, S3Origin
+from cache_agent.tiers.ssd import Ssd
 
 log = logging.getLogger("glowplug.agent")
 
 _JOBS = 16
-
-
-class Holder(Protocol):
-    """Whoever leases or asks: a connection. `deliver` never blocks; the fds become the holder's to close.
-
-    `pod` is the UID of the pod that it says it lives in, or "".
-    """
-
-    @property
-    def pod(self) -> str: ...
-
-    def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None: ...
-
-
-@dataclass(slots=True)
-class _Held:
-    """The memory and the story of one residency entry."""
-
-    description: Description
-    ledger: Ledger
-    dram: Dram | None = None
-    load: Load | None = None
-    manifest_fd: int = -1
-    manifest_bytes: int = 0
-
-    def close(self) -> None:
-        if self.dram is not None:
-            self.dram.close()
-            self.dram = None
-        if self.manifest_fd >= 0:
-            os.close(self.manifest_fd)
-            self.manifest_fd = -1
-
-
-@dataclass(slots=True)
-class _Asked:
-    holder: Holder
-    start: int = field(default_factory=time.monotonic_ns)
-
-
-class _Resolution(NamedTuple):
-    description: Description
-    origin: Origin
-    ledger: Ledger
 
 
 class Origins:
@@ -117,14 +77,20 @@ class Agent:
         self.node = config.node_name
         self._directory = directory
         self._open_origin = open_origin or Origins(config).open
+        self._ssd = Ssd(config.ssd, config.ssd_size) if config.ssd else None
         self._residency = residency.Residency(config.capacity, config.revalidate)
         self._lock = threading.RLock()  # guards everything below, and residency
-        self._asked: dict[int, _Asked] = {}
-        self._held: dict[int, _Held] = {}
+        self._estimator = Estimator()
+        self._offered: dict[int, Held] = {}  # proved, and not yet an entry's
+        self._offer_bytes: dict[int, int] = {}
+        self._orphans: dict[int, tuple[str, int]] = {}  # lease -> what its function maps and nobody else can have
+        self._asked: dict[int, Asked] = {}
+        self._held: dict[int, Held] = {}
         self._closing = False
         self._numbers = count(1)
         self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
         # One at a time: the functions that waited for the bytes are starting while they are hashed.
+        self._adoptions = ThreadPoolExecutor(1, thread_name_prefix="adoption")  # of two equal offers the first is it
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
 
     # --- what connections ask for ---------------------------------------------------------------------------------
@@ -134,17 +100,74 @@ class Agent:
         uri = parse_uri(model)
         return self._ask(holder, lambda lease: events.LeaseAsked(lease, uri.text, uri.revision))
 
+    def offer(self, holder: Holder, model: str, source: str, fds: list[int]) -> int:
+        """Begins to examine what a function offers, and takes over `fds`. Raises `BadModelURI`."""
+        try:
+            uri = parse_uri(model)
+            number = self._ask(holder, lambda lease: events.OfferAsked(lease, uri.text))
+            self._adoptions.submit(_logged, self._examine, number, uri, source, fds)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return number
+
     def release(self, lease: int) -> None:
         """Ends a lease, or any other request of its holder. Nothing is delivered for it afterwards."""
         self._handle(events.LeaseClosed(lease), forget=lease)
 
-    def evict(self, holder: Holder, model: str) -> int:
+    def evict(self, holder: Holder, model: str, ssd: bool = False) -> int:
+        """From memory, and with `ssd` from there, where it may be alone."""
+        uri = parse_uri(model).text
+        if ssd and self._ssd is not None:
+            with self._lock:
+                resident = self._residency.entry_of(uri) is not None
+            if not resident:
+                removed = self._ssd.evict(uri)
+                if removed:
+                    holder.deliver(EvictReply(0, removed), [])
+                    return 0
+        return self._ask(holder, lambda asker: events.EvictAsked(asker, uri), evict_image=uri if ssd else "")
+
+    def pin(self, holder: Holder, model: str, pinned: bool) -> int:
+        uri = parse_uri(model).text
+        return self._ask(holder, lambda asker: events.PinAsked(asker, uri, pinned))
+
+    def prefetch(self, model: str) -> None:
+        """Begins to bring a model in; nobody holds it afterwards. Raises `BadModelURI`."""
         uri = parse_uri(model)
-        return self._ask(holder, lambda asker: events.EvictAsked(asker, uri.text))
+        errand = Errand(uri.text, self._jobs, self.release)
+
+        def ask(lease: int) -> Event:
+            errand.lease = lease
+            return events.LeaseAsked(lease, uri.text, uri.revision)
+
+        self._ask(errand, ask)
 
     def describe(self, model: str) -> manifest.Manifest:
         """The manifest of a model whose weights need not be here. Raises what the origin does."""
         return describe(self._open_origin(parse_uri(model))).manifest
+
+    def estimate(self, model: str) -> EstimateReply:
+        """What a lease would take now. Reads the origin's headers when nothing here knows the model's size."""
+        uri = parse_uri(model).text
+        with self._lock:
+            entry = self._residency.entry_of(uri)
+            held = self._held.get(entry.number) if entry else None
+            if entry is not None and (entry.state == "ready" or held is None):
+                return EstimateReply(0.0, "dram", 1.0, entry.bytes)
+            if entry is not None and held is not None:
+                return EstimateReply(
+                    *self._estimator.predict(held.tier, self._work(held.tier, held.rest())), entry.bytes
+                )
+        stored = self._ssd.find(uri) if self._ssd else None
+        tier, size = ("ssd", stored.index.bytes) if stored else ("origin", self.describe(model).nbytes)
+        with self._lock:
+            return EstimateReply(*self._estimator.predict(tier, self._work(tier, size)), size)
+
+    def _work(self, tier: str, size: int, itself: Held | None = None) -> int:
+        """Bytes that pass on the tier until `size` of a load are through; under the lock."""
+        return shared(size, (held.rest() for held in self._held.values() if held.tier == tier and held is not itself))
 
     def push_drain(self, reason: str, grace: float, model: str = "", pod: str = "") -> int:
         """Tells the holders of leases on `model`, or those in `pod`, to hand their work over; how many there are.
@@ -153,7 +176,11 @@ class Agent:
         """
         uri = parse_uri(model).text if model else ""
         with self._lock:
-            holders = [self._asked[lease].holder for lease in self._residency.holders(uri)]
+            leases = [
+                *self._residency.holders(uri),
+                *(n for n, orphan in self._orphans.items() if uri in ("", orphan[0])),
+            ]
+            holders = [self._asked[lease].holder for lease in leases]
             holders = [holder for holder in holders if not pod or holder.pod == pod]
             for holder in holders:
                 holder.deliver(Drain(reason, grace), [])
@@ -163,25 +190,19 @@ class Agent:
         """(capacity, used, models); bytes."""
         now = time.monotonic()
         with self._lock:
-            models = [self._model_status(entry, now) for entry in self._residency.entries.values()]
-            return self._residency.capacity, self._residency.used, models
+            books = self._residency
+            models = [
+                report.model(entry, self._held.get(entry.number), books.is_pinned(entry), now)
+                for entry in books.entries.values()
+            ]
+            return books.capacity, books.used, models
 
-    def _model_status(self, entry: residency.Entry, now: float) -> ModelStatus:
-        held = self._held.get(entry.number)
-        load = held.load if held else None
-        done = entry.bytes if entry.state != "loading" else load.progress()[1] if load else 0
-        return ModelStatus(
-            model=entry.uri,
-            source=entry.manifest.source,
-            revision=entry.revision,
-            state=entry.state,
-            tier="dram",
-            bytes=entry.bytes,
-            done=done,
-            page=held.dram.page if held and held.dram else 0,
-            leases=len(entry.leases),
-            idle_seconds=0.0 if entry.leases else max(0.0, now - entry.last_used),
-        )
+    def full_status(self) -> StatusReply:
+        ssd = report.ssd(self._ssd.directory, self._ssd.capacity, *self._ssd.status()) if self._ssd else None
+        with self._lock:
+            tiers = report.tiers(self._estimator.tiers)
+            orphaned = sum(size for _, size in self._orphans.values())
+        return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned)
 
     def close(self, deadline: float) -> None:
         """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
@@ -191,29 +212,37 @@ class Agent:
         for load in loads:
             load.stop()
         self._jobs.shutdown(wait=False, cancel_futures=True)
+        self._adoptions.shutdown(wait=False, cancel_futures=True)
         self._admissions.shutdown(wait=False, cancel_futures=True)
         for load in loads:
             load.finished.wait(max(0.0, deadline - time.monotonic()))
         with self._lock:
-            for held in self._held.values():
-                if held.load is not None and held.load.finished.is_set():
+            helds = list(self._held.values())
+        for held in helds:
+            held.end_tee(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            for held in helds:
+                if held.load is None or held.load.finished.is_set():
                     held.close()
+        if self._ssd is not None:
+            self._ssd.close()
 
     # --- deciding under the lock, acting outside ------------------------------------------------------------------
 
-    def _ask(self, holder: Holder, event: Callable[[int], Event]) -> int:
+    def _ask(self, holder: Holder, event: Callable[[int], Event], *, evict_image: str = "") -> int:
         number = next(self._numbers)
         with self._lock:
-            self._asked[number] = _Asked(holder)
+            self._asked[number] = Asked(holder, evict_image=evict_image)
         self._handle(event(number))
         return number
 
-    def _handle(self, event: Event, *, forget: int = 0, resolved: _Resolution | None = None) -> None:
+    def _handle(self, event: Event, *, forget: int = 0, resolved: Resolution | None = None) -> None:
         with self._lock:
             actions = self._residency.handle(event, time.monotonic())
             # Replies are queued here, in the order of the decisions; queueing never blocks.
             work = [action for action in actions if not self._reply(action)]
             self._asked.pop(forget, None)
+            self._orphans.pop(forget, None)
         for action in work:
             self._act(action, resolved)
 
@@ -238,18 +267,32 @@ class Agent:
                 spans = [Span("agent", "lease", asked.start, time.monotonic_ns())]
                 if not resident:
                     spans += self._held[entry].ledger.spans()
-                asked.holder.deliver(Ready("dram" if resident else "origin", revision, spans), [])
+                asked.holder.deliver(Ready("dram" if resident else self._held[entry].tier, revision, spans), [])
+            case events.Adopt(lease, entry, fresh):
+                offered = self._offered.pop(lease)
+                if fresh:
+                    self._held[entry] = offered
+                else:
+                    offered.close()
+                self._asked[lease].holder.deliver(Adopted(self._residency.entries[entry].revision, True), [])
+            case events.Orphan(lease, uri, why):
+                self._orphans[lease] = (uri, self._offer_bytes.pop(lease, 0))
+                self._asked[lease].holder.deliver(Adopted("", False, why[:TEXT_LIMIT]), [])
             case events.Announce(lease, revision):
                 self._asked[lease].holder.deliver(Admitted(revision), [])
             case events.Refuse(lease, error):
                 self._asked.pop(lease).holder.deliver(ErrorReply(error.code, error.text[:TEXT_LIMIT]), [])
             case events.EvictDone(asker, size):
+                if self._asked[asker].evict_image:
+                    return False  # there are files to remove first
                 self._asked.pop(asker).holder.deliver(EvictReply(size), [])
+            case events.PinDone(asker, size):
+                self._asked.pop(asker).holder.deliver(PinReply(size), [])
             case _:
                 return False
         return True
 
-    def _act(self, action: Action, resolved: _Resolution | None) -> None:
+    def _act(self, action: Action, resolved: Resolution | None) -> None:
         with contextlib.suppress(RuntimeError):  # the pools are shut down: so are all who would hear of the result
             match action:
                 case events.Resolve(uri):
@@ -261,6 +304,8 @@ class Agent:
                     self._admissions.submit(_logged, self._admit, entry)
                 case events.Evict(entry, why):
                     self._evict(entry, why)
+                case events.EvictDone(asker, size):
+                    self._evict_image(asker, size)
 
     # --- work -----------------------------------------------------------------------------------------------------
 
@@ -273,41 +318,80 @@ class Agent:
         except Exception as error:
             self._handle(events.ResolveFailed(uri, _translated(error, uri)))
             return
-        known = self._directory.revision(description.source.id)
+        known = self._known(description.source.id)
         event = events.Resolved(uri, description.manifest, known)
-        self._handle(event, resolved=_Resolution(description, origin, ledger))
+        self._handle(event, resolved=Resolution(description, origin, ledger, known))
 
-    def _load(self, entry: int, resolution: _Resolution) -> None:
-        description, origin, ledger = resolution
+    def _known(self, source: str) -> str:
+        """The revision of a source that was admitted before, here or elsewhere, or ""."""
+        return self._directory.revision(source) or (self._ssd.revision(source) if self._ssd else "")
+
+    def _load(self, entry: int, resolution: Resolution) -> None:
+        description, origin, ledger, known = resolution
         plan = description.manifest
-        held = _Held(description, ledger)
+        held = Held(description, ledger)
+        start = time.monotonic()
+        image = None
         try:
             with ledger.span("reserve"):
                 held.dram = Dram(plan.segments, huge_pages=self.config.huge_pages, name=f"glowplug:{entry}")
-                encoded = manifest.encode(plan)
-                held.manifest_fd, held.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
-            held.load = load = Load(description, origin, held.dram, readers=self.config.readers)
+                held.keep_manifest()
+            image = self._ssd.open(plan) if self._ssd else None
+            held.load = load = Load(description, origin, held.dram, readers=self.config.readers, image=image)
+            if image is not None:
+                held.tier = "ssd"
+            elif self._ssd is not None:
+                load.tee = keeping.follow(self._ssd, held.dram, plan, origin.uri, known, self._kept)
             with self._lock:
+                held.work = self._work(held.tier, plan.nbytes)
+                expected = self._estimator.predict(held.tier, held.work)
                 self._held[entry] = held
                 if self._closing:
                     load.stop()
             self._handle(events.Reserved(entry))
             load.observer = lambda: self._directory.publish(plan.source, self._holding(load))
-            start = time.monotonic()
+            began = time.monotonic()
             with ledger.span("transfer"):
                 load.run()
-            self._directory.measured(self.node, "origin", plan.nbytes / max(time.monotonic() - start, 1e-9))
+            self._directory.measured(self.node, held.tier, plan.nbytes / max(time.monotonic() - began, 1e-9))
         except Exception as error:
             log.warning("loading %s failed: %s", origin.uri, error)
             self._directory.withdraw(plan.source, self.node, "dram")
+            if self._ssd and held.load and held.load.damaged and isinstance(error, OriginChanged):
+                self._ssd.discard(plan.source, "damaged, and the origin has other bytes now")
+            held.end_tee()
             with self._lock:  # whoever hears of it and asks again finds the memory free; nothing is granted in between
                 self._held.pop(entry, None)
                 held.close()
                 self._handle(events.LoadFailed(entry, _translated(error, origin.uri)))
             return
-        log.info("loaded %s: %d MB, pages of %d KiB", origin.uri, plan.nbytes // 10**6, held.dram.page >> 10)
+        finally:
+            if image is not None:
+                image.close()
+        seconds = time.monotonic() - start
+        log.info(
+            "loaded %s from %s: %d MB in %.2f s (%.2f expected), pages of %d KiB",
+            origin.uri, held.tier, plan.nbytes // 10**6, seconds, expected.seconds, held.dram.page >> 10,
+        )  # fmt: skip
+        with self._lock:
+            self._estimator.learn(held.tier, held.work, expected, seconds)
         self._directory.publish(plan.source, self._holding(load))
-        self._handle(events.Loaded(entry))
+        self._handle(events.Loaded(entry, seconds))
+        if load.tee is not None:
+            load.tee.complete(load.checksums, seconds)
+        elif self._ssd is not None and load.damaged:
+            self._repair(self._ssd, held, load)
+
+    def _kept(self) -> set[str]:
+        with self._lock:
+            return self._residency.pinned
+
+    def _repair(self, ssd: Ssd, held: Held, load: Load) -> None:
+        with self._lock:
+            if held.dram is None:
+                return
+            maps = held.dram.map()
+        keeping.repair(ssd, load, maps)
 
     def _holding(self, load: Load) -> Holding:
         return Holding(self.node, "dram", load.progress()[1], load.total)
@@ -324,16 +408,57 @@ class Agent:
             for mapping in maps:
                 mapping.close()
         self._directory.remember(held.description.source.id, revision)
+        if self._ssd is not None:
+            self._ssd.remember(held.description.source.id, revision)
         self._handle(events.Admitted(entry, revision))
+
+    def _examine(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> None:
+        try:
+            with self._lock:
+                self._offer_bytes[lease] = adoption.sealed_size(fds)
+            event = self._prove(lease, uri, source, fds)
+        except adoption.NotAdopted as error:
+            event = events.OfferFailed(lease, uri.text, str(error))
+        except Exception as error:
+            event = events.OfferFailed(lease, uri.text, _translated(error, uri.text).text)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        log.info("offer of %s: %s", uri.text, event.why if isinstance(event, events.OfferFailed) else "proved")
+        self._handle(event)
+        with self._lock:
+            self._offer_bytes.pop(lease, None)
+            if (left := self._offered.pop(lease, None)) is not None:
+                left.close()
+
+    def _prove(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> Event:
+        origin = self._open_origin(uri)
+        held = adoption.receive(origin, source, fds)
+        plan = held.description.manifest
+        with self._lock:
+            self._offered[lease] = held
+            for number, other in self._held.items():
+                if other.dram is not None and adoption.inodes(other.dram.fds) == adoption.inodes(fds):
+                    return events.Offered(lease, uri.text, plan, self._residency.entries[number].revision, number)
+        revision = adoption.prove(held, origin, self._known(source))
+        self._directory.remember(source, revision)
+        return events.Offered(lease, uri.text, plan, revision)
 
     def _evict(self, entry: int, why: str) -> None:
         with self._lock:
             held = self._held.pop(entry)
         log.info("evicted %s (%d MB): %s", held.description.source.uri, held.description.manifest.nbytes // 10**6, why)
         self._directory.withdraw(held.description.source.id, self.node, "dram")
+        held.end_tee()
         with self._lock:
             held.close()
         self._handle(events.Evicted(entry))
+
+    def _evict_image(self, asker: int, size: int) -> None:
+        with self._lock:
+            asked = self._asked.pop(asker)
+        removed = self._ssd.evict(asked.evict_image) if self._ssd else 0
+        asked.holder.deliver(EvictReply(size, removed), [])
 
 
 def _duplicates(*fds: int) -> list[int]:

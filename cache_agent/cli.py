@@ -92,6 +92,8 @@ def main() -> None:
 @click.option("--node", help="This node's name.")
 @click.option("--dram", type=_Parsed("size", config.parse_size), help="Memory for weights, like 16G.")
 @click.option("--huge-pages", type=click.Choice(["auto", "always", "never"]), help="Use the pool of 2 MiB pages.")
+@click.option("--ssd", type=Path, help="Directory of a fast disk to keep models in.", metavar="DIR")
+@click.option("--ssd-size", type=_Parsed("size", config.parse_size), help="Disk space for models, like 100G.")
 @click.option(
     "--file-root", "file_roots", type=Path, multiple=True, help="Directory that file:// may name; repeatable."
 )
@@ -168,6 +170,18 @@ def status(path: Path | None, as_json: bool) -> None:
         click.echo(msgspec.json.encode(reply).decode())
         return
     click.echo(f"node {reply.node}, pid {reply.pid}: {reply.used / 1e6:.0f} of {reply.capacity / 1e6:.0f} MB in use")
+    if reply.ssd is not None:
+        click.echo(f"SSD {reply.ssd.directory}: {reply.ssd.used / 1e6:.0f} of {reply.ssd.capacity / 1e6:.0f} MB in use")
+        for stored in reply.ssd.images:
+            click.echo(f"  {stored.model}  {stored.revision[:12] or '-'}  {stored.bytes / 1e6:.0f} MB")
+        for bad in reply.ssd.quarantined:
+            click.echo(f"  set aside: {bad.name}: {bad.reason}")
+    for tier in reply.tiers:
+        click.echo(
+            f"{tier.tier}: {tier.rate / 1e6:.0f} MB/s over {tier.loads} loads, estimates off by {tier.error:.0%}"
+        )
+    if reply.orphaned:
+        click.echo(f"{reply.orphaned / 1e6:.0f} MB are mapped by functions and not lent by this agent")
     if not reply.models:
         return
     table = Table(box=None, pad_edge=False)
@@ -177,7 +191,7 @@ def status(path: Path | None, as_json: bool) -> None:
         table.add_row(
             escape(model.model),
             model.revision[:12] or "-",
-            model.state,
+            f"{model.state}, pinned" if model.pinned else model.state,
             f"{model.bytes / 1e6:.0f}",
             f"{model.done / model.bytes:.0%}",
             f"{model.page >> 10}K",
@@ -189,12 +203,58 @@ def status(path: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
+@click.option("--ssd", is_flag=True, help="Remove it from the SSD, too.")
 @_asks
-def evict(model: str, path: Path | None, as_json: bool) -> None:
+def evict(model: str, ssd: bool, path: Path | None, as_json: bool) -> None:
     """Give MODEL's memory back; refused while a function holds it."""
     with _reported():
-        size = _client(path).evict(model_uri(model))
+        size = _client(path).evict(model_uri(model), ssd=ssd)
     click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB given back")
+
+
+@main.command()
+@click.argument("model")
+@_asks
+def pin(model: str, path: Path | None, as_json: bool) -> None:
+    """Keep MODEL, which must be resident: it is not evicted until it is unpinned or the agent ends."""
+    with _reported():
+        size = _client(path).pin(model_uri(model))
+    click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB are pinned")
+
+
+@main.command()
+@click.argument("model")
+@_asks
+def unpin(model: str, path: Path | None, as_json: bool) -> None:
+    """Let MODEL be evicted again."""
+    with _reported():
+        size = _client(path).pin(model_uri(model), pinned=False)
+    click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB may be evicted")
+
+
+@main.command()
+@click.argument("model")
+@_asks
+def prefetch(model: str, path: Path | None, as_json: bool) -> None:
+    """Begin to bring MODEL into memory; `status` shows how far it is, and nobody holds it."""
+    with _reported():
+        _client(path).prefetch(model_uri(model))
+    click.echo(json.dumps({"prefetching": model_uri(model)}) if as_json else f"{model_uri(model)} is on its way")
+
+
+@main.command()
+@click.argument("model")
+@_asks
+def estimate(model: str, path: Path | None, as_json: bool) -> None:
+    """Say how long MODEL would take to be ready on this node now."""
+    with _reported():
+        reply = _client(path).estimate(model_uri(model))
+    if as_json:
+        click.echo(msgspec.json.encode(reply).decode())
+    else:
+        click.echo(
+            f"{reply.bytes / 1e6:.0f} MB from {reply.tier}: {reply.seconds:.2f} s, confidence {reply.confidence:.0%}"
+        )
 
 
 @main.command()

@@ -20,9 +20,12 @@ from cache_agent.manifest import Manifest
 from cache_agent.protocol import (
     VERSION,
     Admitted,
+    Adopted,
     AnyMessage,
     Drain,
     ErrorReply,
+    EstimateReply,
+    EstimateRequest,
     EvictReply,
     EvictRequest,
     Granted,
@@ -32,6 +35,11 @@ from cache_agent.protocol import (
     ManifestReply,
     ManifestRequest,
     Message,
+    Offer,
+    PinReply,
+    PinRequest,
+    PrefetchReply,
+    PrefetchRequest,
     Progress,
     PushDrain,
     PushDrainReply,
@@ -44,6 +52,8 @@ from cache_agent.protocol import (
 M = TypeVar("M", bound=Message)
 
 _DESCRIBE_SECONDS = 120.0
+_ADOPT_SECONDS = 600.0  # it hashes the bytes, one offer at a time, and may have to read the origin
+_EVICT_SECONDS = 60.0  # removing large files takes a while
 
 
 class Lease:
@@ -105,6 +115,11 @@ class Lease:
                 self.revision = revision
         return message
 
+    def rejoin(self, channel: Channel) -> None:
+        """Goes on over a connection on which these bytes were offered."""
+        self._channel.close()
+        self._channel = channel
+
     def fileno(self) -> int:
         """Readable when an event waits, or the agent is gone."""
         return self._channel.fileno()
@@ -155,12 +170,43 @@ class CacheClient:
             raise
         return Lease(channel, granted, fds)
 
+    def offer(self, model: str, lease: Lease, *, deadline: float | None = None) -> Adopted:
+        """Gives a lease whose agent went away to the one that is there now; `lease` goes on over the new connection.
+
+        Whether the agent adopts the bytes or not, they stay mapped. Raises any `AgentError`.
+        """
+        channel = self._connect()
+        try:
+            channel.send(Offer(model, lease.manifest.source, len(lease.segments)), lease.segments)
+            adopted, _ = self._expect(channel, Adopted, deadline or time.monotonic() + _ADOPT_SECONDS)
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, Disconnected):
+                raise LeaseLost(f"the cache agent at {self.path} went away ({error})") from error
+            raise
+        lease.revision = adopted.revision or lease.revision
+        lease.rejoin(channel)
+        return adopted
+
     def status(self) -> StatusReply:
         return self._ask(StatusRequest(), StatusReply)
 
-    def evict(self, model: str) -> int:
-        """Bytes given back. Raises `EvictRefused` while functions hold the model."""
-        return self._ask(EvictRequest(model), EvictReply).bytes
+    def evict(self, model: str, *, ssd: bool = False) -> int:
+        """Bytes given back, of memory and with `ssd` of disk. Raises `EvictRefused` while functions hold the model."""
+        reply = self._ask(EvictRequest(model, ssd), EvictReply, _EVICT_SECONDS if ssd else None)
+        return reply.bytes + reply.ssd
+
+    def pin(self, model: str, *, pinned: bool = True) -> int:
+        """Keeps a resident model, or no longer; its bytes."""
+        return self._ask(PinRequest(model, pinned), PinReply).bytes
+
+    def estimate(self, model: str) -> EstimateReply:
+        """How long a lease on the model would take to be ready, and from which tier."""
+        return self._ask(EstimateRequest(model), EstimateReply, _DESCRIBE_SECONDS)
+
+    def prefetch(self, model: str) -> None:
+        """Begins to bring a model into the node's memory and does not wait for it."""
+        self._ask(PrefetchRequest(model), PrefetchReply)
 
     def push_drain(self, reason: str, grace: float, model: str = "") -> int:
         """How many holders were told; see `protocol.PushDrain`."""
@@ -176,10 +222,10 @@ class CacheClient:
             finally:
                 os.close(fds[0])
 
-    def _ask(self, request: Message, reply: type[M]) -> M:
+    def _ask(self, request: Message, reply: type[M], seconds: float | None = None) -> M:
         with self._channel() as channel:
             channel.send(request)
-            return self._expect(channel, reply, time.monotonic() + self._timeout)[0]
+            return self._expect(channel, reply, time.monotonic() + (seconds or self._timeout))[0]
 
     @contextmanager
     def _channel(self) -> Iterator[Channel]:

@@ -22,8 +22,8 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 class AgentConfig:
     """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`; the README's table has one row per field.
 
-    `dram` in bytes. `file_roots` are the directories that `file://` may name; a socket that other users can reach
-    needs them to be narrower than "/".
+    `dram` and `ssd_size` in bytes; without `ssd` nothing is kept on disk. `file_roots` are the directories that
+    `file://` may name; a socket that other users can reach needs them to be narrower than "/".
     """
 
     socket: Path = Path(DEFAULT_SOCKET)
@@ -31,6 +31,8 @@ class AgentConfig:
     node: str = ""
     dram: int = 0
     huge_pages: HugePages = "auto"
+    ssd: Path | None = None
+    ssd_size: int = 0
     file_roots: tuple[Path, ...] = (Path("/"),)
     s3_endpoint: str = ""
     s3_anonymous: bool = False
@@ -50,8 +52,8 @@ class AgentConfig:
             )
         if self.huge_pages not in get_args(HugePages):
             raise BadConfig(f"huge_pages is {self.huge_pages!r}; it can be auto, always or never")
-        if self.readers < 1 or self.dram < 0 or self.max_connections < 1:
-            raise BadConfig("readers and max_connections must be at least 1, dram at least 0 bytes")
+        if self.readers < 1 or self.dram < 0 or self.ssd_size < 0 or self.max_connections < 1:
+            raise BadConfig("readers and max_connections must be at least 1, dram and ssd_size at least 0 bytes")
         if not self.revalidate >= 0:
             raise BadConfig(f"revalidate is {self.revalidate}; it must be at least 0 seconds")
 
@@ -118,6 +120,8 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "node": str,
     "dram": parse_size,
     "huge_pages": str,
+    "ssd": Path,
+    "ssd_size": parse_size,
     "file_roots": _roots,
     "s3_endpoint": str,
     "s3_anonymous": parse_flag,

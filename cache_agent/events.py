@@ -51,7 +51,10 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    """`seconds` is what it took, and would take again."""
+
     entry: int
+    seconds: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,41 @@ class EvictAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class PinAsked:
+    """Keep the model at `uri`, or no longer; `asker` gets `PinDone` or `Refuse`."""
+
+    asker: int
+    uri: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OfferAsked:
+    """A function that outlived its agent offers the bytes that it maps; they are being examined."""
+
+    lease: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The bytes were proved; `same` is the entry whose memory they are already, or 0."""
+
+    lease: int
+    uri: str
+    manifest: Manifest
+    revision: str
+    same: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OfferFailed:
+    lease: int
+    uri: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Evicted:
     entry: int
 
@@ -89,6 +127,10 @@ Event = (
     | LoadFailed
     | Admitted
     | EvictAsked
+    | PinAsked
+    | OfferAsked
+    | Offered
+    | OfferFailed
     | Evicted
 )
 
@@ -155,4 +197,28 @@ class EvictDone:
     bytes: int
 
 
-Action = Resolve | Load | Grant | Complete | Admit | Announce | Refuse | Evict | EvictDone
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """The offered bytes are the entry's from now on, and the lease holds it; `fresh` where the entry is new."""
+
+    lease: int
+    entry: int
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """The offered bytes stay the function's own."""
+
+    lease: int
+    uri: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinDone:
+    asker: int
+    bytes: int
+
+
+Action = Resolve | Load | Grant | Complete | Admit | Announce | Refuse | Evict | EvictDone | PinDone | Adopt | Orphan

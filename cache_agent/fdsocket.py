@@ -30,10 +30,13 @@ class Channel:
     """One connection and its protocol state. One thread at a time."""
 
     def __init__(self, sock: socket.socket, *, of_agent: bool, send_timeout: float = 10.0) -> None:
-        """The agent's side takes short requests and no fds, the client's side replies. `send_timeout` in seconds."""
+        """The agent's side takes short requests, the client's side replies; `send_timeout` in seconds.
+
+        To the agent fds come only with an offer, all in one piece: nobody can park them there.
+        """
         self.sock = sock
         self.state = "new"
-        self._accept_fds = not of_agent
+        self._of_agent = of_agent
         self._send_timeout = send_timeout
         self._decoder = Decoder(MAX_REQUEST if of_agent else MAX_REPLY)
         self._messages: deque[AnyMessage] = deque()
@@ -101,13 +104,15 @@ class Channel:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
         self._fds.extend(fds)
-        if fds and not self._accept_fds:
+        if fds and self._of_agent and self.state != "open":
             raise ProtocolError("fds are not accepted here")
         if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
             raise ProtocolError(f"more than {MAX_FDS} fds at once")
         if not data:
             raise Disconnected("closed by the peer")
         self._messages.extend(self._decoder.feed(data))
+        if self._of_agent and self._fds and not self._messages:
+            raise ProtocolError("fds came with half a message")
 
     def _wait(self, events: int, seconds: float) -> bool:
         poller = select.poll()

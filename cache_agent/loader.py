@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import xxhash
@@ -17,12 +18,14 @@ import xxhash
 from cache_agent import manifest as manifests
 from cache_agent import ranges
 from cache_agent.checkpoint import Description
-from cache_agent.errors import AgentError, OriginUnavailable
+from cache_agent.errors import AgentError, OriginChanged, OriginUnavailable
 from cache_agent.manifest import Tensor
 from cache_agent.parallelism import Parallelism
 from cache_agent.ranges import Range
+from cache_agent.tee import Tee
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import Origin
+from cache_agent.tiers.ssd import Reading
 
 log = logging.getLogger("glowplug.loader")
 
@@ -46,12 +49,21 @@ class _Transfer:
 class Load:
     """The bytes of one model on their way. Progress may be read, and watched, from any thread."""
 
-    def __init__(self, description: Description, origin: Origin, dram: Dram, *, readers: int = 4) -> None:
-        """`readers` is the largest number of parallel reads; how many there are depends on what they yield."""
+    def __init__(
+        self, description: Description, origin: Origin, dram: Dram, *, readers: int = 4, image: Reading | None = None
+    ) -> None:
+        """`readers` is the largest number of parallel reads; how many there are depends on what the origin yields.
+
+        With an `image` the bytes come from there, and only chunks that are damaged in it from the origin.
+        """
         self.description = description
         self.manifest = description.manifest
         self.dram = dram
         self.total = self.manifest.nbytes
+        self.image = image
+        self.damaged: list[int] = []  # chunks that the image had wrong
+        self.tee: Tee | None = None
+        self._most = readers
         self._origin = origin
         self._files = [description.source.file(file.name) for file in self.manifest.weight_files]
         self._chunks = list(self.manifest.chunks())
@@ -63,11 +75,8 @@ class Load:
             next(number for number, chunk in enumerate(self._chunks) if chunk[0] == segment)
             for segment in range(len(self.manifest.segments))
         ]
-        self._transfers = [_Transfer(wanted) for wanted in ranges.plan(self.manifest)]
+        self._transfers: list[_Transfer] = []
         self._pieces = [0] * len(self._chunks)  # how many each chunk still waits for
-        for transfer in self._transfers:
-            for piece in transfer.range.pieces:
-                self._pieces[piece.chunk] += 1
         self._work: deque[_Transfer] = deque()
         self._arrived = 0
         self._readers = 0
@@ -101,12 +110,17 @@ class Load:
         self._stopped.set()
 
     def run(self) -> None:
-        """Fills the segments and leaves them sealed. Raises the first `AgentError` that retries did not cure.
+        """Fills the segments and gives up writing to them. Raises the first `AgentError` that retries did not cure.
 
         While the origin comes and goes, a further round asks for what is missing, and only for that: it ends when a
         whole round has brought nothing.
         """
         try:
+            wanted = ranges.plan(self.manifest)
+            if self.image is not None:
+                self._read_image(self.image)
+                wanted = ranges.only(wanted, set(self.damaged))
+            self._expect(wanted)
             while True:
                 before = self._arrived
                 try:
@@ -117,9 +131,44 @@ class Load:
                         raise
                     log.warning("%s; going on with what is missing", error)
                     self._stopped.wait(random.uniform(0, _BETWEEN_ROUNDS))  # noqa: S311  jitter, not a secret
-            self.dram.seal()
+            self.dram.freeze()
+            if self.tee is None:  # otherwise the tee does it at its end
+                self.dram.seal()
         finally:
             self.finished.set()
+
+    def _expect(self, wanted: Sequence[Range]) -> None:
+        self._transfers = [_Transfer(each) for each in wanted]
+        for each in wanted:
+            for piece in each.pieces:
+                self._pieces[piece.chunk] += 1
+
+    def _read_image(self, image: Reading) -> None:
+        """Takes every chunk that is right in the image; the others are in `damaged` afterwards."""
+        with ThreadPoolExecutor(min(self._most, len(self._chunks)), thread_name_prefix="image") as pool:
+            for _ in pool.map(lambda number: self._from_image(image, number), range(len(self._chunks))):
+                pass
+
+    def _from_image(self, image: Reading, number: int) -> None:
+        if self._stopped.is_set():
+            return
+        segment, start, end = self._chunks[number]
+        view = self.dram.segments[segment].view
+        assert view is not None, "segments are sealed only after all readers are done"
+        with view[start:end] as chunk:
+            try:
+                right, why = image.read(number, segment, start, chunk), "its checksum does not fit"
+            except OSError as error:
+                right, why = False, error.strerror or str(error)
+            if not right:
+                chunk[:] = bytes(len(chunk))  # the origin has nothing for the gaps between tensors, which are zero
+        if right:
+            self.checksums[number] = image.index.checksums[number]
+            self._complete(number)
+            return
+        log.warning("chunk %d of %s on SSD is damaged (%s); reading the origin", number, self._origin.uri, why)
+        with self._lock:
+            self.damaged.append(number)
 
     def _round(self) -> None:
         """One attempt at everything that is missing, with as many readers as pay."""
@@ -231,6 +280,13 @@ class Load:
         assert view is not None, "segments are sealed only after all readers are done"
         with view[start:end] as chunk:
             self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
+        if self.image is not None and self.checksums[number] != self.image.index.checksums[number]:
+            raise OriginChanged(f"{self._origin.uri}: a file was overwritten without a new date or ETag")
+        self._complete(number)
+
+    def _complete(self, number: int) -> None:
+        """A chunk's bytes are final: counts it, and tells those who wait for it."""
+        segment, start, end = self._chunks[number]
         with self._lock:
             self._finished[number] = True
             self._done += end - start
@@ -240,6 +296,8 @@ class Load:
                 position += 1
             self._prefix[segment] = position
             watchers = [*self._watchers, *([self.observer] if self.observer else ())]
+        if self.tee is not None:
+            self.tee.add(number)
         for wake in watchers:
             wake()
 

@@ -20,9 +20,14 @@
       │   admitted(revision)                │   once the content digest is known
       │   drain(reason, grace)              │   the replica should hand its work over
       │ ◄───────────────────────────────────│
-      │   status | manifest | evict | push_drain   (from open; each has one reply, the state stays open)
+      │  offer(model, source) + fds         │   open, after an agent's restart: the segments that are mapped
+      │ ───────────────────────────────────►│   offering
+      │   adopted(revision, shared, why)    │   leased; shared: they are lent to others again, without a copy
+      │ ◄───────────────────────────────────│
+      │   status | manifest | evict | pin | prefetch | estimate | push_drain   (open: one reply each, stays open)
 
-`error(code, text)` may take the place of any reply; from `new`, `leasing` and `loading` the agent then closes. One
+`error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
+then closes. One
 lease per connection: the connection *is* the lease. A higher minor feature is a new message or a new optional field;
 VERSION changes only when an old peer could misread a frame.
 """
@@ -109,6 +114,22 @@ class Admitted(Message, frozen=True, tag="admitted"):
     revision: Short
 
 
+class Offer(Message, frozen=True, tag="offer"):
+    """A function that outlived its agent has the model mapped. Fds: its segments in order; all else is looked up."""
+
+    model: Uri
+    source: Short
+    fds: Annotated[int, msgspec.Meta(ge=1, le=MAX_FDS)]
+
+
+class Adopted(Message, frozen=True, tag="adopted"):
+    """The connection is a lease again. Unless `shared`, the bytes stay the function's own; `why` is the reason."""
+
+    revision: Short
+    shared: bool
+    why: Text = ""
+
+
 class Drain(Message, frozen=True, tag="drain"):
     """The replica will go away: hand over what runs, within `grace` seconds."""
 
@@ -131,6 +152,43 @@ class ModelStatus(msgspec.Struct, frozen=True):
     page: Count
     leases: Count
     idle_seconds: float
+    pinned: bool = False
+
+
+class ImageStatus(msgspec.Struct, frozen=True):
+    """A model on SSD; `users` loads read it now."""
+
+    model: Uri
+    source: Short
+    revision: Short
+    bytes: Count
+    users: Count
+
+
+class QuarantineStatus(msgspec.Struct, frozen=True):
+    """Something damaged in the SSD's directory, set aside and never served."""
+
+    name: Short
+    reason: Short
+
+
+class SsdStatus(msgspec.Struct, frozen=True):
+    directory: Uri
+    capacity: Count
+    used: Count
+    images: list[ImageStatus]
+    quarantined: list[QuarantineStatus]
+
+
+class TierStatus(msgspec.Struct, frozen=True):
+    """What was measured of a tier: bytes per second, the estimates' mean relative error, the last load in seconds."""
+
+    tier: Short
+    loads: Count
+    rate: float
+    error: float
+    predicted: float
+    took: float
 
 
 class StatusReply(Message, frozen=True, tag="status_reply"):
@@ -139,6 +197,9 @@ class StatusReply(Message, frozen=True, tag="status_reply"):
     capacity: Count
     used: Count
     models: list[ModelStatus]
+    ssd: SsdStatus | None = None
+    tiers: list[TierStatus] = []
+    orphaned: Count = 0
 
 
 class ManifestRequest(Message, frozen=True, tag="manifest"):
@@ -155,10 +216,52 @@ class ManifestReply(Message, frozen=True, tag="manifest_reply"):
 
 
 class EvictRequest(Message, frozen=True, tag="evict"):
+    """From memory; with `ssd` from there, too."""
+
     model: Uri
+    ssd: bool = False
 
 
 class EvictReply(Message, frozen=True, tag="evict_reply"):
+    """Bytes of memory, and of SSD, given back."""
+
+    bytes: Count
+    ssd: Count = 0
+
+
+class PinRequest(Message, frozen=True, tag="pin"):
+    """Keeps a resident model, in memory and on SSD, until it is asked for with `pinned` false or the agent ends."""
+
+    model: Uri
+    pinned: bool = True
+
+
+class PinReply(Message, frozen=True, tag="pin_reply"):
+    bytes: Count
+
+
+class PrefetchRequest(Message, frozen=True, tag="prefetch"):
+    """Brings a model into memory in the background, for whoever comes."""
+
+    model: Uri
+
+
+class PrefetchReply(Message, frozen=True, tag="prefetch_reply"):
+    """It was begun; how it goes is in `status` and the agent's log."""
+
+
+class EstimateRequest(Message, frozen=True, tag="estimate"):
+    """How long a lease on the model would take to be ready; loads nothing."""
+
+    model: Uri
+
+
+class EstimateReply(Message, frozen=True, tag="estimate_reply"):
+    """`tier` is where the bytes would come from; `confidence` from 0 (a guess) to 1 (they are there)."""
+
+    seconds: float
+    tier: Short
+    confidence: float
     bytes: Count
 
 
@@ -187,6 +290,8 @@ AnyMessage = (
     | Progress
     | Ready
     | Admitted
+    | Offer
+    | Adopted
     | Drain
     | StatusRequest
     | StatusReply
@@ -194,6 +299,12 @@ AnyMessage = (
     | ManifestReply
     | EvictRequest
     | EvictReply
+    | PinRequest
+    | PinReply
+    | PrefetchRequest
+    | PrefetchReply
+    | EstimateRequest
+    | EstimateReply
     | PushDrain
     | PushDrainReply
     | ErrorReply
@@ -206,6 +317,10 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("leasing", Granted): "loading",
     ("loading", Progress): "loading",
     ("loading", Ready): "leased",
+    ("open", Offer): "offering",
+    ("offering", Adopted): "leased",
+    ("offering", Drain): "offering",
+    ("offering", ErrorReply): "closed",
     ("leased", Admitted): "leased",
     ("leased", Drain): "leased",
     ("loading", Drain): "loading",
@@ -216,6 +331,12 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("asking", ManifestReply): "open",
     ("open", EvictRequest): "asking",
     ("asking", EvictReply): "open",
+    ("open", PinRequest): "asking",
+    ("asking", PinReply): "open",
+    ("open", PrefetchRequest): "asking",
+    ("asking", PrefetchReply): "open",
+    ("open", EstimateRequest): "asking",
+    ("asking", EstimateReply): "open",
     ("open", PushDrain): "asking",
     ("asking", PushDrainReply): "open",
     ("asking", ErrorReply): "open",

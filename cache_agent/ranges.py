@@ -10,6 +10,7 @@ pieces are. Ranges come in execution order.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from cache_agent import manifest as manifests
@@ -67,4 +68,16 @@ def plan(manifest: Manifest, target: int = 0) -> list[Range]:
             pieces.append(Piece(number, segment, read.offset, read.size))
             end = read.file_offset + read.size
     close()
+    return found
+
+
+def only(plan: Iterable[Range], chunks: Collection[int]) -> list[Range]:
+    """What of the plan belongs to these chunks, a range for each piece."""
+    found = []
+    for wanted in plan:
+        start = wanted.start
+        for piece in wanted.pieces:
+            if piece.chunk in chunks:
+                found.append(Range(wanted.file, start, piece.size, (piece,)))
+            start += piece.size
     return found

@@ -7,21 +7,22 @@
 A URI is an *alias*: it is resolved to a source (files, sizes, ETags) and, after admission, to a revision. An entry is
 one copy of a source's bytes and has a number of its own, so that late news of an evicted copy never hits its successor;
 two sources with equal bytes share the first one's entry from the moment both revisions are known. Leased bytes are
-never evicted. An alias whose model is resident is granted at once and revalidated in the background. The driver
+never evicted, nor is what a pinned URI names now; of the rest, what is cheapest to bring back goes first
+(policy/eviction.py). An alias whose model is resident is granted at once and revalidated in the background. The driver
 carries actions out in order and feeds what came of them back as events.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
 
-from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapacity, WrongRevision
+from cache_agent.entry import Alias, Entry, mb, no_capacity, wrong_revision
+from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapacity
 from cache_agent.events import (
     Action,
     Admit,
     Admitted,
+    Adopt,
     Announce,
     Complete,
     Event,
@@ -35,6 +36,12 @@ from cache_agent.events import (
     Load,
     Loaded,
     LoadFailed,
+    OfferAsked,
+    Offered,
+    OfferFailed,
+    Orphan,
+    PinAsked,
+    PinDone,
     Refuse,
     Reserved,
     Resolve,
@@ -42,35 +49,7 @@ from cache_agent.events import (
     ResolveFailed,
 )
 from cache_agent.manifest import Manifest
-from cache_agent.policy.eviction import Candidate, least_recently_used
-
-State = Literal["loading", "ready", "evicting"]
-
-
-@dataclass(slots=True)
-class Entry:
-    """One copy of a source's bytes in DRAM. `leases` maps each lease to the revision it insists on, if any."""
-
-    number: int
-    uri: str
-    manifest: Manifest
-    state: State = "loading"
-    reserved: bool = False
-    revision: str = ""
-    last_used: float = 0.0
-    leases: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return self.manifest.nbytes
-
-
-@dataclass(slots=True)
-class _Alias:
-    source: str = ""
-    checked: float = 0.0
-    resolving: bool = False
-    waiting: dict[int, str] = field(default_factory=dict)
+from cache_agent.policy.eviction import Candidate, cheapest, priority
 
 
 class Residency:
@@ -82,10 +61,13 @@ class Residency:
         self.revalidate_after = revalidate_after
         self.entries: dict[int, Entry] = {}
         self._numbers = count(1)
-        self._aliases: dict[str, _Alias] = {}
+        self._aliases: dict[str, Alias] = {}
         self._by_source: dict[str, int] = {}
         self._by_revision: dict[str, int] = {}
         self._holds: dict[int, int] = {}  # lease -> entry
+        self._offering: set[int] = set()  # leases whose bytes are being examined
+        self._pins: set[str] = set()  # URIs
+        self._clock = 0.0  # of the eviction policy
 
     @property
     def used(self) -> int:
@@ -95,6 +77,14 @@ class Residency:
         """The entry that a lease on `uri` would get now, if it is resident or on its way."""
         alias = self._aliases.get(uri)
         return self._find(alias.source) if alias else None
+
+    @property
+    def pinned(self) -> set[str]:
+        """Sources of the models that are kept: those that pinned URIs name now."""
+        return {self._aliases[uri].source for uri in self._pins if uri in self._aliases}
+
+    def is_pinned(self, entry: Entry) -> bool:
+        return any(self._by_source.get(source) == entry.number for source in self.pinned)
 
     def holders(self, uri: str = "") -> list[int]:
         """Leases on the model at `uri`, those on bytes that it had before included, or all of them."""
@@ -118,14 +108,24 @@ class Residency:
                 entry = self.entries[number]
                 entry.reserved = True
                 return [Grant(lease, number) for lease in entry.leases]
-            case Loaded(number):
-                return self._loaded(self.entries[number], now)
+            case Loaded(number, seconds):
+                return self._loaded(self.entries[number], seconds, now)
             case LoadFailed(number, error):
                 return self._load_failed(self.entries[number], error)
             case Admitted(number, revision):
                 return self._admitted(number, revision)
             case EvictAsked(asker, uri):
                 return self._evict_asked(asker, uri)
+            case PinAsked(asker, uri, pinned):
+                return self._pin_asked(asker, uri, pinned)
+            case OfferAsked(lease, uri):
+                self._aliases.setdefault(uri, Alias()).offers += 1
+                self._offering.add(lease)
+                return []
+            case Offered(lease, uri, manifest, revision, same):
+                return self._offered(lease, uri, manifest, revision, same, now)
+            case OfferFailed(lease, uri, why):
+                return self._offer_over(lease, uri, [Orphan(lease, uri, why)], now)
             case Evicted(number):
                 del self.entries[number]
                 return []
@@ -133,7 +133,7 @@ class Residency:
     # --- leases -------------------------------------------------------------------------------------------------------
 
     def _lease_asked(self, lease: int, uri: str, pinned: str, now: float) -> list[Action]:
-        alias = self._aliases.get(uri, _Alias())
+        alias = self._aliases.get(uri, Alias())
         number = self._by_revision.get(pinned) if pinned else self._by_source.get(alias.source)
         if number is not None:
             actions = self._attach(self.entries[number], lease, pinned, now)
@@ -143,16 +143,18 @@ class Residency:
             return actions
         self._aliases[uri] = alias
         alias.waiting[lease] = pinned
-        if alias.resolving:
+        if alias.resolving or alias.offers:
             return []
         alias.resolving = True
         return [Resolve(uri)]
 
     def _attach(self, entry: Entry, lease: int, pinned: str, now: float) -> list[Action]:
         if pinned and entry.revision and entry.revision != pinned:
-            return [Refuse(lease, _wrong_revision(entry.uri, entry.revision, pinned))]
+            return [Refuse(lease, wrong_revision(entry.uri, entry.revision, pinned))]
         entry.leases[lease] = pinned
         entry.last_used = now
+        entry.uses += 1
+        self._price(entry)
         self._holds[lease] = entry.number
         actions: list[Action] = []
         if entry.reserved:
@@ -165,6 +167,7 @@ class Residency:
     def _lease_closed(self, lease: int, now: float) -> list[Action]:
         number = self._holds.pop(lease, None)
         if number is None:
+            self._offering.discard(lease)
             for alias in self._aliases.values():
                 alias.waiting.pop(lease, None)
             return []
@@ -176,7 +179,7 @@ class Residency:
     # --- resolving and loading ----------------------------------------------------------------------------------------
 
     def _resolved(self, uri: str, manifest: Manifest, revision: str, now: float) -> list[Action]:
-        alias = self._aliases.setdefault(uri, _Alias())
+        alias = self._aliases.setdefault(uri, Alias())
         alias.source, alias.resolving, alias.checked = manifest.source, False, now
         waiting, alias.waiting = alias.waiting, {}
         if revision in self._by_revision:
@@ -185,6 +188,9 @@ class Residency:
             return []
         actions: list[Action] = []
         entry = self._find(manifest.source)
+        if entry is None and alias.offers:
+            alias.waiting = waiting
+            return []
         if entry is None:
             try:
                 actions += self._make_room(manifest.nbytes)
@@ -205,31 +211,80 @@ class Residency:
         waiting = alias.waiting
         alias.waiting, alias.resolving = {}, False
         # Bytes that are resident stay in use when the origin is merely out of reach; they are checked again next time.
-        if alias.source not in self._by_source:
+        if alias.source not in self._by_source and not alias.offers:
             del self._aliases[uri]
         return [Refuse(lease, error) for lease in waiting]
+
+    # --- adopting what an earlier agent left --------------------------------------------------------------------------
+
+    def _offered(self, lease: int, uri: str, manifest: Manifest, revision: str, same: int, now: float) -> list[Action]:
+        alias = self._aliases[uri]
+        alias.source, alias.checked = manifest.source, now
+        entry = self.entries.get(same)
+        fresh = entry is None
+        if lease not in self._offering or (entry is not None and entry.state != "ready"):
+            return self._offer_over(lease, uri, [Orphan(lease, uri, "it came too late")], now)
+        if entry is None:
+            if manifest.source in self._by_source or revision in self._by_revision:
+                return self._offer_over(lease, uri, [Orphan(lease, uri, "the agent has a copy of its own")], now)
+            # Over the budget, too: the memory is taken, and refusing the bytes would not free it.
+            entry = Entry(next(self._numbers), uri, manifest, "ready", reserved=True, revision=revision)
+            self.entries[entry.number] = entry
+            self._by_revision[revision] = entry.number
+            self._by_source[manifest.source] = entry.number
+        entry.leases[lease], entry.last_used = "", now
+        entry.uses += 1
+        self._price(entry)
+        self._holds[lease] = entry.number
+        return self._offer_over(lease, uri, [Adopt(lease, entry.number, fresh)], now)
+
+    def _offer_over(self, lease: int, uri: str, actions: list[Action], now: float) -> list[Action]:
+        """Answers the offer if its lease is still there, and lets those go on who waited for it."""
+        alias = self._aliases[uri]
+        alias.offers -= 1
+        actions = actions if lease in self._offering else []
+        self._offering.discard(lease)
+        entry = self._find(alias.source)
+        if alias.offers or alias.resolving:
+            return actions
+        if not alias.waiting:
+            if entry is None:
+                del self._aliases[uri]
+            return actions
+        if entry is None:
+            alias.resolving = True
+            return [*actions, Resolve(uri)]
+        waiting, alias.waiting = alias.waiting, {}
+        for waiter, pinned in waiting.items():
+            actions += self._attach(entry, waiter, pinned, now)
+        return actions
 
     def _make_room(self, needed: int) -> list[Action]:
         present = [entry for entry in self.entries.values() if entry.state != "evicting"]
         free = self.capacity - sum(entry.bytes for entry in present)
         if needed <= free:
             return []
-        idle = [entry for entry in present if entry.state == "ready" and not entry.leases]
-        victims = least_recently_used(
-            (Candidate(entry.number, entry.bytes, entry.last_used) for entry in idle), needed - free
-        )
-        if victims is None:
-            held = sum(entry.bytes for entry in present) - sum(entry.bytes for entry in idle)
-            raise NoCapacity(
-                f"the model needs {_mb(needed)}; the agent's budget is {_mb(self.capacity)}, of which {_mb(held)} are "
-                f"in use and {_mb(sum(entry.bytes for entry in idle))} could be evicted. Give the agent more memory "
-                "(--dram), or use a smaller model"
-            )
-        why = f"to make room for {_mb(needed)}; least recently used"
-        return [self._evict(self.entries[number], why) for number in victims]
+        idle = [e for e in present if e.state == "ready" and not e.leases and not self.is_pinned(e)]
+        candidates = [Candidate(e.number, e.bytes, e.priority, e.last_used) for e in idle]
+        choice = cheapest(candidates, needed - free, self._clock)
+        if choice is None:
+            stays = [entry for entry in present if entry not in idle]
+            raise no_capacity(needed, self.capacity, stays, sum(entry.bytes for entry in idle), self._why_stays)
+        self._clock = choice.clock
+        why = f"smallest price, to make room for {mb(needed)}"
+        return [self._evict(self.entries[int(number)], why) for number in choice.keys]
 
-    def _loaded(self, entry: Entry, now: float) -> list[Action]:
-        entry.state, entry.last_used = "ready", now
+    def _why_stays(self, entry: Entry) -> str:
+        if entry.leases:
+            return f"held by {len(entry.leases)} functions" if len(entry.leases) > 1 else "held by a function"
+        return "pinned" if self.is_pinned(entry) and entry.state == "ready" else f"{entry.state}"
+
+    def _price(self, entry: Entry) -> None:
+        entry.priority = priority(self._clock, entry.uses, entry.seconds, entry.bytes)
+
+    def _loaded(self, entry: Entry, seconds: float, now: float) -> list[Action]:
+        entry.state, entry.last_used, entry.seconds = "ready", now, seconds
+        self._price(entry)
         actions: list[Action] = [
             Complete(lease, entry.number, False, entry.revision)
             for lease, pinned in entry.leases.items()
@@ -260,7 +315,7 @@ class Residency:
                 actions.append(Complete(lease, number, False, revision))
             else:
                 del entry.leases[lease], self._holds[lease]
-                actions.append(Refuse(lease, _wrong_revision(entry.uri, revision, pinned)))
+                actions.append(Refuse(lease, wrong_revision(entry.uri, revision, pinned)))
         return actions + self._evict_if_duplicate(entry)
 
     # --- leaving ------------------------------------------------------------------------------------------------------
@@ -275,10 +330,20 @@ class Residency:
         entry = self.entry_of(uri)
         if entry is None:
             return [Refuse(asker, ModelNotFound(f"{uri} is not resident on this node; see `glowplug-agent status`"))]
-        if entry.state != "ready" or entry.leases:
-            why = f"{len(entry.leases)} functions hold it" if entry.leases else f"it is {entry.state}"
-            return [Refuse(asker, EvictRefused(f"{uri} stays: {why}"))]
+        if entry.state != "ready" or entry.leases or self.is_pinned(entry):
+            return [Refuse(asker, EvictRefused(f"{uri} stays: it is {self._why_stays(entry)}"))]
         return [self._evict(entry, "asked for"), EvictDone(asker, entry.bytes)]
+
+    def _pin_asked(self, asker: int, uri: str, pinned: bool) -> list[Action]:
+        entry = self.entry_of(uri)
+        if entry is None and (pinned or uri not in self._pins):
+            text = f"{uri} is not resident on this node; `glowplug-agent prefetch` brings it"
+            return [Refuse(asker, ModelNotFound(text))]
+        if pinned:
+            self._pins.add(uri)
+        else:
+            self._pins.discard(uri)
+        return [PinDone(asker, entry.bytes if entry else 0)]
 
     def _evict(self, entry: Entry, why: str) -> Evict:
         entry.state = "evicting"
@@ -296,17 +361,9 @@ class Residency:
                 else:
                     index[key] = heir
         for uri, alias in list(self._aliases.items()):
-            if alias.source not in self._by_source and not alias.resolving:
+            if alias.source not in self._by_source and not alias.resolving and not alias.offers:
                 del self._aliases[uri]
 
     def _find(self, source: str) -> Entry | None:
         number = self._by_source.get(source)
         return None if number is None else self.entries[number]
-
-
-def _wrong_revision(uri: str, found: str, wanted: str) -> WrongRevision:
-    return WrongRevision(f"{uri} is at revision {found} now and {wanted} was asked for; drop the pin, or restore it")
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"

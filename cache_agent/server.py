@@ -25,6 +25,7 @@ from cache_agent.protocol import (
     VERSION,
     AnyMessage,
     ErrorReply,
+    EstimateRequest,
     EvictRequest,
     Hello,
     Identity,
@@ -32,10 +33,13 @@ from cache_agent.protocol import (
     ManifestReply,
     ManifestRequest,
     Message,
+    Offer,
+    PinRequest,
+    PrefetchReply,
+    PrefetchRequest,
     Progress,
     PushDrain,
     PushDrainReply,
-    StatusReply,
     StatusRequest,
     Welcome,
 )
@@ -245,7 +249,7 @@ class Connection:
             self._report_progress()
             if self._channel.fileno() in events:
                 while (received := self._channel.poll()) is not None:
-                    self._answer(received[0])
+                    self._answer(*received)
 
     def _send_outbox(self) -> None:
         while True:
@@ -273,7 +277,7 @@ class Connection:
             self._report_at = time.monotonic() + _PROGRESS_SECONDS
             self._channel.send(Progress(ready, done, self._load.total))
 
-    def _answer(self, message: AnyMessage) -> None:
+    def _answer(self, message: AnyMessage, fds: list[int]) -> None:
         if isinstance(message, Hello):
             self._greet(message)
             return
@@ -281,10 +285,19 @@ class Connection:
             match message:
                 case LeaseRequest(model):
                     self._asked = self._agent.lease(self, model)
-                case EvictRequest(model):
-                    self._agent.evict(self, model)
+                case Offer(model, source):
+                    self._asked = self._agent.offer(self, model, source, fds)
+                case EvictRequest(model, from_ssd):
+                    self._agent.evict(self, model, from_ssd)
+                case PinRequest(model, pinned):
+                    self._agent.pin(self, model, pinned)
+                case PrefetchRequest(model):
+                    self._agent.prefetch(model)
+                    self._channel.send(PrefetchReply())
                 case StatusRequest():
-                    self._channel.send(StatusReply(self._agent.node, os.getpid(), *self._agent.status()))
+                    self._channel.send(self._agent.full_status())
+                case EstimateRequest(model):
+                    self._channel.send(self._agent.estimate(model))
                 case ManifestRequest(model):
                     self._send_manifest(model)
                 case PushDrain(reason, grace, model):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cache_agent.client import CacheClient, Lease
-from cache_agent.errors import AgentError, AgentTimeout, LeaseLost
+from cache_agent.errors import AgentError, AgentTimeout
 from cache_agent.ledger import Ledger, Span
 from cache_agent.protocol import Admitted, Drain
 from runtime.config import FunctionConfig, from_environment
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("glowplug.worker")
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+_REJOIN_SECONDS = 30.0  # between two attempts to find an agent again, at most
 _LAST_ANSWERS = 2.0  # seconds that requests which waited for a failed start have to take their answer
 
 
@@ -104,9 +106,7 @@ class Worker:
 
     def _load(self, uri: str) -> Model:
         """Leases, retrying what can be cured by waiting, and imports torch while the bytes are on their way."""
-        client = CacheClient(
-            self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token(), pod=self._config.pod
-        )
+        client = self._client()
         deadline = time.monotonic() + self._config.start_timeout
         pause = 0.1
         while True:
@@ -128,6 +128,11 @@ class Worker:
                 self._lifecycle.phase = f"waiting to try again: {error.text} [{error.code}]"
                 time.sleep(pause)
                 pause = min(5.0, pause * 2)
+
+    def _client(self) -> CacheClient:
+        return CacheClient(
+            self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token(), pod=self._config.pod
+        )
 
     def _assemble(self, lease: Lease, deadline: float) -> Model:
         self._http_up.wait()  # probes come first: importing torch holds the interpreter's lock for long stretches
@@ -196,17 +201,33 @@ class Worker:
     # --- serving --------------------------------------------------------------------------------------------------
 
     def _listen(self, model: Model) -> None:
-        """The agent's pushes. The weights outlive the agent, so losing it is no reason to stop."""
+        """The agent's pushes. The weights outlive the agent: whoever serves next is offered them."""
         assert self._lease is not None, "leased before anything is served"
-        try:
-            while True:
-                match self._lease.next_event(60.0):
-                    case Admitted(revision):
-                        model.revision = model.engine.revision = revision
-                    case Drain(reason, _):
-                        self._drain(f"the agent says: {reason}")
-        except (LeaseLost, AgentError) as error:
-            log.warning("%s; this function goes on with the weights that it maps", error)
+        while True:
+            try:
+                while True:
+                    match self._lease.next_event(60.0):
+                        case Admitted(revision):
+                            model.revision = model.engine.revision = revision
+                        case Drain(reason, _):
+                            self._drain(f"the agent says: {reason}")
+            except AgentError as error:
+                log.warning("%s; this function goes on with the weights that it maps", error)
+            self._rejoin(self._lease)
+
+    def _rejoin(self, lease: Lease) -> None:
+        """Waits for an agent and offers it the weights, so that it needs no second copy of them."""
+        pause = 0.2
+        while True:
+            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  jitter, not a secret
+            pause = min(_REJOIN_SECONDS, 2 * pause)
+            try:
+                adopted = self._client().offer(self._config.model_uri, lease)
+            except (AgentError, FunctionError, OSError) as error:
+                log.debug("no agent to join yet: %s", error)
+                continue
+            log.info("joined the agent again; weights %s", "shared" if adopted.shared else f"not: {adopted.why}")
+            return
 
     def _beat(self) -> None:
         self._line.send(beat=1)

@@ -50,9 +50,21 @@ class Segment:
         self._owner = owner
         self.view: memoryview | None = memoryview(self._map)
 
-    def seal(self) -> None:
-        """Gives up the writable mapping and makes the bytes immutable. No reader of `view` may be left."""
+    @classmethod
+    def adopted(cls, fd: int) -> Segment:
+        """A segment that is sealed already; takes over `fd`."""
+        segment = cls.__new__(cls)
+        segment.fd, segment.size = fd, os.fstat(fd).st_size
+        segment._owner, segment._map, segment.view = -1, None, None
+        return segment
+
+    def freeze(self) -> None:
+        """Gives up the writable mapping: nobody can write from here on. No reader of `view` may be left."""
         self._unmap()
+
+    def seal(self) -> None:
+        """Makes the bytes immutable for all to see; the kernel refuses it while a page is being written out."""
+        self.freeze()
         if self._owner >= 0:
             try:
                 fcntl.fcntl(self._owner, fcntl.F_ADD_SEALS, _COMPLETE)
@@ -126,6 +138,20 @@ class Dram:
             self.close()
             raise
 
+    @classmethod
+    def adopted(cls, fds: Sequence[int]) -> Dram:
+        """Memory of an earlier agent, proved to be a model's. The fds stay the caller's; raises `OSError`."""
+        dram = cls.__new__(cls)
+        dram.segments = []
+        dram.page = limits.HUGE_PAGE if os.fstat(fds[0]).st_blksize == limits.HUGE_PAGE else _SMALL_PAGE
+        try:
+            for fd in fds:  # a description of our own, read-only: what the client does with its own is its affair
+                dram.segments.append(Segment.adopted(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)))
+        except BaseException:
+            dram.close()
+            raise
+        return dram
+
     @property
     def fds(self) -> list[int]:
         return [segment.fd for segment in self.segments]
@@ -133,6 +159,10 @@ class Dram:
     def map(self) -> list[mmap.mmap]:
         """Read-only mappings of all segments; they outlive this object, and are the caller's to close."""
         return [mmap.mmap(s.fd, s.size, mmap.MAP_SHARED, mmap.PROT_READ) for s in self.segments]
+
+    def freeze(self) -> None:
+        for segment in self.segments:
+            segment.freeze()
 
     def seal(self) -> None:
         for segment in self.segments:

@@ -207,7 +207,7 @@ def test_evicting_what_is_held_or_not_there(shared_agent, fails, tmp_path, write
     with shared_agent.client.lease(f"file://{model}") as lease:
         lease.wait_ready(time.monotonic() + 30)
         _, sentence = fails("evict", model, "--socket", shared_agent.socket)
-    assert "1 functions hold it" in sentence
+    assert "held by a function" in sentence
     assert sentence.endswith("[in_use]")
 
 

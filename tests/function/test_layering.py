@@ -25,6 +25,7 @@ PURE = [
     "cache_agent/events.py",
     "cache_agent/parallelism.py",
     "cache_agent/ranges.py",
+    "cache_agent/entry.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "cache_agent" / "policy").glob("*.py"))),

@@ -267,6 +267,29 @@ def test_two_replicas_share_the_weights_of_the_nodes_agent(
     assert second.stop() == 0
 
 
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_an_agent_that_comes_back_gets_the_weights_that_functions_map(
+    how: str, agent: Any, started: Callable[..., Any], checkpoint: Path
+) -> None:
+    """They serve on meanwhile, and there is no second copy: neither theirs nor that of a function that starts later."""
+    functions = [started(model=checkpoint, socket=agent.socket).wait_ready() for _ in range(2)]
+    getattr(agent, how)()
+    assert functions[0].request("/v1/chat/completions", CHAT).status == 200
+    agent.start()
+
+    def joined() -> bool:
+        models = agent.client.status().models
+        return [(model.leases, model.state) for model in models] == [(2, "ready")]
+
+    functions[0].until(joined, "both have offered what they map")
+    third = started(model=checkpoint, socket=agent.socket).wait_ready()
+    workers = [function.worker() for function in (*functions, third)]
+    assert len(_segments([*workers, agent.pid])) == 1, "one copy of the weights"
+    assert ("agent", "transfer") not in {(s["owner"], s["name"]) for s in third.spans()}
+    assert agent.client.status().orphaned == 0
+    assert agent.client.push_drain("maintenance", 10.0) == 3
+
+
 def test_draining_takes_the_agents_token(
     start_agent: Callable[..., Any], started: Callable[..., Any], checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,70 @@
+"""What residency knows of one copy in memory, and of one URI; the sentences that name them in errors. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cache_agent.errors import NoCapacity, WrongRevision
+from cache_agent.manifest import Manifest
+
+_NAMED = 5  # models that an error names
+
+State = Literal["loading", "ready", "evicting"]
+
+
+@dataclass(slots=True)
+class Entry:
+    """One copy of a source's bytes in DRAM. `leases` maps each lease to the revision it insists on, if any."""
+
+    number: int
+    uri: str
+    manifest: Manifest
+    state: State = "loading"
+    reserved: bool = False
+    revision: str = ""
+    last_used: float = 0.0
+    uses: int = 0
+    seconds: float = 1.0
+    priority: float = 0.0
+    leases: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return self.manifest.nbytes
+
+
+@dataclass(slots=True)
+class Alias:
+    source: str = ""
+    checked: float = 0.0
+    resolving: bool = False
+    offers: int = 0  # being examined; whoever asks meanwhile waits, or there would be a second copy
+    waiting: dict[int, str] = field(default_factory=dict)
+
+
+def no_capacity(needed: int, capacity: int, stays: list[Entry], goes: int, why: Callable[[Entry], str]) -> NoCapacity:
+    """Says who holds what, the largest first; `goes` are the bytes that could be evicted."""
+    largest = sorted(stays, key=lambda entry: -entry.bytes)
+    named = [f"{_short(entry.uri)} {mb(entry.bytes)}, {why(entry)}" for entry in largest[:_NAMED]]
+    if len(largest) > _NAMED:
+        named.append(f"and {len(largest) - _NAMED} more")
+    who = f" ({'; '.join(named)})" if named else ""
+    return NoCapacity(
+        f"the model needs {mb(needed)}; the agent's budget is {mb(capacity)}, of which "
+        f"{mb(sum(entry.bytes for entry in stays))} are in use{who} and {mb(goes)} could be evicted. Give the agent "
+        "more memory (--dram), or use a smaller model"
+    )
+
+
+def wrong_revision(uri: str, found: str, wanted: str) -> WrongRevision:
+    return WrongRevision(f"{uri} is at revision {found} now and {wanted} was asked for; drop the pin, or restore it")
+
+
+def _short(uri: str) -> str:
+    return uri if len(uri) <= 80 else f"…{uri[-79:]}"
+
+
+def mb(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"

@@ -1,0 +1,45 @@
+"""What `status` says of residency entries and images. Pure: values in, messages out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from cache_agent.entry import Entry
+from cache_agent.held import Held
+from cache_agent.policy.estimate import Measured
+from cache_agent.protocol import ImageStatus, ModelStatus, QuarantineStatus, SsdStatus, TierStatus
+from cache_agent.tiers.ssd import Quarantined, Stored
+
+
+def model(entry: Entry, held: Held | None, pinned: bool, now: float) -> ModelStatus:
+    load = held.load if held else None
+    return ModelStatus(
+        model=entry.uri,
+        source=entry.manifest.source,
+        revision=entry.revision,
+        state=entry.state,
+        tier="dram",
+        bytes=entry.bytes,
+        done=entry.bytes if entry.state != "loading" else load.progress()[1] if load else 0,
+        page=held.dram.page if held and held.dram else 0,
+        leases=len(entry.leases),
+        idle_seconds=0.0 if entry.leases else max(0.0, now - entry.last_used),
+        pinned=pinned,
+    )
+
+
+def ssd(
+    directory: Path, capacity: int, used: int, images: Iterable[Stored], quarantined: Iterable[Quarantined]
+) -> SsdStatus:
+    return SsdStatus(
+        str(directory),
+        capacity,
+        used,
+        [ImageStatus(i.index.uri, i.index.source, i.revision, i.index.bytes, i.users) for i in images],
+        [QuarantineStatus(name, reason[:256]) for name, reason in quarantined],
+    )
+
+
+def tiers(measured: Mapping[str, Measured]) -> list[TierStatus]:
+    return [TierStatus(name, m.loads, m.rate, m.error, m.predicted, m.took) for name, m in sorted(measured.items())]

@@ -323,7 +323,7 @@ def _bytes(lease: Any) -> dict[str, bytes]:
 
 
 def evict_what_is_in_use(world: World) -> None:
-    """What somebody holds is never evicted; once the origin has changed, the URI may mean a version nobody holds yet."""
+    """What somebody holds is never evicted; when the origin has changed the URI may mean what nobody holds yet."""
     from cache_agent.errors import AgentError
 
     with world.agent.client.lease(world.uri) as lease:

@@ -1,8 +1,9 @@
 """The locked base set: the distributions that every function of a node shares, so that one warm layer serves them all.
 
-`base.lock` beside this file pins them, one `name==version` per line. A function's own requirements are installed
-*beside* the base, into a directory that comes last on `sys.path`; whatever would need another version of a base
-distribution is refused at build time, because it would cost that function, and only it, its warm starts.
+`base.lock` beside this file pins them, one `name==version` per line, where need be with a marker as pip has it. A
+function's own requirements are installed *beside* the base, into a directory that comes last on `sys.path`; whatever
+would need another version of a base distribution is refused at build time, because it would cost that function, and
+only it, its warm starts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from packaging.markers import Marker
 
 from runtime.errors import BadConfig
 
@@ -34,10 +37,12 @@ def read_lock(path: Path = LOCK) -> dict[str, str]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        name, separator, version = text.partition("==")
+        pin, _, marker = (part.strip() for part in text.partition(";"))
+        name, separator, version = pin.partition("==")
         if not separator:
             raise BadConfig(f"{path}: {text!r} is no pin; write name==version")
-        pins[normalised(name)] = version
+        if not marker or Marker(marker).evaluate():
+            pins[normalised(name)] = version
     return pins
 
 

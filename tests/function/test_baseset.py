@@ -219,3 +219,9 @@ def test_a_requirement_by_its_file_stays_that(
     target = tmp_path / "packages"
     assert baseset.install(requirements(f"direct @ {wheel.as_uri()}"), target, PINS) == ["direct==1.0"]
     assert (target / "direct.py").exists()
+
+
+def test_a_pin_for_other_pythons_does_not_count_here(tmp_path: Path) -> None:
+    path = tmp_path / "base.lock"
+    path.write_text('a==1 ; python_version < "3"\nb==2 ; python_version >= "3"\n')
+    assert baseset.read_lock(path) == {"b": "2"}

@@ -452,7 +452,7 @@ class TestGoneClients:
         with contextlib.closing(model.engine), serving(make_app(OpenGate(model))) as url:
             connection, lines = open_stream(url, chat(stream=True, max_tokens=50_000, ignore_eos=True))
             next(lines)
-            assert model.engine.stats().running == 1
+            until(lambda: model.engine.stats().running == 1)
             connection.shutdown(socket.SHUT_RDWR)
             connection.close()
             until(lambda: model.engine.stats().running == 0)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from cache_agent.client import CacheClient
-from runtime import render
+from runtime import baseset, render
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "knative" / "images"
@@ -133,7 +133,7 @@ def test_the_agents_image_is_small_and_has_no_torch(built: SimpleNamespace) -> N
 
 
 def test_the_agents_image_has_what_the_lock_says(built: SimpleNamespace) -> None:
-    lock = dict(line.split("==") for line in (ROOT / "runtime" / "base.lock").read_text().splitlines() if "==" in line)
+    lock = baseset.read_lock()
     found = {}
     for path in (built.root / "opt/glowplug/lib").glob("python*/site-packages/*.dist-info"):
         name, _, version = path.name.removesuffix(".dist-info").rpartition("-")

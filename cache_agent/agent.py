@@ -15,11 +15,12 @@ from cache_agent import adoption, events, keeping, loader, manifest, report, res
 from cache_agent.checkpoint import describe
 from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory, Holding
-from cache_agent.errors import AgentError, BadModelURI, InternalError, OriginChanged
+from cache_agent.errors import AgentError, InternalError, OriginChanged
 from cache_agent.events import Action, Event
 from cache_agent.held import Asked, Errand, Held, Holder, Resolution
 from cache_agent.ledger import Ledger, Span
 from cache_agent.loader import Load
+from cache_agent.origins import Origins
 from cache_agent.policy.estimate import Estimator, shared
 from cache_agent.protocol import (
     TEXT_LIMIT,
@@ -36,35 +37,12 @@ from cache_agent.protocol import (
     StatusReply,
 )
 from cache_agent.tiers.dram import Dram
-from cache_agent.tiers.hf import Hub, HubOrigin
-from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin, parse_uri
-from cache_agent.tiers.s3 import S3, S3Origin
+from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
 from cache_agent.tiers.ssd import Ssd
 
 log = logging.getLogger("glowplug.agent")
 
 _JOBS = 16
-
-
-class Origins:
-    """Opens origins by scheme, with the agent's rights."""
-
-    def __init__(self, config: AgentConfig) -> None:
-        self._config = config
-        self._s3 = S3(endpoint=config.s3_endpoint, anonymous=config.s3_anonymous)
-        self._hub = Hub()
-
-    def open(self, uri: ModelURI) -> Origin:
-        """Raises `BadModelURI`, `AccessDenied`."""
-        match uri.scheme:
-            case "file":
-                return FileOrigin(uri, self._config.file_roots)
-            case "s3":
-                return S3Origin(uri, self._s3)
-            case "hf":
-                return HubOrigin(uri, self._hub)
-            case scheme:
-                raise BadModelURI(f"{uri.text}: this agent reads s3://, hf:// and file://, not {scheme}://")
 
 
 class Agent:

@@ -56,7 +56,7 @@ def pull(uri: str, directory: Path, s3_endpoint: str | None, as_json: bool) -> N
         import dataclasses
 
         from cache_agent import config, copying
-        from cache_agent.agent import Origins
+        from cache_agent.origins import Origins
         from cache_agent.tiers.origin import parse_uri
 
         settings = config.from_environment()

@@ -92,7 +92,8 @@ class SerialEngine(Loop[Memory]):
                 input_ids=torch.tensor((ids,), device=self._model.device),
                 past_key_values=memory.cache,
                 use_cache=True,
-                logits_to_keep=1,
+                # By number, not as the last one: a slice is strided, and its product with the head takes a slow path.
+                logits_to_keep=torch.tensor([len(ids) - 1], device=self._model.device),
             )
             scores = output.logits[0, -1].float().cpu().numpy()
         memory.fed += len(ids)

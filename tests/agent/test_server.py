@@ -60,8 +60,8 @@ class Raw:
         self.messages: list[object] = []
 
     def send(self, *messages: object) -> Raw:
-        for message in messages:
-            self.sock.sendall(message if isinstance(message, bytes) else encode(message))
+        # In one piece: the agent may close after the first message, before a second could be sent.
+        self.sock.sendall(b"".join(m if isinstance(m, bytes) else encode(m) for m in messages))
         return self
 
     def receive(self) -> object:

@@ -338,4 +338,4 @@ def test_the_agent_witnesses_its_node(
             return isinstance(lease.next_event(0.2), Drain)
 
         eventually(drained, 20, "the drain")
-        assert "1 functions in it were told" in agent.output()
+        eventually(lambda: "1 functions in it were told" in agent.output(), 20, "the log")

@@ -29,7 +29,7 @@ from cache_agent.errors import (
 )
 from cache_agent.manifest import SourceFile
 from cache_agent.tiers.body import fill
-from cache_agent.tiers.origin import ModelURI
+from cache_agent.tiers.origin import ModelURI, ReadScattered
 from cache_agent.tiers.s3 import PATIENCE
 
 _NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
@@ -110,7 +110,7 @@ class Hub:
             self._session.close()
 
 
-class HubOrigin:
+class HubOrigin(ReadScattered):
     """The files at the top of one repository, at one revision."""
 
     def __init__(self, uri: ModelURI, hub: Hub) -> None:
@@ -150,14 +150,6 @@ class HubOrigin:
         if not found:
             raise ModelNotFound(f"{self.uri}: the repository holds no files at this revision")
         return found
-
-    def read(self, file: SourceFile, start: int, size: int) -> bytes:
-        data = bytearray(size)
-        self.read_into(file, start, memoryview(data))
-        return bytes(data)
-
-    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
-        self.read_scattered(file, start, [view], lambda _: None)
 
     def read_scattered(
         self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]

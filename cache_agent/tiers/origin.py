@@ -90,6 +90,23 @@ class ReadOneByOne:
             arrived(len(view))
 
 
+class ReadScattered:
+    """`read` and `read_into` for a medium where every read is a request: they are one with a single view."""
+
+    def read_scattered(
+        self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
+    ) -> None:
+        raise NotImplementedError
+
+    def read(self, file: SourceFile, start: int, size: int) -> bytes:
+        data = bytearray(size)
+        self.read_into(file, start, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
+        self.read_scattered(file, start, [view], lambda _: None)
+
+
 class FileOrigin(ReadOneByOne):
     """A directory of this machine, below one of `roots`."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from cache_agent.errors import AccessDenied, AgentError, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
 from cache_agent.manifest import SourceFile
 from cache_agent.tiers.body import fill
-from cache_agent.tiers.origin import ModelURI
+from cache_agent.tiers.origin import ModelURI, ReadScattered
 
 _MISSING = {"NoSuchBucket", "NoSuchKey", "404", "NotFound"}
 _DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
@@ -61,7 +61,7 @@ class S3:
             return self._client
 
 
-class S3Origin:
+class S3Origin(ReadScattered):
     """The objects directly below one prefix."""
 
     def __init__(self, uri: ModelURI, s3: S3) -> None:
@@ -87,14 +87,6 @@ class S3Origin:
         if not found:
             raise ModelNotFound(f"{self.uri}: no object has this prefix; check bucket, prefix and endpoint")
         return found
-
-    def read(self, file: SourceFile, start: int, size: int) -> bytes:
-        data = bytearray(size)
-        self.read_into(file, start, memoryview(data))
-        return bytes(data)
-
-    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
-        self.read_scattered(file, start, [view], _unobserved)
 
     def read_scattered(
         self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
@@ -173,7 +165,3 @@ class S3Origin:
 def _quoted(etag: str) -> str:
     """An ETag as HTTP spells it; some stores leave the quotes out where they list."""
     return etag if etag.startswith(('"', "W/")) else f'"{etag}"'
-
-
-def _unobserved(_count: int) -> None:
-    """For reads whose progress nobody follows."""

@@ -1,4 +1,4 @@
-"""What a pod that names a model gets when it is created: the agent's directory, its own identity, a scheduler. Pure.
+"""What a pod that names a model gets when it is created: the agent's directory, an identity, a scheduler. Pure.
 
 The same as the MutatingAdmissionPolicies in knative/, for clusters that have none; a test holds the two together. An
 answer always allows the pod: without the directory a function starts an agent of its own.
@@ -12,9 +12,13 @@ from typing import Any
 
 MODEL = "glowplug.dev/model"
 INJECT = "glowplug.dev/inject"
-_VOLUME = "glowplug-agent"
-_DIRECTORY = "/run/glowplug"
-_VARIABLE = "GLOWPLUG_POD"
+AUDIENCE = "glowplug"  # of the token that proves to the agent, and to nobody else, whose pod this is
+_TOKEN_SECONDS = 3600
+_PLACES = {"glowplug-agent": "/run/glowplug", "glowplug-identity": "/var/run/secrets/glowplug"}  # by volume
+_VARIABLES: list[dict[str, Any]] = [
+    {"name": "GLOWPLUG_POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
+    {"name": "GLOWPLUG_IDENTITY_FILE", "value": "/var/run/secrets/glowplug/token"},
+]
 _LONGEST_UID = 256
 
 
@@ -51,27 +55,43 @@ def operations(pod: dict[str, Any], scheduler: str = "") -> list[dict[str, Any]]
         patch.append({"op": "add", "path": "/spec/schedulerName", "value": scheduler})
     if _is_there_already(spec):
         return patch
-    volume = {"name": _VOLUME, "hostPath": {"path": _DIRECTORY, "type": "DirectoryOrCreate"}}
-    patch.append(_append(spec, "/spec", "volumes", volume))
-    mount = {"name": _VOLUME, "mountPath": _DIRECTORY, "readOnly": True}
-    variable = {"name": _VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+    patch += _append(spec, "/spec", "volumes", volumes())
     for number, container in enumerate(spec["containers"]):
         if container["name"] != "queue-proxy":
             place = f"/spec/containers/{number}"
-            patch += [_append(container, place, "volumeMounts", mount), _append(container, place, "env", variable)]
+            patch += _append(container, place, "volumeMounts", mounts())
+            patch += _append(container, place, "env", variables())
     return patch
+
+
+def volumes() -> list[dict[str, Any]]:
+    """The agent's directory, and a token that is renewed under the running pod."""
+    token = {"audience": AUDIENCE, "expirationSeconds": _TOKEN_SECONDS, "path": "token"}
+    return [
+        {"name": "glowplug-agent", "hostPath": {"path": "/run/glowplug", "type": "DirectoryOrCreate"}},
+        {"name": "glowplug-identity", "projected": {"sources": [{"serviceAccountToken": token}]}},
+    ]
+
+
+def mounts() -> list[dict[str, Any]]:
+    return [{"name": name, "mountPath": path, "readOnly": True} for name, path in _PLACES.items()]
+
+
+def variables() -> list[dict[str, Any]]:
+    return [dict(variable) for variable in _VARIABLES]
 
 
 def _is_there_already(spec: dict[str, Any]) -> bool:
     """Names of ours that the pod brought, from our renderer or from somewhere worse: it stays as it is."""
-    return any(volume["name"] == _VOLUME for volume in spec.get("volumes") or ()) or any(
-        any(mount["mountPath"] == _DIRECTORY for mount in container.get("volumeMounts") or ())
-        or any(variable["name"] == _VARIABLE for variable in container.get("env") or ())
+    names = {variable["name"] for variable in _VARIABLES}
+    return any(volume["name"] in _PLACES for volume in spec.get("volumes") or ()) or any(
+        any(mount["mountPath"] in _PLACES.values() for mount in container.get("volumeMounts") or ())
+        or any(variable["name"] in names for variable in container.get("env") or ())
         for container in spec["containers"]
     )
 
 
-def _append(owner: dict[str, Any], place: str, name: str, value: object) -> dict[str, Any]:
+def _append(owner: dict[str, Any], place: str, name: str, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if owner.get(name):
-        return {"op": "add", "path": f"{place}/{name}/-", "value": value}
-    return {"op": "add", "path": f"{place}/{name}", "value": [value]}
+        return [{"op": "add", "path": f"{place}/{name}/-", "value": value} for value in values]
+    return [{"op": "add", "path": f"{place}/{name}", "value": values}]

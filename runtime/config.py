@@ -47,6 +47,7 @@ class FunctionConfig:
     host: str = "0.0.0.0"  # noqa: S104  a container's port is there to be reached
     socket: str = ""
     token_file: str = ""
+    identity_file: str = ""
     pod: str = ""
     slots: int = 16
     queue: int = 32

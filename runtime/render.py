@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from cache_agent import admission
 from cache_agent.errors import AgentError
 from cache_agent.tiers.origin import parse_uri
 from runtime.config import FunctionConfig
@@ -25,7 +26,6 @@ Objects = list[dict[str, Any]]
 
 MODEL_ANNOTATION = "glowplug.dev/model"
 INJECT_ANNOTATION = "glowplug.dev/inject"
-SOCKET_DIRECTORY = "/run/glowplug"
 # What Knative needs in its ConfigMap config-features before it takes what `inject="fields"` writes.
 GATED = {
     "hostPath": "kubernetes.podspec-volumes-hostpath",
@@ -226,8 +226,8 @@ def _container(function: Function) -> dict[str, Any]:
     environment.update(function.environment)
     variables: Objects = [{"name": name, "value": value} for name, value in environment.items()]
     if function.inject == "fields":
-        mounts.append({"name": "glowplug-agent", "mountPath": SOCKET_DIRECTORY, "readOnly": True})
-        variables.append({"name": "GLOWPLUG_POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
+        mounts += admission.mounts()
+        variables += admission.variables()
     limits: dict[str, Any] = {"memory": function.memory}
     if function.gpus:
         limits["nvidia.com/gpu"] = str(function.gpus)
@@ -264,6 +264,5 @@ def _volumes(function: Function) -> Objects:
     if function.token_secret:
         volumes.append({"name": "glowplug-token", "secret": {"secretName": function.token_secret}})
     if function.inject == "fields":
-        path = {"path": SOCKET_DIRECTORY, "type": "DirectoryOrCreate"}
-        volumes.append({"name": "glowplug-agent", "hostPath": path})
+        volumes += admission.volumes()
     return volumes

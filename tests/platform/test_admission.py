@@ -27,11 +27,15 @@ from celpy.adapter import json_to_cel
 
 from cache_agent import admission, webserver
 from cache_agent.errors import BadConfig
+from runtime.config import FunctionConfig
 
 KNATIVE = Path(__file__).parents[2] / "knative"
 KEYS = {"volumes": "name", "containers": "name", "env": "name", "volumeMounts": "mountPath"}  # of Kubernetes' list maps
 MODEL = {"glowplug.dev/model": "s3://models/a"}
-SOCKET = {"name": "glowplug-agent", "mountPath": "/run/glowplug", "readOnly": True}
+MOUNTS = [
+    {"name": "glowplug-agent", "mountPath": "/run/glowplug", "readOnly": True},
+    {"name": "glowplug-identity", "mountPath": "/var/run/secrets/glowplug", "readOnly": True},
+]
 
 
 class Policy:
@@ -65,7 +69,7 @@ def merge(target: dict[str, Any], change: Mapping[str, Any]) -> None:
     for name, value in change.items():
         if isinstance(value, dict):
             merge(target.setdefault(name, {}), value)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and name in KEYS:
             items = target.setdefault(name, [])
             for item in value:
                 same = [old for old in items if old[KEYS[name]] == item[KEYS[name]]]
@@ -114,7 +118,12 @@ ANNOTATIONS = [
     {**MODEL, "glowplug.dev/inject": "yes"},
     {"glowplug.dev/model": '"}}; ${{x}} \n' + "a" * 5000},
 ]
-VOLUMES = [None, [{"name": "tmp", "emptyDir": {}}], [{"name": "glowplug-agent", "emptyDir": {}}]]
+VOLUMES = [
+    None,
+    [{"name": "tmp", "emptyDir": {}}],
+    [{"name": "glowplug-agent", "emptyDir": {}}],
+    [{"name": "glowplug-identity", "emptyDir": {}}],
+]
 CONTAINERS = [
     [{"name": "function"}, {"name": "queue-proxy"}],
     [
@@ -126,6 +135,8 @@ CONTAINERS = [
     ],
     [{"name": "a"}, {"name": "b", "volumeMounts": [{"name": "x", "mountPath": "/run/glowplug"}]}],
     [{"name": "a", "env": [{"name": "GLOWPLUG_POD", "value": "another's"}]}],
+    [{"name": "a", "env": [{"name": "GLOWPLUG_IDENTITY_FILE", "value": "/another's"}]}],
+    [{"name": "a", "volumeMounts": [{"name": "x", "mountPath": "/var/run/secrets/glowplug"}]}],
 ]
 SCHEDULERS = ["default-scheduler", "another"]
 
@@ -159,12 +170,18 @@ def test_policy_and_webhook_agree_and_are_idempotent(inject: Policy, schedule: P
 def test_what_a_pod_gets(inject: Policy, schedule: Policy) -> None:
     result = schedule.apply(inject.apply(pod(MODEL)))["spec"]
     assert result["schedulerName"] == "warm-scheduler"
+    token = {"audience": "glowplug", "expirationSeconds": 3600, "path": "token"}
     assert result["volumes"] == [
-        {"name": "glowplug-agent", "hostPath": {"path": "/run/glowplug", "type": "DirectoryOrCreate"}}
+        {"name": "glowplug-agent", "hostPath": {"path": "/run/glowplug", "type": "DirectoryOrCreate"}},
+        {"name": "glowplug-identity", "projected": {"sources": [{"serviceAccountToken": token}]}},
     ]
     function, proxy = result["containers"]
-    assert function["volumeMounts"] == [SOCKET]
-    assert function["env"] == [{"name": "GLOWPLUG_POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}]
+    assert function["volumeMounts"] == MOUNTS
+    assert function["env"] == [
+        {"name": "GLOWPLUG_POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
+        {"name": "GLOWPLUG_IDENTITY_FILE", "value": "/var/run/secrets/glowplug/token"},
+    ]
+    assert FunctionConfig().identity_file == "", "without the injection no file is looked for"
     assert proxy == {"name": "queue-proxy"}
 
 

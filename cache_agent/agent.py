@@ -11,18 +11,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from cache_agent import adoption, events, keeping, loader, manifest, report, residency
+from cache_agent import adoption, events, loader, manifest, report, residency
 from cache_agent.checkpoint import describe
 from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory, Holding
-from cache_agent.errors import AgentError, InternalError, OriginChanged
+from cache_agent.errors import InternalError, OriginChanged, translated
 from cache_agent.events import Action, Event
 from cache_agent.held import Asked, Errand, Held, Holder, Resolution
+from cache_agent.keeping import Keeping
 from cache_agent.ledger import Ledger, Span
 from cache_agent.loader import Load
-from cache_agent.origins import Origins
-from cache_agent.policy.estimate import Estimator, shared
-from cache_agent.protocol import (
+from cache_agent.messages import (
     TEXT_LIMIT,
     Admitted,
     Adopted,
@@ -36,6 +35,10 @@ from cache_agent.protocol import (
     Ready,
     StatusReply,
 )
+from cache_agent.offers import Offers, Resident
+from cache_agent.origins import Origins
+from cache_agent.policy.estimate import Estimator, shared
+from cache_agent.revisions import Revisions
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
 from cache_agent.tiers.ssd import Ssd
@@ -55,21 +58,19 @@ class Agent:
         self.node = config.node_name
         self._directory = directory
         self._open_origin = open_origin or Origins(config).open
-        self._ssd = Ssd(config.ssd, config.ssd_size) if config.ssd else None
+        ssd = Ssd(config.ssd, config.ssd_size) if config.ssd else None
+        self._keeping = Keeping(ssd, self._pinned)
+        self._revisions = Revisions(directory, ssd)
         self._residency = residency.Residency(config.capacity, config.revalidate)
         self._lock = threading.RLock()  # guards everything below, and residency
         self._estimator = Estimator()
-        self._offered: dict[int, Held] = {}  # proved, and not yet an entry's
-        self._offer_bytes: dict[int, int] = {}
-        self._orphans: dict[int, tuple[str, int]] = {}  # lease -> what its function maps and nobody else can have
         self._asked: dict[int, Asked] = {}
         self._held: dict[int, Held] = {}
         self._closing = False
         self._numbers = count(1)
         self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
-        # One at a time: the functions that waited for the bytes are starting while they are hashed.
-        self._adoptions = ThreadPoolExecutor(1, thread_name_prefix="adoption")  # of two equal offers the first is it
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
+        self._offers = Offers(self._open_origin, self._revisions, self._resident, self._handle)
 
     # --- what connections ask for ---------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ class Agent:
         try:
             uri = parse_uri(model)
             number = self._ask(holder, lambda lease: events.OfferAsked(lease, uri.text))
-            self._adoptions.submit(_logged, self._examine, number, uri, source, fds)
+            self._offers.examine(number, uri, source, fds)
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -97,14 +98,12 @@ class Agent:
     def evict(self, holder: Holder, model: str, ssd: bool = False) -> int:
         """From memory, and with `ssd` from there, where it may be alone."""
         uri = parse_uri(model).text
-        if ssd and self._ssd is not None:
+        if ssd:
             with self._lock:
                 resident = self._residency.entry_of(uri) is not None
-            if not resident:
-                removed = self._ssd.evict(uri)
-                if removed:
-                    holder.deliver(EvictReply(0, removed), [])
-                    return 0
+            if not resident and (removed := self._keeping.evict(uri)):
+                holder.deliver(EvictReply(0, removed), [])
+                return 0
         return self._ask(holder, lambda asker: events.EvictAsked(asker, uri), evict_image=uri if ssd else "")
 
     def pin(self, holder: Holder, model: str, pinned: bool) -> int:
@@ -138,7 +137,7 @@ class Agent:
                 return EstimateReply(
                     *self._estimator.predict(held.tier, self._work(held.tier, held.rest())), entry.bytes
                 )
-        stored = self._ssd.find(uri) if self._ssd else None
+        stored = self._keeping.find(uri)
         tier, size = ("ssd", stored.index.bytes) if stored else ("origin", self.describe(model).nbytes)
         with self._lock:
             return EstimateReply(*self._estimator.predict(tier, self._work(tier, size)), size)
@@ -154,10 +153,7 @@ class Agent:
         """
         uri = parse_uri(model).text if model else ""
         with self._lock:
-            leases = [
-                *self._residency.holders(uri),
-                *(n for n, orphan in self._orphans.items() if uri in ("", orphan[0])),
-            ]
+            leases = [*self._residency.holders(uri), *self._offers.orphans(uri)]
             holders = [self._asked[lease].holder for lease in leases]
             holders = [holder for holder in holders if not pod or holder.pod == pod]
             for holder in holders:
@@ -176,11 +172,9 @@ class Agent:
             return books.capacity, books.used, models
 
     def full_status(self) -> StatusReply:
-        ssd = report.ssd(self._ssd.directory, self._ssd.capacity, *self._ssd.status()) if self._ssd else None
         with self._lock:
             tiers = report.tiers(self._estimator.tiers)
-            orphaned = sum(size for _, size in self._orphans.values())
-        return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned)
+        return StatusReply(self.node, os.getpid(), *self.status(), self._keeping.status(), tiers, self._offers.orphaned)
 
     def close(self, deadline: float) -> None:
         """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
@@ -190,7 +184,7 @@ class Agent:
         for load in loads:
             load.stop()
         self._jobs.shutdown(wait=False, cancel_futures=True)
-        self._adoptions.shutdown(wait=False, cancel_futures=True)
+        self._offers.close()
         self._admissions.shutdown(wait=False, cancel_futures=True)
         for load in loads:
             load.finished.wait(max(0.0, deadline - time.monotonic()))
@@ -202,8 +196,7 @@ class Agent:
             for held in helds:
                 if held.load is None or held.load.finished.is_set():
                     held.close()
-        if self._ssd is not None:
-            self._ssd.close()
+        self._keeping.close()
 
     # --- deciding under the lock, acting outside ------------------------------------------------------------------
 
@@ -220,7 +213,7 @@ class Agent:
             # Replies are queued here, in the order of the decisions; queueing never blocks.
             work = [action for action in actions if not self._reply(action)]
             self._asked.pop(forget, None)
-            self._orphans.pop(forget, None)
+            self._offers.forget(forget)
         for action in work:
             self._act(action, resolved)
 
@@ -247,14 +240,14 @@ class Agent:
                     spans += self._held[entry].ledger.spans()
                 asked.holder.deliver(Ready("dram" if resident else self._held[entry].tier, revision, spans), [])
             case events.Adopt(lease, entry, fresh):
-                offered = self._offered.pop(lease)
+                offered = self._offers.take(lease)
                 if fresh:
                     self._held[entry] = offered
                 else:
                     offered.close()
                 self._asked[lease].holder.deliver(Adopted(self._residency.entries[entry].revision, True), [])
             case events.Orphan(lease, uri, why):
-                self._orphans[lease] = (uri, self._offer_bytes.pop(lease, 0))
+                self._offers.orphan(lease, uri)
                 self._asked[lease].holder.deliver(Adopted("", False, why[:TEXT_LIMIT]), [])
             case events.Announce(lease, revision):
                 self._asked[lease].holder.deliver(Admitted(revision), [])
@@ -294,15 +287,11 @@ class Agent:
                 origin = self._open_origin(parse_uri(uri))
                 description = describe(origin)
         except Exception as error:
-            self._handle(events.ResolveFailed(uri, _translated(error, uri)))
+            self._handle(events.ResolveFailed(uri, translated(error, uri)))
             return
-        known = self._known(description.source.id)
+        known = self._revisions.of(description.source.id)
         event = events.Resolved(uri, description.manifest, known)
         self._handle(event, resolved=Resolution(description, origin, ledger, known))
-
-    def _known(self, source: str) -> str:
-        """The revision of a source that was admitted before, here or elsewhere, or ""."""
-        return self._directory.revision(source) or (self._ssd.revision(source) if self._ssd else "")
 
     def _load(self, entry: int, resolution: Resolution) -> None:
         description, origin, ledger, known = resolution
@@ -314,12 +303,12 @@ class Agent:
             with ledger.span("reserve"):
                 held.dram = Dram(plan.segments, huge_pages=self.config.huge_pages, name=f"glowplug:{entry}")
                 held.keep_manifest()
-            image = self._ssd.open(plan) if self._ssd else None
+            image = self._keeping.open(plan)
             held.load = load = Load(description, origin, held.dram, readers=self.config.readers, image=image)
             if image is not None:
                 held.tier = "ssd"
-            elif self._ssd is not None:
-                load.tee = keeping.follow(self._ssd, held.dram, plan, origin.uri, known, self._kept)
+            else:
+                load.tee = self._keeping.follow(held.dram, plan, origin.uri, known)
             with self._lock:
                 held.work = self._work(held.tier, plan.nbytes)
                 expected = self._estimator.predict(held.tier, held.work)
@@ -335,13 +324,13 @@ class Agent:
         except Exception as error:
             log.warning("loading %s failed: %s", origin.uri, error)
             self._directory.withdraw(plan.source, self.node, "dram")
-            if self._ssd and held.load and held.load.damaged and isinstance(error, OriginChanged):
-                self._ssd.discard(plan.source, "damaged, and the origin has other bytes now")
+            if held.load and held.load.damaged and isinstance(error, OriginChanged):
+                self._keeping.discard(plan.source)
             held.end_tee()
             with self._lock:  # whoever hears of it and asks again finds the memory free; nothing is granted in between
                 self._held.pop(entry, None)
                 held.close()
-                self._handle(events.LoadFailed(entry, _translated(error, origin.uri)))
+                self._handle(events.LoadFailed(entry, translated(error, origin.uri)))
             return
         finally:
             if image is not None:
@@ -357,19 +346,23 @@ class Agent:
         self._handle(events.Loaded(entry, seconds))
         if load.tee is not None:
             load.tee.complete(load.checksums, seconds)
-        elif self._ssd is not None and load.damaged:
-            self._repair(self._ssd, held, load)
+        elif load.damaged:
+            with self._lock:
+                maps = held.dram.map() if held.dram is not None else []
+            if maps:
+                self._keeping.repair(load, maps)
 
-    def _kept(self) -> set[str]:
+    def _pinned(self) -> set[str]:
         with self._lock:
             return self._residency.pinned
 
-    def _repair(self, ssd: Ssd, held: Held, load: Load) -> None:
+    def _resident(self, inodes: list[tuple[int, int]]) -> Resident | None:
+        """The entry whose memory this is."""
         with self._lock:
-            if held.dram is None:
-                return
-            maps = held.dram.map()
-        keeping.repair(ssd, load, maps)
+            for number, held in self._held.items():
+                if held.dram is not None and adoption.inodes(held.dram.fds) == inodes:
+                    return Resident(number, self._residency.entries[number].revision)
+        return None
 
     def _holding(self, load: Load) -> Holding:
         return Holding(self.node, "dram", load.progress()[1], load.total)
@@ -385,42 +378,8 @@ class Agent:
         finally:
             for mapping in maps:
                 mapping.close()
-        self._directory.remember(held.description.source.id, revision)
-        if self._ssd is not None:
-            self._ssd.remember(held.description.source.id, revision)
+        self._revisions.remember(held.description.source.id, revision)
         self._handle(events.Admitted(entry, revision))
-
-    def _examine(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> None:
-        try:
-            with self._lock:
-                self._offer_bytes[lease] = adoption.sealed_size(fds)
-            event = self._prove(lease, uri, source, fds)
-        except adoption.NotAdopted as error:
-            event = events.OfferFailed(lease, uri.text, str(error))
-        except Exception as error:
-            event = events.OfferFailed(lease, uri.text, _translated(error, uri.text).text)
-        finally:
-            for fd in fds:
-                os.close(fd)
-        log.info("offer of %s: %s", uri.text, event.why if isinstance(event, events.OfferFailed) else "proved")
-        self._handle(event)
-        with self._lock:
-            self._offer_bytes.pop(lease, None)
-            if (left := self._offered.pop(lease, None)) is not None:
-                left.close()
-
-    def _prove(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> Event:
-        origin = self._open_origin(uri)
-        held = adoption.receive(origin, source, fds)
-        plan = held.description.manifest
-        with self._lock:
-            self._offered[lease] = held
-            for number, other in self._held.items():
-                if other.dram is not None and adoption.inodes(other.dram.fds) == adoption.inodes(fds):
-                    return events.Offered(lease, uri.text, plan, self._residency.entries[number].revision, number)
-        revision = adoption.prove(held, origin, self._known(source))
-        self._directory.remember(source, revision)
-        return events.Offered(lease, uri.text, plan, revision)
 
     def _evict(self, entry: int, why: str) -> None:
         with self._lock:
@@ -435,8 +394,7 @@ class Agent:
     def _evict_image(self, asker: int, size: int) -> None:
         with self._lock:
             asked = self._asked.pop(asker)
-        removed = self._ssd.evict(asked.evict_image) if self._ssd else 0
-        asked.holder.deliver(EvictReply(size, removed), [])
+        asked.holder.deliver(EvictReply(size, self._keeping.evict(asked.evict_image)), [])
 
 
 def _duplicates(*fds: int) -> list[int]:
@@ -456,10 +414,3 @@ def _logged(work: Callable[..., None], *arguments: object) -> None:
         work(*arguments)
     except Exception:
         log.exception("%s failed", work.__name__)
-
-
-def _translated(error: Exception, uri: str) -> AgentError:
-    if isinstance(error, AgentError):
-        return error
-    log.error("unexpected error with %s", uri, exc_info=error)
-    return InternalError(f"{uri}: the agent failed ({error!r}); its log has the traceback, please report it")

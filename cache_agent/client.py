@@ -17,8 +17,7 @@ from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, Lease
 from cache_agent.fdsocket import Channel, Disconnected
 from cache_agent.ledger import Span
 from cache_agent.manifest import Manifest
-from cache_agent.protocol import (
-    VERSION,
+from cache_agent.messages import (
     Admitted,
     Adopted,
     AnyMessage,
@@ -48,6 +47,7 @@ from cache_agent.protocol import (
     StatusRequest,
     Welcome,
 )
+from cache_agent.protocol import VERSION
 
 M = TypeVar("M", bound=Message)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
+
+log = logging.getLogger("glowplug.agent")
 
 
 class AgentError(Exception):
@@ -154,3 +157,11 @@ BY_CODE: dict[str, type[AgentError]] = {
 def from_wire(code: str, text: str) -> AgentError:
     """The exception for an error frame; a code of a newer agent becomes an `AgentError` that keeps its text."""
     return BY_CODE.get(code, AgentError)(text)
+
+
+def translated(error: Exception, uri: str) -> AgentError:
+    """What a caller is told of an error with the model at `uri`; one that nobody foresaw goes to the log, too."""
+    if isinstance(error, AgentError):
+        return error
+    log.error("unexpected error with %s", uri, exc_info=error)
+    return InternalError(f"{uri}: the agent failed ({error!r}); its log has the traceback, please report it")

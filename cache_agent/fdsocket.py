@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from cache_agent.errors import AgentTimeout, ProtocolError
-from cache_agent.protocol import MAX_FDS, MAX_REPLY, MAX_REQUEST, AnyMessage, Decoder, Message, advance, encode
+from cache_agent.messages import MAX_FDS, AnyMessage, Message
+from cache_agent.protocol import MAX_REPLY, MAX_REQUEST, Decoder, advance, encode
 
 _READ = 64 << 10
 _FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)

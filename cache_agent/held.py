@@ -15,7 +15,7 @@ from cache_agent.checkpoint import Description
 from cache_agent.ledger import Ledger
 from cache_agent.loader import Load
 from cache_agent.manifest import encode
-from cache_agent.protocol import ErrorReply, Message, Ready
+from cache_agent.messages import ErrorReply, Message, Ready
 from cache_agent.tiers.dram import Dram, sealed_bytes
 from cache_agent.tiers.origin import Origin
 

@@ -7,8 +7,14 @@ from pathlib import Path
 
 from cache_agent.entry import Entry
 from cache_agent.held import Held
+from cache_agent.messages import (
+    ImageStatus,
+    ModelStatus,
+    QuarantineStatus,
+    SsdStatus,
+    TierStatus,
+)
 from cache_agent.policy.estimate import Measured
-from cache_agent.protocol import ImageStatus, ModelStatus, QuarantineStatus, SsdStatus, TierStatus
 from cache_agent.tiers.ssd import Quarantined, Stored
 
 

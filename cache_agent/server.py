@@ -20,9 +20,8 @@ from cache_agent.agent import Agent
 from cache_agent.errors import AccessDenied, AgentError, BadConfig, InternalError, ProtocolError, VersionMismatch
 from cache_agent.fdsocket import Channel, Disconnected
 from cache_agent.loader import Load
-from cache_agent.protocol import (
+from cache_agent.messages import (
     TEXT_LIMIT,
-    VERSION,
     AnyMessage,
     ErrorReply,
     EstimateRequest,
@@ -43,6 +42,7 @@ from cache_agent.protocol import (
     StatusRequest,
     Welcome,
 )
+from cache_agent.protocol import VERSION
 from cache_agent.tiers.dram import sealed_bytes
 
 log = logging.getLogger("glowplug.server")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from cache_agent.client import CacheClient, Lease
 from cache_agent.errors import AgentError, AgentTimeout
 from cache_agent.ledger import Ledger, Span
-from cache_agent.protocol import Admitted, Drain
+from cache_agent.messages import Admitted, Drain
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, NotReady, WeightsUnavailable

@@ -15,7 +15,8 @@ import pytest
 
 from cache_agent.errors import AgentUnreachable, LeaseLost
 from cache_agent.manifest import CHUNK, PAGE
-from cache_agent.protocol import Drain, Hello, LeaseRequest, Offer, encode
+from cache_agent.messages import Drain, Hello, LeaseRequest, Offer
+from cache_agent.protocol import encode
 from cache_agent.tiers.fake import FakeOrigin
 
 FAKE = "fake://m"

@@ -22,7 +22,7 @@ import pytest
 from cache_agent.client import CacheClient
 from cache_agent.errors import AccessDenied, AgentError, LeaseLost, OriginChanged, OriginUnavailable
 from cache_agent.manifest import CHUNK, PAGE
-from cache_agent.protocol import Admitted, Drain
+from cache_agent.messages import Admitted, Drain
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.fake import FakeOrigin
 

@@ -17,7 +17,7 @@ from cache_agent import manifest as manifests
 from cache_agent.checkpoint import describe
 from cache_agent.errors import BadCheckpoint
 from cache_agent.manifest import ALIGNMENT, CHUNK, PAGE, Source, SourceFile, WeightFile
-from cache_agent.protocol import MAX_FDS
+from cache_agent.messages import MAX_FDS
 from cache_agent.safetensors import RawTensor
 from cache_agent.tiers.fake import FakeOrigin
 

@@ -12,15 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent import protocol
+from cache_agent import messages, protocol
 from cache_agent.errors import BY_CODE, AgentError, ProtocolError, from_wire
 from cache_agent.ledger import Span
-from cache_agent.protocol import (
-    MAX_REPLY,
-    MAX_REQUEST,
+from cache_agent.messages import (
     Admitted,
     Adopted,
-    Decoder,
     Drain,
     ErrorReply,
     EstimateReply,
@@ -50,9 +47,8 @@ from cache_agent.protocol import (
     StatusRequest,
     TierStatus,
     Welcome,
-    advance,
-    encode,
 )
+from cache_agent.protocol import MAX_REPLY, MAX_REQUEST, Decoder, advance, encode
 
 EXAMPLES = [
     Hello(1, "chat-7f", Identity("token", "s3cret")),
@@ -154,7 +150,7 @@ def test_golden_frames(golden):
 
 
 def test_every_message_has_a_golden_frame():
-    assert set(MESSAGES) == set(protocol.AnyMessage.__args__)
+    assert set(MESSAGES) == set(messages.AnyMessage.__args__)
 
 
 def test_golden_frames_are_still_understood(request):
@@ -277,7 +273,7 @@ def test_what_is_no_request_is_refused(name):
         {"type": "granted", "source": "", "manifest_bytes": 1, "segments": [], "page": 1, "fds": 251},
         {"type": "manifest_reply", "manifest_bytes": 1, "fds": 2},
         {"type": "progress", "ready": [-1], "done": 0, "total": 0},
-        {"type": "error", "code": "x", "text": "x" * (protocol.TEXT_LIMIT + 1)},
+        {"type": "error", "code": "x", "text": "x" * (messages.TEXT_LIMIT + 1)},
         {"type": "ready", "tier": "", "revision": "", "spans": [{"owner": 1}]},
     ],
 )

@@ -22,11 +22,7 @@ from cache_agent.client import CacheClient
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentUnreachable, BadConfig, ProtocolError
 from cache_agent.fdsocket import Channel
-from cache_agent.protocol import (
-    MAX_REPLY,
-    MAX_REQUEST,
-    VERSION,
-    Decoder,
+from cache_agent.messages import (
     ErrorReply,
     EvictRequest,
     Granted,
@@ -38,8 +34,8 @@ from cache_agent.protocol import (
     StatusReply,
     StatusRequest,
     Welcome,
-    encode,
 )
+from cache_agent.protocol import MAX_REPLY, MAX_REQUEST, VERSION, Decoder, encode
 from cache_agent.tiers.fake import FakeOrigin
 
 FAKE = "fake://m"

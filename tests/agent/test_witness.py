@@ -19,7 +19,7 @@ import pytest
 from cache_agent import witness
 from cache_agent.client import CacheClient
 from cache_agent.errors import BadConfig
-from cache_agent.protocol import Drain
+from cache_agent.messages import Drain
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.witness import Metadata, Removal, Watched, Witness
 

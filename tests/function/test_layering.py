@@ -19,6 +19,7 @@ HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 # Modules without I/O, clock or threads, by the design; `policy` is a package of such.
 PURE = [
     "cache_agent/manifest.py",
+    "cache_agent/messages.py",
     "cache_agent/protocol.py",
     "cache_agent/safetensors.py",
     "cache_agent/residency.py",

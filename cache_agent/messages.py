@@ -1,0 +1,273 @@
+"""What a function and its agent say to each other; `protocol` has the order, and how it becomes bytes. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from cache_agent.ledger import Span
+
+TEXT_LIMIT = 4096
+MAX_FDS = 250  # the kernel's SCM_MAX_FD is 253
+
+Short = Annotated[str, msgspec.Meta(max_length=256)]
+Uri = Annotated[str, msgspec.Meta(max_length=2048)]
+Text = Annotated[str, msgspec.Meta(max_length=TEXT_LIMIT)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=False):
+    """Root of all messages; the class's tag is its "type"."""
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who asks: `none` on a developer's machine, `token` for a secret both sides were given."""
+
+    kind: Short = "none"
+    token: Annotated[str, msgspec.Meta(max_length=8192)] = ""
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    version: int
+    client: Short
+    identity: Identity = Identity()
+    pod: Short = ""  # the UID of the client's pod: whose removal it wants to hear of. Nothing is granted for it
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    version: int
+    node: Short
+    agent: Short
+
+
+class LeaseRequest(Message, frozen=True, tag="lease"):
+    model: Uri
+    start_id: Short = ""
+
+
+class Granted(Message, frozen=True, tag="granted"):
+    """Fds: the manifest (JSON in a sealed memfd), then the segments in order. `page` is their page size in bytes."""
+
+    source: Short
+    manifest_bytes: Count
+    segments: list[Count]
+    page: Count
+    fds: Annotated[int, msgspec.Meta(ge=1, le=MAX_FDS)]
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    """Verified bytes counted from the start of each segment without a hole; `done` counts all, in any order."""
+
+    ready: list[Count]
+    done: Count
+    total: Count
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """All bytes are there. `tier` is where they came from; `revision` is empty until the digest is known."""
+
+    tier: Short
+    revision: Short
+    spans: list[Span]
+
+
+class Admitted(Message, frozen=True, tag="admitted"):
+    revision: Short
+
+
+class Offer(Message, frozen=True, tag="offer"):
+    """A function that outlived its agent has the model mapped. Fds: its segments in order; all else is looked up."""
+
+    model: Uri
+    source: Short
+    fds: Annotated[int, msgspec.Meta(ge=1, le=MAX_FDS)]
+
+
+class Adopted(Message, frozen=True, tag="adopted"):
+    """The connection is a lease again. Unless `shared`, the bytes stay the function's own; `why` is the reason."""
+
+    revision: Short
+    shared: bool
+    why: Text = ""
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """The replica will go away: hand over what runs, within `grace` seconds."""
+
+    reason: Short
+    grace: float
+
+
+class StatusRequest(Message, frozen=True, tag="status"):
+    pass
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    model: Uri
+    source: Short
+    revision: Short
+    state: Short
+    tier: Short
+    bytes: Count
+    done: Count
+    page: Count
+    leases: Count
+    idle_seconds: float
+    pinned: bool = False
+
+
+class ImageStatus(msgspec.Struct, frozen=True):
+    """A model on SSD; `users` loads read it now."""
+
+    model: Uri
+    source: Short
+    revision: Short
+    bytes: Count
+    users: Count
+
+
+class QuarantineStatus(msgspec.Struct, frozen=True):
+    """Something damaged in the SSD's directory, set aside and never served."""
+
+    name: Short
+    reason: Short
+
+
+class SsdStatus(msgspec.Struct, frozen=True):
+    directory: Uri
+    capacity: Count
+    used: Count
+    images: list[ImageStatus]
+    quarantined: list[QuarantineStatus]
+
+
+class TierStatus(msgspec.Struct, frozen=True):
+    """What was measured of a tier: bytes per second, the estimates' mean relative error, the last load in seconds."""
+
+    tier: Short
+    loads: Count
+    rate: float
+    error: float
+    predicted: float
+    took: float
+
+
+class StatusReply(Message, frozen=True, tag="status_reply"):
+    node: Short
+    pid: int
+    capacity: Count
+    used: Count
+    models: list[ModelStatus]
+    ssd: SsdStatus | None = None
+    tiers: list[TierStatus] = []
+    orphaned: Count = 0
+
+
+class ManifestRequest(Message, frozen=True, tag="manifest"):
+    """Reads headers and small files only; loads no weights."""
+
+    model: Uri
+
+
+class ManifestReply(Message, frozen=True, tag="manifest_reply"):
+    """Fds: the manifest."""
+
+    manifest_bytes: Count
+    fds: Annotated[int, msgspec.Meta(ge=1, le=1)]
+
+
+class EvictRequest(Message, frozen=True, tag="evict"):
+    """From memory; with `ssd` from there, too."""
+
+    model: Uri
+    ssd: bool = False
+
+
+class EvictReply(Message, frozen=True, tag="evict_reply"):
+    """Bytes of memory, and of SSD, given back."""
+
+    bytes: Count
+    ssd: Count = 0
+
+
+class PinRequest(Message, frozen=True, tag="pin"):
+    """Keeps a resident model, in memory and on SSD, until it is asked for with `pinned` false or the agent ends."""
+
+    model: Uri
+    pinned: bool = True
+
+
+class PinReply(Message, frozen=True, tag="pin_reply"):
+    bytes: Count
+
+
+class PrefetchRequest(Message, frozen=True, tag="prefetch"):
+    """Brings a model into memory in the background, for whoever comes."""
+
+    model: Uri
+
+
+class PrefetchReply(Message, frozen=True, tag="prefetch_reply"):
+    """It was begun; how it goes is in `status` and the agent's log."""
+
+
+class EstimateRequest(Message, frozen=True, tag="estimate"):
+    """How long a lease on the model would take to be ready; loads nothing."""
+
+    model: Uri
+
+
+class EstimateReply(Message, frozen=True, tag="estimate_reply"):
+    """`tier` is where the bytes would come from; `confidence` from 0 (a guess) to 1 (they are there)."""
+
+    seconds: float
+    tier: Short
+    confidence: float
+    bytes: Count
+
+
+class PushDrain(Message, frozen=True, tag="push_drain"):
+    """Asks the agent to push `drain` to the holders of leases on `model` (of all models when empty)."""
+
+    reason: Short
+    grace: float
+    model: Uri = ""
+
+
+class PushDrainReply(Message, frozen=True, tag="push_drain_reply"):
+    holders: Count
+
+
+class ErrorReply(Message, frozen=True, tag="error"):
+    code: Short
+    text: Text
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | LeaseRequest
+    | Granted
+    | Progress
+    | Ready
+    | Admitted
+    | Offer
+    | Adopted
+    | Drain
+    | StatusRequest
+    | StatusReply
+    | ManifestRequest
+    | ManifestReply
+    | EvictRequest
+    | EvictReply
+    | PinRequest
+    | PinReply
+    | PrefetchRequest
+    | PrefetchReply
+    | EstimateRequest
+    | EstimateReply
+    | PushDrain
+    | PushDrainReply
+    | ErrorReply
+)

@@ -1,0 +1,218 @@
+"""How long an idle layer is held, and when it is built again ahead of a request: by price. Pure.
+
+An idle layer costs memory while it is held, and a start while it is not. One exchange rate makes the two comparable:
+ρ, the GB·s of idle memory that a second of start is worth. A layer of m unique GB that takes t seconds to build may
+then be held for β = ρ·t/m seconds before that has cost as much as one start. Of its last 64 idle times it follows for
+how long it should have been held:
+
+    T = argmin_T  Σ min(gap, T) / β + [gap > T]
+
+which is looked for among 0 and the gaps themselves, because between two of them only the cost of holding grows. Of
+equal ones the shortest is taken. Without any history T = β, which never costs more than twice what knowing the future
+would (Karlin et al., "Competitive snoopy caching", Algorithmica 3, 1988).
+
+A function that is called periodically is better served by a window: its layer is dropped at once, built again a while
+after, and held until the time at which a call would be late,
+
+    P, T = argmin_{P ≤ T}  Σ [gap ≥ P] ((min(gap, T) − P + t) / β + u) + [gap < P] + [gap > T]
+
+with the t seconds of building counted as held, and u of a start for work that nobody waits for. It is taken where
+there is enough history and it is far cheaper.
+
+Which gaps: those that reached the layer. A layer is idle from when the last process that was forked from it is gone
+(until then its pages are in use and dropping it would free nothing) to the next request that it could serve. A request
+that finds a deeper layer does not reach it. `History` notes them; all times are seconds of the caller's clock.
+
+Example. torch and transformers, imported: 0.3 GB, 3 s. At ρ = 60 holding it for β = 600 s costs as much as importing
+again. If requests come every minute or two, and sometimes not for a night, T is two minutes: nights are not held
+through. At ρ = 3 β is 30 s and T = 0: calls that far apart pay for their imports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import NamedTuple
+
+GB = 1e9
+HISTORY = 64
+_REGULAR = 8  # gaps that must be known before anything is built ahead
+_UNSEEN = 0.1  # u: what a build costs, in starts, while nobody waits for it; processors are not free
+_FAR_CHEAPER = 0.8  # of the cost of holding it from the begin; chance alone gives a window some advantage
+
+
+class Layer(NamedTuple):
+    """`seconds` to build it on top of the layer below, as measured; `bytes` that are freed when it goes."""
+
+    name: str
+    seconds: float
+    bytes: int
+
+
+class Decision(NamedTuple):
+    """What becomes of a layer while it is idle, in seconds since it began to be so.
+
+    It is held up to and including `hold`, dropped, built again from `rebuild` on, and dropped for good after `until`;
+    where nothing is built ahead, `rebuild` is infinite. `hits` of the `known` gaps would have found it, and it would
+    have been held for `held` seconds of them.
+    """
+
+    layer: Layer
+    rho: float
+    hold: float
+    rebuild: float = math.inf
+    until: float = math.inf
+    hits: int = 0
+    known: int = 0
+    held: float = 0.0
+
+    @property
+    def ahead(self) -> bool:
+        """Whether it is built before a request asks for it."""
+        return self.rebuild < math.inf
+
+    def wanted(self, idle: float) -> bool:
+        """Whether the layer should be there after so many seconds of idleness."""
+        return idle <= self.hold or self.rebuild <= idle <= self.until
+
+    def changes_in(self, idle: float) -> float:
+        """Seconds until `wanted` has another answer; infinite if it never has. What is due now says 0."""
+        later = [end - idle for end in (self.hold, self.rebuild, self.until) if end >= idle]
+        return min(later, default=math.inf)
+
+    @property
+    def why(self) -> str:
+        """The reason, in one sentence."""
+        size, price = f"{self.layer.bytes / GB:.3g} GB", f"{self.rho:g} GB·s a second"
+        seconds = _span(self.layer.seconds)
+        gaps = "its last idle time was" if self.known == 1 else f"of its last {self.known} idle times {self.hits} were"
+        if self.ahead:
+            return (
+                f"built ahead, from {_span(self.rebuild)} to {_span(self.until)} of idleness: {gaps} of that length, "
+                f"and holding {size} from the begin would cost more"
+            )
+        if self.hold == math.inf:
+            return "held: it takes no memory of its own"
+        if beta(self.layer, self.rho) == 0:
+            return "not held: " + (
+                "building it takes no time" if self.rho else "memory has any price, starts have none"
+            )
+        if not self.known:
+            return (
+                f"held for {_span(self.hold)}, nothing being known of its requests: so long {size} cost as much as a "
+                f"start of {seconds} at {price}"
+            )
+        if self.hold == 0:
+            return (
+                f"not held: for its last {_times(self.known)} {size} would have cost more than starts of {seconds} at "
+                f"{price}"
+            )
+        return (
+            f"held for {_span(self.hold)}: {gaps} no longer, and {size} for {_span(self.held)} cost less than "
+            f"{self.hits} starts of {seconds} at {price}"
+        )
+
+
+class History:
+    """The last idle times of a layer, and since when it is idle. One caller at a time.
+
+        history.idle(now)          # nothing uses it any more
+        history.used(now)          # a request reaches it, whether it is still there or had been dropped
+
+    Neither does anything when it has been said before. A clock that went back gives no gap.
+    """
+
+    def __init__(self, gaps: Iterable[float] = ()) -> None:
+        self.gaps: deque[float] = deque(gaps, HISTORY)
+        self._since: float | None = None
+
+    def idle(self, now: float) -> None:
+        if self._since is None:
+            self._since = now
+
+    def used(self, now: float) -> None:
+        if self._since is not None and now >= self._since:
+            self.gaps.append(now - self._since)
+        self._since = None
+
+    def age(self, now: float) -> float | None:
+        """Seconds of idleness; None while it is in use."""
+        return None if self._since is None else max(0.0, now - self._since)
+
+
+def beta(layer: Layer, rho: float) -> float:
+    """The seconds for which holding a layer costs as much as building it once."""
+    if not (rho >= 0 and layer.seconds >= 0 and layer.bytes >= 0):
+        raise ValueError(f"a price cannot be negative: ρ is {rho}, the layer {layer}")
+    worth = rho * layer.seconds
+    if layer.bytes == 0:
+        return math.inf if worth else 0.0
+    return worth / (layer.bytes / GB)
+
+
+def keep(layer: Layer, gaps: Iterable[float], rho: float, *, ahead: bool = True) -> Decision:
+    """For how long an idle layer is held at the exchange rate `rho` (GB·s per s), and whether it is built ahead.
+
+    `gaps` are the idle times that ended, in order; the last 64 count. Raises `ValueError` for a negative price.
+    """
+    limit = beta(layer, rho)
+    known = sorted(gap for gap in deque(gaps, HISTORY) if 0 <= gap < math.inf)
+    if limit in (0.0, math.inf) or not known:
+        return Decision(layer, rho, limit, known=len(known), hits=len(known), held=sum(known))
+    # Costs are in seconds of holding: one start counts for β of them. `sums[k]` is that of the k shortest gaps.
+    sums = [0.0, *accumulate(known)]
+    count = len(known)
+    best, index = limit * count, -1  # T = 0: every gap but those of no length ends in a start
+    for j, gap in enumerate(known):
+        cost = sums[j + 1] + (count - 1 - j) * gap + limit * (count - 1 - j)
+        if cost < best:
+            best, index = cost, j
+    plain = Decision(layer, rho, 0.0, known=count)
+    if index >= 0:
+        held = sums[index + 1] + (count - 1 - index) * known[index]
+        plain = Decision(layer, rho, known[index], hits=index + 1, known=count, held=held)
+    if ahead and count >= _REGULAR:
+        return _window(layer, rho, known, sums, best) or plain
+    return plain
+
+
+def _window(layer: Layer, rho: float, known: list[float], sums: list[float], plain: float) -> Decision | None:
+    """The best window, if it costs far less than `plain`.
+
+    Its cost is one sum over its first gap i and another over its last gap j, so that one pass from the end finds both:
+
+        A(j) = Σ_{k ≤ j} g_k + (n−1−j) (g_j + β)        B(i) = −Σ_{k < i} g_k − (n−i) (g_i − t − u·β) + β·i
+    """
+    count, limit, lead = len(known), beta(layer, rho), layer.seconds
+    build = lead + _UNSEEN * limit
+    best, first, last = math.inf, 0, 0
+    end, at = math.inf, count - 1
+    for i in range(count - 1, -1, -1):
+        tail = sums[i + 1] + (count - 1 - i) * (known[i] + limit)
+        if tail <= end:
+            end, at = tail, i
+        cost = end - sums[i] - (count - i) * (known[i] - build) + limit * i
+        if cost < best and known[i] > lead:
+            best, first, last = cost, i, at
+    if best > _FAR_CHEAPER * plain:
+        return None
+    begin, until, hits = known[first], known[last], last - first + 1
+    # The next gap may lie a little outside of what was seen: by about the distance between two of them.
+    slack = (until - begin) / max(1, hits - 1)
+    rebuild = begin - lead - slack
+    if rebuild <= 0:
+        return None
+    held = sum(min(gap, until) - begin + lead for gap in known[first:])
+    return Decision(layer, rho, 0.0, rebuild, until + slack, hits, count, held)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def _times(count: int) -> str:
+    return "idle time" if count == 1 else f"{count} idle times"

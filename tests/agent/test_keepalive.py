@@ -1,0 +1,221 @@
+"""How long an idle layer is held: the rule against trying everything, worked examples, and what clocks may do."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_agent.policy.keepalive import GB, HISTORY, Decision, History, Layer, beta, keep
+
+LANG = Layer("lang", 3.0, int(0.3 * GB))  # β = 10 ρ
+
+times = st.floats(0.0, 1e6)
+layers = st.builds(Layer, st.just("lang"), st.floats(0.001, 1e3), st.integers(10**6, 10**12))
+prices = st.floats(0.001, 1e4)
+
+
+def cost(decision: Decision, gaps: list[float]) -> float:
+    """What a decision would have cost, in starts; written as the rule is, without its sums."""
+    limit, total = beta(decision.layer, decision.rho), 0.0
+    for gap in gaps:
+        held = min(gap, decision.hold)
+        if gap >= decision.rebuild:
+            held += min(gap, decision.until) - decision.rebuild
+        total += held / limit + (not decision.wanted(gap))
+    return total
+
+
+@given(layers, st.lists(times, min_size=1, max_size=HISTORY), prices)
+def test_no_other_time_would_have_been_cheaper(layer: Layer, gaps: list[float], rho: float) -> None:
+    found = keep(layer, gaps, rho, ahead=False)
+    assert not found.ahead
+    least = cost(found, gaps)
+    others = [0.0, *gaps, *(gap * factor for gap in gaps for factor in (0.999, 1.001)), beta(layer, rho)]
+    assert least <= min(cost(found._replace(hold=other), gaps) for other in others) * (1 + 1e-9)
+    assert found.hits == sum(gap <= found.hold for gap in gaps if found.hold) or found.hold == 0
+
+
+@given(layers, st.lists(st.integers(0, 20).map(float), min_size=1, max_size=HISTORY), prices)
+def test_of_equal_times_the_shortest(layer: Layer, gaps: list[float], rho: float) -> None:
+    found = keep(layer, gaps, rho, ahead=False)
+    shorter = [other for other in {0.0, *gaps} if other < found.hold]
+    assert all(cost(found._replace(hold=other), gaps) > cost(found, gaps) * (1 - 1e-9) for other in shorter)
+
+
+@given(layers, st.lists(times, max_size=HISTORY), st.lists(prices, min_size=2, max_size=6))
+def test_a_higher_price_of_starts_never_holds_shorter(layer: Layer, gaps: list[float], rhos: list[float]) -> None:
+    for cheap, dear in pairwise(sorted(rhos)):
+        assert keep(layer, gaps, cheap, ahead=False).hold <= keep(layer, gaps, dear, ahead=False).hold * (1 + 1e-9)
+
+
+@given(layers, st.lists(times, min_size=8, max_size=HISTORY), prices)
+def test_a_window_is_the_best_there_is_and_worth_it(layer: Layer, gaps: list[float], rho: float) -> None:
+    """Against all pairs of gaps; what is shipped is a little wider than the best window."""
+    limit, known = beta(layer, rho), sorted(gaps)
+
+    def window(begin: float, end: float) -> float:
+        held = sum(min(gap, end) - begin + layer.seconds for gap in known if gap >= begin)
+        starts = sum(gap < begin or gap > end for gap in known) + 0.1 * sum(gap >= begin for gap in known)
+        return held / limit + starts
+
+    begins = [gap for gap in known if gap > layer.seconds]
+    best = min((window(begin, end) for begin in begins for end in known if end >= begin), default=math.inf)
+    plain = keep(layer, gaps, rho, ahead=False)
+    found = keep(layer, gaps, rho)
+    if not found.ahead:
+        assert found == plain
+        far_cheaper = best < 0.8 * cost(plain, gaps) * (1 - 1e-6)
+        assert not far_cheaper or any(begin - layer.seconds <= (known[-1] - known[0]) for begin in begins)
+        return
+    assert best <= 0.8 * cost(plain, gaps) * (1 + 1e-6)
+    begin = min(gap for gap in known if gap >= found.rebuild + layer.seconds - 1e-6 * (1 + gap))
+    assert found.hold == 0.0 < found.rebuild < begin <= found.until * (1 + 1e-9)
+    inside = [gap for gap in known if begin <= gap <= found.until]
+    assert found.hits <= len(inside)
+
+
+@given(layers, st.lists(times, max_size=100), prices, st.floats(0.0, 1e6))
+def test_decisions_are_consistent(layer: Layer, gaps: list[float], rho: float, idle: float) -> None:
+    found = keep(layer, gaps, rho)
+    assert found == keep(layer, gaps[-HISTORY:], rho)
+    wait = found.changes_in(idle)
+    assert wait >= 0
+    if wait == math.inf:
+        assert found.wanted(idle) == found.wanted(idle + 1e9)
+    else:
+        assert found.wanted(idle) == found.wanted(idle + wait / 2) or wait < 1e-6
+    assert found.why.count(". ") == 0
+    assert not found.why.endswith(".")
+
+
+def test_nothing_known_costs_at_most_twice_the_best() -> None:
+    found = keep(LANG, [], 6.0)
+    assert found.hold == beta(LANG, 6.0) == 60.0
+    for gap in (1.0, 59.0, 60.0, 61.0, 1e9):
+        assert cost(found, [gap]) <= 2 * min(gap / 60.0, 1.0)
+    assert found.why == (
+        "held for 60 s, nothing being known of its requests: so long 0.3 GB cost as much as a start of 3 s at "
+        "6 GB·s a second"
+    )
+
+
+def test_one_gap() -> None:
+    assert keep(LANG, [59.0], 6.0).hold == 59.0
+    assert keep(LANG, [60.0], 6.0).hold == 0.0, "equal: not cheaper"
+    assert keep(LANG, [61.0], 6.0).hold == 0.0
+    assert keep(LANG, [59.0], 6.0).why == (
+        "held for 59 s: its last idle time was no longer, and 0.3 GB for 59 s cost less than 1 starts of 3 s at "
+        "6 GB·s a second"
+    )
+
+
+def test_nights_are_not_held_through() -> None:
+    """The module's example."""
+    gaps = [gap for n in range(16) for gap in (60.0, 120.0, 90.0, 20_000.0 + 1000.0 * n)]
+    day = keep(LANG, gaps, 60.0)
+    assert (day.hold, day.hits, day.known, day.ahead) == (120.0, 48, 64, False)
+    assert day.why == (
+        "held for 2 min: of its last 64 idle times 48 were no longer, and 0.3 GB for 104 min cost less than 48 starts "
+        "of 3 s at 60 GB·s a second"
+    )
+    assert keep(LANG, gaps, 3.0).hold == 0.0
+    assert "not held: for its last 64 idle times" in keep(LANG, gaps, 3.0).why
+
+
+def test_only_the_last_gaps_count() -> None:
+    assert keep(LANG, [1000.0] * 500 + [5.0] * HISTORY, 6.0).hold == 5.0
+
+
+@pytest.mark.parametrize(
+    ("layer", "rho", "hold"),
+    [
+        (Layer("bare", 1.0, 0), 1.0, math.inf),
+        (Layer("bare", 0.0, 0), 1.0, 0.0),
+        (Layer("lang", 0.0, 10**9), 1.0, 0.0),
+        (Layer("lang", 3.0, 10**9), 0.0, 0.0),
+        (Layer("bare", 1.0, 0), 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("gaps", [[], [10.0], [10.0] * HISTORY])
+def test_what_is_free(layer: Layer, rho: float, hold: float, gaps: list[float]) -> None:
+    found = keep(layer, gaps, rho)
+    assert (found.hold, found.ahead) == (hold, False)
+    assert found.wanted(1e12) == (hold > 0)
+    assert found.changes_in(0.0 if hold else 1.0) == math.inf
+    assert found.why
+
+
+@pytest.mark.parametrize("layer", [Layer("lang", -1.0, 1), Layer("lang", math.nan, 1), Layer("lang", 1.0, -1)])
+def test_no_price_is_negative(layer: Layer) -> None:
+    with pytest.raises(ValueError, match="price"):
+        keep(layer, [1.0], 1.0)
+    with pytest.raises(ValueError, match="price"):
+        keep(LANG, [1.0], -1.0)
+
+
+def test_gaps_that_are_no_time() -> None:
+    assert keep(LANG, [-5.0, math.nan, math.inf, 5.0], 6.0) == keep(LANG, [5.0], 6.0)
+    assert keep(LANG, [0.0, 0.0], 6.0).hold == 0.0
+
+
+def test_a_periodic_function_is_built_ahead() -> None:
+    """Every ten minutes, give or take a few seconds; β is a minute."""
+    source = random.Random(1)
+    gaps = [600.0 + source.uniform(-3, 3) for _ in range(HISTORY)]
+    found = keep(LANG, gaps, 6.0)
+    assert found.ahead
+    assert found.hold == 0.0
+    assert 590.0 < found.rebuild < 597.0 - LANG.seconds + 1.0
+    assert max(gaps) <= found.until < 604.0
+    assert found.why.startswith("built ahead, from 9.9 min to 10.1 min of idleness: of its last 64 idle times 64 were")
+    ahead = [600.0 + source.uniform(-3, 3) for _ in range(1000)]
+    plain = keep(LANG, gaps, 6.0, ahead=False)
+    assert cost(found, ahead) < 0.25 * cost(plain, ahead)
+
+
+def test_chance_is_not_taken_for_a_period() -> None:
+    """Poisson arrivals have no memory: what was seen must not be read into what comes."""
+    taken = 0
+    for seed in range(200):
+        source = random.Random(seed)
+        gaps = [source.expovariate(1 / 60.0) for _ in range(HISTORY)]
+        taken += keep(LANG, gaps, 6.0).ahead
+    assert taken <= 4
+    assert not keep(LANG, [600.0] * 7, 6.0).ahead, "too few to know"
+
+
+def test_history_notes_idle_times() -> None:
+    history = History()
+    assert history.age(5.0) is None
+    history.used(1.0)
+    history.idle(10.0)
+    history.idle(12.0)
+    assert history.age(15.0) == 5.0
+    history.used(17.0)
+    history.used(18.0)
+    assert (list(history.gaps), history.age(20.0)) == ([7.0], None)
+    for start in range(100):
+        history.idle(float(start))
+        history.used(start + 0.5)
+    assert list(history.gaps) == [0.5] * HISTORY
+
+
+def test_a_clock_that_steps_back_gives_no_gap() -> None:
+    history = History()
+    history.idle(100.0)
+    assert history.age(40.0) == 0.0
+    history.used(40.0)
+    assert (list(history.gaps), history.age(41.0)) == ([], None)
+    history.idle(50.0)
+    history.used(51.0)
+    assert list(history.gaps) == [1.0]
+
+
+def test_a_clock_that_steps_ahead_is_one_gap_of_many() -> None:
+    gaps = [5.0] * (HISTORY - 1)
+    assert keep(LANG, [*gaps, 1e9], 6.0).hold == keep(LANG, gaps, 6.0).hold == 5.0

@@ -73,7 +73,9 @@ def test_an_option_goes_before_the_environment(run: Callable[..., Any]) -> None:
 def test_what_click_refuses(run: Callable[..., Any], arguments: list[str]) -> None:
     result, executed = run(*arguments)
     assert result.exit_code == 2
-    assert "Error:" in result.output
+    assert result.stderr.startswith("glowplug: ")
+    assert result.stderr.endswith(" (glowplug serve --help says more)\n")
+    assert result.stderr.count("\n") == 1
     assert not executed
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import cli
+from runtime.commands import serve
 from runtime.config import FunctionConfig, from_environment
 from runtime.errors import BadConfig
 
@@ -138,10 +138,10 @@ def test_the_configuration_cannot_be_changed() -> None:
 
 
 def test_every_option_of_the_command_line_sets_a_field() -> None:
-    options = {option.name for option in cli.serve.params if option.name != "folder"}
-    assert options == set(cli._OPTIONS)
+    options = {option.name for option in serve.serve.params if option.name != "folder"}
+    assert options == set(serve.OPTIONS)
     variables = {f"GLOWPLUG_{name.upper()}" for name in NAMES}
-    assert set(cli._OPTIONS.values()) <= variables
+    assert set(serve.OPTIONS.values()) <= variables
 
 
 def test_the_readme_has_a_row_for_every_variable() -> None:

@@ -1,0 +1,50 @@
+"""`glowplug place`: where a model would start soonest, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runtime.commands.output import agent, json_option
+
+
+@click.command()
+@click.argument("model")
+@click.option("--estimates", type=Path, help="JSON file that says which node has what.", metavar="PATH")
+@click.option("--socket", "path", help="The agent to ask instead, about its own node.", metavar="PATH")
+@click.option("--why", is_flag=True, help="Say how each node's seconds come about.")
+@json_option
+def place(model: str, estimates: Path | None, path: str | None, why: bool, as_json: bool) -> None:
+    """Show where MODEL would start soonest."""
+    from cache_agent.cli import model_uri
+    from cache_agent.outlook import AgentOutlook, FileOutlook, Outlook, Unavailable
+    from cache_agent.policy import placement
+
+    outlook: Outlook = FileOutlook(estimates) if estimates is not None else AgentOutlook(agent(path))
+    try:
+        view = outlook.look(model_uri(model))
+    except Unavailable as error:
+        raise click.ClickException(str(error)) from error
+    if view is None or not view.nodes:
+        raise click.ClickException(f"no node knows {model}")
+    found = placement.rank(view)
+    scores = placement.scores(found, [decision.node for decision in found])
+    if as_json:
+        rows = [{**decision._asdict(), "score": scores[decision.node]} for decision in found]
+        click.echo(json.dumps([{**row, "seconds": _finite(row["seconds"])} for row in rows]))
+        return
+    width = max(len(decision.node) for decision in found)
+    for decision in found:
+        seconds = "never" if decision.seconds == math.inf else f"{decision.seconds:8.2f} s"
+        click.echo(f"{decision.node:{width}}  {seconds:>10}  {decision.way:4}  score {scores[decision.node]:2}")
+        if why:
+            guessed = "" if decision.measured == 1.0 else f" ({1 - decision.measured:.0%} of it assumed, not measured)"
+            click.echo(f"{'':{width}}  {decision.why}{guessed}")
+
+
+def _finite(seconds: Any) -> float | None:
+    return round(seconds, 3) if math.isfinite(seconds) else None

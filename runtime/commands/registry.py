@@ -1,0 +1,103 @@
+"""Owns how a command is found and how it fails: modules imported late, one sentence per error, one exit code each."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import click
+
+USAGE, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
+
+
+class Registered(NamedTuple):
+    """Where a command is (`module:attribute`), and what the list of commands says of it."""
+
+    place: str
+    help: str
+
+
+class Commands(click.Group):
+    """A group that knows its commands by name and imports one only when it runs."""
+
+    def __init__(self, registered: Mapping[str, Registered], **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.registered = registered
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.registered)  # in the order in which one needs them
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
+        if name not in self.registered:
+            return None
+        module, _, attribute = self.registered[name].place.partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command), f"{name} is a command"
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if name not in self.registered and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.registered, n=1)
+            ctx.fail(f"There is no command {name!r}" + (f"; did you mean {near[0]}?" if near else "."))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in self.registered.items()])
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        """As click's, but with `_told` for its usage texts and for our errors."""
+        group: Any = super()  # whose overloads tell apart what is only known here when it runs
+        if not standalone_mode:
+            return group.main(*arguments, standalone_mode=False, **options)
+        try:
+            code = group.main(*arguments, standalone_mode=False, **options)
+        except Exception as error:
+            code = _told(error)
+            if code is None:
+                raise
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _told(error: Exception) -> int | None:
+    """Says in one sentence what went wrong; the exit code, or None for what is a fault of ours."""
+    from cache_agent.errors import AgentError, BadConfig
+    from runtime.errors import FunctionError
+
+    match error:
+        case click.UsageError():
+            where = error.ctx.command_path if error.ctx else "glowplug"
+            sentence = " ".join(error.format_message().split()).removesuffix(".")
+            _say(f"{sentence[:1].lower()}{sentence[1:]} ({where} --help says more)")
+            return USAGE
+        case click.Abort():
+            _say("interrupted")
+            return INTERRUPTED
+        case click.ClickException():
+            _say(error.format_message())
+            return error.exit_code
+        case AgentError():
+            _say(f"{error.text} [{error.code}]")
+            return 64 if isinstance(error, BadConfig) else FAILED
+        case FunctionError():
+            _say(f"{error.text} [{error.code}]")
+            return error.exit_code
+        case BrokenPipeError():
+            # Whoever read our output has had enough; the interpreter must not complain while it ends.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return PIPE_CLOSED
+        case OSError() if error.filename is not None:
+            _say(f"{error.filename} cannot be used: {error.strerror}")
+            return FAILED
+    return None
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"glowplug: {sentence}", err=True)

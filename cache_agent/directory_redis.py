@@ -46,7 +46,7 @@ class RedisDirectory:
     ) -> None:
         """`timeout` bounds every exchange with Redis. Raises `BadConfig` when `url` is none; connects later."""
         self._beat, self._ttl, self._timeout = beat, ttl, timeout
-        self._client = _client(url, password_file, timeout)
+        self._client = connect(url, password_file, timeout)
         self._where = _without_password(url)
         self._step = self._client.register_script(Path(__file__).with_name("directory.lua").read_text())
         self._incarnation = secrets.token_hex(8)
@@ -304,7 +304,7 @@ def _pairs(table: dict[bytes, bytes] | None) -> list[tuple[str, str]]:
     return [(field.decode(), value.decode()) for field, value in (table or {}).items()]
 
 
-def _client(url: str, password_file: Path | None, timeout: float) -> Any:
+def connect(url: str, password_file: Path | None, timeout: float) -> Any:
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry

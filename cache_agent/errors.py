@@ -124,6 +124,25 @@ class AgentTimeout(AgentError):
     retryable = True
 
 
+class StoreUnavailable(AgentError):
+    """What is kept of running requests cannot be reached now."""
+
+    code = "store_unavailable"
+    retryable = True
+
+
+class SnapshotTooLarge(AgentError):
+    """More would be kept of a request, or of a function's requests, than may be."""
+
+    code = "snapshot_too_large"
+
+
+class SnapshotForged(AgentError):
+    """A snapshot is not signed with the cluster's key, or as something else than it is taken for."""
+
+    code = "snapshot_forged"
+
+
 class BadConfig(AgentError):
     """A setting of the agent is missing or has no sense."""
 
@@ -149,6 +168,9 @@ BY_CODE: dict[str, type[AgentError]] = {
         AgentUnreachable,
         LeaseLost,
         AgentTimeout,
+        StoreUnavailable,
+        SnapshotTooLarge,
+        SnapshotForged,
         BadConfig,
     )
 }

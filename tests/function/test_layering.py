@@ -29,6 +29,9 @@ PURE = [
     "cache_agent/entry.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
+    "runtime/handoff/snapshot.py",
+    "runtime/handoff/record.py",
+    "cache_agent/signing.py",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "cache_agent" / "policy").glob("*.py"))),
 ]
 EFFECTS = {

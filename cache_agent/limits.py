@@ -26,6 +26,17 @@ def free_huge_bytes() -> int:
     return pool if headroom is None else min(pool, headroom)
 
 
+def huge_reservations_hold() -> bool:
+    """Whether a reservation of huge pages that the kernel grants is a promise that their first use keeps.
+
+    A cgroup that limits only their use lets a reservation pass and kills the process that takes the page.
+    """
+    use = _cgroup_headrooms("hugetlb.2MB.max", "hugetlb.2MB.current", "hugetlb", "hugetlb.2MB")
+    reservation = _cgroup_headrooms("hugetlb.2MB.rsvd.max", "hugetlb.2MB.rsvd.current", "hugetlb", "hugetlb.2MB.rsvd")
+    unlimited = 1 << 62
+    return min(use, default=unlimited) >= min(reservation, default=unlimited)
+
+
 def available_bytes() -> int:
     """Bytes of ordinary memory that can still be taken, by the tightest of the cgroup's limits and the host."""
     host = _meminfo("MemAvailable")

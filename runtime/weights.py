@@ -12,13 +12,15 @@ import mmap
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
@@ -97,29 +99,46 @@ def assemble(weights: Weights, *, private: bool = False) -> Loaded:
 
     Raises `ModelUnusable` with transformers' own words.
     """
+    with _small_files(weights.manifest) as directory:
+        model, how = _model(weights, directory, private)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    return Loaded(model, tokenizer, json.loads(weights.manifest.files.get("generation_config.json", b"{}")), how)
+
+
+def assemble_model(weights: Weights) -> Any:
+    """Only the model: what `from_pretrained` of a model class returns. Raises `ModelUnusable`."""
+    with _small_files(weights.manifest) as directory:
+        return _model(weights, directory, private=False)[0]
+
+
+@contextmanager
+def _small_files(manifest: Manifest) -> Iterator[Path]:
+    """A directory with the checkpoint's small files, as transformers wants to read them."""
     directory = Path(tempfile.mkdtemp(prefix="glowplug-model-"))
     try:
-        for name, data in weights.manifest.files.items():
+        for name, data in manifest.files.items():
             (directory / name).write_bytes(data)
-        try:
-            config = AutoConfig.from_pretrained(directory)
-            tensors = weights.tensors
-            if private:
-                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            model, how = _build(config, tensors)
-            if "generation_config.json" in weights.manifest.files:
-                model.generation_config = GenerationConfig.from_pretrained(directory)
-            tokenizer = AutoTokenizer.from_pretrained(directory)
-        except ModelUnusable:
-            raise
-        except Exception as error:
-            raise ModelUnusable(
-                f"transformers cannot make a model of this checkpoint ({type(error).__name__}: {error}); it must be a "
-                "causal language model that from_pretrained loads without remote code"
-            ) from error
+        yield directory
+    except ModelUnusable:
+        raise
+    except Exception as error:
+        raise ModelUnusable(
+            f"transformers cannot make a model of this checkpoint ({type(error).__name__}: {error}); it must be a "
+            "causal language model that from_pretrained loads without remote code"
+        ) from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    return Loaded(model, tokenizer, json.loads(weights.manifest.files.get("generation_config.json", b"{}")), how)
+
+
+def _model(weights: Weights, directory: Path, private: bool) -> tuple[Any, str]:
+    config = AutoConfig.from_pretrained(directory)
+    tensors = weights.tensors
+    if private:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    model, how = _build(config, tensors)
+    if "generation_config.json" in weights.manifest.files:
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model, how
 
 
 def _build(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, str]:
@@ -154,7 +173,7 @@ def _build(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, str]:
 def _assign(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any | None:
     """The model with the views as its parameters, or None where checkpoint and model do not match name by name."""
     dtype = config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = kind._from_config(config, dtype=dtype)
     state = model.state_dict(keep_vars=True)
     missing = {name for name in state if name not in tensors}

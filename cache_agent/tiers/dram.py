@@ -39,7 +39,10 @@ class Segment:
         owner = os.memfd_create(name, flags)
         try:
             os.ftruncate(owner, size)
-            os.posix_fallocate(owner, 0, size)
+            # A shared mapping of huge pages reserves them all, and its readers clear each as they fill it, in parallel:
+            # clearing 2.2 GB ahead of them took 0.2 s of 1.0 s from a fast disk.
+            if not (huge and limits.huge_reservations_hold()):
+                os.posix_fallocate(owner, 0, size)
             self._map: mmap.mmap | None = mmap.mmap(owner, size, mmap.MAP_SHARED)
             fcntl.fcntl(owner, fcntl.F_ADD_SEALS, _WHILE_LOADING)
             os.fchmod(owner, 0o444)  # a memfd is born 0777: any user could reopen it writable and add seals

@@ -44,12 +44,30 @@ class Running:
                 raise TimeoutError("the agent did not finish hashing")
             time.sleep(0.05)
 
-    def forget(self, uri: str) -> None:
-        """Evicts the model if it is there; a holder whose process has just ended may still be counted for a moment."""
+    def store(self, uri: str) -> None:
+        """Has the model's image on SSD, whole; the agent needs `--ssd`."""
+        deadline = time.monotonic() + _LOAD_SECONDS
+        if not self._stored(uri):
+            self.hold(uri)
+        while not self._stored(uri):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the agent did not write the image")
+            time.sleep(0.05)
+        self.settle()
+
+    def _stored(self, uri: str) -> bool:
+        ssd = self.client.status().ssd
+        return ssd is not None and any(image.model == uri for image in ssd.images)
+
+    def forget(self, uri: str, *, ssd: bool = False) -> None:
+        """Evicts the model if it is there, and its image with `ssd`.
+
+        A holder whose process has just ended may still be counted for a moment.
+        """
         deadline = time.monotonic() + _START_SECONDS
-        while any(model.model == uri for model in self.client.status().models):
+        while any(model.model == uri for model in self.client.status().models) or (ssd and self._stored(uri)):
             try:
-                self.client.evict(uri)
+                self.client.evict(uri, ssd=ssd)
             except AgentError:
                 if time.monotonic() > deadline:
                     raise

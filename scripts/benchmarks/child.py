@@ -75,7 +75,7 @@ def tensorizer(job: Job) -> Any:
 
 def glowplug(job: Job) -> Any:
     weights = importlib.import_module("runtime.weights")
-    return weights.assemble(_leased(job)).model
+    return weights.assemble_model(_leased(job))
 
 
 def attach(job: Job) -> Any:

@@ -1,12 +1,15 @@
 """Loading a 1.1 B model from this machine's disk: every way in a fresh process, imports done, until one token is out.
 
-A cold variant finds nothing of the checkpoint in the page cache. `attach` finds the weights in the agent's memory,
-`agent cold` finds an agent that has to read them from the disk first. The prompt is one token.
+A cold variant finds nothing of the checkpoint in the page cache. `attach` finds the weights in the agent's memory, `ssd
+cold` an agent that has their image on SSD, `agent cold` one that has to read the checkpoint itself. The prompt is one
+token.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,15 +23,9 @@ from benchmarks.agents import Running, agent
 from benchmarks.harness import Result, Sample, Spread, Unavailable, Variant, judged, measure, middle, ratio_rows
 
 NAME = "load"
-_QUEUE = 4  # reads in flight, as an agent has them
+_QUEUE = 16  # reads in flight: the agent's --readers, and raw reads
 _CHUNK = 8 << 20
-_LATER: list[Row] = [
-    {"variant": variant, "reason": f"the SSD tier is not built yet; its key is {key}"}
-    for variant, key in (
-        ("glowplug ssd cold", "ssd_cold_vs_from_pretrained_cold"),
-        ("glowplug ssd read", "ssd_read_vs_raw"),
-    )
-]
+_SSD = models.PLACE / "ssd"
 
 
 def run(quick: bool, console: Console) -> Report:
@@ -36,11 +33,13 @@ def run(quick: bool, console: Console) -> Report:
     place = models.checkpoint("125m" if quick else "1.1b", console)
     results: list[Result] = []
     headline: dict[str, float | None] = {}
-    rows: list[Row] = [*_LATER]
+    rows: list[Row] = []
     # The headline's case comes first; the others show what thread count and page kind change.
     for threads, pages in ((1, "huge"),) if quick else ((1, "huge"), (2, "huge"), (1, "4k")):
         case: dict[str, str | float] = {"pages": pages, "threads": threads, "prompt_tokens": 1}
-        with machine.huge_pages(int(models.weight_bytes(place) * 1.02) if pages == "huge" else 0) as pool:
+        # Room for the model of each of two agents, and for the buffer of raw reads.
+        needed = int(models.weight_bytes(place) * 2.04) + _QUEUE * _CHUNK
+        with machine.huge_pages(needed if pages == "huge" else 0) as pool:
             if pages == "huge" and not pool:
                 rows.append({"variant": "(all)", "reason": "this machine has no pool of huge pages for us", **case})
                 continue
@@ -59,13 +58,18 @@ def run(quick: bool, console: Console) -> Report:
 
 def _case(place: Path, threads: int, pages: str, rounds: int, console: Console, *, whole: bool) -> Result:
     options = ["--huge-pages", "always" if pages == "huge" else "never", "--dram", str(models.weight_bytes(place) * 2)]
-    with agent(*options) as running:
-        variants = _variants(place, running, threads, whole=whole)
-        return measure(variants, rounds, title=f"load, {pages} pages, {threads} threads", console=console)
+    options += ["--readers", str(_QUEUE)]
+    shutil.rmtree(_SSD, ignore_errors=True)
+    try:
+        with agent(*options) as running, agent(*options, "--ssd", str(_SSD)) as keeper:
+            variants = _variants(place, running, keeper, threads, whole=whole)
+            return measure(variants, rounds, title=f"load, {pages} pages, {threads} threads", console=console)
+    finally:
+        shutil.rmtree(_SSD, ignore_errors=True)
 
 
-def _variants(place: Path, running: Running, threads: int, *, whole: bool) -> list[Variant]:
-    """All of them, or only those that thread count and page kind can change."""
+def _variants(place: Path, running: Running, keeper: Running, threads: int, *, whole: bool) -> list[Variant]:
+    """All of them, or only those that thread count and page kind can change. `keeper` is the agent with an SSD tier."""
     uri = f"file://{place}"
     serialised = place.with_name(place.name + "-tensorizer") / "model.tensors"
 
@@ -84,10 +88,26 @@ def _variants(place: Path, running: Running, threads: int, *, whole: bool) -> li
         running.forget(uri)
         cold()
 
-    def ours() -> Sample:
-        before = running.cpu_seconds()
-        sample = children.run("glowplug", {"socket": str(running.socket), "uri": uri}, threads=threads)
-        return {**sample, "cpu_s": sample["cpu_s"] + running.cpu_seconds() - before}  # the agent's work is ours, too
+    def on_ssd() -> None:
+        running.settle()
+        keeper.store(uri)
+        keeper.forget(uri)
+        cold()
+
+    def ours(which: Running) -> Callable[[], Sample]:
+        def run() -> Sample:
+            before = which.cpu_seconds()
+            sample = children.run("glowplug", {"socket": str(which.socket), "uri": uri}, threads=threads)
+            return {**sample, "cpu_s": sample["cpu_s"] + which.cpu_seconds() - before}  # the agent's work is ours, too
+
+        return run
+
+    def read() -> Sample:
+        before, start = keeper.cpu_seconds(), perf_counter()
+        with keeper.client.lease(uri) as lease:
+            lease.wait_ready(time.monotonic() + children.LIMIT_SECONDS)
+            seconds = perf_counter() - start
+        return {"load_s": seconds, "mb_s": _image_bytes() / 1e6 / seconds, "cpu_s": keeper.cpu_seconds() - before}
 
     def theirs(way: str) -> Callable[[], Sample]:
         return lambda: children.run(way, {"place": str(place), "tensors": str(serialised)}, threads=threads)
@@ -110,11 +130,13 @@ def _variants(place: Path, running: Running, threads: int, *, whole: bool) -> li
             for state, prepare in zip(("cold", "warm"), prepares, strict=True)
         ]
     if whole:
-        found.append(Variant("raw O_DIRECT read", lambda: _raw_read(models.weight_files(place)), cold))
+        found.append(Variant("raw O_DIRECT read", lambda: _raw_read(_segments()), on_ssd))
+        found.append(Variant("glowplug ssd read", read, on_ssd))
     return [
         *found,
-        Variant("glowplug agent cold", ours, absent),
-        Variant("glowplug attach", ours, lambda: running.hold(uri)),
+        Variant("glowplug agent cold", ours(running), absent),
+        Variant("glowplug ssd cold", ours(keeper), on_ssd),
+        Variant("glowplug attach", ours(running), lambda: running.hold(uri)),
     ]
 
 
@@ -122,6 +144,8 @@ def _ratios(result: Result) -> dict[str, Spread | None]:
     """How many times as fast as from_pretrained, until the first forward is done."""
     return {
         "agent_cold_vs_from_pretrained_cold": result.ratio("from_pretrained cold", "glowplug agent cold", "first_s"),
+        "ssd_cold_vs_from_pretrained_cold": result.ratio("from_pretrained cold", "glowplug ssd cold", "first_s"),
+        "ssd_read_vs_raw": result.ratio("raw O_DIRECT read", "glowplug ssd read", "load_s"),
         "attach_vs_from_pretrained_cold": result.ratio("from_pretrained cold", "glowplug attach", "first_s"),
         "attach_vs_from_pretrained_warm": result.ratio("from_pretrained warm", "glowplug attach", "first_s"),
     }
@@ -143,6 +167,15 @@ def _serialise(place: Path, target: Path) -> None:
     serializer.write_module(AutoModelForCausalLM.from_pretrained(place, dtype="auto"))
     serializer.close()
     unfinished.rename(target)
+
+
+def _segments() -> list[Path]:
+    """The segment files of the one image that the keeping agent has."""
+    return sorted(_SSD.glob("images/*/*.seg"))
+
+
+def _image_bytes() -> int:
+    return sum(segment.stat().st_size for segment in _segments())
 
 
 def _raw_read(files: list[Path]) -> Sample:

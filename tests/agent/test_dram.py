@@ -307,31 +307,31 @@ def test_a_short_pool_is_an_error_at_once_and_takes_nothing(huge_pages):
     with pytest.raises(NoCapacity, match=r"needs 10 MB of huge pages and the pool has 8 MB free") as caught:
         Dram([5 * PAGE], huge_pages="always")
     assert "vm.nr_hugepages" in caught.value.text
-    assert int(FREE.read_text()) == 4
+    assert limits.free_huge_bytes() // PAGE == 4
 
 
 def test_a_pool_that_is_short_for_the_second_segment_gives_the_first_back(huge_pages):
     huge_pages(4)
     with pytest.raises(NoCapacity):
         Dram([2 * PAGE, PAGE, 2 * PAGE], huge_pages="always")
-    assert int(FREE.read_text()) == 4
+    assert limits.free_huge_bytes() // PAGE == 4
 
 
 def test_auto_uses_the_pool_when_all_fits_and_ordinary_pages_otherwise(huge_pages):
     huge_pages(4)
     with Dram([2 * PAGE, 2 * PAGE], huge_pages="auto") as first:
-        assert (first.page, int(FREE.read_text())) == (PAGE, 0)
+        assert (first.page, limits.free_huge_bytes() // PAGE) == (PAGE, 0)
         with Dram([PAGE], huge_pages="auto") as second:
             assert second.page == 4096
-    assert int(FREE.read_text()) == 4
+    assert limits.free_huge_bytes() // PAGE == 4
     with Dram([5 * PAGE], huge_pages="auto") as third:
-        assert (third.page, int(FREE.read_text())) == (4096, 4), "one page kind for all segments"
+        assert (third.page, limits.free_huge_bytes() // PAGE) == (4096, 4), "one page kind for all segments"
 
 
 def test_never_leaves_the_pool_alone(huge_pages):
     huge_pages(4)
     with Dram([PAGE], huge_pages="never") as dram:
-        assert (dram.page, int(FREE.read_text())) == (4096, 4)
+        assert (dram.page, limits.free_huge_bytes() // PAGE) == (4096, 4)
 
 
 def test_a_model_larger_than_the_machine_is_refused_with_sizes():
@@ -399,3 +399,22 @@ def test_free_huge_pages_leave_promised_ones_out(cgroups):
     assert limits.free_huge_bytes() == 3 * PAGE
     write(cgroups, hugetlb__2MB__max=PAGE, hugetlb__2MB__current=0)
     assert limits.free_huge_bytes() == PAGE
+
+
+def test_reserving_huge_pages_is_enough_unless_only_their_use_is_limited(cgroups):
+    assert limits.huge_reservations_hold(), "no limit at all"
+    write(cgroups, hugetlb__2MB__max=4 * PAGE, hugetlb__2MB__current=0)
+    assert not limits.huge_reservations_hold()
+    write(cgroups, hugetlb__2MB__rsvd__max=4 * PAGE, hugetlb__2MB__rsvd__current=0)
+    assert limits.huge_reservations_hold()
+    write(cgroups, hugetlb__2MB__rsvd__max=5 * PAGE)
+    assert not limits.huge_reservations_hold()
+
+
+def test_pages_that_were_only_reserved_are_nobody_elses(huge_pages):
+    huge_pages(4)
+    with Dram([3 * PAGE], huge_pages="always"):
+        assert limits.free_huge_bytes() == PAGE
+        with pytest.raises(NoCapacity):
+            Dram([2 * PAGE], huge_pages="always")
+    assert limits.free_huge_bytes() == 4 * PAGE

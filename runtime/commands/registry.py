@@ -51,7 +51,7 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.help) for name, entry in self.registered.items()])
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:  # type: ignore[override]
+    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """As click's, but with `_told` for its usage texts and for our errors."""
         group: Any = super()  # whose overloads tell apart what is only known here when it runs
         if not standalone_mode:

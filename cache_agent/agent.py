@@ -39,6 +39,7 @@ from cache_agent.offers import Offers, Resident
 from cache_agent.origins import Origins
 from cache_agent.policy.estimate import Estimator, shared
 from cache_agent.revisions import Revisions
+from cache_agent.starts import Starts
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
 from cache_agent.tiers.ssd import Ssd
@@ -59,6 +60,7 @@ class Agent:
         self._directory = directory
         self._open_origin = open_origin or Origins(config).open
         ssd = Ssd(config.ssd, config.ssd_size) if config.ssd else None
+        self.starts = Starts()
         self._keeping = Keeping(ssd, self._pinned)
         self._revisions = Revisions(directory, ssd)
         self._residency = residency.Residency(config.capacity, config.revalidate)

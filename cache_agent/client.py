@@ -43,6 +43,11 @@ from cache_agent.messages import (
     PushDrain,
     PushDrainReply,
     Ready,
+    Start,
+    Started,
+    StartedReply,
+    StartsReply,
+    StartsRequest,
     StatusReply,
     StatusRequest,
     Welcome,
@@ -211,6 +216,14 @@ class CacheClient:
     def push_drain(self, reason: str, grace: float, model: str = "") -> int:
         """How many holders were told; see `protocol.PushDrain`."""
         return self._ask(PushDrain(reason, grace, model), PushDrainReply).holders
+
+    def report_start(self, start: Started) -> None:
+        """Tells the agent how a start went, for its status page."""
+        self._ask(start, StartedReply)
+
+    def starts(self) -> list[Start]:
+        """The last starts of the node's functions, the newest first."""
+        return self._ask(StartsRequest(), StartsReply).starts
 
     def manifest(self, model: str) -> Manifest:
         """The manifest, read from the origin without loading weights."""

@@ -48,6 +48,7 @@ class Held:
     work: int = 0  # bytes that pass on its tier until it is loaded
     manifest_fd: int = -1
     manifest_bytes: int = 0
+    began: float = field(default_factory=time.monotonic)
 
     def keep_manifest(self) -> None:
         """Puts the manifest into memory of its own, to be handed out with the segments."""

@@ -115,6 +115,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     leases: Count
     idle_seconds: float
     pinned: bool = False
+    age_seconds: float = 0.0  # since its load began, or it was adopted
 
 
 class ImageStatus(msgspec.Struct, frozen=True):
@@ -239,6 +240,46 @@ class PushDrainReply(Message, frozen=True, tag="push_drain_reply"):
     holders: Count
 
 
+class Started(Message, frozen=True, tag="started"):
+    """The ledger of a function's start, for those who look at the node: at `ready`, and again with the first token.
+
+    `kind` is the layer that the start found, or "cold". What it says is the function's word; nothing follows from it.
+    """
+
+    start_id: Short
+    function: Short
+    model: Uri
+    kind: Short
+    spans: Annotated[list[Span], msgspec.Meta(max_length=256)]
+    error: Text = ""
+
+
+class StartedReply(Message, frozen=True, tag="started_reply"):
+    pass
+
+
+class StartsRequest(Message, frozen=True, tag="starts"):
+    """The last starts of this node's functions."""
+
+
+class Start(msgspec.Struct, frozen=True):
+    """`began` in seconds since 1970; spans in ns of CLOCK_MONOTONIC, as in every ledger."""
+
+    start_id: Short
+    function: Short
+    model: Uri
+    kind: Short
+    began: float
+    spans: list[Span]
+    error: Text = ""
+
+
+class StartsReply(Message, frozen=True, tag="starts_reply"):
+    """The newest first."""
+
+    starts: list[Start]
+
+
 class ErrorReply(Message, frozen=True, tag="error"):
     code: Short
     text: Text
@@ -269,5 +310,9 @@ AnyMessage = (
     | EstimateReply
     | PushDrain
     | PushDrainReply
+    | Started
+    | StartedReply
+    | StartsRequest
+    | StartsReply
     | ErrorReply
 )

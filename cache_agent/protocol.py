@@ -24,7 +24,8 @@
       │ ───────────────────────────────────►│   offering
       │   adopted(revision, shared, why)    │   leased; shared: they are lent to others again, without a copy
       │ ◄───────────────────────────────────│
-      │   status | manifest | evict | pin | prefetch | estimate | push_drain   (open: one reply each, stays open)
+      │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | starts   (open:
+      │   one reply each, stays open)
 
 `error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
 then closes. One
@@ -65,6 +66,10 @@ from cache_agent.messages import (
     PushDrain,
     PushDrainReply,
     Ready,
+    Started,
+    StartedReply,
+    StartsReply,
+    StartsRequest,
     StatusReply,
     StatusRequest,
     Welcome,
@@ -104,6 +109,10 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("asking", EstimateReply): "open",
     ("open", PushDrain): "asking",
     ("asking", PushDrainReply): "open",
+    ("open", Started): "asking",
+    ("asking", StartedReply): "open",
+    ("open", StartsRequest): "asking",
+    ("asking", StartsReply): "open",
     ("asking", ErrorReply): "open",
     ("new", ErrorReply): "closed",
     ("greeting", ErrorReply): "closed",

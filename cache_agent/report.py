@@ -32,6 +32,7 @@ def model(entry: Entry, held: Held | None, pinned: bool, now: float) -> ModelSta
         leases=len(entry.leases),
         idle_seconds=0.0 if entry.leases else max(0.0, now - entry.last_used),
         pinned=pinned,
+        age_seconds=max(0.0, now - held.began) if held else 0.0,
     )
 
 

@@ -39,6 +39,10 @@ from cache_agent.messages import (
     Progress,
     PushDrain,
     PushDrainReply,
+    Started,
+    StartedReply,
+    StartsReply,
+    StartsRequest,
     StatusRequest,
     Welcome,
 )
@@ -302,6 +306,11 @@ class Connection:
                     self._send_manifest(model)
                 case PushDrain(reason, grace, model):
                     self._channel.send(PushDrainReply(self._agent.push_drain(reason, grace, model)))
+                case Started():
+                    self._agent.starts.add(message)
+                    self._channel.send(StartedReply())
+                case StartsRequest():
+                    self._channel.send(StartsReply(self._agent.starts.recent()))
                 case _:
                     raise ProtocolError(f"'{type(message).__name__}' is a message of the agent's side")
         except (ProtocolError, Disconnected):

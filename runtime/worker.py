@@ -9,6 +9,7 @@ engine          created by the engine itself
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 from cache_agent.client import CacheClient, Lease
 from cache_agent.errors import AgentError, AgentTimeout
 from cache_agent.ledger import Ledger, Span
-from cache_agent.messages import Admitted, Drain
+from cache_agent.messages import TEXT_LIMIT, Admitted, Drain, Started
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, NotReady, WeightsUnavailable
@@ -36,6 +37,8 @@ log = logging.getLogger("glowplug.worker")
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _REJOIN_SECONDS = 30.0  # between two attempts to find an agent again, at most
+_REPORT_SECONDS = 2.0
+_MOST_SPANS = 256  # of a start that is reported; more are no start
 _LAST_ANSWERS = 2.0  # seconds that requests which waited for a failed start have to take their answer
 
 
@@ -51,6 +54,7 @@ class Worker:
         self._terminate = threading.Event()
         self._lease: Lease | None = None
         self._exit: FunctionError | None = None
+        self._start_kind = "cold"
         self._reported = 0
         self._reporting = threading.Lock()
 
@@ -65,7 +69,7 @@ class Worker:
 
             self._server = HttpServer(
                 sock,
-                create_app(self._config, self._lifecycle, self._ledger, self._drain),
+                create_app(self._config, self._lifecycle, self._ledger, self._drain, self._start_kind),
                 capacity=self._config.slots + self._config.queue,
                 parent=parent,
                 on_beat=self._beat,
@@ -103,6 +107,7 @@ class Worker:
         self._report_spans()
         self._line.send(state="ready")
         threading.Thread(target=self._listen, args=(model,), name="agent", daemon=True).start()
+        self._report_start()
 
     def _load(self, uri: str) -> Model:
         """Leases, retrying what can be cured by waiting, and imports torch while the bytes are on their way."""
@@ -129,10 +134,9 @@ class Worker:
                 time.sleep(pause)
                 pause = min(5.0, pause * 2)
 
-    def _client(self) -> CacheClient:
-        return CacheClient(
-            self._config.socket, name=f"worker-{os.getpid()}", token=self._config.token(), pod=self._config.pod
-        )
+    def _client(self, timeout: float = 10.0) -> CacheClient:
+        token, name = self._config.token(), f"worker-{os.getpid()}"
+        return CacheClient(self._config.socket, name=name, token=token, pod=self._config.pod, timeout=timeout)
 
     def _assemble(self, lease: Lease, deadline: float) -> Model:
         self._http_up.wait()  # probes come first: importing torch holds the interpreter's lock for long stretches
@@ -193,6 +197,7 @@ class Worker:
         log.error("%s [%s]", error.text, error.code)
         self._lifecycle.fail(error)
         self._line.send(error=[error.code, error.text])
+        self._report_start(error)
         self._http_up.wait()
         self._exit = error
         self._server.wait_idle(time.monotonic() + _LAST_ANSWERS)
@@ -231,14 +236,26 @@ class Worker:
 
     def _beat(self) -> None:
         self._line.send(beat=1)
-        self._report_spans()
+        if self._report_spans() and self._lifecycle.state != "starting":
+            threading.Thread(target=self._report_start, name="report", daemon=True).start()  # no beat waits for it
 
-    def _report_spans(self) -> None:
+    def _report_spans(self) -> bool:
+        """Whether there was anything new to tell."""
         with self._reporting:
             fresh = self._ledger.since(self._reported)
             self._reported += len(fresh)
             if rows := [(span.owner, span.name, span.start, span.end) for span in fresh if span.owner != "shim"]:
                 self._line.spans(rows)
+            return bool(rows)
+
+    def _report_start(self, error: FunctionError | None = None) -> None:
+        """The agent keeps the ledgers of its node's starts, for those who look at it."""
+        failed = f"{error.text} [{error.code}]"[:TEXT_LIMIT] if error else ""
+        uri, name = self._config.model_uri, self._config.served_name[:256]
+        spans = self._ledger.spans()[:_MOST_SPANS]
+        with contextlib.suppress(AgentError, FunctionError, OSError):
+            start = Started(self._ledger.start_id, name, uri, self._start_kind, spans, failed)
+            self._client(_REPORT_SECONDS).report_start(start)
 
     # --- end ------------------------------------------------------------------------------------------------------
 

@@ -255,6 +255,11 @@ def test_two_replicas_share_the_weights_of_the_nodes_agent(
     assert status.leases == 2
     assert ("agent", "transfer") not in {(s["owner"], s["name"]) for s in second.spans()}
     assert ("agent", "transfer") in {(s["owner"], s["name"]) for s in first.spans()}
+    second.until(lambda: len(agent.client.starts()) == 2, "both have told the agent how they started")
+    assert {span.owner for start in agent.client.starts() for span in start.spans} == {"shim", "worker", "agent"}
+    assert {start.start_id for start in agent.client.starts()} == {
+        function.request("/_/ledger").json["start_id"] for function in (first, second)
+    }
     bodies = [f.request("/v1/chat/completions", CHAT).json["choices"] for f in (first, second)]
     assert bodies[0] == bodies[1]
     assert first.stop() == 0

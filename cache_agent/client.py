@@ -164,10 +164,10 @@ class CacheClient:
 
         `deadline` on time.monotonic, for finding the model and reserving. Raises any `AgentError`.
         """
-        channel = self._connect()
+        channel = self.connect()
         try:
             channel.send(LeaseRequest(model, start_id))
-            granted, fds = self._expect(channel, Granted, deadline or time.monotonic() + _DESCRIBE_SECONDS)
+            granted, fds = expect(channel, Granted, deadline or time.monotonic() + _DESCRIBE_SECONDS)
         except BaseException as error:
             channel.close()
             if isinstance(error, Disconnected):
@@ -180,10 +180,10 @@ class CacheClient:
 
         Whether the agent adopts the bytes or not, they stay mapped. Raises any `AgentError`.
         """
-        channel = self._connect()
+        channel = self.connect()
         try:
             channel.send(Offer(model, lease.manifest.source, len(lease.segments)), lease.segments)
-            adopted, _ = self._expect(channel, Adopted, deadline or time.monotonic() + _ADOPT_SECONDS)
+            adopted, _ = expect(channel, Adopted, deadline or time.monotonic() + _ADOPT_SECONDS)
         except BaseException as error:
             channel.close()
             if isinstance(error, Disconnected):
@@ -229,7 +229,7 @@ class CacheClient:
         """The manifest, read from the origin without loading weights."""
         with self._channel() as channel:
             channel.send(ManifestRequest(model))
-            reply, fds = self._expect(channel, ManifestReply, time.monotonic() + _DESCRIBE_SECONDS)
+            reply, fds = expect(channel, ManifestReply, time.monotonic() + _DESCRIBE_SECONDS)
             try:
                 return _read_manifest(fds[0], reply.manifest_bytes)
             finally:
@@ -238,24 +238,25 @@ class CacheClient:
     def _ask(self, request: Message, reply: type[M], seconds: float | None = None) -> M:
         with self._channel() as channel:
             channel.send(request)
-            return self._expect(channel, reply, time.monotonic() + (seconds or self._timeout))[0]
+            return expect(channel, reply, time.monotonic() + (seconds or self._timeout))[0]
 
     @contextmanager
     def _channel(self) -> Iterator[Channel]:
-        with self._connect() as channel:
+        with self.connect() as channel:
             try:
                 yield channel
             except Disconnected as error:
                 raise AgentUnreachable(f"the cache agent at {self.path} broke off: {error}") from error
 
-    def _connect(self) -> Channel:
+    def connect(self) -> Channel:
+        """An open connection of its own, the caller's to close. Raises `AgentUnreachable`."""
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.settimeout(self._timeout)
             sock.connect(str(self.path))
             channel = Channel(sock, of_agent=False, send_timeout=self._timeout)
             channel.send(self._hello)
-            self._expect(channel, Welcome, time.monotonic() + self._timeout)
+            expect(channel, Welcome, time.monotonic() + self._timeout)
         except (OSError, Disconnected) as error:
             sock.close()
             raise AgentUnreachable(
@@ -267,20 +268,22 @@ class CacheClient:
             raise
         return channel
 
-    def _expect(self, channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[int]]:
-        while True:
-            message, fds = channel.receive(deadline)
-            match message:
-                case kind():
-                    return message, fds
-                case ErrorReply(code, text):
-                    raise from_wire(code, text)
-                case Drain():
-                    continue  # the lease is not even granted; whoever asked learns of it with the next one
-                case _:
-                    for fd in fds:
-                        os.close(fd)
-                    raise ProtocolError(f"the agent answered {type(message).__name__}, expected {kind.__name__}")
+
+def expect(channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[int]]:
+    """The reply of this kind, and its fds. Raises the agent's error in place of it."""
+    while True:
+        message, fds = channel.receive(deadline)
+        match message:
+            case kind():
+                return message, fds
+            case ErrorReply(code, text):
+                raise from_wire(code, text)
+            case Drain():
+                continue  # the lease is not even granted; whoever asked learns of it with the next one
+            case _:
+                for fd in fds:
+                    os.close(fd)
+                raise ProtocolError(f"the agent answered {type(message).__name__}, expected {kind.__name__}")
 
 
 def _read_manifest(fd: int, size: int) -> Manifest:

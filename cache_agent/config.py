@@ -43,6 +43,10 @@ class AgentConfig:
     kubernetes: str = ""
     redis_url: str = ""
     redis_password_file: Path | None = None
+    cluster_key_file: Path | None = None
+    snapshot_ttl: float = 600.0
+    snapshot_size: int = 16 << 20
+    snapshot_space: int = 256 << 20
 
     def __post_init__(self) -> None:
         if self.socket_mode & 0o077 and any(_is_root(root) for root in self.file_roots):
@@ -54,6 +58,8 @@ class AgentConfig:
             raise BadConfig(f"huge_pages is {self.huge_pages!r}; it can be auto, always or never")
         if self.readers < 1 or self.dram < 0 or self.ssd_size < 0 or self.max_connections < 1:
             raise BadConfig("readers and max_connections must be at least 1, dram and ssd_size at least 0 bytes")
+        if not 1 <= self.snapshot_ttl <= 86400 or min(self.snapshot_size, self.snapshot_space) < 1:
+            raise BadConfig("snapshot_ttl must be 1 to 86400 seconds, snapshot_size and snapshot_space at least a byte")
         if not self.revalidate >= 0:
             raise BadConfig(f"revalidate is {self.revalidate}; it must be at least 0 seconds")
 
@@ -132,4 +138,8 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "kubernetes": str,
     "redis_url": str,
     "redis_password_file": Path,
+    "cluster_key_file": Path,
+    "snapshot_ttl": float,
+    "snapshot_size": parse_size,
+    "snapshot_space": parse_size,
 }

@@ -22,6 +22,7 @@ from cache_agent.config import AgentConfig, from_environment
 from cache_agent.directory import Directory, InProcessDirectory, Node
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.server import Server, listen
+from cache_agent.shelf import shelf
 
 if TYPE_CHECKING:
     from cache_agent.witness import Removal, Witness
@@ -52,7 +53,8 @@ class Daemon:
         self._inode = 0 if listening else config.socket.lstat().st_ino
         self._directory = directory
         self._agent = Agent(config, directory)
-        self._server = Server(self._agent, self._sock, token)
+        self._shelf = shelf(config, private=self._private)
+        self._server = Server(self._agent, self._sock, token, shelf=self._shelf)
 
     def run(self) -> None:
         self._startup()
@@ -89,6 +91,7 @@ class Daemon:
                 self._config.socket.unlink()
         self._agent.close(time.monotonic() + _CLOSE_SECONDS)
         self._directory.close()
+        self._shelf.close()
         log.info("stopped; functions keep the weights that they map")
         if threading.active_count() > 1:  # the interpreter would wait for jobs that hang in an origin
             logging.shutdown()

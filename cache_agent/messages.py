@@ -280,6 +280,61 @@ class StartsReply(Message, frozen=True, tag="starts_reply"):
     starts: list[Start]
 
 
+class KeepItem(msgspec.Struct, frozen=True):
+    """Pieces of one request, from number `at` on, by its owner under `epoch`; see `snapshots.Keep`."""
+
+    space: Short
+    id: Short
+    owner: Short
+    epoch: Count
+    at: Count
+    lengths: Annotated[list[Count], msgspec.Meta(max_length=4096)]
+    lease: float
+    done: bool = False
+
+
+class Checkpoint(Message, frozen=True, tag="checkpoint"):
+    """The pieces of all items follow one another in `data`, or in the fd that comes with it."""
+
+    items: Annotated[list[KeepItem], msgspec.Meta(max_length=256)]
+    data: bytes = b""
+    fds: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
+
+
+class KeptStatus(msgspec.Struct, frozen=True):
+    """`kept`, `fenced`, `gap` (see `snapshots.Kept`), or `too_large` and `why`."""
+
+    outcome: Short
+    wanted: bool = False
+    why: Text = ""
+
+
+class Checkpointed(Message, frozen=True, tag="checkpointed"):
+    """One for each item, in their order."""
+
+    results: list[KeptStatus]
+
+
+class ClaimRequest(Message, frozen=True, tag="claim"):
+    """Asks to own what is kept of a request, and for all of it."""
+
+    space: Short
+    id: Short
+    owner: Short
+    lease: float
+
+
+class ClaimReply(Message, frozen=True, tag="claim_reply"):
+    """See `snapshots.Claimed`; the pieces are in `data`, or in the fd that comes with it."""
+
+    outcome: Short
+    epoch: Count = 0
+    wait: float = 0.0
+    lengths: list[Count] = []
+    data: bytes = b""
+    fds: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
+
+
 class ErrorReply(Message, frozen=True, tag="error"):
     code: Short
     text: Text
@@ -314,5 +369,9 @@ AnyMessage = (
     | StartedReply
     | StartsRequest
     | StartsReply
+    | Checkpoint
+    | Checkpointed
+    | ClaimRequest
+    | ClaimReply
     | ErrorReply
 )

@@ -26,6 +26,8 @@
       │ ◄───────────────────────────────────│
       │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | starts   (open:
       │   one reply each, stays open)
+      │   status | manifest | evict | pin | prefetch | estimate | push_drain   (open: one reply each, stays open)
+      │   checkpoint + fd | claim           (the same, for requests that run: cache_agent/snapshots.py)
 
 `error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
 then closes. One
@@ -45,6 +47,10 @@ from cache_agent.messages import (
     Admitted,
     Adopted,
     AnyMessage,
+    Checkpoint,
+    Checkpointed,
+    ClaimReply,
+    ClaimRequest,
     Drain,
     ErrorReply,
     EstimateReply,
@@ -113,6 +119,10 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("asking", StartedReply): "open",
     ("open", StartsRequest): "asking",
     ("asking", StartsReply): "open",
+    ("open", Checkpoint): "asking",
+    ("asking", Checkpointed): "open",
+    ("open", ClaimRequest): "asking",
+    ("asking", ClaimReply): "open",
     ("asking", ErrorReply): "open",
     ("new", ErrorReply): "closed",
     ("greeting", ErrorReply): "closed",

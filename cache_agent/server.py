@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from cache_agent import __version__, manifest
+from cache_agent import __version__, blobs, manifest
+from cache_agent import shelf as shelves
 from cache_agent.agent import Agent
 from cache_agent.errors import AccessDenied, AgentError, BadConfig, InternalError, ProtocolError, VersionMismatch
 from cache_agent.fdsocket import Channel, Disconnected
@@ -23,6 +24,9 @@ from cache_agent.loader import Load
 from cache_agent.messages import (
     TEXT_LIMIT,
     AnyMessage,
+    Checkpoint,
+    ClaimReply,
+    ClaimRequest,
     ErrorReply,
     EstimateRequest,
     EvictRequest,
@@ -47,6 +51,7 @@ from cache_agent.messages import (
     Welcome,
 )
 from cache_agent.protocol import VERSION
+from cache_agent.shelf import Shelf
 from cache_agent.tiers.dram import sealed_bytes
 
 log = logging.getLogger("glowplug.server")
@@ -100,11 +105,15 @@ class Server:
     A byte written to `stop_fd` stops it, too: it is made for `signal.set_wakeup_fd`.
     """
 
-    def __init__(self, agent: Agent, sock: socket.socket, token: str = "") -> None:
-        """`token` is the secret that every client must present; "" admits whoever can open the socket."""
+    def __init__(self, agent: Agent, sock: socket.socket, token: str = "", *, shelf: Shelf | None = None) -> None:
+        """`token` is the secret that every client must present; "" admits whoever can open the socket.
+
+        Without a `shelf` requests are kept in this process.
+        """
         self._agent = agent
         self._sock = sock
         self._token = token
+        self._shelf = shelf or shelves.shelf(agent.config, private=True)
         self._stop_reader, self.stop_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
@@ -148,7 +157,7 @@ class Server:
                 sock.close()
                 return
         try:
-            connection = Connection(self._agent, sock, self._token, self._forget)
+            connection = Connection(self._agent, sock, self._token, self._forget, self._shelf)
         except OSError as error:  # out of fds: this client must try again
             log.error("cannot serve a connection: %s", error)
             sock.close()
@@ -174,10 +183,13 @@ class Server:
 class Connection:
     """One client. Its thread alone touches the socket; others leave messages in the outbox and wake it."""
 
-    def __init__(self, agent: Agent, sock: socket.socket, token: str, on_end: Callable[[Connection], None]) -> None:
+    def __init__(
+        self, agent: Agent, sock: socket.socket, token: str, on_end: Callable[[Connection], None], shelf: Shelf
+    ) -> None:
         self._agent = agent
         self._channel = Channel(sock, of_agent=True)
         self._token = token
+        self._shelf = shelf
         self._on_end = on_end
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
@@ -311,6 +323,10 @@ class Connection:
                     self._channel.send(StartedReply())
                 case StartsRequest():
                     self._channel.send(StartsReply(self._agent.starts.recent()))
+                case Checkpoint():
+                    self._keep(message, fds)
+                case ClaimRequest():
+                    self._claim(message)
                 case _:
                     raise ProtocolError(f"'{type(message).__name__}' is a message of the agent's side")
         except (ProtocolError, Disconnected):
@@ -320,6 +336,24 @@ class Connection:
         except Exception as error:
             log.exception("answering %s failed", type(message).__name__)
             self._refuse(InternalError(f"the agent failed ({error!r}); its log has the traceback, please report it"))
+
+    def _keep(self, message: Checkpoint, fds: list[int]) -> None:
+        try:
+            lengths = [length for item in message.items for length in item.lengths]
+            pieces = blobs.unpack(lengths, message.data, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._channel.send(self._shelf.keep(message, pieces))
+
+    def _claim(self, message: ClaimRequest) -> None:
+        found = self._shelf.claim(message)
+        lengths, data, fds = blobs.pack(found.pieces)
+        try:
+            self._channel.send(ClaimReply(found.outcome, found.epoch, found.wait, lengths, data, len(fds)), fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def _refuse(self, error: AgentError) -> None:
         self._channel.send(ErrorReply(error.code, error.text[:TEXT_LIMIT]))

@@ -18,6 +18,10 @@ from cache_agent.ledger import Span
 from cache_agent.messages import (
     Admitted,
     Adopted,
+    Checkpoint,
+    Checkpointed,
+    ClaimReply,
+    ClaimRequest,
     Drain,
     ErrorReply,
     EstimateReply,
@@ -28,6 +32,8 @@ from cache_agent.messages import (
     Hello,
     Identity,
     ImageStatus,
+    KeepItem,
+    KeptStatus,
     LeaseRequest,
     ManifestReply,
     ManifestRequest,
@@ -99,6 +105,10 @@ EXAMPLES = [
     StartedReply(),
     StartsRequest(),
     StartsReply([Start("start-1", "chat", "file:///m", "cold", 1.5e9, [Span("shim", "python", 10, 20)], "no")]),
+    Checkpoint([KeepItem("chat", "chatcmpl-0123456789abcdef", "worker-7f", 2, 1, [3, 0], 3.0, True)], b"abc"),
+    Checkpointed([KeptStatus("kept", True), KeptStatus("too_large", why="it takes 9 bytes")]),
+    ClaimRequest("chat", "chatcmpl-0123456789abcdef", "worker-7f", 3.0),
+    ClaimReply("taken", 2, 0.0, [3, 0], b"", 1),
     ErrorReply("no_capacity", "the model needs 2 MB and 1 MB are free"),
 ]
 MESSAGES = {type(message): message for message in EXAMPLES}
@@ -130,6 +140,10 @@ ALLOWED = {
     ("asking", StartedReply): "open",
     ("open", StartsRequest): "asking",
     ("asking", StartsReply): "open",
+    ("open", Checkpoint): "asking",
+    ("asking", Checkpointed): "open",
+    ("open", ClaimRequest): "asking",
+    ("asking", ClaimReply): "open",
     ("asking", ErrorReply): "open",
     ("leasing", Granted): "loading",
     ("leasing", Drain): "leasing",
@@ -262,6 +276,14 @@ REFUSED = {
         {"type": "hello", "version": 1, "client": "", "identity": {"kind": "token", "token": "x" * 8193}}
     ),
     "identity is a string": frame({"type": "hello", "version": 1, "client": "", "identity": "me"}),
+    "data is no base64": frame({"type": "checkpoint", "items": [], "data": "@@@"}),
+    "two fds for pieces": frame({"type": "checkpoint", "items": [], "fds": 2}),
+    "negative place": frame(
+        {
+            "type": "checkpoint",
+            "items": [{"space": "", "id": "", "owner": "", "epoch": 1, "at": -1, "lengths": [], "lease": 1}],
+        }
+    ),
     "grace is a string": frame({"type": "push_drain", "reason": "", "grace": "1"}),
     "grace is infinite": frame(b'{"type":"push_drain","reason":"","grace":1e999}'),
     "grace is NaN": frame(b'{"type":"push_drain","reason":"","grace":NaN}'),

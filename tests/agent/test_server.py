@@ -230,7 +230,7 @@ def test_fds_that_wait_for_a_client_that_left_are_closed():
     ours, theirs = socket.socketpair()
     before = len(os.listdir("/proc/self/fd"))
     with theirs:
-        connection = servers.Connection(None, ours, "", lambda _: None)
+        connection = servers.Connection(None, ours, "", lambda _: None, None)
         granted = Granted("src", 1, [1], 4096, 2)
         connection.deliver(granted, [os.dup(theirs.fileno()) for _ in range(2)])
         connection.close()

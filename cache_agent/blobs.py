@@ -1,0 +1,51 @@
+"""Owns the way of byte strings beside a message: few bytes inside it, many in a sealed memfd that rides on it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+
+from cache_agent.errors import ProtocolError
+from cache_agent.tiers.dram import sealed_bytes
+
+INLINE = 16 << 10  # bytes; base64 and the rest of a request stay below its limit
+MOST = 4 << 30
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+def pack(pieces: Sequence[bytes]) -> tuple[list[int], bytes, list[int]]:
+    """Their lengths, what goes into the message, and the fd of the rest (none, or one, which is the caller's)."""
+    data = b"".join(pieces)
+    inline = len(data) <= INLINE
+    fds = [] if inline else [sealed_bytes(data, "glowplug:pieces")]
+    return [len(piece) for piece in pieces], data if inline else b"", fds
+
+
+def unpack(lengths: Sequence[int], data: bytes, fds: Sequence[int]) -> list[bytes]:
+    """What `pack` was given; `fds` stay the caller's. Raises `ProtocolError` where the lengths are not its own."""
+    size = sum(lengths)
+    if fds:
+        data = b"".join(_read(fds[0], size))
+    if len(data) != size:
+        raise ProtocolError(f"{len(data)} bytes came for pieces of {size}")
+    pieces, at = [], 0
+    for length in lengths:
+        pieces.append(data[at : at + length])
+        at += length
+    return pieces
+
+
+def _read(fd: int, size: int) -> list[bytes]:
+    """Of a memfd that nobody can change or cut any more: reading it never waits."""
+    try:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        sealed = False
+    if not sealed or size > MOST or os.fstat(fd).st_size != size:
+        raise ProtocolError(f"an fd came for pieces of {size} bytes that is no sealed memfd of this size")
+    parts, at = [], 0
+    while at < size and (part := os.pread(fd, size - at, at)):
+        parts.append(part)
+        at += len(part)
+    return parts

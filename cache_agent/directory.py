@@ -60,6 +60,10 @@ class Directory(Protocol):
         """Of nodes that live; ordered by node, then tier."""
         ...
 
+    def holdings(self) -> dict[str, list[Holding]]:
+        """Everything that nodes which live hold, by model; each list as `holders` gives it."""
+        ...
+
     def measured(self, node: str, tier: str, rate: float) -> None:
         """So many bytes per second came to this node from this tier, lately."""
         ...
@@ -128,6 +132,11 @@ class InProcessDirectory:
     def holders(self, model: str) -> list[Holding]:
         with self._lock:
             return sorted(held for held in self._holdings.get(model, {}).values() if self._lives(held.node))
+
+    def holdings(self) -> dict[str, list[Holding]]:
+        with self._lock:
+            models = sorted(self._holdings)
+        return {model: held for model in models if (held := self.holders(model))}
 
     def measured(self, node: str, tier: str, rate: float) -> None:
         with self._lock:

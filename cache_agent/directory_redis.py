@@ -112,6 +112,18 @@ class RedisDirectory:
                     found.append(_holding(node, tier, value))
             return sorted(found)
 
+    def holdings(self) -> dict[str, list[Holding]]:
+        with self._lock:
+            found = {
+                model: [holding for holding in held if holding.node not in self._mine]
+                for model, held in self._held.items()
+            }
+            for (node, key, field), value in self._values.items():
+                tier, _, model = field.partition(" ")
+                if key == _HELD and value:
+                    found.setdefault(model, []).append(_holding(node, tier, value))
+            return {model: sorted(found[model]) for model in sorted(found) if found[model]}
+
     def measured(self, node: str, tier: str, rate: float) -> None:
         with self._lock:
             self._mine.setdefault(node, Node(node))
@@ -289,6 +301,23 @@ class RedisDirectory:
             log.warning(
                 "the directory at %s cannot be used (%s); this node goes on without the others", self._where, why
             )
+
+
+def version(url: str, password_file: Path | None = None, timeout: float = 2.0) -> str:
+    """The version of the Redis there, "" if it does not tell. Raises `BadConfig`, or `OSError` with what is wrong."""
+    import redis
+
+    client = connect(url, password_file, timeout)
+    try:
+        client.ping()
+        try:
+            return str(client.info("server").get("redis_version", ""))
+        except redis.ResponseError:  # no right to ask
+            return ""
+    except redis.RedisError as error:
+        raise OSError(str(error) or type(error).__name__) from error
+    finally:
+        client.close()
 
 
 def _holding(node: str, tier: str, value: str) -> Holding:

@@ -252,6 +252,8 @@ class Started(Message, frozen=True, tag="started"):
     kind: Short
     spans: Annotated[list[Span], msgspec.Meta(max_length=256)]
     error: Text = ""
+    tier: Short = ""  # where its weights came from
+    bytes: Count = 0
 
 
 class StartedReply(Message, frozen=True, tag="started_reply"):
@@ -272,6 +274,8 @@ class Start(msgspec.Struct, frozen=True):
     began: float
     spans: list[Span]
     error: Text = ""
+    tier: Short = ""
+    bytes: Count = 0
 
 
 class StartsReply(Message, frozen=True, tag="starts_reply"):

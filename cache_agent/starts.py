@@ -22,9 +22,8 @@ class Starts:
         """Keeps a start, or what is known of it by now; a function reports again when its first token is out."""
         now, now_ns = time.time(), time.monotonic_ns()
         began = min((span.start for span in told.spans), default=now_ns)
-        start = Start(
-            told.start_id, told.function, told.model, told.kind, now - (now_ns - began) / 1e9, told.spans, told.error
-        )
+        fields = {name: getattr(told, name) for name in told.__struct_fields__}
+        start = Start(began=now - (now_ns - began) / 1e9, **fields)
         with self._lock:
             self._starts[start.start_id] = start  # a known one keeps its place
             if len(self._starts) > KEPT:

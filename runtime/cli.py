@@ -8,12 +8,18 @@ from cache_agent import __version__
 from runtime.commands.registry import Commands, Registered
 
 COMMANDS = {
+    "init": Registered("runtime.commands.init:init", "Make the folder of a new function."),
     "serve": Registered("runtime.commands.serve:serve", "Serve the function in a folder, or the OpenAI routes alone."),
+    "ask": Registered("runtime.commands.ask:ask", "Ask a function, and see what its start and its answer took."),
+    "warm": Registered("runtime.commands.warm:warm", "Have models in this node's memory before they are asked for."),
+    "models": Registered("runtime.commands.models:models", "Show which models this node holds."),
+    "doctor": Registered("runtime.commands.doctor:doctor", "Check this machine; name the last start's bottleneck."),
     "push": Registered("runtime.commands.copies:push", "Copy a model's directory into a bucket, and check it."),
     "pull": Registered("runtime.commands.copies:pull", "Copy a model into a directory, and check it."),
     "place": Registered("runtime.commands.place:place", "Show where a model would start soonest."),
     "render": Registered("runtime.commands.render:render", "Print a function's objects for Knative or OpenFaaS."),
     "base": Registered("runtime.commands.base:base", "The locked set of distributions that all functions share."),
+    "completion": Registered("runtime.commands.completion:completion", "Print what makes a shell complete commands."),
 }
 
 main = Commands(

@@ -65,6 +65,7 @@ class FunctionConfig:
     drain_grace: float = 25.0
     worker_timeout: float = 120.0
     log_level: str = "info"
+    reload: bool = False
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():

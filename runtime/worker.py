@@ -31,6 +31,7 @@ from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, NotRead
 from runtime.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
+    from runtime.handler import Handler
     from runtime.model import Model
 
 log = logging.getLogger("glowplug.worker")
@@ -99,15 +100,25 @@ class Worker:
         if self._config.handler:
             self._lifecycle.phase = "handler"
             with self._ledger.span("handler"):
-                from runtime import handler as handlers
-
-                handler = handlers.load(self._config.handler, self._config.packages, model, self._guard.scope)
+                handler = self._import_handler(model)
         self._lifecycle.phase = "serving"
         self._lifecycle.opened(model, handler)
         self._report_spans()
         self._line.send(state="ready")
         threading.Thread(target=self._listen, args=(model,), name="agent", daemon=True).start()
         self._report_start()
+
+    def _import_handler(self, model: Model) -> Handler:
+        place = self._config.handler, self._config.packages, model, self._guard.scope
+        if self._config.reload:
+            from runtime.reload import Reloading
+
+            following = Reloading(*place)
+            following.watch()
+            return following
+        from runtime import handler as handlers
+
+        return handlers.load(*place)
 
     def _load(self, uri: str) -> Model:
         """Leases, retrying what can be cured by waiting, and imports torch while the bytes are on their way."""
@@ -254,7 +265,9 @@ class Worker:
         uri, name = self._config.model_uri, self._config.served_name[:256]
         spans = self._ledger.spans()[:_MOST_SPANS]
         with contextlib.suppress(AgentError, FunctionError, OSError):
-            start = Started(self._ledger.start_id, name, uri, self._start_kind, spans, failed)
+            lease = self._lease
+            tier, size = (lease.tier, lease.manifest.nbytes) if lease else ("", 0)
+            start = Started(self._ledger.start_id, name, uri, self._start_kind, spans, failed, tier, size)
             self._client(_REPORT_SECONDS).report_start(start)
 
     # --- end ------------------------------------------------------------------------------------------------------

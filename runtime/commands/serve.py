@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from runtime.commands.output import json_option, print_json
+
 OPTIONS = {
     "model": "GLOWPLUG_MODEL",
     "port": "GLOWPLUG_PORT",
@@ -30,17 +32,35 @@ OPTIONS = {
 @click.option("--threads", type=int, help="Threads for the model.")
 @click.option("--name", help="What the OpenAI routes call the model.")
 @click.option("--log-level", help="debug, info, warning or error.")
-def serve(folder: Path | None, **options: object) -> None:
+@click.option(
+    "--reload", "follow", is_flag=True, help="For development: serve changes of the handler as they are saved."
+)
+@json_option
+def serve(folder: Path | None, follow: bool, as_json: bool, **options: object) -> None:
     """Serve the function in FOLDER (its handler.py), or the OpenAI routes alone.
 
-    Every option can also be set in the environment, as GLOWPLUG_MODEL, GLOWPLUG_PORT and so on.
+    Every option can also be set in the environment, as GLOWPLUG_MODEL, GLOWPLUG_PORT and so on. --json says in one
+    line what is going to be served; after it, this process is the function.
     """
     for name, value in options.items():
         if value is not None:
             os.environ[OPTIONS[name]] = str(value)
-    if "port" in options and options["port"] is not None:
+    if options.get("port") is not None:
         os.environ.pop("PORT", None)
     if folder is not None:
         os.environ["GLOWPLUG_HANDLER"] = str(folder)
+    if follow:
+        if "GLOWPLUG_HANDLER" not in os.environ:
+            raise click.UsageError("--reload follows the handler in FOLDER, and no FOLDER was named")
+        os.environ["GLOWPLUG_RELOAD"] = "1"
+    if as_json:
+        from runtime.config import from_environment
+
+        config = from_environment()
+        print_json(
+            {"pid": os.getpid(), "host": config.host, "port": config.port, "model": config.model_uri}
+            | {"name": config.served_name, "handler": config.handler, "reload": config.reload}
+        )
+        sys.stdout.flush()
     # The shim takes this process's place: nothing of the command line's imports stays in memory.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "runtime.shim"])  # noqa: S606

@@ -46,6 +46,16 @@ def test_holders_are_ordered_and_one_per_node_and_tier(directory):
     assert directory.holders("src-2") == []
 
 
+def test_all_holdings_are_what_each_models_holders_are(directory):
+    assert directory.holdings() == {}
+    for model, node, tier in (("src-2", "a", "dram"), ("src-1", "b", "ssd"), ("src-1", "a", "dram")):
+        directory.publish(model, Holding(node, tier, 9, 9))
+    assert list(directory.holdings()) == ["src-1", "src-2"]
+    assert directory.holdings() == {model: directory.holders(model) for model in ("src-1", "src-2")}
+    directory.withdraw("src-2", "a", "dram")
+    assert list(directory.holdings()) == ["src-1"]
+
+
 def test_what_is_withdrawn_is_gone_and_the_rest_stays(directory):
     directory.publish("src-1", Holding("a", "dram", 9, 9))
     directory.publish("src-1", Holding("a", "ssd", 9, 9))

@@ -104,7 +104,9 @@ EXAMPLES = [
     Started("start-1", "chat", "file:///m", "cold", [Span("shim", "python", 10, 20)], ""),
     StartedReply(),
     StartsRequest(),
-    StartsReply([Start("start-1", "chat", "file:///m", "cold", 1.5e9, [Span("shim", "python", 10, 20)], "no")]),
+    StartsReply(
+        [Start("start-1", "chat", "file:///m", "cold", 1.5e9, [Span("shim", "python", 10, 20)], "no", "ssd", 9)]
+    ),
     Checkpoint([KeepItem("chat", "chatcmpl-0123456789abcdef", "worker-7f", 2, 1, [3, 0], 3.0, True)], b"abc"),
     Checkpointed([KeptStatus("kept", True), KeptStatus("too_large", why="it takes 9 bytes")]),
     ClaimRequest("chat", "chatcmpl-0123456789abcdef", "worker-7f", 3.0),

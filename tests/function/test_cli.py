@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from cache_agent import __version__
 from runtime import baseset, cli
+from runtime.commands import ask, models
 from runtime.errors import BadConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 class Executed(Exception):
@@ -94,6 +100,93 @@ def test_help_and_version(run: Callable[..., Any]) -> None:
         result, _ = run(*command, "-h")
         assert result.exit_code == 0
         assert "Usage:" in result.output
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_the_list_says_what_the_commands_say(name: str) -> None:
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    first, _, _ = (command.help or "").partition("\n\n")
+    assert command.name == name
+    assert len(first.split()) >= 4
+    assert cli.COMMANDS[name].help.endswith(".")
+
+
+def commands(group: click.Group) -> Iterator[click.Command]:
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands(command)
+        else:
+            yield command
+
+
+def test_every_command_has_json() -> None:
+    without = [command.name for command in commands(cli.main) if not any("--json" in p.opts for p in command.params)]
+    assert not without
+
+
+def test_the_list_of_commands_imports_none_of_them() -> None:
+    code = "import sys; from runtime.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "serve " in done.stdout
+    assert {name for name in loaded if name.startswith("runtime.commands.")} == {"runtime.commands.registry"}
+    assert not loaded & {"rich", "msgspec", "requests", "boto3", "flask", "yaml", "cache_agent.daemon"}
+
+
+def test_init_makes_what_the_template_has(run: Callable[..., Any], tmp_path: Path) -> None:
+    template = ROOT / "templates" / "llm-python"
+    result, _ = run("init", str(tmp_path / "my-chat"), "--model", "s3://b/m")
+    assert result.exit_code == 0, result.stderr
+    for name in ("handler.py", "handler_test.py", "requirements.txt"):
+        assert (tmp_path / "my-chat" / name).read_bytes() == (template / "function" / name).read_bytes()
+    stack = yaml.safe_load((tmp_path / "stack.yaml").read_text())
+    example = yaml.safe_load((template / "examples" / "stack.yaml").read_text())
+    function = example["functions"].pop("chat")
+    environment = {**function["environment"], "GLOWPLUG_MODEL": "s3://b/m"}
+    image = function["image"].replace("chat", "my-chat")
+    expected = {**function, "handler": "./my-chat", "image": image, "environment": environment}
+    assert stack == {**example, "functions": {"my-chat": expected}}
+
+
+def test_init_leaves_what_is_there(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "stack.yaml").write_text("mine")
+    result, _ = run("init", str(tmp_path / "chat"))
+    assert "add chat to its functions" in result.output
+    assert (tmp_path / "stack.yaml").read_text() == "mine"
+    (tmp_path / "chat" / "handler.py").write_text("mine, too")
+    assert run("init", str(tmp_path / "chat"))[0].exit_code == 2
+    assert (tmp_path / "chat" / "handler.py").read_text() == "mine, too"
+
+
+@pytest.mark.parametrize("name", ["handler.py", "handler_test.py", "requirements.txt", "stack.yaml"])
+def test_what_init_copies_is_the_templates(name: str) -> None:
+    folder = "examples" if name == "stack.yaml" else "function"
+    theirs = ROOT / "templates" / "llm-python" / folder / name
+    assert (ROOT / "runtime" / "template" / name).read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ("", {}),
+        ("a;dur=1.5, b;dur=2", {"a": 1.5, "b": 2.0}),
+        ("a;dur=1, a;dur=2", {"a": 3.0}),
+        ("a, b;dur=x, ;dur=3, c;desc=x;dur=1", {"": 3.0, "c;desc=x": 1.0}),
+    ],
+)
+def test_phases_of_a_header(header: str, found: dict[str, float]) -> None:
+    assert ask.phases(header) == found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (86400 * 3, "3 d")],
+)
+def test_ages(seconds: float | None, text: str) -> None:
+    assert models.age(seconds) == text
 
 
 def test_check_agrees(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ PURE = [
     "cache_agent/safetensors.py",
     "cache_agent/residency.py",
     "cache_agent/events.py",
+    "cache_agent/diagnosis.py",
     "cache_agent/parallelism.py",
     "cache_agent/ranges.py",
     "cache_agent/entry.py",

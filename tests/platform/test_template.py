@@ -39,6 +39,7 @@ WITHOUT_TORCH = """
     sys.meta_path.insert(0, Absent())
     """
 SECONDS = 60
+FUNCTION = Path(__file__).parents[2] / "templates" / "llm-python" / "function"
 
 
 def run(*command: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -209,6 +210,18 @@ def test_installs_from_what_was_pulled(installed: Path) -> None:
     assert Path(agent).is_relative_to(installed)
     assert int(pins) > 20
     assert (installed / "bin" / "glowplug").exists()
+
+
+def test_what_is_installed_can_make_a_function(installed: Path, tmp_path: Path) -> None:
+    """`glowplug init` needs its template, the agent its page; both must be in what is installed."""
+    found = [path for path in sys.path if path.endswith("-packages")]
+    env = {"PYTHONPATH": os.pathsep.join([str(installed), *found])}
+    done = run(sys.executable, "-S", "-m", "runtime", "init", tmp_path / "chat", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "chat" / "handler.py").read_bytes() == (FUNCTION / "handler.py").read_bytes()
+    assert (tmp_path / "stack.yaml").exists()
+    tested = run(sys.executable, "-S", "-m", "pytest", "-q", tmp_path / "chat", cwd=tmp_path / "chat", env=env)
+    assert tested.returncode == 0, tested.stdout
 
 
 def test_requirements_that_would_change_the_base_fail_the_build(

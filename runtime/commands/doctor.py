@@ -1,0 +1,252 @@
+"""`glowplug doctor`: looks at this machine, its agent and its stores, and says what to do; names a start's bottleneck.
+
+Each check looks at one thing and returns what it found; none of them changes anything, and none may raise.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import click
+
+from runtime.commands.output import agent, json_option, megabytes, print_json, socket_option
+
+if TYPE_CHECKING:
+    from cache_agent.config import AgentConfig
+    from cache_agent.messages import Start, StatusReply
+
+_OPEN_FILES = 4096
+_REDIS_SECONDS = 2.0
+
+
+class Finding(NamedTuple):
+    """`advice` says what to do; "" where nothing is to be done."""
+
+    check: str
+    state: Literal["ok", "note", "warning", "failed"]
+    text: str
+    advice: str = ""
+
+
+@click.command()
+@click.option("--model", help="Also ask whether the agent can have this model, and how long it would take.")
+@socket_option
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, model: str | None, socket: Path | None, as_json: bool) -> None:
+    """Check this machine and its agent, and name the bottleneck of the last start.
+
+    Ends with 1 when something is broken; warnings do not count.
+    """
+    from cache_agent import config
+
+    settings = config.from_environment()
+    findings = [*_machine(settings), *_stores(settings)]
+    status, starts, found = _agent(socket or settings.socket)
+    findings.append(found)
+    if status is not None:
+        findings += _node(status)
+        if model:
+            findings.append(_model(socket, model))
+    last = last_start(starts[0], status) if starts and status is not None else None
+    if as_json:
+        print_json({"findings": [finding._asdict() for finding in findings], "last_start": last})
+    else:
+        _show(findings, last)
+    ctx.exit(1 if any(finding.state == "failed" for finding in findings) else 0)
+
+
+def _machine(settings: AgentConfig) -> Iterator[Finding]:
+    from cache_agent import __version__, limits
+
+    yield Finding("versions", "ok", f"glowplug {__version__}, Python {platform.python_version()}, {platform.release()}")
+    yield _base()
+    limit, free = limits.memory_limit(), limits.available_bytes()
+    budget = settings.capacity
+    text = f"{megabytes(limit)} may be used, {megabytes(free)} are free; the agent's budget is {megabytes(budget)}"
+    if budget > limit and not limits.free_huge_bytes():
+        yield Finding("memory", "warning", text, "lower GLOWPLUG_DRAM, or the kernel ends the agent before it is full")
+    else:
+        yield Finding("memory", "ok", text)
+    huge = limits.free_huge_bytes()
+    if huge:
+        yield Finding("huge pages", "ok", f"{megabytes(huge)} of 2 MiB pages are free")
+    else:
+        advice = "reserve a pool: sysctl vm.nr_hugepages=N, N times 2 MiB; loading from SSD is more than twice as quick"
+        yield Finding("huge pages", "note", "no 2 MiB pages are reserved", advice)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < _OPEN_FILES:
+        yield Finding(
+            "open files", "warning", f"at most {hard}", "raise the limit (ulimit -n): each function takes two"
+        )
+    else:
+        yield Finding("open files", "ok", f"{soft}, and {hard} for the agent")
+
+
+def _base() -> Finding:
+    from runtime import baseset
+    from runtime.errors import FunctionError
+
+    try:
+        found = baseset.differences(baseset.read_lock())
+    except FunctionError as error:
+        return Finding("base set", "warning", error.text)
+    if not found:
+        return Finding("base set", "ok", "what is installed agrees with the lock")
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    advice = "functions share warm processes only with one base; glowplug base check names all"
+    return Finding("base set", "note", f"{found[0]}{more}", advice)
+
+
+def _stores(settings: AgentConfig) -> Iterator[Finding]:
+    yield (
+        _redis(settings)
+        if settings.redis_url
+        else Finding(
+            "Redis",
+            "note",
+            "none is set: this node knows only itself",
+            "name one with GLOWPLUG_REDIS_URL for a cluster",
+        )
+    )
+    yield _s3(settings)
+
+
+def _redis(settings: AgentConfig) -> Finding:
+    from cache_agent import directory_redis
+    from cache_agent.errors import BadConfig
+
+    try:
+        version = directory_redis.version(settings.redis_url, settings.redis_password_file, _REDIS_SECONDS)
+    except BadConfig as error:
+        return Finding("Redis", "failed", error.text, "see the README's settings")
+    except OSError as error:
+        return Finding(
+            "Redis", "failed", f"it cannot be used: {error}", "nodes serve on, but do not know of each other"
+        )
+    if version and int(version.partition(".")[0]) < 7:
+        return Finding("Redis", "failed", f"it is version {version}", "7 or newer is needed")
+    return Finding("Redis", "ok", f"version {version} answers" if version else "it answers")
+
+
+def _s3(settings: AgentConfig) -> Finding:
+    if settings.s3_anonymous:
+        return Finding("S3", "ok", "read without credentials (GLOWPLUG_S3_ANONYMOUS)")
+    import boto3
+    import botocore.exceptions
+
+    try:
+        found = boto3.Session().get_credentials()
+    except botocore.exceptions.BotoCoreError as error:
+        return Finding("S3", "failed", f"credentials are set and cannot be used: {error}", "see ~/.aws and AWS_*")
+    where = settings.s3_endpoint or "AWS"
+    if found is None:
+        advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or --s3-anonymous, if models lie there"
+        return Finding("S3", "note", f"no credentials for {where} were found here", advice)
+    return Finding("S3", "ok", f"credentials for {where} come from {found.method}")
+
+
+def _agent(path: Path) -> tuple[StatusReply | None, list[Start], Finding]:
+    from cache_agent.errors import AgentError
+
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        return (
+            None,
+            [],
+            Finding(
+                "agent",
+                "failed",
+                f"{path} is not yours to open",
+                "start the agent with --socket-mode 660 and join its group",
+            ),
+        )
+    try:
+        client = agent(path)
+        status, starts = client.status(), client.starts()
+    except AgentError as error:
+        state: Literal["note", "failed"] = "failed" if path.exists() else "note"
+        advice = "functions start one each: more memory, slower starts. glowplug-agent serve gives the node one"
+        return None, [], Finding("agent", state, error.text.partition(";")[0], advice)
+    text = f"node {status.node}, pid {status.pid}: {megabytes(status.used)} of {megabytes(status.capacity)} in use"
+    return status, starts, Finding("agent", "ok", text)
+
+
+def _node(status: StatusReply) -> Iterator[Finding]:
+    if status.ssd is None:
+        yield Finding("SSD tier", "note", "it is off", "glowplug-agent serve --ssd DIR keeps models across restarts")
+    elif bad := status.ssd.quarantined:
+        text = f"{len(bad)} damaged images were set aside, like {bad[0].name}: {bad[0].reason}"
+        yield Finding("SSD tier", "warning", text, "one is chance; more of them are a disk that fails")
+    else:
+        room = f"{megabytes(status.ssd.used)} of {megabytes(status.ssd.capacity)} in use"
+        yield Finding("SSD tier", "ok", f"{status.ssd.directory}: {room}")
+    for tier in status.tiers:
+        text = f"{tier.rate / 1e6:.0f} MB/s over {tier.loads} loads, estimates off by {tier.error:.0%}"
+        yield Finding(f"tier {tier.tier}", "ok", text)
+    if status.orphaned:
+        text = f"{megabytes(status.orphaned)} are mapped by functions and not lent by this agent"
+        yield Finding("orphans", "warning", text, "they go when those functions end")
+
+
+def _model(socket: Path | None, model: str) -> Finding:
+    from cache_agent.cli import model_uri
+    from cache_agent.errors import AgentError
+
+    try:
+        reply = agent(socket).estimate(model_uri(model))
+    except AgentError as error:
+        return Finding("model", "failed", f"{error.text} [{error.code}]")
+    text = (
+        f"{megabytes(reply.bytes)} from {reply.tier}, about {reply.seconds:.2f} s (confidence {reply.confidence:.0%})"
+    )
+    return Finding("model", "ok", text)
+
+
+def last_start(start: Start, status: StatusReply) -> dict[str, Any] | None:
+    """The diagnosis of a start, for people and programs."""
+    from cache_agent.diagnosis import Node, diagnose
+
+    huge = any(model.page > 4096 for model in status.models if model.model == start.model)
+    found = diagnose(start.spans, start.tier, Node(start.bytes, status.ssd is not None, huge))
+    if found is None:
+        return None
+    return {
+        "start_id": start.start_id,
+        "function": start.function,
+        "kind": start.kind,
+        "error": start.error,
+        "seconds": round(found.seconds, 6),
+        "bottleneck": found.bottleneck,
+        "share": round(found.share, 4),
+        "rate": round(found.rate),
+        "sentence": found.sentence,
+        "phases": {name: round(seconds, 6) for name, seconds in found.phases.items()},
+    }
+
+
+_MARKS: dict[str, tuple[str, str]] = {
+    "ok": ("✓", "green"), "note": ("·", "dim"), "warning": ("!", "yellow"), "failed": ("✗", "red"),
+}  # fmt: skip
+
+
+def _show(findings: list[Finding], last: dict[str, Any] | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(len(finding.check) for finding in findings)
+    for check, state, text, advice in findings:
+        mark, style = _MARKS[state]
+        console.print(f"[{style}]{mark}[/] {check:{width}}  {escape(text)}")
+        if advice:
+            console.print(f"  {'':{width}}  [dim]{escape(advice)}[/]")
+    if last is None:
+        console.print("\nNo start has been reported to the agent yet.")
+        return
+    failed = f" It failed: {escape(last['error'])}." if last["error"] else ""
+    console.print(f"\nThe last start ({escape(last['function'])}, {last['kind']}): {escape(last['sentence'])}.{failed}")

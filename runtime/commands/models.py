@@ -1,0 +1,78 @@
+"""`glowplug models`: what this node holds, in which tier, for whom and since when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.commands.output import agent, json_option, megabytes, print_json, socket_option
+
+if TYPE_CHECKING:
+    from cache_agent.messages import StatusReply
+
+
+@click.command()
+@socket_option
+@json_option
+def models(socket: Path | None, as_json: bool) -> None:
+    """Show which models this node holds: tier, bytes, leases, age."""
+    status = agent(socket).status()
+    found = rows(status)
+    if as_json:
+        print_json({"node": status.node, "capacity": status.capacity, "used": status.used, "models": found})
+        return
+    click.echo(f"node {status.node}: {megabytes(status.used)} of {megabytes(status.capacity)} of memory in use")
+    if status.ssd is not None:
+        click.echo(
+            f"SSD {status.ssd.directory}: {megabytes(status.ssd.used)} of {megabytes(status.ssd.capacity)} in use"
+        )
+    if not found:
+        click.echo("it holds no model; glowplug warm MODEL brings one in")
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "tier", "state", "size", "leases", "age", "revision"):
+        table.add_column(heading, justify="right" if heading in ("size", "leases", "age") else "left", overflow="fold")
+    for row in found:
+        state = f"{row['state']} {row['done'] / row['bytes']:.0%}" if row["state"] == "loading" else row["state"]
+        table.add_row(
+            escape(row["model"]), row["tier"], f"{state}, pinned" if row["pinned"] else state, megabytes(row["bytes"]),
+            str(row["leases"]), age(row["age_seconds"]), row["revision"][:12] or "-",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def rows(status: StatusReply) -> list[dict[str, Any]]:
+    """One for each model and tier; memory first."""
+    found: list[dict[str, Any]] = [
+        {
+            "model": model.model, "node": status.node, "tier": model.tier, "state": model.state, "bytes": model.bytes,
+            "done": model.done, "leases": model.leases, "pinned": model.pinned, "revision": model.revision,
+            "age_seconds": round(model.age_seconds, 1), "idle_seconds": round(model.idle_seconds, 1),
+        }
+        for model in status.models
+    ]  # fmt: skip
+    images = status.ssd.images if status.ssd else []
+    return found + [
+        {
+            "model": image.model, "node": status.node, "tier": "ssd", "state": "ready", "bytes": image.bytes,
+            "done": image.bytes, "leases": image.users, "pinned": False, "revision": image.revision,
+            "age_seconds": None, "idle_seconds": None,
+        }
+        for image in images
+    ]  # fmt: skip
+
+
+def age(seconds: float | None) -> str:
+    """Like "42 s", "3 min", "5 h" or "2 d"."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -4,8 +4,9 @@
     round 2:  probe  B  C  A        that drift of the machine hits all of them alike. A ratio is taken inside a round
     round 3:  probe  C  A  B        and reported as the median of the rounds' ratios, with their quartiles.
 
-Before each round a fixed piece of arithmetic is timed, and it is seen how busy the machine is while we do nothing. When
-either says that something else used the machine, the comparison is refused.
+Before and after each round a fixed piece of arithmetic is timed, and it is seen how busy the machine is while we do
+nothing. When either says that something else used the machine, the round is repeated, whatever it measured; when that
+has happened as often as there are rounds, it is kept, and if it then shows in the whole, the comparison is refused.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Result:
     probes: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
     load_average: float = field(default_factory=lambda: os.getloadavg()[0])
+    repeated: int = 0  # rounds that were disturbed and are not in here
 
     @property
     def drift(self) -> float:
@@ -104,6 +106,7 @@ class Result:
             ("probe_s", self.probes),
             ("busy_share", self.busy),
             ("load_average", [self.load_average]),
+            ("repeated_rounds", [self.repeated] if self.repeated else []),
         ):
             if values:
                 found.append(row(values, variant="(machine)", metric=metric, **constant))
@@ -116,22 +119,34 @@ def measure(variants: Sequence[Variant], rounds: int, *, title: str, console: Co
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(title, total=rounds * len(variants))
-        for number in range(rounds):
-            _watch(result)
+        before = _Quiet()
+        number = 0
+        while number < rounds:
             shift = number % len(variants)
+            found: dict[str, Sample] = {}
             for variant in [*variants[shift:], *variants[:shift]]:
                 progress.update(task, description=f"{title}: {variant.name}")
                 if variant.name not in result.missing:
                     try:
                         variant.prepare()
-                        sample = variant.run()
+                        found[variant.name] = variant.run()
                     except Unavailable as error:
                         result.samples.pop(variant.name, None)
                         result.missing[variant.name] = str(error)
-                    else:
-                        result.samples.setdefault(variant.name, []).append(sample)
                 progress.advance(task)
-        _watch(result)
+            after = _Quiet()
+            if result.repeated < rounds and (before.disturbed(result.probes) or after.disturbed(result.probes)):
+                result.repeated += 1
+                progress.update(task, completed=number * len(variants))
+                before = _Quiet()
+                continue
+            for name, sample in found.items():
+                result.samples.setdefault(name, []).append(sample)
+            for watched in (before, after) if number == 0 else (after,):
+                result.probes.append(watched.probe)
+                result.busy.append(watched.busy)
+            before = after
+            number += 1
     # A table lists variants in the order in which they were declared, whatever the first round's order was.
     result.samples = {v.name: result.samples[v.name] for v in variants if v.name in result.samples}
     return result
@@ -197,6 +212,13 @@ def short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _watch(result: Result) -> None:
-    result.busy.append(machine.others())
-    result.probes.append(machine.probe())
+@dataclass(slots=True)
+class _Quiet:
+    """A look at the machine between two rounds."""
+
+    busy: float = field(default_factory=lambda: machine.others())
+    probe: float = field(default_factory=lambda: machine.probe())
+
+    def disturbed(self, probes: Sequence[float]) -> bool:
+        """Whether others used the machine; `probes` are those of rounds that were kept."""
+        return self.busy > BUSY_LIMIT or self.probe > DRIFT_LIMIT * min([*probes, self.probe])

@@ -75,6 +75,26 @@ def test_variants_are_interleaved_and_their_order_changes(console: Console) -> N
     assert len(found.probes) == len(found.busy) == 3, "before each round and after the last"
 
 
+def test_a_disturbed_round_is_repeated(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
+    busy = iter([0.0, 0.9, 0.1, 0.0, 0.9, 0.9, 0.9])  # the second look sees somebody: the first round does not count
+    monkeypatch.setattr(machine, "probe", lambda: 0.01)
+    monkeypatch.setattr(machine, "others", lambda: next(busy))
+    runs = iter(range(10))
+    found = measure([Variant("a", lambda: {"s": float(next(runs))})], 2, title="t", console=console)
+    assert [sample["s"] for sample in found.samples["a"]] == [1.0, 3.0]
+    assert (found.busy, found.repeated) == ([0.1, 0.0, 0.9], 2), "kept in the end: this machine does not become quiet"
+    assert any(row.get("metric") == "repeated_rounds" and row["median"] == 2 for row in found.rows())
+
+
+def test_a_probe_that_is_slow_counts_as_a_disturbance(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
+    probes = iter([0.01, 0.01, 0.02, 0.01, 0.01])
+    monkeypatch.setattr(machine, "probe", lambda: next(probes))
+    monkeypatch.setattr(machine, "others", lambda: 0.0)
+    runs = iter(range(10))
+    found = measure([Variant("a", lambda: {"s": float(next(runs))})], 2, title="t", console=console)
+    assert ([sample["s"] for sample in found.samples["a"]], found.drift) == ([0.0, 2.0], 1.0)
+
+
 @pytest.mark.usefixtures("quiet")
 def test_a_variant_that_cannot_run_gets_a_row_with_the_reason(console: Console) -> None:
     tries: list[str] = []

@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -76,24 +77,28 @@ def tensorizer(job: Job) -> Any:
 
 
 def glowplug(job: Job) -> Any:
-    weights = importlib.import_module("runtime.weights")
-    return weights.assemble_model(_leased(job))
+    """As a worker does it: the model is put together while its bytes arrive, and begins with those that are there."""
+    from cache_agent.client import CacheClient
+    from runtime import arrival, weights
+
+    lease = CacheClient(job["socket"]).lease(job["uri"])
+    mapped = weights.Weights(lease)
+    arriving = arrival.Arrival(lease.manifest.segments)
+    threading.Thread(target=arriving.follow, args=(lease, time.monotonic() + 300), daemon=True).start()
+    model = weights.assemble_model(mapped)
+    assert arrival.gate(model, mapped, arriving)
+    _keep.append(lease)
+    return model
 
 
-def attach(job: Job) -> Any:
+def attach(job: Job) -> None:
     """No model on top: lease, map, and a view for every tensor."""
-    _leased(job)
-    return None
-
-
-def _leased(job: Job) -> Any:
     from cache_agent.client import CacheClient
     from runtime.weights import Weights
 
     lease = CacheClient(job["socket"]).lease(job["uri"])
     lease.wait_ready(time.monotonic() + 300)
-    _keep.append(lease)
-    return Weights(lease)
+    _keep.append((lease, Weights(lease)))
 
 
 # --- from S3: {"endpoint": …, "bucket": …, "prefix": …, "place": an empty directory} ----------------------------------
@@ -172,7 +177,7 @@ _IMPORTS = {
     "runai_s3": ["runai_model_streamer"],
     "fastsafetensors": ["fastsafetensors"],
     "tensorizer": ["tensorizer"],
-    "glowplug": ["runtime.weights"],
+    "glowplug": ["runtime.arrival"],
     "attach": ["runtime.weights"],
     "download_then_load": ["boto3"],
 }

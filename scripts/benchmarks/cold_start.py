@@ -26,7 +26,7 @@ _WARM_TOKENS = 5
 
 
 def run(quick: bool, console: Console) -> Report:
-    rounds = 2 if quick else 9
+    rounds = 2 if quick else 5
     threads = len(os.sched_getaffinity(0))
     headline: dict[str, float | None] = {}
     rows: list[Row] = [

@@ -29,7 +29,7 @@ _SSD = models.PLACE / "ssd"
 
 
 def run(quick: bool, console: Console) -> Report:
-    rounds = 2 if quick else 7
+    rounds = 2 if quick else 5
     place = models.checkpoint("125m" if quick else "1.1b", console)
     results: list[Result] = []
     headline: dict[str, float | None] = {}
@@ -221,4 +221,4 @@ def _growth(quick: bool, console: Console) -> Result:
             return lambda: children.run("attach", {"socket": str(running.socket), "uri": f"file://{place}"})
 
         variants = [Variant(name, attach(place)) for name, place in places.items()]
-        return measure(variants, 3 if quick else 9, title="attach growth", console=console)
+        return measure(variants, 3 if quick else 5, title="attach growth", console=console)

@@ -106,7 +106,7 @@ class Result:
             ("probe_s", self.probes),
             ("busy_share", self.busy),
             ("load_average", [self.load_average]),
-            ("repeated_rounds", [self.repeated] if self.repeated else []),
+            ("repeated_rounds", [float(self.repeated)] if self.repeated else []),
         ):
             if values:
                 found.append(row(values, variant="(machine)", metric=metric, **constant))

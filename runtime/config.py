@@ -59,6 +59,7 @@ class FunctionConfig:
     handler_concurrency: int = 0
     max_body: int = 16 << 20
     private_weights: bool = False
+    lean_imports: bool = True
     threads: int = 0
     start_timeout: float = 600.0
     drain_linger: float = 0.0

@@ -1,7 +1,8 @@
 """Owns a function's start and its end: HTTP first, then lease, imports, weights, engine, handler; drain; exit code.
 
 main thread     HTTP (gunicorn), from the first 150 ms until the last request is out
-starter         asks the agent for the weights, then imports torch while they travel, then assembles
+importer        imports torch and transformers, once HTTP is up
+starter         asks the agent for the weights, and assembles the model when it has them and the imports
 agent           listens to the lease: drain, revision
 drainer         waits for SIGTERM, lets requests end, ends the process
 engine          created by the engine itself
@@ -10,6 +11,7 @@ engine          created by the engine itself
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -28,6 +30,7 @@ from cache_agent.messages import TEXT_LIMIT, Admitted, Drain, Started
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, NotReady, WeightsUnavailable
+from runtime.imports import Importing
 from runtime.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ class Worker:
         for number in _STOPPING:
             signal.signal(number, lambda _number, _frame: self._terminate.set())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the shim blocked them for as long as nobody listened
+        self._imports = Importing(_import_model_code, lean=self._config.lean_imports)
         threading.Thread(target=self._start, name="starter", daemon=True).start()
         with self._ledger.span("http"):
             from runtime.app import create_app
@@ -78,6 +82,7 @@ class Worker:
         threading.Thread(target=self._end, name="drainer", daemon=True).start()
         self._line.send(state="http")
         self._http_up.set()
+        self._imports.begin()  # not before: importing holds the interpreter's lock, and probes come first
         self._server.run_until_stopped()
         return self._exit.exit_code if self._exit else 0
 
@@ -97,6 +102,8 @@ class Worker:
     def _prepare(self) -> None:
         model = self._load(self._config.model_uri)
         handler = None
+        gc.freeze()  # what is there now stays; looking through it for garbage would take a third of a second each time
+        gc.enable()
         if self._config.handler:
             self._lifecycle.phase = "handler"
             with self._ledger.span("handler"):
@@ -150,17 +157,19 @@ class Worker:
         return CacheClient(self._config.socket, name=name, token=token, pod=self._config.pod, timeout=timeout)
 
     def _assemble(self, lease: Lease, deadline: float) -> Model:
-        self._http_up.wait()  # probes come first: importing torch holds the interpreter's lock for long stretches
         self._lifecycle.phase = "imports"
-        with self._ledger.span("imports"):
-            import torch
+        self._imports.wait()
+        import torch
 
-            from cache_agent.limits import cpu_quota
-            from runtime import weights
-            from runtime.engine.choice import choose
-            from runtime.engine.serial import TokenizerCodec
-            from runtime.model import Model, sampling_defaults
+        from cache_agent.limits import cpu_quota
+        from runtime import weights
+        from runtime.engine.choice import choose
+        from runtime.engine.serial import TokenizerCodec
+        from runtime.model import Model, sampling_defaults
 
+        if self._imports.ended:
+            self._ledger.add("imports", self._imports.started, self._imports.ended)
+        with self._ledger.span("model code"):
             weights.preload(lease.manifest)
         self._lifecycle.phase = "weights"
         with self._ledger.span("weights"):
@@ -295,6 +304,11 @@ class Worker:
         self._server.stop(at_once=not in_time)
 
 
+def _import_model_code() -> None:
+    from runtime import weights  # noqa: F401
+    from runtime.engine import choice, serial  # noqa: F401
+
+
 def _eos(generation_config: dict[str, object]) -> list[int]:
     eos = generation_config.get("eos_token_id")
     return (
@@ -309,6 +323,7 @@ def _eos(generation_config: dict[str, object]) -> list[int]:
 def main(arguments: list[str]) -> int:
     """`arguments`: fds of the listening socket and the control line, pid of the shim, start id, its spans as JSON."""
     born = time.monotonic_ns()
+    gc.disable()  # until the model is there: hardly anything of what a start makes is garbage
     listen_fd, control_fd, parent, start_id, spans = arguments
     for fd in (int(listen_fd), int(control_fd)):
         os.set_inheritable(fd, False)

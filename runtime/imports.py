@@ -298,4 +298,3 @@ class _Structure:
             unfinished.replace(self._file)
         except (OSError, ValueError) as error:
             _log.debug("transformers' structure is not remembered: %s", error)
-

@@ -71,7 +71,8 @@ class Lease:
 
     def __init__(self, channel: Channel, granted: Granted, fds: list[int]) -> None:
         self._channel = channel
-        self._manifest_fd, *self.segments = fds
+        self.manifest_fd, *self.segments = fds
+        self.manifest_bytes = granted.manifest_bytes
         self.page = granted.page
         self.ready = False
         self.tier = ""
@@ -79,7 +80,7 @@ class Lease:
         self.spans: list[Span] = []
         self.arrived: Sequence[int] = ()
         try:
-            self.manifest = _read_manifest(self._manifest_fd, granted.manifest_bytes)
+            self.manifest = read_manifest(self.manifest_fd, granted.manifest_bytes)
             if list(self.manifest.segments) != granted.segments or len(self.segments) != len(granted.segments):
                 raise ProtocolError("the agent granted other segments than its manifest has")
             for fd, size in zip(self.segments, granted.segments, strict=True):
@@ -136,8 +137,8 @@ class Lease:
     def close(self) -> None:
         """Ends the lease; mappings of the segments stay valid."""
         self._channel.close()
-        fds, self.segments = [self._manifest_fd, *self.segments], []
-        self._manifest_fd = -1
+        fds, self.segments = [self.manifest_fd, *self.segments], []
+        self.manifest_fd = -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
@@ -235,7 +236,7 @@ class CacheClient:
             channel.send(ManifestRequest(model))
             reply, fds = expect(channel, ManifestReply, time.monotonic() + _DESCRIBE_SECONDS)
             try:
-                return _read_manifest(fds[0], reply.manifest_bytes)
+                return read_manifest(fds[0], reply.manifest_bytes)
             finally:
                 os.close(fds[0])
 
@@ -290,7 +291,8 @@ def expect(channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[in
                 raise ProtocolError(f"the agent answered {type(message).__name__}, expected {kind.__name__}")
 
 
-def _read_manifest(fd: int, size: int) -> Manifest:
+def read_manifest(fd: int, size: int) -> Manifest:
+    """The manifest in the first `size` bytes of this fd. Raises `ProtocolError`."""
     if not 0 < size <= min(manifests.MAX_MANIFEST, os.fstat(fd).st_size):
         raise ProtocolError(f"the agent sent a manifest of an impossible size ({size} bytes)")
     with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as data:

@@ -30,9 +30,13 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 def create_app(
-    config: FunctionConfig, lifecycle: Lifecycle, ledger: Ledger, drain: Callable[[str], None], start_kind: str = "cold"
+    config: FunctionConfig,
+    lifecycle: Lifecycle,
+    ledger: Ledger,
+    drain: Callable[[str], None],
+    start_kind: Callable[[], str] = lambda: "cold",
 ) -> Callable[..., Iterable[bytes]]:
-    """The WSGI application. `drain(reason)` begins to drain; `start_kind` is the layer that this start found."""
+    """The WSGI application. `drain(reason)` begins to drain; `start_kind()` is the layer that this start found."""
     app = Flask("glowplug", static_folder=None)
     turns = threading.Semaphore(config.concurrent_handlers)
     token = config.token()
@@ -59,7 +63,7 @@ def create_app(
             {"owner": span.owner, "name": span.name, "start_ns": span.start, "end_ns": span.end}
             for span in ledger.spans()
         ]
-        return jsonify(start_id=ledger.start_id, start=start_kind, state=lifecycle.state, spans=spans)
+        return jsonify(start_id=ledger.start_id, start=start_kind(), state=lifecycle.state, spans=spans)
 
     @app.post("/_/drain")
     def begin_drain() -> tuple[Response, int]:
@@ -110,7 +114,7 @@ def create_app(
     def announce(response: Response) -> Response:
         """The first answer of a worker tells what its start took."""
         if not request.path.startswith(_RESERVED) and lifecycle.state != "starting" and first.acquire(blocking=False):
-            response.headers["X-Glowplug-Start"] = start_kind
+            response.headers["X-Glowplug-Start"] = start_kind()
             response.headers["Server-Timing"] = ", ".join(
                 f"{span.owner}-{_NO_TOKEN.sub('-', span.name.partition(',')[0])};dur={span.ms:.1f}"
                 for span in ledger.spans()

@@ -1,24 +1,34 @@
-"""The line between a worker and its shim: one JSON object per line, worker to shim. Standard library only.
+"""The line between a worker and its shim: one JSON object per line. Standard library only.
 
+worker → shim
     {"beat": 1}                                         the HTTP loop turns; silence means the worker hangs
     {"state": "http"}                                   the worker answers on the port
-    {"state": "ready"}                                  the model is loaded and the handler imported
+    {"state": "ready", "kind": name}                    the model, of this type, is loaded and the handler imported
     {"state": "draining"} … {"state": "drained"}        it finishes what runs; it has finished, and exits with 0
+    {"state": "retired"}                                it was asked to, has no request, takes no more, and exits with 0
+    {"state": "needed"}                                 it was asked to retire, and has connections: it goes on
+    {"load": [turn, n]}                                 n requests are inside; turns count, as lines may overtake
+    {"bytes": n}                                        memory that would be free without the worker; once it is idle
     {"spans": [[owner, name, start, end], …]}           new spans of the start's ledger (ns of CLOCK_MONOTONIC)
     {"error": [code, text]}                             why it is about to exit
+shim → worker
+    {"retire": 1}                                       end, if that costs nobody anything; its end says: end at once
 
 Process tree and fds of pod mode:
 
-    shim ─┬─ worker         listening TCP socket, control socket; everything else is closed on exec
+    shim ─┬─ worker         listening TCP socket, control socket; everything else is closed on exec, or by name
+          ├─ zygote ─┬─ worker                     the next ones are forked; the listening socket is always the shim's
+          │          └─ zygote of the model ── worker
           └─ private agent  listening unix socket in a directory that only this user can open; ends with the shim
 """
 
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 MAX_LINE = 64 << 10
 
@@ -43,6 +53,27 @@ class Line:
                 # A line cut short would garble the next one; a worker that its shim does not hear ends with it.
                 self._sock.close()
                 self._sock = None
+
+    def messages(self) -> Iterator[dict[str, object]]:
+        """What the shim says, until it is gone. For one thread of its own."""
+        sock, lines = self._sock, Lines()
+        if sock is None:
+            return
+        with sock.dup() as reading:
+            reading.setblocking(False)
+            poller = select.poll()
+            poller.register(reading, select.POLLIN)
+            while True:
+                poller.poll()
+                try:
+                    data = reading.recv(4096)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    data = b""
+                if not data:
+                    return
+                yield from lines.feed(data)
 
     def spans(self, spans: Iterable[tuple[str, str, int, int]]) -> None:
         rows = list(spans)

@@ -10,6 +10,7 @@ answering: platforms route to it until they notice, and a refused request is a l
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from runtime.errors import EngineBusy, FunctionError, NotReady
@@ -34,6 +35,8 @@ class Lifecycle:
         self._handler: Handler | None = None
         self._error: FunctionError | None = None
         self._inside = 0
+        self._turns = 0
+        self.on_load: Callable[[int, int], None] = lambda _turn, _inside: None  # when work begins, and when it ends
         self._drain_reason = ""
         self.phase = "http"
         self.progress: tuple[int, int] = (0, 0)  # bytes of weights there, bytes in all
@@ -82,11 +85,19 @@ class Lifecycle:
                     raise NotReady(f"the model is still loading and {self._inside} requests wait for it already")
                 raise EngineBusy(f"{self._inside} requests are being served or wait; try again shortly")
             self._inside += 1
+            self._turns += 1
+            turn, inside = self._turns, self._inside
+        if inside == 1:
+            self.on_load(turn, inside)
 
     def leave(self) -> None:
         with self._changed:
             self._inside -= 1
+            self._turns += 1
+            turn, inside = self._turns, self._inside
             self._changed.notify_all()
+        if not inside:
+            self.on_load(turn, inside)
 
     def drain(self, reason: str) -> bool:
         """Begins to drain; False if it had begun already. A worker that is still starting drains at once."""

@@ -12,12 +12,12 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import TConn, ThreadWorker
 
 _PROBES = 4
 _CONNECTIONS = 1024
@@ -45,10 +45,14 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         wsgi: Callable[..., Any],
         *,
         capacity: int,
-        parent: int,
+        parent: int = 0,
         on_beat: Callable[[], None],
+        accepted: Sequence[socket.socket] = (),
     ) -> None:
-        """`capacity` requests at once, and a few threads more for probes and refusals; `on_beat` about every second."""
+        """`capacity` requests at once, and a few threads more for probes and refusals; `on_beat` about every second.
+
+        It ends with the process `parent`, if one is given. `accepted` are connections that wait for it already.
+        """
         config = Config()
         config.set("threads", capacity + _PROBES)
         config.set("worker_connections", max(_CONNECTIONS, 2 * capacity))
@@ -61,9 +65,19 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         self._turning = threading.Event()
         self._in_hand = 0  # connections with a thread; only the serving thread counts
         super().__init__(0, parent, [sock], _App(wsgi), 0, config, logger)
+        self.retired = False
+        self._accepted = accepted
 
     def run_until_stopped(self) -> None:
         self.init_process()
+
+    def run(self) -> None:
+        for client in self._accepted:
+            with contextlib.suppress(OSError):  # it has gone away meanwhile
+                connection = TConn(self.cfg, client, client.getpeername(), client.getsockname())
+                self.nr_conns += 1
+                self.enqueue_req(connection)
+        super().run()
 
     def wait_idle(self, deadline: float) -> bool:
         """True once no connection waits in the backlog and every request is answered; False at `deadline`.
@@ -100,6 +114,24 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         self.alive = False
         with contextlib.suppress(AttributeError, TypeError):  # gunicorn's wake-up pipe exists only once it runs
             self.method_queue.defer(lambda: None)
+
+    def retire(self, done: Callable[[bool], None]) -> None:
+        """Stops if there is no connection at all; `done` hears whether. What has not been accepted stays waiting.
+
+        From any thread. Connections that are kept alive count: their clients may be sending a request just now.
+        """
+        self._turning.wait()
+        with contextlib.suppress(AttributeError, TypeError, OSError):
+            self.method_queue.defer(self._retire, done)
+
+    def _retire(self, done: Callable[[bool], None]) -> None:
+        if self.alive and not self.nr_conns:
+            self.retired, self.alive = True, False
+            self.set_accept_enabled(False)
+        done(self.retired)
+
+    def is_parent_alive(self) -> bool:
+        return not self.ppid or bool(super().is_parent_alive())
 
     def notify(self) -> None:
         self._turning.set()

@@ -12,11 +12,11 @@ import mmap
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -24,7 +24,6 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from cache_agent.client import Lease
 from cache_agent.manifest import Manifest, Tensor, model_config
 from runtime.errors import ModelUnusable
 from runtime.guard import Guard
@@ -49,11 +48,21 @@ _DTYPES = {
 }
 
 
+class Held(Protocol):
+    """A lease, or what somebody else's lease lends: a manifest and the fds of its segments."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def segments(self) -> Sequence[int]: ...
+
+
 class Weights:
     """Read-only tensors over the segments of a lease, valid for as long as this object lives, agent or not."""
 
-    def __init__(self, lease: Lease) -> None:
-        self.manifest: Manifest = lease.manifest
+    def __init__(self, lease: Held) -> None:
+        """Whoever holds the bytes has to go on doing so; the fds may be closed."""
+        self.manifest = lease.manifest
         self._maps = [
             mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
             for fd, size in zip(lease.segments, lease.manifest.segments, strict=True)
@@ -77,7 +86,13 @@ class Weights:
 def preload(manifest: Manifest) -> None:
     """Imports the modules that `assemble` will need for this model, so that it only has to put the parts together."""
     kind = model_config(manifest.files).get("model_type")
-    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+    if isinstance(kind, str):
+        preload_kind(kind)
+
+
+def preload_kind(kind: str) -> None:
+    """Imports the code of models of this `model_type`; what transformers does not know is left alone."""
+    if kind in CONFIG_MAPPING:
         config = CONFIG_MAPPING[kind]
         for mapping in (AutoModelForCausalLM._model_mapping, TOKENIZER_MAPPING):
             if config in mapping:

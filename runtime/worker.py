@@ -4,6 +4,7 @@ main thread     HTTP (gunicorn), from the first 150 ms until the last request is
 importer        imports torch and transformers, once HTTP is up
 starter         asks the agent for the weights, and assembles the model when it has them and the imports
 agent           listens to the lease: drain, revision
+shim            listens to the shim: retire; and ends the process when the shim is gone
 drainer         waits for SIGTERM, lets requests end, ends the process
 engine          created by the engine itself
 """
@@ -21,11 +22,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cache_agent.client import CacheClient, Lease
 from cache_agent.errors import AgentError, AgentTimeout
 from cache_agent.ledger import Ledger, Span
+from cache_agent.manifest import model_config
 from cache_agent.messages import TEXT_LIMIT, Admitted, Drain, Started
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
@@ -36,6 +39,8 @@ from runtime.lifecycle import Lifecycle
 if TYPE_CHECKING:
     from runtime.handler import Handler
     from runtime.model import Model
+    from runtime.weights import Loaded, Weights
+    from runtime.zygote.warm import Warm
 
 log = logging.getLogger("glowplug.worker")
 
@@ -49,8 +54,10 @@ _LAST_ANSWERS = 2.0  # seconds that requests which waited for a failed start hav
 class Worker:
     """One worker process; `run()` is its life and returns the exit code."""
 
-    def __init__(self, config: FunctionConfig, ledger: Ledger, line: Line) -> None:
+    def __init__(self, config: FunctionConfig, ledger: Ledger, line: Line, warm: Warm | None = None) -> None:
+        """`warm` is the layer that this process was forked from; without one it imports everything itself."""
         self._config = config
+        self._warm = warm
         self._ledger = ledger
         self._line = line
         self._lifecycle = Lifecycle(config.served_name, config.slots + config.queue)
@@ -58,15 +65,15 @@ class Worker:
         self._terminate = threading.Event()
         self._lease: Lease | None = None
         self._exit: FunctionError | None = None
-        self._start_kind = "cold"
+        self._start_kind: str = warm.level if warm else "cold"
         self._reported = 0
         self._reporting = threading.Lock()
 
-    def run(self, sock: socket.socket, parent: int) -> int:
+    def run(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket] = ()) -> int:
         for number in _STOPPING:
             signal.signal(number, lambda _number, _frame: self._terminate.set())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the shim blocked them for as long as nobody listened
-        self._imports = Importing(_import_model_code, lean=self._config.lean_imports)
+        self._imports = Importing(_import_model_code, lean=self._config.lean_imports) if self._warm is None else None
         threading.Thread(target=self._start, name="starter", daemon=True).start()
         with self._ledger.span("http"):
             from runtime.app import create_app
@@ -74,16 +81,22 @@ class Worker:
 
             self._server = HttpServer(
                 sock,
-                create_app(self._config, self._lifecycle, self._ledger, self._drain, self._start_kind),
+                create_app(self._config, self._lifecycle, self._ledger, self._drain, lambda: self._start_kind),
                 capacity=self._config.slots + self._config.queue,
                 parent=parent,
                 on_beat=self._beat,
+                accepted=accepted,
             )
         threading.Thread(target=self._end, name="drainer", daemon=True).start()
+        threading.Thread(target=self._obey, name="shim", daemon=True).start()
+        self._lifecycle.on_load = lambda turn, inside: self._line.send(load=[turn, inside])
         self._line.send(state="http")
         self._http_up.set()
-        self._imports.begin()  # not before: importing holds the interpreter's lock, and probes come first
+        if self._imports is not None:
+            self._imports.begin()  # not before: importing holds the interpreter's lock, and probes come first
         self._server.run_until_stopped()
+        if self._server.retired:
+            self._line.send(state="retired")
         return self._exit.exit_code if self._exit else 0
 
     # --- start ----------------------------------------------------------------------------------------------------
@@ -111,7 +124,7 @@ class Worker:
         self._lifecycle.phase = "serving"
         self._lifecycle.opened(model, handler)
         self._report_spans()
-        self._line.send(state="ready")
+        self._line.send(state="ready", kind=self._kind)
         threading.Thread(target=self._listen, args=(model,), name="agent", daemon=True).start()
         self._report_start()
 
@@ -158,7 +171,9 @@ class Worker:
 
     def _assemble(self, lease: Lease, deadline: float) -> Model:
         self._lifecycle.phase = "imports"
-        self._imports.wait()
+        if self._imports is not None:
+            self._imports.wait()
+            self._ledger.add("imports", self._imports.started, self._imports.ended)
         import torch
 
         from cache_agent.limits import cpu_quota
@@ -167,8 +182,7 @@ class Worker:
         from runtime.engine.serial import TokenizerCodec
         from runtime.model import Model, sampling_defaults
 
-        if self._imports.ended:
-            self._ledger.add("imports", self._imports.started, self._imports.ended)
+        self._kind = str(model_config(lease.manifest.files).get("model_type", ""))
         with self._ledger.span("model code"):
             weights.preload(lease.manifest)
         self._lifecycle.phase = "weights"
@@ -179,8 +193,7 @@ class Worker:
         self._lifecycle.phase = "model"
         torch.set_num_threads(self._config.threads or cpu_quota())
         with self._ledger.span("attach"):
-            mapped = weights.Weights(lease)
-            loaded = weights.assemble(mapped, private=self._config.private_weights)
+            mapped, loaded = self._ready_parts(lease) or self._put_together(lease)
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
         begun = time.monotonic_ns()
         codec = TokenizerCodec(loaded.tokenizer, _eos(loaded.generation_config))
@@ -201,6 +214,22 @@ class Worker:
             raw_guard=None if self._config.private_weights else mapped.guard.arm,
             defaults=sampling_defaults(loaded.generation_config),
         )
+
+    def _ready_parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
+        """What the layer has put together already, if it is this very model."""
+        if self._warm is None or self._config.private_weights:
+            return None
+        parts = self._warm.parts(lease)
+        if parts is None and self._start_kind == "model":
+            log.info("the warm model is another one than the agent has now: it is put together anew")
+            self._start_kind = "lang"
+        return parts
+
+    def _put_together(self, lease: Lease) -> tuple[Weights, Loaded]:
+        from runtime import weights
+
+        mapped = weights.Weights(lease)
+        return mapped, weights.assemble(mapped, private=self._config.private_weights)
 
     def _first_token(self, asked: int) -> None:
         self._ledger.add("first token", asked)
@@ -279,6 +308,13 @@ class Worker:
             start = Started(self._ledger.start_id, name, uri, self._start_kind, spans, failed, tier, size)
             self._client(_REPORT_SECONDS).report_start(start)
 
+    def _obey(self) -> None:
+        for message in self._line.messages():
+            if "retire" in message:
+                self._server.retire(lambda retired: None if retired else self._line.send(state="needed"))
+        log.warning("the shim is gone; the worker ends with it")
+        self._server.stop(at_once=True)
+
     # --- end ------------------------------------------------------------------------------------------------------
 
     def _drain(self, reason: str) -> None:
@@ -320,6 +356,44 @@ def _eos(generation_config: dict[str, object]) -> list[int]:
     )
 
 
+def serve(
+    listen_fd: int, control_fd: int, start_id: str, spans: str, warm: Warm, *, why: str, connections: Sequence[int] = ()
+) -> int:
+    """The life of a worker that was forked from a layer; `why` it was not a deeper one. `connections` wait for it."""
+    ledger = _ledger(start_id, spans, f"fork from {warm.level}" + (f", {why}" if why else ""), time.monotonic_ns())
+    return _live(listen_fd, control_fd, ledger, 0, warm, [socket.socket(fileno=fd) for fd in connections])
+
+
+def _ledger(start_id: str, spans: str, name: str, born: int) -> Ledger:
+    ledger = Ledger("worker", start_id)
+    ledger.extend(Span(*row) for row in json.loads(spans))
+    ledger.add(name, max((span.end for span in ledger.spans()), default=born), born)
+    return ledger
+
+
+def _live(
+    listen_fd: int,
+    control_fd: int,
+    ledger: Ledger,
+    parent: int,
+    warm: Warm | None = None,
+    accepted: Sequence[socket.socket] = (),
+) -> int:
+    config = from_environment()
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    line = Line(socket.socket(fileno=control_fd))
+    try:
+        return Worker(config, ledger, line, warm).run(socket.socket(fileno=listen_fd), parent, accepted)
+    except FunctionError as error:
+        line.send(error=[error.code, error.text])
+        return error.exit_code
+
+
 def main(arguments: list[str]) -> int:
     """`arguments`: fds of the listening socket and the control line, pid of the shim, start id, its spans as JSON."""
     born = time.monotonic_ns()
@@ -327,21 +401,7 @@ def main(arguments: list[str]) -> int:
     listen_fd, control_fd, parent, start_id, spans = arguments
     for fd in (int(listen_fd), int(control_fd)):
         os.set_inheritable(fd, False)
-    config = from_environment()
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    ledger = Ledger("worker", start_id)
-    ledger.extend(Span(*row) for row in json.loads(spans))
-    ledger.add("python", max((span.end for span in ledger.spans()), default=born), born)
-    line = Line(socket.socket(fileno=int(control_fd)))
-    try:
-        return Worker(config, ledger, line).run(socket.socket(fileno=int(listen_fd)), int(parent))
-    except FunctionError as error:
-        line.send(error=[error.code, error.text])
-        return error.exit_code
+    return _live(int(listen_fd), int(control_fd), _ledger(start_id, spans, "python", born), int(parent))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Layers: warm processes that are forked instead of booted."""

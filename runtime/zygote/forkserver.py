@@ -1,0 +1,265 @@
+"""Owns a zygote: a warm process with one thread that forks workers, and deeper zygotes, and tells how they ended.
+
+    python -m runtime.zygote.forkserver FD SPEC        FD: its end of a wire (see wire.py), SPEC: a `Spec` as JSON
+
+It is never consumed, and forks only what it can vouch for: one thread, no socket but its own, CUDA untouched, nothing
+for the garbage collector to write to. Fds of a request to fork
+
+    a worker    the listening socket, the control line, then connections that were accepted already
+    a zygote    its end of a new wire, then the model's manifest and segments
+
+are all that the child keeps, besides standard input, output and error. The child begins with every signal that ends it
+blocked, as a worker that is executed does. Children outlive their zygote: whoever adopts orphans reaps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import random
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from runtime.zygote.spawn import Spec
+from runtime.zygote.warm import Warm
+from runtime.zygote.wire import Gone, Wire
+
+BEAT = 0.25
+_PR_SET_DUMPABLE, _PR_SET_NAME = 4, 15
+_BLOCKED = (signal.SIGTERM, signal.SIGINT)
+
+
+class ForkServer:
+    """`run()` serves the wire until its other end is closed; it returns in the zygote only, never in a child.
+
+    `fork` forks, and `enter` is called first of all in the child: a supervisor of foreign containers gives its own.
+    Both get the request and its fds.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        warm: Warm,
+        key: str,
+        *,
+        fork: Callable[[dict[str, Any], list[int]], int] | None = None,
+        enter: Callable[[dict[str, Any], list[int]], None] | None = None,
+    ) -> None:
+        self._wire, self._warm, self._key = wire, warm, key
+        self._fork, self._enter = fork, enter
+        self._parent = os.getpid()
+
+    def run(self, since: int) -> None:
+        """`since` is when building began, in ns of CLOCK_MONOTONIC."""
+        seal()
+        wake, end = socket.socketpair()
+        for each in (wake, end):
+            each.setblocking(False)
+        signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        self._own = {self._wire.fileno(), wake.fileno(), end.fileno()}
+        try:
+            if why := self.unfit():
+                raise Unfit(why)
+        except Unfit as error:
+            with contextlib.suppress(Gone):
+                self._wire.send({"failed": str(error)})
+            return
+        with contextlib.suppress(Gone):
+            self._wire.send(
+                {
+                    "ready": self._warm.level,
+                    "key": self._key,
+                    "seconds": (time.monotonic_ns() - since) / 1e9,
+                    "bytes": private_bytes(),
+                }
+            )
+            poller = select.poll()
+            poller.register(wake, select.POLLIN)
+            beat_at = 0.0
+            while True:
+                poller.register(self._wire, select.POLLIN | (select.POLLOUT if self._wire.waiting else 0))
+                poller.poll(BEAT * 1000)
+                with contextlib.suppress(BlockingIOError):
+                    wake.recv(4096)
+                self._reap()
+                while (received := self._wire.receive()) is not None:
+                    self._take(*received)
+                self._wire.flush()
+                if time.monotonic() >= beat_at and not self._wire.waiting:
+                    self._wire.send({"beat": 1})
+                    beat_at = time.monotonic() + BEAT
+
+    def unfit(self) -> str:
+        """Why this process must not be forked, or ""."""
+        threads = len(os.listdir("/proc/self/task"))
+        if threads != 1:
+            return f"it has {threads} threads, and a child would have one and the locks of all"
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"/proc/self/fd/{name}")
+                if target.startswith("socket:") and int(name) > 2 and int(name) not in self._own:
+                    return f"it has a socket (fd {name}) that its children would share"
+                if target.startswith("/dev/nvidia"):
+                    return f"it has opened {target}; CUDA does not survive a fork"
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        if cuda is not None and cuda.is_initialized():
+            return "CUDA was initialised, which does not survive a fork"
+        return ""
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._wire.send({"ended": pid, "status": status})
+
+    def _take(self, request: dict[str, Any], fds: list[int]) -> None:
+        if "fork" not in request:
+            _close(fds)
+            return
+        number = request["fork"]
+        self._own |= set(fds)
+        try:
+            if why := self.unfit():
+                self._wire.send({"refused": number, "why": why})
+                return
+            try:
+                pid = self._fork(request, fds) if self._fork is not None else os.fork()
+            except OSError as error:
+                self._wire.send({"refused": number, "why": f"it could not be forked: {error.strerror}"})
+                return
+            if pid == 0:
+                _live(lambda: self._be(request, fds))
+            pidfd = os.pidfd_open(pid)
+            try:
+                self._wire.send({"forked": number, "pid": pid}, [pidfd])
+            finally:
+                os.close(pidfd)
+        finally:
+            self._own -= set(fds)
+            _close(fds)
+
+    def _be(self, request: dict[str, Any], fds: list[int]) -> int:
+        """The child's life; its exit code."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self._enter is not None:
+            self._enter(request, fds)
+        keep_only({0, 1, 2, *fds})
+        os.environ.clear()
+        os.environ.update(request.get("environment", {}))
+        os.chdir(request.get("cwd", "/"))
+        reseed()
+        if request.get("kind") == "zygote":
+            wire = Wire(socket.socket(fileno=fds[0]))
+            return _build(wire, Spec.parse(request["spec"]), lambda: self._warm.with_model(request["size"], *fds[1:]))
+        from runtime import worker
+
+        name_process("worker")
+        listener, line, *connections = fds
+        return worker.serve(
+            listener, line, request["start_id"], request["spans"], self._warm, why=request.get("why", ""),
+            connections=connections,
+        )  # fmt: skip
+
+
+class Unfit(Exception):
+    """A process that must not be forked; the text says why."""
+
+
+def seal() -> None:
+    """Leaves the garbage collector nothing to write to: a child's collection would copy every page it looks at."""
+    gc.disable()
+    gc.collect()
+    gc.freeze()
+
+
+def reseed() -> None:
+    """Else every child would draw the same numbers. `uuid`, `secrets` and OpenSSL ask the kernel, or notice."""
+    random.seed()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
+
+
+def keep_only(fds: set[int]) -> None:
+    """Closes every other fd of this process."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in fds:
+            with contextlib.suppress(OSError):  # the one that listed them is closed already
+                os.close(int(name))
+
+
+def private_bytes() -> int:
+    """What would be freed if this process went: pages that no other process has."""
+    total = 0
+    with contextlib.suppress(OSError), open("/proc/self/smaps_rollup", encoding="ascii") as file:
+        for line in file:
+            if line.startswith(("Private_Clean:", "Private_Dirty:")):
+                total += int(line.split()[1]) << 10
+    return total
+
+
+def name_process(what: str) -> None:
+    """As `ps` and the kernel's messages show it."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"glowplug-{what}"[:15].encode(), 0, 0, 0)
+
+
+def _live(life: Callable[[], int]) -> None:
+    """Runs a child to its end. It must never return into the zygote's loop, whatever happens."""
+    code = 70
+    try:
+        code = life()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _build(wire: Wire, spec: Spec, make: Callable[[], Warm]) -> int:
+    """Builds a layer, and serves it until its supervisor is gone; the exit code."""
+    since = time.monotonic_ns()
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user may look into it
+    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    name_process("zygote")
+    try:
+        warm = make()
+    except BaseException as error:
+        traceback.print_exc()
+        with contextlib.suppress(Gone):
+            wire.send({"failed": f"{type(error).__name__}: {error}"})
+        return 70
+    ForkServer(wire, warm, spec.key).run(since)
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    os.set_inheritable(int(arguments[0]), False)
+    spec = Spec.parse(arguments[1])
+    wire = Wire(socket.socket(fileno=int(arguments[0])))
+    return _build(wire, spec, lambda: Warm.lang(spec.kinds, lean=spec.lean))
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    os._exit(code)

@@ -1,0 +1,121 @@
+"""Owns what a zygote has ready for its children: modules, and with a model its tensors, its parts and its tokenizer.
+
+Everything is done once as a worker would do it, on the one thread that there is: a request through the Flask
+application, a forward pass through the model. What is imported or allocated at first use is then there, and shared.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from runtime import imports
+from runtime.zygote.layers import Level
+
+if TYPE_CHECKING:
+    from cache_agent.client import Lease
+    from cache_agent.manifest import Manifest
+    from runtime.weights import Loaded, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    manifest: Manifest
+    segments: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """A layer as its children find it. `inodes` are those of the segments that `weights` maps."""
+
+    level: Level
+    weights: Weights | None = None
+    loaded: Loaded | None = None
+    inodes: tuple[int, ...] = ()
+
+    @classmethod
+    def lang(cls, kinds: Sequence[str], *, lean: bool = True) -> Warm:
+        """Imports everything that a worker does, and the code of models of these kinds. One thread in all of it."""
+        _one_thread()
+
+        def load() -> None:
+            from runtime import weights
+            from runtime.engine import choice, serial  # noqa: F401
+
+            for kind in kinds:
+                weights.preload_kind(kind)
+
+        gc.disable()
+        imports.imported(load, lean=lean)
+        from runtime import server, worker  # noqa: F401  what a child needs of our own
+
+        _ask_once()
+        return cls("lang")
+
+    def with_model(self, size: int, manifest: int, *segments: int) -> Warm:
+        """The layer on top: the model of this manifest (an fd, and its size in bytes) on these segments.
+
+        The fds are closed; the mappings stay, whether or not the agent lives on.
+        """
+        from cache_agent.client import read_manifest
+        from runtime.weights import Weights, assemble
+
+        inodes = tuple(os.fstat(fd).st_ino for fd in segments)
+        weights = Weights(_Lent(read_manifest(manifest, size), segments))
+        for fd in (manifest, *segments):
+            os.close(fd)
+        loaded = assemble(weights)
+        _forward_once(loaded.model)
+        return Warm("model", weights, loaded, inodes)
+
+    def parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
+        """The model that is ready, if its bytes are the very ones of this lease."""
+        if self.weights is None or self.loaded is None:
+            return None
+        same = self.weights.manifest.source == lease.manifest.source
+        if not same or self.inodes != tuple(os.fstat(fd).st_ino for fd in lease.segments):
+            return None
+        return self.weights, self.loaded
+
+
+def _one_thread() -> None:
+    """Must come before torch is imported: a child of a process that ever computed on two threads hangs."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not open it
+
+
+def _ask_once() -> None:
+    """Sends requests through the application as gunicorn would: Flask and its libraries import a lot at the first."""
+    from cache_agent.ledger import Ledger
+    from runtime.app import create_app
+    from runtime.config import FunctionConfig
+    from runtime.lifecycle import Lifecycle
+
+    config = FunctionConfig(model="/warm")
+    app = create_app(config, Lifecycle("warm", 1), Ledger("warm"), lambda _reason: None)
+    for method, path in (("GET", "/_/health"), ("GET", "/_/ledger"), ("GET", "/_/absent")):
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": method, "PATH_INFO": path, "SCRIPT_NAME": "", "QUERY_STRING": "a=b",
+            "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": "localhost",
+            "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO(),
+            "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False,
+        }  # fmt: skip
+        for _ in app(environ, lambda *_: None):
+            pass
+
+
+def _forward_once(model: Any) -> None:
+    """Two passes, a prompt's and one token's, as far as the model lets itself be asked this way."""
+    import torch
+
+    torch.set_num_threads(1)
+    for count in (8, 1):
+        ids = torch.zeros((1, count), dtype=torch.long)
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)

@@ -1,0 +1,112 @@
+"""Owns a socket between a supervisor and a zygote: one JSON object per packet, with the fds that it names.
+
+    supervisor → zygote
+        {"fork": id, "kind": "worker" | "zygote", "arguments": […], "environment": {…}}     fds: see forkserver.py
+    zygote → supervisor
+        {"beat": 1}                                                 it turns; also while it is being built
+        {"ready": level, "key": …, "seconds": …, "bytes": …}         it may be forked from now on
+        {"failed": text}                                            it could not be built, and ends
+        {"forked": id, "pid": pid}                                  fd: a pidfd of the child
+        {"refused": id, "why": text}                                nothing was forked
+        {"ended": pid, "status": status}                            as waitpid gave it
+
+A packet is whole or not there at all, so that neither side ever waits for the rest of one. Standard library only.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+MAX_PACKET = 256 << 10  # an environment may be large
+MAX_FDS = 64
+_FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+
+
+class Gone(Exception):
+    """The other side has closed its end, or was closed."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+class Wire:
+    """One end. Never blocks: what cannot be sent now is kept until `flush`."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_PACKET)
+        self._waiting: deque[tuple[bytes, list[int]]] = deque()
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is kept that could not be sent yet."""
+        return bool(self._waiting)
+
+    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """The fds stay the caller's. Raises `Gone`, and `ValueError` for a message that is too large."""
+        data = json.dumps(message, separators=(",", ":")).encode()
+        if len(data) > MAX_PACKET or len(fds) > MAX_FDS:
+            raise ValueError(f"a message of {len(data)} bytes and {len(fds)} fds; {MAX_PACKET} and {MAX_FDS} may be")
+        self._waiting.append((data, [os.dup(fd) for fd in fds]))
+        self.flush()
+
+    def flush(self) -> None:
+        while self._waiting:
+            data, fds = self._waiting[0]
+            try:
+                if fds:
+                    socket.send_fds(self.sock, [data], fds)
+                else:
+                    self.sock.send(data)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise Gone(error.strerror or str(error)) from error
+            self._waiting.popleft()
+            for fd in fds:
+                os.close(fd)
+
+    def receive(self) -> tuple[dict[str, Any], list[int]] | None:
+        """The next message and its fds, close-on-exec and the caller's; None if none is there. Raises `Gone`."""
+        try:
+            data, ancillary, flags, _ = self.sock.recvmsg(MAX_PACKET + 1, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise Gone(error.strerror or str(error)) from error
+        fds = array.array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        try:
+            if not data:
+                raise Gone("closed")
+            message = json.loads(data)
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, dict):
+                raise ValueError
+        except (Gone, ValueError, RecursionError) as error:
+            for fd in fds:
+                os.close(fd)
+            if isinstance(error, Gone):
+                raise
+            raise Gone("it sent something that is no message") from None
+        return message, list(fds)
+
+    def close(self) -> None:
+        while self._waiting:
+            for fd in self._waiting.popleft()[1]:
+                os.close(fd)
+        self.sock.close()

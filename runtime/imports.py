@@ -86,8 +86,10 @@ def imported(load: Callable[[], None], *, lean: bool = True) -> None:
         _log.warning("transformers is imported as it stands, the lean way failed: %s", error, exc_info=True)
         finder.enabled = False
         for name in set(sys.modules) - before:
+            package, _, leaf = name.rpartition(".")
             if name.partition(".")[0] in ("transformers", "runtime"):
                 del sys.modules[name]
+                getattr(sys.modules.get(package), "__dict__", {}).pop(leaf, None)
         load()
 
 
@@ -244,24 +246,27 @@ def _change_probes(probes: types.ModuleType) -> None:
     scan = getattr(probes, "create_import_structure_from_path", None)
     package = sys.modules.get("transformers")
     if callable(scan) and package is not None and package.__file__:
-        probes.create_import_structure_from_path = _Structure(scan, Path(package.__file__).parent)  # type: ignore[attr-defined]
+        probes.create_import_structure_from_path = Structure(scan, Path(package.__file__).parent)  # type: ignore[attr-defined]
 
 
-class _Structure:
+class Structure:
     """transformers' answer to what its `models` folder defines, remembered.
 
     Valid for the very files that it was made from, as far as their folder and the package's first file tell; that is
     what Python's own bytecode relies on, and it is kept in the same kind of place.
     """
 
-    def __init__(self, scan: Callable[[Any], Any], package: Path) -> None:
+    def __init__(
+        self, scan: Callable[[Any], Any], package: Path, place: Path = Path(__file__).parent / "__pycache__"
+    ) -> None:
+        """`scan` is transformers' own way to find out, `package` its folder, `place` where the answer is kept."""
         self._scan = scan
         self._models = package / "models"
         self._known: dict[str, Any] | None = None
         first, folder = (package / "__init__.py").stat(), self._models.stat()
         self._key = (str(package), first.st_size, first.st_mtime_ns, folder.st_mtime_ns)
         tag = sys.implementation.cache_tag or "python"
-        self._file = Path(__file__).parent / "__pycache__" / f"transformers-models.{tag}.marshal"
+        self._file = place / f"transformers-models.{tag}.marshal"
 
     def __call__(self, path: Any) -> Any:
         place = Path(path)
@@ -298,3 +303,17 @@ class _Structure:
             unfinished.replace(self._file)
         except (OSError, ValueError) as error:
             _log.debug("transformers' structure is not remembered: %s", error)
+
+
+def main() -> None:
+    """Imports what starts import, so that bytecode and what is remembered lie on the disk: for building images."""
+
+    def load() -> None:
+        from runtime import weights, worker  # noqa: F401
+        from runtime.engine import choice, serial  # noqa: F401
+
+    imported(load)
+
+
+if __name__ == "__main__":
+    main()

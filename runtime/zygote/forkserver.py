@@ -189,8 +189,8 @@ def seal() -> None:
 def reseed() -> None:
     """Else every child would draw the same numbers. `uuid`, `secrets` and OpenSSL ask the kernel, or notice."""
     random.seed()
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
+    if (numpy := sys.modules.get("numpy.random")) is not None:
+        numpy.seed(int.from_bytes(os.urandom(4), "little"))
     if (torch := sys.modules.get("torch")) is not None:
         torch.default_generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
 

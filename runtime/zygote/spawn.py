@@ -209,7 +209,12 @@ class Zygote:
             self.pidfd = -1
 
 
-def boot(spec: Spec, *, environment: Mapping[str, str] | None = None, module: str = "") -> Zygote:
+def boot(
+    spec: Spec,
+    *,
+    environment: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("-m", "runtime.zygote.forkserver"),
+) -> Zygote:
     """Starts a zygote that builds its layer from the interpreter up. Its parent is this process."""
     ours, theirs = wire.pair()
     with theirs:
@@ -218,6 +223,6 @@ def boot(spec: Spec, *, environment: Mapping[str, str] | None = None, module: st
         variables = dict(os.environ if environment is None else environment)
         # Before anything is imported: a child of a process that ever computed on two threads hangs.
         variables |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", module or "runtime.zygote.forkserver", str(fd), spec.dump()]
+        command = [sys.executable, "-P", *program, str(fd), spec.dump()]
         pid = os.posix_spawn(sys.executable, command, variables)
     return Zygote(Wire(ours), pid, os.pidfd_open(pid), spec.key)

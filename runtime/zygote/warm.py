@@ -43,6 +43,8 @@ class Warm:
         _one_thread()
 
         def load() -> None:
+            import numpy.random  # noqa: F401  numpy leaves it to the first who asks
+
             from runtime import weights
             from runtime.engine import choice, serial  # noqa: F401
 

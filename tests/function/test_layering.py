@@ -30,6 +30,7 @@ PURE = [
     "cache_agent/entry.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
+    "runtime/zygote/layers.py",
     "runtime/handoff/snapshot.py",
     "runtime/handoff/record.py",
     "cache_agent/signing.py",

@@ -21,7 +21,9 @@ there is enough history and it is far cheaper.
 
 Which gaps: those that reached the layer. A layer is idle from when the last process that was forked from it is gone
 (until then its pages are in use and dropping it would free nothing) to the next request that it could serve. A request
-that finds a deeper layer does not reach it. `History` notes them; all times are seconds of the caller's clock.
+that finds a deeper layer does not reach it. `History` notes them; all times are seconds of the caller's clock. Which
+size: what is freed when the layer goes. A layer that nothing else stands on holds the ones below it in memory, too;
+`pooled` says when it has to be priced together with them.
 
 Example. torch and transformers, imported: 0.3 GB, 3 s. At ρ = 60 holding it for β = 600 s costs as much as importing
 again. If requests come every minute or two, and sometimes not for a night, T is two minutes: nights are not held
@@ -32,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -150,6 +152,22 @@ def beta(layer: Layer, rho: float) -> float:
     if layer.bytes == 0:
         return math.inf if worth else 0.0
     return worth / (layer.bytes / GB)
+
+
+def pooled(stack: Sequence[Layer]) -> Layer:
+    """The first of `stack` as it has to be priced: together with those of the layers below it that go with it.
+
+    `stack` is a layer and the ones it stands on that nothing else needs, the nearest first. Holding it holds all of
+    them. Where one below is dearer to hold for what it saves, it would have gone sooner on its own; so the two are
+    priced as one, and the first is held for as long as the dearest part of the stack that ends with it is worth it.
+    """
+    seconds, size = 0.0, 0
+    best = stack[0]
+    for layer in stack:
+        seconds, size = seconds + layer.seconds, size + layer.bytes
+        if seconds * best.bytes < best.seconds * size:
+            best = Layer(best.name, seconds, size)
+    return best
 
 
 def keep(layer: Layer, gaps: Iterable[float], rho: float, *, ahead: bool = True) -> Decision:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-_FILE = "traces/azure-llm-2023-code.csv"
+FILE = "traces/azure-llm-2023-code.csv"
 
 
 class Request(NamedTuple):
@@ -23,8 +23,8 @@ class Request(NamedTuple):
 def load(path: Path | None = None) -> tuple[list[Request], str]:
     """The requests in order of arrival, and what they are. Raises `OSError` for a file that is not there."""
     data = os.environ.get("GLOWPLUG_TEST_DATA")
-    if path is None and data and (Path(data) / _FILE).exists():
-        path = Path(data) / _FILE
+    if path is None and data and (Path(data) / FILE).exists():
+        path = Path(data) / FILE
     if path is None:
         return synthetic(), "synthetic"
     with path.open(newline="") as file:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent.policy.keepalive import GB, HISTORY, Decision, History, Layer, beta, keep
+from cache_agent.policy.keepalive import GB, HISTORY, Decision, History, Layer, beta, keep, pooled
 
 LANG = Layer("lang", 3.0, int(0.3 * GB))  # β = 10 ρ
 
@@ -91,6 +91,31 @@ def test_decisions_are_consistent(layer: Layer, gaps: list[float], rho: float, i
         assert found.wanted(idle) == found.wanted(idle + wait / 2) or wait < 1e-6
     assert found.why.count(". ") == 0
     assert not found.why.endswith(".")
+
+
+@given(st.lists(layers, min_size=1, max_size=4), prices, st.floats(0.001, 1e6))
+def test_pooled_layers_are_held_as_long_as_the_whole_stack_is_worth_it(
+    stack: list[Layer], rho: float, gap: float
+) -> None:
+    """Against all that can be held through a gap: any number of layers, from the bottom up."""
+
+    def cost(dropped: int) -> float:
+        held = sum(layer.bytes for layer in stack[dropped:]) / GB * gap
+        return held + rho * sum(layer.seconds for layer in stack[:dropped])
+
+    one = pooled(stack)
+    margin = cost(0) - min(cost(dropped) for dropped in range(1, len(stack) + 1))
+    if abs(margin) > 1e-9 * cost(0):
+        assert (gap < beta(one, rho)) == (margin < 0)
+    assert one.name == stack[0].name
+    assert beta(one, rho) <= beta(stack[0], rho)
+
+
+def test_pooled() -> None:
+    user, lang, bare = Layer("user", 1.8, 55), Layer("lang", 0.4, 128), Layer("bare", 0.4, 22)
+    assert pooled([user]) == user
+    assert pooled([user, lang, bare]) == Layer("user", 2.2, 183), "bare is worth more than what stands on it"
+    assert pooled([lang, bare]) == lang
 
 
 def test_nothing_known_costs_at_most_twice_the_best() -> None:

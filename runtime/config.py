@@ -27,6 +27,7 @@ _AT_LEAST = {
     "drain_linger": 0,
     "drain_grace": 0,
     "worker_timeout": 1,
+    "start_price": 0,
 }
 
 
@@ -34,7 +35,7 @@ _AT_LEAST = {
 class FunctionConfig:
     """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; the README's table has a row for each.
 
-    Times are seconds. `listen_fd` is an inherited listening socket to serve instead of host and port. `socket` empty
+    Times are seconds; `start_price` is in GB·s of idle memory per second of start. `listen_fd` is an inherited listening socket to serve instead of host and port. `socket` empty
     means: the node's agent if one answers, else a private one.
     """
 
@@ -65,6 +66,7 @@ class FunctionConfig:
     drain_linger: float = 0.0
     drain_grace: float = 25.0
     worker_timeout: float = 120.0
+    start_price: float = 60.0
     log_level: str = "info"
     reload: bool = False
 

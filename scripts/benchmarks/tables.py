@@ -22,10 +22,11 @@ _NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "min", "max", 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Heading → metric of a table's columns; `case` picks the rows where a benchmark measured several cases."""
+    """Heading → metric of a table's columns; `case` picks the rows where several cases were measured: those that have
+    one of these values, None where a row has no such key."""
 
     columns: Mapping[str, str]
-    case: Mapping[str, str | float]
+    case: Mapping[str, str | float | tuple[str | float | None, ...]]
 
 
 _SHAPES = {
@@ -49,6 +50,10 @@ _SHAPES = {
             "token after pressure, ms": "evicted_token_ms",
         },
         {},
+    ),
+    "keepalive": Shape(
+        {"idle memory, GB·s": "idle_gb_s", "mean start, s": "mean_start_s", "P99, s": "p99_start_s"},
+        {"trace": ("rainbowcake", "synthetic"), "rho": (None, 1.0)},
     ),
 }
 
@@ -87,13 +92,14 @@ def _table(found: Report) -> str:
 def _variants(found: Report, shape: Shape) -> str:
     """A line per variant and case, a column per metric: medians."""
     rows = [row for row in found.rows if not f"{row['variant']}".startswith("(")]
-    picked = [row for row in rows if all(row.get(key) == value for key, value in shape.case.items())]
+    case = {key: value if isinstance(value, tuple) else (value,) for key, value in shape.case.items()}
+    picked = [row for row in rows if all(row.get(key) in values for key, values in case.items())]
     reasons = [f"- {row['variant']}: {row['reason']}" for row in rows if row.get("reason")]
     varying = [key for key in _case(picked) if len({row.get(key) for row in picked if "metric" in row}) > 1]
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in picked:
         if "metric" in row and row["metric"] in shape.columns.values():
-            name = (f"{row['variant']}", *(f"{row.get(key)}" for key in varying))
+            name = (f"{row['variant']}", *(f"{row.get(key, '')}" for key in varying))
             lines.setdefault(name, {})[f"{row['metric']}"] = _number(row["median"])
     head = ["variant", *varying, *shape.columns]
     table = [_line(head), "|" + "---|" * (1 + len(varying)) + "---:|" * len(shape.columns)]

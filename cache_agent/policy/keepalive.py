@@ -176,17 +176,18 @@ def keep(layer: Layer, gaps: Iterable[float], rho: float, *, ahead: bool = True)
     `gaps` are the idle times that ended, in order; the last 64 count. Raises `ValueError` for a negative price.
     """
     limit = beta(layer, rho)
-    known = sorted(gap for gap in deque(gaps, HISTORY) if 0 <= gap < math.inf)
+    known = sorted(gap for gap in deque(gaps, HISTORY) if 0.0 <= gap < math.inf)
     if limit in (0.0, math.inf) or not known:
         return Decision(layer, rho, limit, known=len(known), hits=len(known), held=sum(known))
     # Costs are in seconds of holding: one start counts for β of them. `sums[k]` is that of the k shortest gaps.
     sums = [0.0, *accumulate(known)]
     count = len(known)
+    costs = [
+        total + after * (gap + limit) for total, gap, after in zip(sums[1:], known, range(count)[::-1], strict=True)
+    ]
     best, index = limit * count, -1  # T = 0: every gap but those of no length ends in a start
-    for j, gap in enumerate(known):
-        cost = sums[j + 1] + (count - 1 - j) * gap + limit * (count - 1 - j)
-        if cost < best:
-            best, index = cost, j
+    if (least := min(costs)) < best:
+        best, index = least, costs.index(least)
     plain = Decision(layer, rho, 0.0, known=count)
     if index >= 0:
         held = sums[index + 1] + (count - 1 - index) * known[index]
@@ -205,6 +206,8 @@ def _window(layer: Layer, rho: float, known: list[float], sums: list[float], pla
     """
     count, limit, lead = len(known), beta(layer, rho), layer.seconds
     build = lead + _UNSEEN * limit
+    if count * min(build, limit) > _FAR_CHEAPER * plain:
+        return None  # no window costs less than that; where calls are frequent this is the usual case
     best, first, last = math.inf, 0, 0
     end, at = math.inf, count - 1
     for i in range(count - 1, -1, -1):

@@ -40,12 +40,12 @@ Make: TypeAlias = Callable[[float, Workload, Sequence[Call]], Rule]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`priced`: its rule follows ρ, and is run once for each."""
+    """`rhos`: those at which it is run, where its rule follows ρ."""
 
     name: str
     world: type[World]
     make: Make
-    priced: bool = False
+    rhos: tuple[float, ...] = ()
 
 
 def _cached(size: int, _rho: float, _work: Workload, _calls: Sequence[Call]) -> Rule:
@@ -62,12 +62,12 @@ VARIANTS = (
     Variant(RAINBOW, Containers, lambda _rho, _work, _calls: RainbowCake()),
     Variant(f"{RAINBOW}, its code", Containers, lambda _rho, _work, _calls: RainbowCake(code=True)),
     Variant(f"{RAINBOW}, zygotes", Zygotes, lambda _rho, _work, _calls: RainbowCake()),
-    Variant(f"{RAINBOW} by ρ", Containers, lambda rho, _work, _calls: RainbowCake(rho), priced=True),
-    Variant(f"{RAINBOW} by ρ, zygotes", Zygotes, lambda rho, _work, _calls: RainbowCake(rho), priced=True),
-    Variant(f"{OURS}, containers", Containers, lambda rho, _work, _calls: Priced(rho), priced=True),
-    Variant(f"{OURS}, nothing ahead", Zygotes, lambda rho, _work, _calls: Priced(rho, ahead=False), priced=True),
-    Variant(OURS, Zygotes, lambda rho, _work, _calls: Priced(rho), priced=True),
-    Variant(BOUND, Zygotes, lambda rho, work, calls: Clairvoyant(rho, work.functions, calls), priced=True),
+    Variant(f"{RAINBOW} by ρ", Containers, lambda rho, _work, _calls: RainbowCake(rho), RHOS),
+    Variant(f"{RAINBOW} by ρ, zygotes", Zygotes, lambda rho, _work, _calls: RainbowCake(rho), RHOS),
+    Variant(f"{OURS}, containers", Containers, lambda rho, _work, _calls: Priced(rho), (0.06, 0.25, 1.0)),
+    Variant(f"{OURS}, nothing ahead", Zygotes, lambda rho, _work, _calls: Priced(rho, ahead=False), (1.0,)),
+    Variant(OURS, Zygotes, lambda rho, _work, _calls: Priced(rho), RHOS),
+    Variant(BOUND, Zygotes, lambda rho, work, calls: Clairvoyant(rho, work.functions, calls), RHOS),
 )
 _BY_NAME = {variant.name: variant for variant in VARIANTS}
 # Whose idle memory is compared at whose mean start.
@@ -111,29 +111,51 @@ def seeded(workload: str | None, part: float, rhos: Sequence[float], seed: int) 
         work = functions.shortened(each, part) if part < 1 else each
         calls = work.calls(seed)
         samples = {
-            key(variant.name, rho if variant.priced else None): measure(work, variant, rho, calls)
+            key(variant.name, rho): measure(work, variant, rho or rhos[0], calls)
             for variant in VARIANTS
-            for rho in (rhos if variant.priced else rhos[:1])
+            for rho in (set(variant.rhos) & set(rhos) or (None,))
         }
         samples["(ratio)"] = {
-            name: _at_equal_start(partial(measure, work, _BY_NAME[ours], calls=calls), samples[theirs])
+            name: _at_equal_start(partial(_measured, samples, work, calls, ours), rhos, samples[theirs])
             for name, (ours, theirs) in _PAIRS.items()
         }
         found.append(samples)
     return found
 
 
-def _at_equal_start(run: Callable[[float], Sample], other: Sample) -> float:
-    """Our idle memory ÷ the other's, at a ρ at which our mean start is the other's, or a little shorter."""
-    low, high = 1e-3, 1e3
+def _measured(samples: Mapping[str, Sample], work: Workload, calls: Sequence[Call], name: str, rho: float) -> Sample:
+    return samples.get(key(name, rho)) or measure(work, _BY_NAME[name], rho, calls)
+
+
+def _at_equal_start(run: Callable[[float], Sample], rhos: Sequence[float], other: Sample) -> float:
+    """Our idle memory ÷ the other's where our mean start is the other's, or up to a hundredth shorter.
+
+    Where we start sooner than the other at the least ρ of the sweep, that one counts, and the ratio is more than it
+    would be; where no ρ is high enough there is none.
+    """
+    wanted = other["mean_start_s"]
+    low, high = rhos[0], rhos[0]
     best = run(high)
-    for _ in range(12):
-        middle = math.sqrt(low * high)
+    starts = {high: best["mean_start_s"]}
+    for rho in rhos[1:]:
+        if starts[high] <= wanted:
+            break
+        low, high, best = high, rho, run(rho)
+        starts[high] = best["mean_start_s"]
+    if starts[high] > wanted:
+        return math.nan
+    if low == high:
+        return best["idle_gb_s"] / other["idle_gb_s"]
+    for _ in range(6):
+        if best["mean_start_s"] > 0.99 * wanted:
+            break
+        # Where a line between the two would meet it, a little to the quick side, and never too near an end.
+        part = (starts[low] - 0.995 * wanted) / (starts[low] - starts[high])
+        middle = low * (high / low) ** min(0.9, max(0.1, part))
         sample = run(middle)
-        if sample["mean_start_s"] <= other["mean_start_s"]:
+        starts[middle] = sample["mean_start_s"]
+        if sample["mean_start_s"] <= wanted:
             best, high = sample, middle
-            if sample["mean_start_s"] > 0.99 * other["mean_start_s"]:
-                break
         else:
             low = middle
     return best["idle_gb_s"] / other["idle_gb_s"]
@@ -151,7 +173,8 @@ def run(path: Path | None, *, seeds: int, quick: bool = False) -> Report:
     for number, workload in enumerate(workloads):
         samples = [each[number] for each in by_seed]
         suffix = "" if number == 0 else f", {workload.source}"
-        figures = {name: harness.spread([each["(ratio)"][name] for each in samples]) for name in _PAIRS}
+        ratios = {name: [each["(ratio)"][name] for each in samples] for name in _PAIRS}
+        figures = {name: harness.spread(found) for name, found in ratios.items() if not any(map(math.isnan, found))}
         figures["cost_vs_best_baseline"] = harness.spread([max(_against_best(each, rhos)) for each in samples])
         figures["cost_vs_clairvoyant"] = harness.spread([max(_against(BOUND, each, rhos)) for each in samples])
         figures["idle_memory_vs_rainbowcake_at_any_rho"] = harness.spread([max(_sweep(each, rhos)) for each in samples])
@@ -186,7 +209,8 @@ def _rows(trace: str, name: str, samples: Sequence[Sample]) -> list[Row]:
 
 
 def _at(rho: float) -> list[str]:
-    return [key(variant.name, rho if variant.priced else None) for variant in VARIANTS]
+    """What was run at ρ, or at none."""
+    return [key(variant.name, rho if variant.rhos else None) for variant in VARIANTS if rho in (variant.rhos or RHOS)]
 
 
 def _against_best(samples: Mapping[str, Sample], rhos: Sequence[float]) -> list[float]:

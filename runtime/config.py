@@ -35,7 +35,8 @@ _AT_LEAST = {
 class FunctionConfig:
     """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; the README's table has a row for each.
 
-    Times are seconds; `start_price` is in GB·s of idle memory per second of start. `listen_fd` is an inherited listening socket to serve instead of host and port. `socket` empty
+    Times are seconds; `start_price` is in GB·s of idle memory per second of start.
+    `listen_fd` is an inherited listening socket to serve instead of host and port. `socket` empty
     means: the node's agent if one answers, else a private one.
     """
 

@@ -8,16 +8,16 @@ how long it should have been held:
     T = argmin_T  Σ min(gap, T) / β + [gap > T]
 
 which is looked for among 0 and the gaps themselves, because between two of them only the cost of holding grows. Of
-equal ones the shortest is taken. Without any history T = β, which never costs more than twice what knowing the future
-would (Karlin et al., "Competitive snoopy caching", Algorithmica 3, 1988).
+equal ones the shortest is taken. Until eight are known T = β, which never costs more than twice what knowing the future
+would (Karlin et al., "Competitive snoopy caching", Algorithmica 3, 1988): one long gap is no reason to give a layer up.
 
 A function that is called periodically is better served by a window: its layer is dropped at once, built again a while
 after, and held until the time at which a call would be late,
 
     P, T = argmin_{P ≤ T}  Σ [gap ≥ P] ((min(gap, T) − P + t) / β + u) + [gap < P] + [gap > T]
 
-with the t seconds of building counted as held, and u of a start for work that nobody waits for. It is taken where
-there is enough history and it is far cheaper.
+with the t seconds of building counted as held, and u of a start for work that nobody waits for. It is taken where it is
+far cheaper.
 
 Which gaps: those that reached the layer. A layer is idle from when the last process that was forked from it is gone
 (until then its pages are in use and dropping it would free nothing) to the next request that it could serve. A request
@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 GB = 1e9
 HISTORY = 64
-_REGULAR = 8  # gaps that must be known before anything is built ahead
+_ENOUGH = 8  # gaps, from which on they say more than the price alone does
 _UNSEEN = 0.1  # u: what a build costs, in starts, while nobody waits for it; processors are not free
 _FAR_CHEAPER = 0.8  # of the cost of holding it from the begin; chance alone gives a window some advantage
 
@@ -89,7 +89,7 @@ class Decision(NamedTuple):
         """The reason, in one sentence."""
         size, price = f"{self.layer.bytes / GB:.3g} GB", f"{self.rho:g} GB·s a second"
         seconds = _span(self.layer.seconds)
-        gaps = "its last idle time was" if self.known == 1 else f"of its last {self.known} idle times {self.hits} were"
+        gaps = f"of its last {self.known} idle times {self.hits} were"
         if self.ahead:
             return (
                 f"built ahead, from {_span(self.rebuild)} to {_span(self.until)} of idleness: {gaps} of that length, "
@@ -101,19 +101,19 @@ class Decision(NamedTuple):
             return "not held: " + (
                 "building it takes no time" if self.rho else "memory has any price, starts have none"
             )
-        if not self.known:
+        if self.known < _ENOUGH:
             return (
-                f"held for {_span(self.hold)}, nothing being known of its requests: so long {size} cost as much as a "
+                f"held for {_span(self.hold)}, little being known of its requests: so long {size} cost as much as a "
                 f"start of {seconds} at {price}"
             )
         if self.hold == 0:
             return (
-                f"not held: for its last {_times(self.known)} {size} would have cost more than starts of {seconds} at "
-                f"{price}"
+                f"not held: for its last {self.known} idle times {size} would have cost more than starts of {seconds} "
+                f"at {price}"
             )
         return (
             f"held for {_span(self.hold)}: {gaps} no longer, and {size} for {_span(self.held)} cost less than "
-            f"{self.hits} starts of {seconds} at {price}"
+            f"{self.hits} start{'s' if self.hits > 1 else ''} of {seconds} at {price}"
         )
 
 
@@ -177,7 +177,7 @@ def keep(layer: Layer, gaps: Iterable[float], rho: float, *, ahead: bool = True)
     """
     limit = beta(layer, rho)
     known = sorted(gap for gap in deque(gaps, HISTORY) if 0.0 <= gap < math.inf)
-    if limit in (0.0, math.inf) or not known:
+    if limit in (0.0, math.inf) or len(known) < _ENOUGH:
         return Decision(layer, rho, limit, known=len(known), hits=len(known), held=sum(known))
     # Costs are in seconds of holding: one start counts for β of them. `sums[k]` is that of the k shortest gaps.
     sums = [0.0, *accumulate(known)]
@@ -192,9 +192,7 @@ def keep(layer: Layer, gaps: Iterable[float], rho: float, *, ahead: bool = True)
     if index >= 0:
         held = sums[index + 1] + (count - 1 - index) * known[index]
         plain = Decision(layer, rho, known[index], hits=index + 1, known=count, held=held)
-    if ahead and count >= _REGULAR:
-        return _window(layer, rho, known, sums, best) or plain
-    return plain
+    return (_window(layer, rho, known, sums, best) if ahead else None) or plain
 
 
 def _window(layer: Layer, rho: float, known: list[float], sums: list[float], plain: float) -> Decision | None:
@@ -233,7 +231,3 @@ def _span(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
-
-
-def _times(count: int) -> str:
-    return "idle time" if count == 1 else f"{count} idle times"

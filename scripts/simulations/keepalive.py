@@ -113,7 +113,7 @@ def seeded(workload: str | None, part: float, rhos: Sequence[float], seed: int) 
         samples = {
             key(variant.name, rho): measure(work, variant, rho or rhos[0], calls)
             for variant in VARIANTS
-            for rho in (set(variant.rhos) & set(rhos) or (None,))
+            for rho in ([rho for rho in variant.rhos if rho in rhos] if variant.rhos else [None])
         }
         samples["(ratio)"] = {
             name: _at_equal_start(partial(_measured, samples, work, calls, ours), rhos, samples[theirs])

@@ -134,7 +134,7 @@ def test_eight_gaps() -> None:
     assert keep(LANG, [59.0] * 8, 6.0, ahead=False).hold == 59.0
     assert keep(LANG, [60.0] * 8, 6.0, ahead=False).hold == 0.0, "equal: not cheaper"
     assert keep(LANG, [61.0] * 8, 6.0, ahead=False).hold == 0.0
-    assert keep(LANG, [*[500.0] * 7, 1.0], 6.0, ahead=False).why == (
+    assert keep(LANG, [500.0] * 8, 6.0, ahead=False).why == (
         "not held: for its last 8 idle times 0.3 GB would have cost more than starts of 3 s at 6 GB·s a second"
     )
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import mmap
 import os
 from collections.abc import Sequence
 
-from cache_agent import loader
+from cache_agent import content
 from cache_agent import manifest as manifests
 from cache_agent.checkpoint import Description, describe
 from cache_agent.held import Held
@@ -78,9 +77,9 @@ def prove(held: Held, origin: Origin, known: str) -> str:
     assert held.dram is not None, "received"
     maps = held.dram.map()
     try:
-        if not _gaps_are_zero(held.description.manifest, maps):
+        if not content.gaps_are_zero(held.description.manifest, maps):
             raise NotAdopted("there is something between the tensors")
-        found = loader.digest(held.description, maps)
+        found = content.digest(held.description, maps)
     finally:
         for mapping in maps:
             mapping.close()
@@ -95,16 +94,6 @@ def _is_sealed(fd: int) -> bool:
     with contextlib.suppress(OSError):  # no memfd
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
     return False
-
-
-def _gaps_are_zero(plan: Manifest, maps: Sequence[mmap.mmap]) -> bool:
-    ends = [0] * len(plan.segments)
-    gaps = []
-    for tensor in plan.tensors:  # in the order of their places
-        gaps.append((tensor.segment, ends[tensor.segment], tensor.offset))
-        ends[tensor.segment] = tensor.offset + tensor.size
-    gaps += [(number, end, plan.segments[number]) for number, end in enumerate(ends)]
-    return not any(any(maps[segment][start:end]) for segment, start, end in gaps if end > start)
 
 
 def _revision_at(description: Description, origin: Origin) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from cache_agent import adoption, events, loader, manifest, report, residency
+from cache_agent import adoption, content, events, manifest, report, residency
 from cache_agent.checkpoint import describe
 from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory, Holding
@@ -37,8 +37,10 @@ from cache_agent.messages import (
 )
 from cache_agent.offers import Offers, Resident
 from cache_agent.origins import Origins
+from cache_agent.peers import Helped, Peers
 from cache_agent.policy.estimate import Estimator, shared
 from cache_agent.revisions import Revisions
+from cache_agent.sharing import Borrowed, Sharing
 from cache_agent.starts import Starts
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
@@ -53,16 +55,21 @@ class Agent:
     """One node's weights. Every method may be called from any thread."""
 
     def __init__(
-        self, config: AgentConfig, directory: Directory, open_origin: Callable[[ModelURI], Origin] | None = None
+        self,
+        config: AgentConfig,
+        directory: Directory,
+        open_origin: Callable[[ModelURI], Origin] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.config = config
         self.node = config.node_name
         self._directory = directory
         self._open_origin = open_origin or Origins(config).open
-        ssd = Ssd(config.ssd, config.ssd_size) if config.ssd else None
+        self._peers = peers
+        ssd = Ssd(config.ssd, config.ssd_size, self._tell_image) if config.ssd else None
         self.starts = Starts()
         self._keeping = Keeping(ssd, self._pinned)
-        self._revisions = Revisions(directory, ssd)
+        self._revisions = Revisions(directory, ssd, self.node, believe=0 if peers else 1)
         self._residency = residency.Residency(config.capacity, config.revalidate)
         self._lock = threading.RLock()  # guards everything below, and residency
         self._estimator = Estimator()
@@ -72,6 +79,7 @@ class Agent:
         self._numbers = count(1)
         self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
+        self.sharing = Sharing(self._borrow, self._held_of, self._keeping, self._invite)
         self._offers = Offers(self._open_origin, self._revisions, self._resident, self._handle)
 
     # --- what connections ask for ---------------------------------------------------------------------------------
@@ -296,7 +304,9 @@ class Agent:
         self._handle(event, resolved=Resolution(description, origin, ledger, known))
 
     def _load(self, entry: int, resolution: Resolution) -> None:
-        description, origin, ledger, known = resolution
+        description, origin, ledger, known, answers = resolution
+        if self._peers is not None and not known:  # what others found it to be is proved before anything is ready
+            known = self._revisions.stated(description.source.id, self.config.peer_witnesses)
         plan = description.manifest
         held = Held(description, ledger)
         start = time.monotonic()
@@ -306,11 +316,19 @@ class Agent:
                 held.dram = Dram(plan.segments, huge_pages=self.config.huge_pages, name=f"glowplug:{entry}")
                 held.keep_manifest()
             image = self._keeping.open(plan)
-            held.load = load = Load(description, origin, held.dram, readers=self.config.readers, image=image)
+            held.load = load = Load(
+                description,
+                origin,
+                held.dram,
+                readers=self.config.readers,
+                image=image,
+                speaks=self._peers is not None,
+                known=known,
+            )
             if image is not None:
                 held.tier = "ssd"
             else:
-                load.tee = self._keeping.follow(held.dram, plan, origin.uri, known)
+                load.tee = self._keeping.follow(held.dram, description, origin.uri, resolution.revision)
             with self._lock:
                 held.work = self._work(held.tier, plan.nbytes)
                 expected = self._estimator.predict(held.tier, held.work)
@@ -318,10 +336,14 @@ class Agent:
                 if self._closing:
                     load.stop()
             self._handle(events.Reserved(entry))
+            if self._peers is not None and image is None:  # others may ask us about it from here on
+                load.helper = self._peers.helper(load, plan.source, origin_answers=answers)
             load.observer = lambda: self._directory.publish(plan.source, self._holding(load))
             began = time.monotonic()
             with ledger.span("transfer"):
                 load.run()
+            if len(load.given) * 2 > plan.chunk_count:
+                held.tier = "peer"
             self._directory.measured(self.node, held.tier, plan.nbytes / max(time.monotonic() - began, 1e-9))
         except Exception as error:
             log.warning("loading %s failed: %s", origin.uri, error)
@@ -376,12 +398,43 @@ class Agent:
                 return
             maps = held.dram.map()
         try:
-            revision = loader.digest(held.description, maps)
+            proved = held.load.proved if held.load is not None else ""
+            revision = proved or content.digest(held.description, maps)
         finally:
             for mapping in maps:
                 mapping.close()
         self._revisions.remember(held.description.source.id, revision)
         self._handle(events.Admitted(entry, revision))
+
+    def _held_of(self, source: str) -> Held | None:
+        """The copy in memory, or on its way there."""
+        with self._lock:
+            entry = self._residency.entry_with(source)
+            return self._held.get(entry.number) if entry is not None else None
+
+    def _borrow(self, source: str, number: int) -> Borrowed | None:
+        """A chunk that is in memory, whole and right."""
+        with self._lock:
+            held = self._held_of(source)
+            place = held.description.manifest.chunk_place(number) if held is not None else None
+            if held is None or held.dram is None or place is None:
+                return None
+            if held.load is not None and not held.load.has(number):
+                return None
+            segment, start, end = place
+            digest = held.load.said_of(number) if held.load is not None else ""
+            return Borrowed(os.dup(held.dram.fds[segment]), start, end - start, digest)
+
+    def _invite(self, source: str, node: str, address: str) -> None:
+        held = self._held_of(source)
+        if held is not None and held.load is not None and isinstance(held.load.helper, Helped):
+            held.load.helper.invite(node, address)
+
+    def _tell_image(self, source: str, size: int) -> None:
+        if size:
+            self._directory.publish(source, Holding(self.node, "ssd", size, size))
+        else:
+            self._directory.withdraw(source, self.node, "ssd")
 
     def _evict(self, entry: int, why: str) -> None:
         with self._lock:

@@ -37,6 +37,41 @@ class Description(NamedTuple):
     headers: dict[str, bytes]
 
 
+class _Encoded(msgspec.Struct, frozen=True):
+    source: Source
+    headers: dict[str, bytes]
+    files: dict[str, bytes]
+
+
+def encode_description(description: Description) -> bytes:
+    """Without the manifest's layout: whoever reads it lays the tensors out himself."""
+    return msgspec.json.encode(_Encoded(description.source, description.headers, description.manifest.files))
+
+
+def decode_description(data: bytes) -> Description:
+    """What another node, or an earlier agent, wrote. Raises `BadCheckpoint` for what describes no checkpoint."""
+    try:
+        source, headers, files = msgspec.structs.astuple(msgspec.json.decode(data, type=_Encoded))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadCheckpoint(f"not a description of a checkpoint: {error}") from error
+    sizes = {file.name: file.size for file in source.files}
+    if not headers or not sizes.keys() >= headers.keys() | files.keys():
+        raise BadCheckpoint("a description that names files which its source does not have")
+    if any(len(content) != sizes[name] for name, content in files.items()):
+        raise BadCheckpoint("a description whose files have other sizes than its source")
+    parsed = [_parsed(name, sizes[name], headers[name]) for name in headers]
+    manifest.model_config(files)
+    return Description(source, manifest.lay_out(source.id, parsed, files), headers)
+
+
+def _parsed(name: str, size: int, header: bytes) -> tuple[WeightFile, Iterable[safetensors.RawTensor]]:
+    """Raises `BadCheckpoint`."""
+    length = safetensors.LENGTH.size
+    if len(header) < length or length + safetensors.header_length(header[:length], size, name) != len(header):
+        raise BadCheckpoint(f"{name}: a header that is cut off")
+    return WeightFile(name, size, len(header)), safetensors.parse_header(header[length:], size, name)
+
+
 def describe(origin: Origin) -> Description:
     """Reads headers and small files only. Raises `BadCheckpoint`, `UnsafeCheckpoint`, or what the origin does."""
     listed = {file.name: file for file in origin.files()}
@@ -52,13 +87,7 @@ def describe(origin: Origin) -> Description:
         raise BadCheckpoint(f"{origin.uri}: config and tokenizer files exceed {_MAX_SMALL_TOTAL >> 20} MiB")
     source = Source(origin.uri, tuple(listed[name] for name in sorted({*weights, *(file.name for file in small)})))
     headers = _parallel(lambda name: _header(origin, listed[name]), weights)
-    parsed = [
-        (
-            WeightFile(name, listed[name].size, len(data)),
-            safetensors.parse_header(data[safetensors.LENGTH.size :], listed[name].size, name),
-        )
-        for name, data in zip(weights, headers, strict=True)
-    ]
+    parsed = [_parsed(name, listed[name].size, data) for name, data in zip(weights, headers, strict=True)]
     contents = _parallel(lambda file: read_patiently(origin, file, 0, file.size), small)
     files = {file.name: data for file, data in zip(small, contents, strict=True)}
     manifest.model_config(files)

@@ -16,6 +16,7 @@ from cache_agent import manifest as manifests
 from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, LeaseLost, ProtocolError, from_wire
 from cache_agent.fdsocket import Channel, Disconnected
 from cache_agent.ledger import Span
+from cache_agent.link import Link, dial
 from cache_agent.manifest import Manifest
 from cache_agent.messages import (
     Admitted,
@@ -31,6 +32,7 @@ from cache_agent.messages import (
     Hello,
     Identity,
     LeaseRequest,
+    ManifestInline,
     ManifestReply,
     ManifestRequest,
     Message,
@@ -50,11 +52,14 @@ from cache_agent.messages import (
     StartsRequest,
     StatusReply,
     StatusRequest,
+    Streaming,
     Welcome,
 )
 from cache_agent.protocol import VERSION
 
 M = TypeVar("M", bound=Message)
+
+_TCP = "tcp://"
 
 _DESCRIBE_SECONDS = 120.0
 _ADOPT_SECONDS = 600.0  # it hashes the bytes, one offer at a time, and may have to read the origin
@@ -151,7 +156,10 @@ class Lease:
 
 
 class CacheClient:
-    """Talks to the agent at `path`; each call is a connection of its own."""
+    """Talks to the agent at `path`, a unix socket or tcp://host:port; each call is a connection of its own.
+
+    Over TCP a lease's bytes come into memory of this process's own.
+    """
 
     def __init__(
         self, path: Path | str, *, name: str = "", token: str = "", pod: str = "", timeout: float = 10.0
@@ -160,7 +168,9 @@ class CacheClient:
 
         `pod` is the UID of the pod whose end the agent shall announce.
         """
-        self.path = Path(path)
+        text = str(path)
+        self._address = text.removeprefix(_TCP) if text.startswith(_TCP) else ""
+        self.path: Path | str = text if self._address else Path(path)
         self._hello = Hello(VERSION, name[:256], Identity("token", token) if token else Identity(), pod[:256])
         self._timeout = timeout
 
@@ -172,7 +182,12 @@ class CacheClient:
         channel = self.connect()
         try:
             channel.send(LeaseRequest(model, start_id))
-            granted, fds = expect(channel, Granted, deadline or time.monotonic() + _DESCRIBE_SECONDS)
+            by = deadline or time.monotonic() + _DESCRIBE_SECONDS
+            if isinstance(channel, Link):
+                from cache_agent.streamed import StreamedLease
+
+                return StreamedLease(channel, expect(channel, Streaming, by)[0])
+            granted, fds = expect(channel, Granted, by)
         except BaseException as error:
             channel.close()
             if isinstance(error, Disconnected):
@@ -187,8 +202,12 @@ class CacheClient:
         """
         channel = self.connect()
         try:
-            channel.send(Offer(model, lease.manifest.source, len(lease.segments)), lease.segments)
-            adopted, _ = expect(channel, Adopted, deadline or time.monotonic() + _ADOPT_SECONDS)
+            by = deadline or time.monotonic() + _ADOPT_SECONDS
+            if isinstance(channel, Link):
+                adopted = self._hold(channel, model, lease.manifest.source, by)
+            else:
+                channel.send(Offer(model, lease.manifest.source, len(lease.segments)), lease.segments)
+                adopted, _ = expect(channel, Adopted, by)
         except BaseException as error:
             channel.close()
             if isinstance(error, Disconnected):
@@ -197,6 +216,16 @@ class CacheClient:
         lease.revision = adopted.revision or lease.revision
         lease.rejoin(channel)
         return adopted
+
+    def _hold(self, channel: Link, model: str, source: str, deadline: float) -> Adopted:
+        """A lease on what this process has already. Memory cannot be given over TCP, so that it stays our own."""
+        from cache_agent.streamed import read_manifest
+
+        channel.send(LeaseRequest(model, have=source))
+        if read_manifest(channel, expect(channel, Streaming, deadline)[0]).source != source:
+            raise LeaseLost(f"{model} has other files by now; this function goes on with those that it has")
+        ready, _ = expect(channel, Ready, deadline)
+        return Adopted(ready.revision, False, "bytes that came over TCP are this function's own")
 
     def status(self) -> StatusReply:
         return self._ask(StatusRequest(), StatusReply)
@@ -234,6 +263,9 @@ class CacheClient:
         """The manifest, read from the origin without loading weights."""
         with self._channel() as channel:
             channel.send(ManifestRequest(model))
+            if isinstance(channel, Link):
+                inline, _ = expect(channel, ManifestInline, time.monotonic() + _DESCRIBE_SECONDS)
+                return manifests.decode(channel.read(inline.body, self._timeout))
             reply, fds = expect(channel, ManifestReply, time.monotonic() + _DESCRIBE_SECONDS)
             try:
                 return read_manifest(fds[0], reply.manifest_bytes)
@@ -255,23 +287,33 @@ class CacheClient:
 
     def connect(self) -> Channel:
         """An open connection of its own, the caller's to close. Raises `AgentUnreachable`."""
-        sock = socket.socket(socket.AF_UNIX)
+        channel: Channel | None = None
         try:
-            sock.settimeout(self._timeout)
-            sock.connect(str(self.path))
-            channel = Channel(sock, of_agent=False, send_timeout=self._timeout)
+            channel = dial(self._address, self._timeout) if self._address else self._dial_local()
             channel.send(self._hello)
             expect(channel, Welcome, time.monotonic() + self._timeout)
-        except (OSError, Disconnected) as error:
-            sock.close()
+        except (OSError, ValueError, Disconnected) as error:
+            if channel is not None:
+                channel.close()
             raise AgentUnreachable(
                 f"no cache agent answers at {self.path} ({error}); start one with `glowplug-agent serve`, or unset "
                 "GLOWPLUG_SOCKET so that the function starts its own"
             ) from error
         except BaseException:
-            sock.close()
+            if channel is not None:
+                channel.close()
             raise
         return channel
+
+    def _dial_local(self) -> Channel:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(self._timeout)
+            sock.connect(str(self.path))
+        except BaseException:
+            sock.close()
+            raise
+        return Channel(sock, of_agent=False, send_timeout=self._timeout)
 
 
 def expect(channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[int]]:

@@ -15,6 +15,8 @@ from cache_agent.errors import BadConfig
 from cache_agent.tiers.dram import HugePages
 
 DEFAULT_SOCKET = "/run/glowplug/agent.sock"
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):\d{1,5}")
+_ANY = ("0.0.0.0", "[::]")  # noqa: S104  recognised, not bound
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -47,6 +49,9 @@ class AgentConfig:
     snapshot_ttl: float = 600.0
     snapshot_size: int = 16 << 20
     snapshot_space: int = 256 << 20
+    agent_listen: str = ""
+    agent_address: str = ""
+    peer_witnesses: int = 1
 
     def __post_init__(self) -> None:
         if self.socket_mode & 0o077 and any(_is_root(root) for root in self.file_roots):
@@ -60,6 +65,11 @@ class AgentConfig:
             raise BadConfig("readers and max_connections must be at least 1, dram and ssd_size at least 0 bytes")
         if not 1 <= self.snapshot_ttl <= 86400 or min(self.snapshot_size, self.snapshot_space) < 1:
             raise BadConfig("snapshot_ttl must be 1 to 86400 seconds, snapshot_size and snapshot_space at least a byte")
+        for address in (self.agent_listen, self.agent_address):
+            if address and not _ADDRESS.fullmatch(address):
+                raise BadConfig(f"{address!r} is no address; use host:port, or [v6]:port")
+        if not 1 <= self.peer_witnesses <= 8:
+            raise BadConfig(f"peer_witnesses is {self.peer_witnesses}; it can be 1 to 8")
         if not self.revalidate >= 0:
             raise BadConfig(f"revalidate is {self.revalidate}; it must be at least 0 seconds")
 
@@ -67,6 +77,14 @@ class AgentConfig:
     def capacity(self) -> int:
         """The DRAM budget in bytes: `dram`, or half of what the agent may use, or the free huge pages if more."""
         return self.dram or max(limits.memory_limit() // 2, limits.free_huge_bytes())
+
+    @property
+    def advertised(self) -> str:
+        """Where other nodes reach this agent; "" where they cannot."""
+        host, _, port = self.agent_listen.rpartition(":")
+        if self.agent_address or not port:
+            return self.agent_address
+        return f"{socket.gethostname() if host in _ANY else host}:{port}"
 
     @property
     def node_name(self) -> str:
@@ -142,4 +160,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "snapshot_ttl": float,
     "snapshot_size": parse_size,
     "snapshot_space": parse_size,
+    "agent_listen": str,
+    "agent_address": str,
+    "peer_witnesses": int,
 }

@@ -12,17 +12,22 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cache_agent import limits
+from cache_agent import limits, link
 from cache_agent.agent import Agent
+from cache_agent.cluster import ClusterKey
 from cache_agent.config import AgentConfig, from_environment
 from cache_agent.directory import Directory, InProcessDirectory, Node
 from cache_agent.errors import AgentError, BadConfig
-from cache_agent.server import Server, listen
-from cache_agent.shelf import shelf
+from cache_agent.peers import Peers
+from cache_agent.remote import RemoteConnection
+from cache_agent.server import Connection, Server, listen
+from cache_agent.shelf import cluster_key, shelf
+from cache_agent.tiers.peer import Membership
 
 if TYPE_CHECKING:
     from cache_agent.witness import Removal, Witness
@@ -52,9 +57,19 @@ class Daemon:
         self._sock = listening or listen(config.socket, config.socket_mode)
         self._inode = 0 if listening else config.socket.lstat().st_ino
         self._directory = directory
-        self._agent = Agent(config, directory)
+        secret = None if self._private else config.cluster_key_file
+        key = ClusterKey(cluster_key(secret)) if secret else None
+        self._agent = Agent(config, directory, peers=_peers(config, directory, key))
         self._shelf = shelf(config, private=self._private)
         self._server = Server(self._agent, self._sock, token, shelf=self._shelf)
+        if config.agent_listen and not self._private:
+            remote = link.listen(config.agent_listen)
+            # Half of all connections stay this node's own, whoever knocks from outside.
+            self._server.open_door(remote, self._remote(token, key), config.max_connections // 2)
+            log.info("serving %s, as %s to other nodes", config.agent_listen, config.advertised)
+
+    def _remote(self, token: str, key: ClusterKey | None) -> Callable[[socket.socket], Connection]:
+        return lambda sock: RemoteConnection(self._agent, sock, token, self._server.forget, self._shelf, key)
 
     def run(self) -> None:
         self._startup()
@@ -98,6 +113,17 @@ class Daemon:
             os._exit(0)
 
 
+def _peers(config: AgentConfig, directory: Directory, key: ClusterKey | None) -> Peers | None:
+    if key is None:
+        if config.agent_listen:
+            log.warning("there is no GLOWPLUG_CLUSTER_KEY_FILE: nodes neither give models to each other nor take them")
+        return None
+    if not config.agent_listen:
+        log.warning("there is no GLOWPLUG_AGENT_LISTEN: this node takes models from other nodes and gives none")
+    me = Membership(config.node_name, config.advertised, key)
+    return Peers(me, directory, readers=config.readers, witnesses=config.peer_witnesses)
+
+
 def _directory(config: AgentConfig) -> Directory:
     """Raises `BadConfig`."""
     if not config.redis_url:
@@ -105,7 +131,7 @@ def _directory(config: AgentConfig) -> Directory:
     from cache_agent.directory_redis import RedisDirectory  # redis-py is a tenth of a second that few agents need
 
     directory = RedisDirectory(config.redis_url, password_file=config.redis_password_file)
-    directory.heartbeat(Node(config.node_name, capacity=config.capacity))
+    directory.heartbeat(Node(config.node_name, config.advertised, config.capacity))
     return directory
 
 

@@ -42,12 +42,16 @@ class Directory(Protocol):
         """Those that gave a sign of life lately, ordered by name."""
         ...
 
-    def remember(self, source: str, revision: str) -> None:
-        """The source with this id was admitted as this revision."""
+    def remember(self, source: str, revision: str, node: str = "") -> None:
+        """The source with this id was admitted as this revision, by this node."""
         ...
 
     def revision(self, source: str) -> str:
         """The revision of a source that some node admitted before, or ""."""
+        ...
+
+    def stated(self, source: str) -> dict[str, str]:
+        """What each node, by name, found the source to be. All are right, or some node lies."""
         ...
 
     def publish(self, model: str, holding: Holding) -> None:
@@ -96,7 +100,7 @@ class InProcessDirectory:
         self._ttl = ttl
         self._clock = clock
         self._nodes: dict[str, tuple[Node, float]] = {}
-        self._revisions: dict[str, str] = {}
+        self._revisions: dict[str, dict[str, str]] = {}  # by source and node
         self._holdings: dict[str, dict[tuple[str, str], Holding]] = {}
         self._rates: dict[tuple[str, str], float] = {}
         self._claims: dict[str, tuple[str, float]] = {}
@@ -109,13 +113,19 @@ class InProcessDirectory:
         with self._lock:
             return sorted(node for node, _ in self._nodes.values() if self._lives(node.name))
 
-    def remember(self, source: str, revision: str) -> None:
+    def remember(self, source: str, revision: str, node: str = "") -> None:
         with self._lock:
-            self._revisions[source] = revision
+            stated = self._revisions.setdefault(source, {})
+            stated.pop(node, None)
+            stated[node] = revision
 
     def revision(self, source: str) -> str:
         with self._lock:
-            return self._revisions.get(source, "")
+            return next(reversed(self._revisions.get(source, {"": ""}).values()))
+
+    def stated(self, source: str) -> dict[str, str]:
+        with self._lock:
+            return dict(self._revisions.get(source, {}))
 
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:

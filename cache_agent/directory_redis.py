@@ -57,6 +57,7 @@ class RedisDirectory:
         self._others: dict[str, tuple[Node | None, dict[str, float]]] = {}
         self._held: dict[str, list[Holding]] = {}  # of others that live, by model
         self._revisions: dict[str, str] = {}
+        self._sources: dict[str, dict[str, str]] = {}  # what others, by node, found sources to be
         self._down = ""
         self._lost_at = 0.0
         self._until = 0.0  # no claim is tried before it
@@ -79,7 +80,7 @@ class RedisDirectory:
             others = [node for node, _ in self._others.values() if node is not None and node.name not in self._mine]
             return sorted([*self._mine.values(), *others])
 
-    def remember(self, source: str, revision: str) -> None:
+    def remember(self, source: str, revision: str, node: str = "") -> None:  # noqa: ARG002  our nodes are known
         with self._lock:
             self._revisions[source] = revision
             for name in self._mine:  # told by the node itself: nobody may write for all
@@ -91,6 +92,12 @@ class RedisDirectory:
     def revision(self, source: str) -> str:
         with self._lock:
             return self._revisions.get(source, "")
+
+    def stated(self, source: str) -> dict[str, str]:
+        with self._lock:
+            others = {node: found[source] for node, found in self._sources.items() if source in found}
+            own = ((node, self._values.get((node, _SOURCES, source), "")) for node in self._mine)
+            return others | {node: revision for node, revision in own if revision}
 
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:
@@ -234,6 +241,7 @@ class RedisDirectory:
         others: dict[str, tuple[Node | None, dict[str, float]]] = {}
         held: dict[str, list[Holding]] = {}
         revisions: dict[str, str] = {}
+        sources: dict[str, dict[str, str]] = {}
         for raw in found:
             try:
                 name, alive = raw[0], (raw[1] or b"").decode()
@@ -241,14 +249,15 @@ class RedisDirectory:
                 rates = {tier: float(rate) for tier, rate in _pairs(raw[3])}
                 holdings = [(*field.partition(" ")[::2], value) for field, value in _pairs(raw[2])]
                 parsed = [(model, _holding(name, tier, value)) for tier, model, value in holdings]
-                revisions |= dict(_pairs(raw[4]))
+                sources[name] = dict(_pairs(raw[4]))
+                revisions |= sources[name]
                 others[name] = node, rates
                 for model, holding in parsed if node else ():
                     held.setdefault(model, []).append(holding)
             except (ValueError, TypeError, AttributeError, IndexError):
                 continue  # of another version, or broken: that node is not known to this one
         with self._lock:
-            self._others, self._held = others, held
+            self._others, self._held, self._sources = others, held, sources
             own = {change[2]: value for change, value in self._values.items() if change[1] == _SOURCES and value}
             self._revisions = revisions | own
 

@@ -111,3 +111,4 @@ class Resolution(NamedTuple):
     origin: Origin
     ledger: Ledger
     revision: str = ""
+    answers: bool = True  # the origin, when it was asked

@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import mmap
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 
 from cache_agent import report
+from cache_agent.checkpoint import Description, decode_description, encode_description
+from cache_agent.errors import BadCheckpoint
 from cache_agent.loader import Load
-from cache_agent.manifest import Manifest
+from cache_agent.manifest import Manifest, chunk_place
 from cache_agent.messages import SsdStatus
 from cache_agent.tee import Tee
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.ssd import Reading, Ssd, Stored, Writing
+
+log = logging.getLogger("glowplug.ssd")
+
+
+@contextlib.contextmanager
+def _chunk(ssd: Ssd | None, source: str, number: int) -> Iterator[memoryview | None]:
+    reading = ssd.borrow(source) if ssd else None
+    if reading is None:
+        yield None
+        return
+    with contextlib.closing(reading):
+        place = chunk_place(reading.index.segments, reading.index.chunk, number)
+        if place is None:
+            yield None
+            return
+        segment, start, end = place
+        # Pages of its own, because O_DIRECT asks for aligned memory.
+        with mmap.mmap(-1, end - start) as pages, memoryview(pages) as view:
+            try:
+                right = reading.read(number, segment, start, view)
+            except OSError as error:
+                log.warning("chunk %d of %s on SSD cannot be read: %s", number, reading.index.uri, error)
+                right = False
+            yield view if right else None
 
 
 class Keeping:
@@ -30,14 +60,40 @@ class Keeping:
     def open(self, plan: Manifest) -> Reading | None:
         return self._ssd.open(plan) if self._ssd else None
 
-    def follow(self, dram: Dram, plan: Manifest, uri: str, revision: str) -> Tee | None:
+    def read(self, source: str, number: int) -> AbstractContextManager[memoryview | None]:
+        """One chunk of an image, or None where it is not there, or damaged."""
+        return _chunk(self._ssd, source, number)
+
+    def chunks(self, source: str) -> int:
+        """How many a source's image has; 0 where there is none."""
+        stored = self._ssd.stored(source) if self._ssd else None
+        return len(stored.index.checksums) if stored else 0
+
+    def description(self, source: str, within: float = math.inf) -> Description | None:
+        """What is known of a source whose image is here, where its origin said so in the last `within` seconds."""
+        data, validated = self._ssd.description(source) if self._ssd else (b"", 0.0)
+        if not data or time.time() - validated > within:
+            return None
+        try:
+            found = decode_description(data)
+        except BadCheckpoint as error:
+            log.warning("the description of %s on SSD cannot be used: %s", source, error)
+            return None
+        return found if found.source.id == source else None
+
+    def validated(self, source: str) -> None:
+        """The origin said just now that this is what it has."""
+        if self._ssd is not None:
+            self._ssd.validated(source)
+
+    def follow(self, dram: Dram, description: Description, uri: str, revision: str) -> Tee | None:
         """A tee that writes the model in `dram` to SSD and seals it in the end."""
         if self._ssd is None:
             return None
-        ssd = self._ssd
+        ssd, plan = self._ssd, description.manifest
 
         def begin() -> Writing | None:
-            writing = ssd.begin(plan, uri, self._pinned())
+            writing = ssd.begin(plan, uri, self._pinned(), encode_description(description))
             if writing is not None and revision:
                 ssd.remember(plan.source, revision)
             return writing

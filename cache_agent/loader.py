@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import mmap
 import random
 import threading
 import time
@@ -12,14 +10,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import xxhash
 
-from cache_agent import manifest as manifests
-from cache_agent import ranges
+from cache_agent import content, ranges
 from cache_agent.checkpoint import Description
 from cache_agent.errors import AgentError, OriginChanged, OriginUnavailable
-from cache_agent.manifest import Tensor
+from cache_agent.messages import Said
 from cache_agent.parallelism import Parallelism
 from cache_agent.ranges import Range
 from cache_agent.tee import Tee
@@ -33,7 +31,6 @@ _ATTEMPTS = 5  # of one range, in a row, that brought less than the next
 _WORTHWHILE = 1 << 20  # bytes
 _BETWEEN_ROUNDS = 1.0  # seconds, at most
 _TICK = 0.05  # seconds between looks at what the readers yield
-_HASH_STEP = 8 << 20
 
 
 @dataclass(slots=True)
@@ -46,21 +43,53 @@ class _Transfer:
     end: int = 0
 
 
+class Helper(Protocol):
+    """Fills chunks of a load from elsewhere than its origin, for as long as that helps; then the rest is read there."""
+
+    def run(self) -> None:
+        """Raises the `AgentError` of an origin that will not deliver."""
+        ...
+
+    def reading(self) -> list[int]:
+        """Chunks that are being read from the origin now."""
+        ...
+
+    def blame(self, peer: str, why: str) -> None:
+        """What a peer gave turned out to be wrong."""
+        ...
+
+
 class Load:
     """The bytes of one model on their way. Progress may be read, and watched, from any thread."""
 
     def __init__(
-        self, description: Description, origin: Origin, dram: Dram, *, readers: int = 4, image: Reading | None = None
+        self,
+        description: Description,
+        origin: Origin,
+        dram: Dram,
+        *,
+        readers: int = 4,
+        image: Reading | None = None,
+        speaks: bool = False,
+        known: str = "",
     ) -> None:
         """`readers` is the largest number of parallel reads; how many there are depends on what the origin yields.
 
-        With an `image` the bytes come from there, and only chunks that are damaged in it from the origin.
+        With an `image` the bytes come from there, and only chunks that are damaged in it from the origin. A load that
+        `speaks` computes what other nodes need to check its chunks. `known` is the revision that the bytes have to be
+        when peers gave some of them.
         """
         self.description = description
         self.manifest = description.manifest
         self.dram = dram
         self.total = self.manifest.nbytes
         self.image = image
+        self.helper: Helper | None = None
+        self.proved = ""  # the revision that the bytes were shown to be
+        self.given: dict[int, str] = {}  # chunks that came from peers, and from whom
+        self.said: list[Said] = []  # of every chunk, in the order in which they came; only ever longer
+        self._digests: dict[int, str] = {}
+        self._speaks = speaks
         self.damaged: list[int] = []  # chunks that the image had wrong
         self.tee: Tee | None = None
         self._most = readers
@@ -76,6 +105,8 @@ class Load:
             for segment in range(len(self.manifest.segments))
         ]
         self._transfers: list[_Transfer] = []
+        self._by_chunk: dict[int, list[Range]] | None = None
+        self.known = known
         self._pieces = [0] * len(self._chunks)  # how many each chunk still waits for
         self._work: deque[_Transfer] = deque()
         self._arrived = 0
@@ -116,29 +147,169 @@ class Load:
         whole round has brought nothing.
         """
         try:
-            wanted = ranges.plan(self.manifest)
             if self.image is not None:
                 self._read_image(self.image)
-                wanted = ranges.only(wanted, set(self.damaged))
-            self._expect(wanted)
-            while True:
-                before = self._arrived
-                try:
-                    self._round()
-                    break
-                except OriginUnavailable as error:
-                    if self._stopped.is_set() or self._arrived - before < _WORTHWHILE:
-                        raise
-                    log.warning("%s; going on with what is missing", error)
-                    self._stopped.wait(random.uniform(0, _BETWEEN_ROUNDS))  # noqa: S311  jitter, not a secret
+            if self.helper is not None:
+                self.helper.run()
+            self._read_origin()
+            if self.given and self.known:
+                self._prove()
             self.dram.freeze()
             if self.tee is None:  # otherwise the tee does it at its end
                 self.dram.seal()
         finally:
             self.finished.set()
 
+    def _read_origin(self) -> None:
+        """All that is missing."""
+        wanted = ranges.plan(self.manifest)
+        if self._done:
+            wanted = ranges.only(wanted, set(self.missing()))
+        self._expect(wanted)
+        while True:
+            before = self._arrived
+            try:
+                self._round()
+                break
+            except OriginUnavailable as error:
+                if self._stopped.is_set() or self._arrived - before < _WORTHWHILE:
+                    raise
+                log.warning("%s; going on with what is missing", error)
+                self._stopped.wait(random.uniform(0, _BETWEEN_ROUNDS))  # noqa: S311  jitter, not a secret
+
+    def _prove(self) -> None:
+        """What peers gave has to be the revision that this source is said to be, or comes from the origin after all."""
+        for _ in range(2):
+            maps = self.dram.map()
+            try:
+                right = content.gaps_are_zero(self.manifest, maps) and (
+                    content.digest(self.description, maps) == self.known
+                )
+            finally:
+                for mapping in maps:
+                    mapping.close()
+            if right:
+                self.proved = self.known
+                return
+            if not self.given:  # all is the origin's now: what was said of it is wrong, and admission will tell
+                log.warning("%s was said to be %s and is not", self._origin.uri, self.known)
+                return
+            log.warning("%s: what peers gave is not %s; reading the origin", self._origin.uri, self.known)
+            given = {number: (peer, self.checksums[number]) for number, peer in self.given.items()}
+            for number in given:
+                self.reopen(number)
+            self._read_origin()
+            for number, (peer, checksum) in given.items():
+                if checksum != self.checksums[number] and self.helper is not None:
+                    self.helper.blame(peer, f"chunk {number} of {self._origin.uri} is not what it gave")
+
+    # --- for a helper ---------------------------------------------------------------------------------------------
+
+    def missing(self) -> list[int]:
+        with self._lock:
+            return [number for number, finished in enumerate(self._finished) if not finished]
+
+    def reading(self) -> list[int]:
+        """Chunks that are being read from the origin now."""
+        return self.helper.reading() if self.helper is not None else []
+
+    @property
+    def arrived(self) -> int:
+        """Bytes that came from the origin."""
+        return self._arrived
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def view(self, number: int) -> memoryview:
+        """The memory of a chunk, which the caller alone fills; the caller releases it."""
+        segment, start, end = self._chunks[number]
+        view = self.dram.segments[segment].view
+        assert view is not None, "segments are sealed only after all readers are done"
+        return view[start:end]
+
+    def read_chunk(self, number: int) -> None:
+        """Reads a chunk from the origin and finishes it. Raises what the origin does."""
+        wanted = self._plan().get(number, [])
+        with self._lock:
+            self._pieces[number] = len(wanted)
+        for each in wanted:
+            self._fetch(_Transfer(each))
+        if not wanted:  # padding only
+            self._finish(number)
+
+    def accept(self, number: int, digest: str, peer: str) -> None:
+        """A chunk's memory was filled by a peer, and its digest is the one that is believed."""
+        with self.view(number) as chunk:
+            self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
+        with self._lock:
+            self.given[number] = peer
+        self._complete(number, digest)
+
+    def fits(self, number: int) -> bool:
+        """Whether a chunk's memory is what a damaged image on SSD once had there; True where there is none."""
+        if self.image is None:
+            return True
+        with self.view(number) as chunk:
+            return self.image.proves(number, chunk)
+
+    def has(self, number: int) -> bool:
+        """A chunk is here, whole and right."""
+        with self._lock:
+            return self._finished[number]
+
+    def said_of(self, number: int) -> str:
+        """The digest of a chunk that is here, or ""."""
+        with self._lock:
+            return self._digests.get(number, "") if self._finished[number] else ""
+
+    def sample(self, number: int, size: int, choose: random.Random) -> bool:
+        """Whether some bytes of a chunk are the origin's, at a place that nobody can foresee. Raises what that does."""
+        wanted = self._plan().get(number)
+        if not wanted:
+            return True
+        each = choose.choice(wanted)
+        piece = each.pieces[0]
+        skip = choose.randrange(max(1, piece.size - size + 1))
+        file = self._files[each.file]
+        assert file is not None, "a manifest names only files of its source"
+        found = self._origin.read(file, each.start + skip, min(size, piece.size))
+        view = self.dram.segments[piece.segment].view
+        assert view is not None, "segments are sealed only after all readers are done"
+        with view[piece.offset + skip : piece.offset + skip + len(found)] as here:
+            return here == found
+
+    def reopen(self, number: int) -> None:
+        """What is in a chunk's memory is not to be believed any more."""
+        segment, start, end = self._chunks[number]
+        with self.view(number) as chunk:
+            chunk[:] = bytes(len(chunk))  # the origin has nothing for the gaps between tensors, which are zero
+        with self._lock:
+            self.given.pop(number, None)
+            if not self._finished[number]:
+                return
+            self._finished[number] = False
+            self._done -= end - start
+            if self._prefix[segment] > number:
+                self._prefix[segment], self._ready[segment] = number, start
+        if self.tee is not None:  # it may have written the chunk already
+            self.tee.cancel()
+
+    def _plan(self) -> dict[int, list[Range]]:
+        """What to read from the origin for each chunk."""
+        with self._lock:
+            if self._by_chunk is None:
+                self._by_chunk = {}
+                for each in ranges.only(ranges.plan(self.manifest), range(len(self._chunks))):
+                    self._by_chunk.setdefault(each.pieces[0].chunk, []).append(each)
+            return self._by_chunk
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
     def _expect(self, wanted: Sequence[Range]) -> None:
         self._transfers = [_Transfer(each) for each in wanted]
+        self._pieces = [0] * len(self._chunks)
         for each in wanted:
             for piece in each.pieces:
                 self._pieces[piece.chunk] += 1
@@ -164,7 +335,7 @@ class Load:
                 chunk[:] = bytes(len(chunk))  # the origin has nothing for the gaps between tensors, which are zero
         if right:
             self.checksums[number] = image.index.checksums[number]
-            self._complete(number)
+            self._complete(number, self._spoken(number))
             return
         log.warning("chunk %d of %s on SSD is damaged (%s); reading the origin", number, self._origin.uri, why)
         with self._lock:
@@ -282,12 +453,21 @@ class Load:
             self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
         if self.image is not None and self.checksums[number] != self.image.index.checksums[number]:
             raise OriginChanged(f"{self._origin.uri}: a file was overwritten without a new date or ETag")
-        self._complete(number)
+        self._complete(number, self._spoken(number), own=True)
 
-    def _complete(self, number: int) -> None:
+    def _spoken(self, number: int) -> str:
+        if not self._speaks:
+            return ""
+        with self.view(number) as chunk:
+            return content.chunk_digest(chunk)
+
+    def _complete(self, number: int, digest: str, *, own: bool = False) -> None:
         """A chunk's bytes are final: counts it, and tells those who wait for it."""
         segment, start, end = self._chunks[number]
         with self._lock:
+            if self._speaks:
+                self.said.append(Said(number, digest, own))
+                self._digests[number] = digest
             self._finished[number] = True
             self._done += end - start
             position = self._prefix[segment]
@@ -300,30 +480,3 @@ class Load:
             self.tee.add(number)
         for wake in watchers:
             wake()
-
-
-def digest(description: Description, maps: Sequence[mmap.mmap]) -> str:
-    """The revision: hashes the loaded bytes in the order of the files they came from (about 2 GB/s).
-
-    `maps` are the segments, in order.
-    """
-    contents = {
-        name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in description.manifest.files.items()
-    }
-    by_file: list[list[Tensor]] = [[] for _ in description.manifest.weight_files]
-    for tensor in description.manifest.tensors:
-        by_file[tensor.file].append(tensor)
-    for file, tensors in zip(description.manifest.weight_files, by_file, strict=True):
-        tensors.sort(key=lambda tensor: tensor.file_offset)
-        contents[file.name] = (file.size, _file_digest(description.headers[file.name], tensors, maps))
-    return manifests.revision(contents)
-
-
-def _file_digest(header: bytes, tensors: list[Tensor], maps: Sequence[mmap.mmap]) -> str:
-    total = hashlib.sha256(header)
-    for tensor in tensors:
-        with memoryview(maps[tensor.segment]) as view:
-            for start in range(tensor.offset, tensor.offset + tensor.size, _HASH_STEP):
-                with view[start : min(start + _HASH_STEP, tensor.offset + tensor.size)] as step:
-                    total.update(step)
-    return total.hexdigest()

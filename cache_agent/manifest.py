@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -93,11 +93,29 @@ class Manifest(msgspec.Struct, frozen=True):
         """Bytes of memory that the segments take."""
         return sum(self.segments)
 
+    @property
+    def chunk_count(self) -> int:
+        return sum(-(-size // self.chunk) for size in self.segments)
+
+    def chunk_place(self, number: int) -> tuple[int, int, int] | None:
+        """(segment, start, end) of one chunk; None where there is no such one."""
+        return chunk_place(self.segments, self.chunk, number)
+
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """(segment, start, end) of every chunk, in execution order."""
         for number, size in enumerate(self.segments):
             for start in range(0, size, self.chunk):
                 yield number, start, min(start + self.chunk, size)
+
+
+def chunk_place(segments: Sequence[int], chunk: int, number: int) -> tuple[int, int, int] | None:
+    """(segment, start, end) of chunk `number`, counted through the segments."""
+    for segment, size in enumerate(segments):
+        count = -(-size // chunk)
+        if number < count:
+            return segment, number * chunk, min((number + 1) * chunk, size)
+        number -= count
+    return None
 
 
 class Read(msgspec.Struct, frozen=True):

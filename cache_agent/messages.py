@@ -15,6 +15,8 @@ Short = Annotated[str, msgspec.Meta(max_length=256)]
 Uri = Annotated[str, msgspec.Meta(max_length=2048)]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_LIMIT)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Body = Annotated[int, msgspec.Meta(ge=1, le=1 << 26)]  # bytes that follow a frame, on TCP
+Digest = Annotated[str, msgspec.Meta(max_length=32)]
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=False):
@@ -22,7 +24,10 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fiel
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """Who asks: `none` on a developer's machine, `token` for a secret both sides were given."""
+    """Who asks: `none` on a developer's machine, `token` for a secret both sides were given.
+
+    `cluster` is another node's agent; its `token` is a fresh nonce, and what it knows of the key is asked next.
+    """
 
     kind: Short = "none"
     token: Annotated[str, msgspec.Meta(max_length=8192)] = ""
@@ -41,9 +46,27 @@ class Welcome(Message, frozen=True, tag="welcome"):
     agent: Short
 
 
+class Challenge(Message, frozen=True, tag="challenge"):
+    """The agent knows the cluster's key, and asks whether the caller does; see cluster.py."""
+
+    nonce: Short
+    node: Short
+    proof: Short
+
+
+class Answer(Message, frozen=True, tag="answer"):
+    """`address` is where the caller's own agent listens, as host:port, or "" where nobody can reach it."""
+
+    proof: Short
+    address: Short = ""
+
+
 class LeaseRequest(Message, frozen=True, tag="lease"):
+    """With `have`, the source whose bytes the client has already, over TCP: none of them are sent again."""
+
     model: Uri
     start_id: Short = ""
+    have: Short = ""
 
 
 class Granted(Message, frozen=True, tag="granted"):
@@ -70,6 +93,22 @@ class Ready(Message, frozen=True, tag="ready"):
     tier: Short
     revision: Short
     spans: list[Span]
+
+
+class Streaming(Message, frozen=True, tag="streaming"):
+    """What `granted` is where no fd can be passed: the manifest follows, `body` bytes, and then the segments' bytes."""
+
+    source: Short
+    segments: list[Count]
+    body: Annotated[int, msgspec.Meta(ge=1, lt=1 << 30)]
+
+
+class Piece(Message, frozen=True, tag="piece"):
+    """`body` verified bytes follow; they belong at `offset` of a segment. Each segment comes in order, once."""
+
+    segment: Count
+    offset: Count
+    body: Body
 
 
 class Admitted(Message, frozen=True, tag="admitted"):
@@ -176,6 +215,12 @@ class ManifestReply(Message, frozen=True, tag="manifest_reply"):
 
     manifest_bytes: Count
     fds: Annotated[int, msgspec.Meta(ge=1, le=1)]
+
+
+class ManifestInline(Message, frozen=True, tag="manifest_inline"):
+    """What `manifest_reply` is where no fd can be passed: the manifest follows."""
+
+    body: Annotated[int, msgspec.Meta(ge=1, lt=1 << 30)]
 
 
 class EvictRequest(Message, frozen=True, tag="evict"):
@@ -339,6 +384,54 @@ class ClaimReply(Message, frozen=True, tag="claim_reply"):
     fds: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
 
 
+class FollowRequest(Message, frozen=True, tag="follow"):
+    """Asks an agent to tell what it has of a source, now and until this connection closes."""
+
+    source: Short
+
+
+class Said(msgspec.Struct, frozen=True, array_like=True):
+    """An agent has a chunk. `digest` of its bytes, "" where it was not computed; `own`: they came from the origin."""
+
+    chunk: Count
+    digest: Digest = ""
+    own: bool = False
+
+
+class Holds(Message, frozen=True, tag="holds"):
+    """Chunks that came since the last message, and those that are being read from the origin now, all of them."""
+
+    said: list[Said]
+    reading: list[Count]
+
+
+class FetchRequest(Message, frozen=True, tag="fetch"):
+    """Chunk numbers are those of the source's manifest in layout `layout`."""
+
+    source: Short
+    chunk: Count
+    layout: int
+
+
+class Chunk(Message, frozen=True, tag="chunk"):
+    """The chunk's bytes follow, whole."""
+
+    digest: Digest
+    body: Body
+
+
+class DescribeRequest(Message, frozen=True, tag="describe"):
+    """Asks for what an agent knows of a source besides its weights: for a node that cannot ask the origin."""
+
+    source: Short
+
+
+class Described(Message, frozen=True, tag="described"):
+    """The description follows (checkpoint.encode)."""
+
+    body: Annotated[int, msgspec.Meta(ge=1, lt=1 << 30)]
+
+
 class ErrorReply(Message, frozen=True, tag="error"):
     code: Short
     text: Text
@@ -377,5 +470,16 @@ AnyMessage = (
     | Checkpointed
     | ClaimRequest
     | ClaimReply
+    | Challenge
+    | Answer
+    | Streaming
+    | Piece
+    | ManifestInline
+    | FollowRequest
+    | Holds
+    | FetchRequest
+    | Chunk
+    | DescribeRequest
+    | Described
     | ErrorReply
 )

@@ -2,7 +2,8 @@
 
     frame   := length (4 bytes, big endian, 1 … MAX_REQUEST to the agent, … MAX_REPLY from it) body
     body    := one JSON object, UTF-8, with "type" naming the message
-    fds     := ride (SCM_RIGHTS) on the first byte of the frame whose "fds" says how many
+    fds     := ride (SCM_RIGHTS) on the first byte of the frame whose "fds" says how many; unix sockets only
+    bytes   := follow a frame whose "body" says how many; TCP only
 
     client                                agent
       │  hello(version, client, identity)   │   state: new
@@ -29,6 +30,21 @@
       │   status | manifest | evict | pin | prefetch | estimate | push_drain   (open: one reply each, stays open)
       │   checkpoint + fd | claim           (the same, for requests that run: cache_agent/snapshots.py)
 
+Over TCP the same frames carry a function's lease without fds, and what agents say to each other:
+
+    client                                agent                 agent                                 agent
+      │  lease                              │                     │  hello(identity: cluster, nonce)    │   new
+      │ ───────────────────────────────────►│ leasing             │ ───────────────────────────────────►│   greeting
+      │   streaming + manifest              │                     │   challenge(nonce, proof)           │
+      │ ◄───────────────────────────────────│ streaming           │ ◄───────────────────────────────────│   challenged
+      │   piece(segment, offset) + bytes …  │                     │  answer(proof, address)             │
+      │ ◄───────────────────────────────────│                     │ ───────────────────────────────────►│   answering
+      │   ready                             │                     │   welcome                           │
+      │ ◄───────────────────────────────────│ leased              │ ◄───────────────────────────────────│   peer
+      │                                                           │  fetch → chunk + bytes, or error    │   peer still
+      │                                                           │  describe → described + bytes       │
+      │                                                           │  follow → holds(said, reading) …    │   following
+
 `error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
 then closes. One
 lease per connection: the connection *is* the lease. A higher minor feature is a new message or a new optional field;
@@ -46,24 +62,34 @@ from cache_agent.errors import ProtocolError
 from cache_agent.messages import (
     Admitted,
     Adopted,
+    Answer,
     AnyMessage,
+    Challenge,
     Checkpoint,
     Checkpointed,
+    Chunk,
     ClaimReply,
     ClaimRequest,
+    Described,
+    DescribeRequest,
     Drain,
     ErrorReply,
     EstimateReply,
     EstimateRequest,
     EvictReply,
     EvictRequest,
+    FetchRequest,
+    FollowRequest,
     Granted,
     Hello,
+    Holds,
     LeaseRequest,
+    ManifestInline,
     ManifestReply,
     ManifestRequest,
     Message,
     Offer,
+    Piece,
     PinReply,
     PinRequest,
     PrefetchReply,
@@ -78,6 +104,7 @@ from cache_agent.messages import (
     StartsRequest,
     StatusReply,
     StatusRequest,
+    Streaming,
     Welcome,
 )
 
@@ -97,6 +124,26 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("offering", Adopted): "leased",
     ("offering", Drain): "offering",
     ("offering", ErrorReply): "closed",
+    ("greeting", Challenge): "challenged",
+    ("challenged", Answer): "answering",
+    ("answering", Welcome): "peer",
+    ("leasing", Streaming): "streaming",
+    ("streaming", Piece): "streaming",
+    ("streaming", Ready): "leased",
+    ("streaming", Drain): "streaming",
+    ("asking", ManifestInline): "open",
+    ("peer", FetchRequest): "fetching",
+    ("fetching", Chunk): "peer",
+    ("peer", DescribeRequest): "fetching",
+    ("fetching", Described): "peer",
+    ("fetching", ErrorReply): "peer",
+    ("peer", FollowRequest): "following",
+    ("following", Holds): "following",
+    ("challenged", ErrorReply): "closed",
+    ("answering", ErrorReply): "closed",
+    ("streaming", ErrorReply): "closed",
+    ("peer", ErrorReply): "closed",
+    ("following", ErrorReply): "closed",
     ("leased", Admitted): "leased",
     ("leased", Drain): "leased",
     ("loading", Drain): "loading",
@@ -176,6 +223,12 @@ class Decoder:
             del self._buffer[: HEADER.size + length]
             messages.append(decode_body(body))
         return messages
+
+    @property
+    def wanted(self) -> int:
+        """Bytes up to the end of the frame's header, or of the frame: who reads no more leaves what follows it."""
+        have = len(self._buffer)
+        return (HEADER.unpack_from(self._buffer)[0] if have >= HEADER.size else 0) + HEADER.size - have
 
     @property
     def pending(self) -> int:

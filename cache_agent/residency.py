@@ -364,6 +364,10 @@ class Residency:
             if alias.source not in self._by_source and not alias.resolving and not alias.offers:
                 del self._aliases[uri]
 
+    def entry_with(self, source: str) -> Entry | None:
+        """The copy of a source's bytes that is here or on its way."""
+        return self._find(source)
+
     def _find(self, source: str) -> Entry | None:
         number = self._by_source.get(source)
         return None if number is None else self.entries[number]

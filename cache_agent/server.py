@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cache_agent import __version__, blobs, manifest
@@ -60,6 +60,7 @@ _HELLO_SECONDS = 10.0
 _JOIN_SECONDS = 5.0
 _PROGRESS_SECONDS = 0.02
 _BACKLOG = 256
+_STRANGE = ("new", "greeting", "challenged", "answering")  # states of those who have not shown who they are
 
 
 def listen(path: Path, mode: int) -> socket.socket:
@@ -99,6 +100,9 @@ def _remove_stale(path: Path) -> None:
         raise BadConfig(f"an agent already serves {path}; stop it, or choose another --socket")
 
 
+Opener = Callable[[socket.socket], "Connection"]
+
+
 class Server:
     """Accepts connections until `stop`; `run` returns once every connection's thread has ended.
 
@@ -111,29 +115,32 @@ class Server:
         Without a `shelf` requests are kept in this process.
         """
         self._agent = agent
-        self._sock = sock
-        self._token = token
-        self._shelf = shelf or shelves.shelf(agent.config, private=True)
+        self._doors: dict[int, tuple[socket.socket, Opener, int]] = {}
+        kept = shelf or shelves.shelf(agent.config, private=True)
+        self.open_door(
+            sock, lambda sock: Connection(agent, sock, token, self.forget, kept), agent.config.max_connections
+        )
         self._stop_reader, self.stop_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
 
+    def open_door(self, sock: socket.socket, opener: Opener, most: int) -> None:
+        """Before `run`: connections that come in at `sock` are served by what `opener` makes of them.
+
+        Refused where `most` connections, of whatever door, are open.
+        """
+        sock.setblocking(False)
+        self._doors[sock.fileno()] = sock, opener, most
+
     def run(self) -> None:
-        self._sock.setblocking(False)
         poller = select.poll()
-        poller.register(self._sock, select.POLLIN)
-        poller.register(self._stop_reader, select.POLLIN)
-        while not any(fd == self._stop_reader for fd, _ in poller.poll()):
-            try:
-                sock, _ = self._sock.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:  # out of fds: those who are here must go on, and new ones wait in the backlog
-                log.error("cannot accept a connection: %s", error.strerror)
-                time.sleep(0.1)
-                continue
-            self._admit(sock)
-        self._sock.close()
+        for fd in (*self._doors, self._stop_reader):
+            poller.register(fd, select.POLLIN)
+        while self._stop_reader not in (ready := [fd for fd, _ in poller.poll()]):
+            for fd in ready:
+                self._accept(*self._doors[fd])
+        for sock, _, _ in self._doors.values():
+            sock.close()
         for connection in self._snapshot():
             connection.stop()
         deadline = time.monotonic() + _JOIN_SECONDS
@@ -150,14 +157,25 @@ class Server:
         os.close(self._stop_reader)
         os.close(self.stop_fd)
 
-    def _admit(self, sock: socket.socket) -> None:
+    def _accept(self, door: socket.socket, opener: Opener, most: int) -> None:
+        try:
+            sock, _ = door.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # out of fds: those who are here must go on, and new ones wait in the backlog
+            log.error("cannot accept a connection: %s", error.strerror)
+            time.sleep(0.1)
+            return
+        self._admit(sock, opener, most)
+
+    def _admit(self, sock: socket.socket, opener: Opener, most: int) -> None:
         with self._lock:
-            if len(self._connections) >= self._agent.config.max_connections:
+            if len(self._connections) >= most:
                 log.warning("refused a connection: %d are open", len(self._connections))
                 sock.close()
                 return
         try:
-            connection = Connection(self._agent, sock, self._token, self._forget, self._shelf)
+            connection = opener(sock)
         except OSError as error:  # out of fds: this client must try again
             log.error("cannot serve a connection: %s", error)
             sock.close()
@@ -168,10 +186,10 @@ class Server:
             connection.thread.start()
         except RuntimeError as error:  # out of threads
             log.error("cannot serve a connection: %s", error)
-            self._forget(connection)
+            self.forget(connection)
             connection.close()
 
-    def _forget(self, connection: Connection) -> None:
+    def forget(self, connection: Connection) -> None:
         with self._lock:
             self._connections.discard(connection)
 
@@ -183,11 +201,13 @@ class Server:
 class Connection:
     """One client. Its thread alone touches the socket; others leave messages in the outbox and wake it."""
 
+    channel_type = Channel
+
     def __init__(
         self, agent: Agent, sock: socket.socket, token: str, on_end: Callable[[Connection], None], shelf: Shelf
     ) -> None:
         self._agent = agent
-        self._channel = Channel(sock, of_agent=True)
+        self._channel = self.channel_type(sock, of_agent=True)
         self._token = token
         self._shelf = shelf
         self._on_end = on_end
@@ -251,18 +271,15 @@ class Connection:
         poller.register(self._wake_fd, select.POLLIN)
         greet_by = time.monotonic() + _HELLO_SECONDS
         while not self._stopping:
-            timeout = None
-            if self._channel.state == "new":
-                timeout = max(0.0, greet_by - time.monotonic()) * 1000
-            elif self._load is not None and self._report_at > time.monotonic():
-                timeout = (self._report_at - time.monotonic()) * 1000
-            events = dict(poller.poll(timeout))
-            if self._channel.state == "new" and time.monotonic() >= greet_by:
+            strange = self._channel.state in _STRANGE
+            timeout = max(0.0, greet_by - time.monotonic()) if strange else self._timeout()
+            events = dict(poller.poll(None if timeout is None else timeout * 1000))
+            if self._channel.state in _STRANGE and time.monotonic() >= greet_by:
                 raise ProtocolError(f"no hello came within {_HELLO_SECONDS:.0f} s")
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
             self._send_outbox()
-            self._report_progress()
+            self._push()
             if self._channel.fileno() in events:
                 while (received := self._channel.poll()) is not None:
                     self._answer(*received)
@@ -274,7 +291,7 @@ class Connection:
                     return
                 message, fds, load = self._outbox.popleft()
             try:
-                self._channel.send(message, fds)
+                self._say(message, fds)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -284,7 +301,16 @@ class Connection:
                 self._load = load
                 load.watch(self.wake)
 
-    def _report_progress(self) -> None:
+    def _say(self, message: Message, fds: Sequence[int] = ()) -> None:
+        self._channel.send(message, fds)
+
+    def _timeout(self) -> float | None:
+        """Seconds until there may be something to push, though nobody wakes this thread."""
+        now = time.monotonic()
+        return self._report_at - now if self._load is not None and self._report_at > now else None
+
+    def _push(self) -> None:
+        """What is said without being asked for."""
         if self._load is None or self._channel.state != "loading" or time.monotonic() < self._report_at:
             return
         ready, done = self._load.progress()
@@ -374,7 +400,7 @@ class Connection:
         data = manifest.encode(self._agent.describe(model))
         fd = sealed_bytes(data, "glowplug:manifest")
         try:
-            self._channel.send(ManifestReply(len(data), 1), [fd])
+            self._say(ManifestReply(len(data), 1), [fd])
         finally:
             os.close(fd)
 

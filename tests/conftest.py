@@ -30,13 +30,19 @@ from typing import Any
 import hypothesis
 import pytest
 
+from cache_agent import link
 from cache_agent.agent import Agent
 from cache_agent.client import CacheClient
+from cache_agent.cluster import ClusterKey
 from cache_agent.config import AgentConfig
-from cache_agent.directory import InProcessDirectory
+from cache_agent.directory import InProcessDirectory, Node
 from cache_agent.errors import AgentError, AgentUnreachable, ModelNotFound
+from cache_agent.peers import Peers
+from cache_agent.remote import RemoteConnection
 from cache_agent.server import Server, listen
+from cache_agent.shelf import shelf
 from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.tiers.peer import Membership
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
@@ -417,16 +423,40 @@ def agent(start_agent: Callable[..., AgentProcess]) -> AgentProcess:
 
 
 class LocalAgent:
-    """An agent inside this process, on a real socket; `origins` maps URIs to `FakeOrigin`s and may be changed."""
+    """An agent inside this process, on a real socket; `origins` maps URIs to `FakeOrigin`s and may be changed.
 
-    def __init__(self, socket_path: Path, origins: Mapping[str, FakeOrigin], token: str, **config: Any) -> None:
+    With a `key` it talks to other nodes' agents over TCP, at `address`.
+    """
+
+    def __init__(
+        self,
+        socket_path: Path,
+        origins: Mapping[str, FakeOrigin],
+        token: str,
+        *,
+        directory: InProcessDirectory | None = None,
+        key: ClusterKey | None = None,
+        **config: Any,
+    ) -> None:
         self.origins = dict(origins)
         settings: dict[str, Any] = {"dram": 512 << 20, "huge_pages": "never", "node": "test", **config}
         self.config = AgentConfig(socket=socket_path, **settings)
         self.socket = socket_path
-        self.directory = InProcessDirectory()
-        self.agent = Agent(self.config, self.directory, self._open)
+        self.directory = directory or InProcessDirectory()
+        tcp = link.listen("127.0.0.1:0")
+        self.address = f"127.0.0.1:{tcp.getsockname()[1]}"
+        node = self.config.node_name
+        self.directory.heartbeat(Node(node, self.address if key else ""))
+        me = Membership(node, self.address, key) if key else None
+        peers = (
+            Peers(me, self.directory, readers=self.config.readers, witnesses=self.config.peer_witnesses) if me else None
+        )
+        self.agent = Agent(self.config, self.directory, self._open, peers)
         self.server = Server(self.agent, listen(socket_path, 0o600), token)
+        kept = shelf(self.config, private=True)
+        self.server.open_door(
+            tcp, lambda sock: RemoteConnection(self.agent, sock, token, self.server.forget, kept, key), 512
+        )
         self._thread = threading.Thread(target=self.server.run, name="local-agent")
         self._thread.start()
 

@@ -3,9 +3,10 @@
     <source id>.<LAYOUT>/
         0.seg 1.seg …    the segments, byte for byte as in memory
         manifest.json    as functions get it
+        description      what the origin said of the source, without the weights; its time is when it last said so
         image.json       written last: what the image is, its segments' sizes, the xxh3-64 of every chunk
         revision         once admission knows it
-    image.json, revision := xxh3-64 of what follows (16 hex digits) LF body
+    image.json, revision, description := xxh3-64 of what follows (16 hex digits) LF body
 
 A directory without a sound image.json is no image. Segments are multiples of 2 MiB and chunks lie on such multiples,
 so that every transfer is fit for O_DIRECT, from and into the segments' own memory. A filesystem that refuses O_DIRECT
@@ -34,6 +35,7 @@ log = logging.getLogger("glowplug.ssd")
 IMAGE = "image.json"
 MANIFEST = "manifest.json"
 REVISION = "revision"
+DESCRIPTION = "description"
 _VERSION = 1
 _MAX_INDEX = 64 << 20
 _REVISION = re.compile(r"rev-[0-9a-f]{40}")
@@ -132,6 +134,14 @@ def read_revision(directory: Path) -> str:
         if _REVISION.fullmatch(text):
             return text
     return ""
+
+
+def read_description(directory: Path) -> tuple[bytes, float]:
+    """The description and its time; nothing where there is none, or none to be trusted."""
+    path = directory / DESCRIPTION
+    with contextlib.suppress(OSError, BadImage):
+        return unseal(_small(path, MAX_MANIFEST)), path.stat().st_mtime
+    return b"", 0.0
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -60,8 +60,12 @@ class Stored:
 class Ssd:
     """One agent's images. Every method may be called from any thread; those that touch files block."""
 
-    def __init__(self, directory: Path, capacity: int = 0) -> None:
-        """`capacity` in bytes; 0 is all that the filesystem can spare. Raises `BadConfig`."""
+    def __init__(self, directory: Path, capacity: int = 0, tell: Callable[[str, int], None] | None = None) -> None:
+        """`capacity` in bytes; 0 is all that the filesystem can spare. Raises `BadConfig`.
+
+        `tell(source, bytes)` hears of every image that there is from now on, with 0 bytes when it goes.
+        """
+        self._tell = tell or (lambda _source, _bytes: None)
         self.directory = directory
         self._images = directory / "images"
         self._partial = directory / "partial"
@@ -122,6 +126,7 @@ class Ssd:
             except (BadImage, OSError) as error:
                 self._put_aside(place, str(error))
                 continue
+            self._tell(found.source, found.bytes)
             self._stored[found.source] = Stored(found, image.read_revision(place), last_used=time.monotonic())
         log.info(
             "%s: %d images, %d of %d MB", self.directory, len(self._stored), self._used // 10**6, self.capacity // 10**6
@@ -206,6 +211,36 @@ class Ssd:
             self.discard(plan.source, str(error))
             return None
 
+    def borrow(self, source: str) -> Reading | None:
+        """A source's image, for somebody who has no plan of it and checks what he gets."""
+        with self._lock:
+            stored = self._stored.get(source)
+            if stored is None:
+                return None
+            stored.users += 1
+        try:
+            return Reading(self, stored.index, Segments(self._images / image.key(source), len(stored.index.segments)))
+        except OSError as error:
+            self._close(source)
+            self.discard(source, str(error))
+            return None
+
+    def stored(self, source: str) -> Stored | None:
+        with self._lock:
+            return self._stored.get(source)
+
+    def description(self, source: str) -> tuple[bytes, float]:
+        """What the agent that wrote the image knew of the source, and when the origin last said the same (Unix time).
+
+        (b"", 0) where an older agent wrote it.
+        """
+        return image.read_description(self._images / image.key(source))
+
+    def validated(self, source: str) -> None:
+        """The origin said just now that this is what it has."""
+        with contextlib.suppress(OSError):
+            os.utime(self._images / image.key(source) / image.DESCRIPTION)
+
     def _close(self, source: str) -> None:
         with self._lock:
             if source in self._stored:
@@ -216,6 +251,7 @@ class Ssd:
         with self._lock:
             if self._stored.pop(source, None) is None:
                 return
+        self._tell(source, 0)
         self._put_aside(self._images / image.key(source), reason)
 
     def repair(self, source: str, chunks: Sequence[tuple[int, int, memoryview]]) -> None:
@@ -240,7 +276,7 @@ class Ssd:
 
     # --- writing --------------------------------------------------------------------------------------------------
 
-    def begin(self, plan: Manifest, uri: str, keep: Collection[str] = ()) -> Writing | None:
+    def begin(self, plan: Manifest, uri: str, keep: Collection[str] = (), description: bytes = b"") -> Writing | None:
         """An image to be written, or None where it does not fit; images of the sources in `keep` are not evicted."""
         with self._lock:
             if plan.source in self._stored or plan.source in self._writing:
@@ -255,7 +291,7 @@ class Ssd:
         place = self._partial / f"{image.key(plan.source)}-{next(self._numbers)}"
         try:
             place.mkdir(mode=0o700)
-            return Writing(self, plan, uri, place, Segments(place, len(plan.segments), create=True))
+            return Writing(self, plan, uri, place, Segments(place, len(plan.segments), create=True), description)
         except OSError as error:
             log.warning("%s is not kept on SSD: %s", uri, error)
             self._end(plan.source, place)
@@ -297,6 +333,7 @@ class Ssd:
             worth = eviction.priority(self._clock, 1, index.seconds, index.bytes)
             self._stored[index.source] = Stored(index, revision, 1, worth, time.monotonic())
         image.sync_directory(self._images)
+        self._tell(index.source, index.bytes)
         if revision != kept:  # admission was over just now
             self._write_revision(index.source, revision)
 
@@ -313,6 +350,7 @@ class Ssd:
 
     def _remove(self, stored: Stored, why: str) -> None:
         name = image.key(stored.index.source)
+        self._tell(stored.index.source, 0)
         doomed = self._partial / f"{name}-{next(self._numbers)}"
         try:
             (self._images / name).rename(doomed)  # in one step: a crash halfway leaves no image with holes
@@ -351,8 +389,9 @@ class Reading:
 class Writing:
     """An image on its way. Ends with `commit` or `abandon`; one thread."""
 
-    def __init__(self, ssd: Ssd, plan: Manifest, uri: str, place: Path, segments: Segments) -> None:
+    def __init__(self, ssd: Ssd, plan: Manifest, uri: str, place: Path, segments: Segments, description: bytes) -> None:
         self._ssd, self._plan, self.uri, self._place, self._segments = ssd, plan, uri, place, segments
+        self._description = description
 
     def write(self, segment: int, start: int, view: memoryview) -> None:
         """Raises `OSError`."""
@@ -362,6 +401,7 @@ class Writing:
         """Makes the image durable, then visible. Raises `OSError`; `abandon` is due then."""
         self._segments.sync()
         image.write_durably(self._place / image.MANIFEST, encode(self._plan))
+        image.write_durably(self._place / image.DESCRIPTION, image.seal(self._description))
         index = image.index(self._plan, self.uri, checksums, seconds)
         image.write_durably(self._place / image.IMAGE, image.seal(msgspec.json.encode(index)))
         self._ssd._commit(index, self._place)

@@ -18,27 +18,37 @@ from cache_agent.ledger import Span
 from cache_agent.messages import (
     Admitted,
     Adopted,
+    Answer,
+    Challenge,
     Checkpoint,
     Checkpointed,
+    Chunk,
     ClaimReply,
     ClaimRequest,
+    Described,
+    DescribeRequest,
     Drain,
     ErrorReply,
     EstimateReply,
     EstimateRequest,
     EvictReply,
     EvictRequest,
+    FetchRequest,
+    FollowRequest,
     Granted,
     Hello,
+    Holds,
     Identity,
     ImageStatus,
     KeepItem,
     KeptStatus,
     LeaseRequest,
+    ManifestInline,
     ManifestReply,
     ManifestRequest,
     ModelStatus,
     Offer,
+    Piece,
     PinReply,
     PinRequest,
     PrefetchReply,
@@ -48,6 +58,7 @@ from cache_agent.messages import (
     PushDrainReply,
     QuarantineStatus,
     Ready,
+    Said,
     SsdStatus,
     Start,
     Started,
@@ -56,6 +67,7 @@ from cache_agent.messages import (
     StartsRequest,
     StatusReply,
     StatusRequest,
+    Streaming,
     TierStatus,
     Welcome,
 )
@@ -112,9 +124,21 @@ EXAMPLES = [
     ClaimRequest("chat", "chatcmpl-0123456789abcdef", "worker-7f", 3.0),
     ClaimReply("taken", 2, 0.0, [3, 0], b"", 1),
     ErrorReply("no_capacity", "the model needs 2 MB and 1 MB are free"),
+    Challenge("0123456789abcdef0123456789abcdef", "node-a", "5a" * 32),
+    Answer("a5" * 32, "10.0.0.2:8091"),
+    Streaming("src-1", [6 << 20], 1234),
+    Piece(0, 2 << 20, 4 << 20),
+    ManifestInline(1234),
+    FollowRequest("src-1"),
+    Holds([Said(3, "00112233445566778899aabbccddeeff", True), Said(4)], [5, 6]),
+    FetchRequest("src-1", 3, 1),
+    Chunk("00112233445566778899aabbccddeeff", 8 << 20),
+    DescribeRequest("src-1"),
+    Described(5678),
 ]
 MESSAGES = {type(message): message for message in EXAMPLES}
 STATES = ["new", "greeting", "open", "leasing", "loading", "leased", "asking", "offering", "closed"]
+STATES += ["challenged", "answering", "peer", "fetching", "following", "streaming"]
 
 # The diagram in protocol.py once more, written down by hand: client and agent change it together or not at all.
 ALLOWED = {
@@ -161,6 +185,26 @@ ALLOWED = {
     ("leased", Admitted): "leased",
     ("leased", Drain): "leased",
     ("leased", ErrorReply): "closed",
+    ("greeting", Challenge): "challenged",
+    ("challenged", Answer): "answering",
+    ("challenged", ErrorReply): "closed",
+    ("answering", Welcome): "peer",
+    ("answering", ErrorReply): "closed",
+    ("peer", FetchRequest): "fetching",
+    ("fetching", Chunk): "peer",
+    ("peer", DescribeRequest): "fetching",
+    ("fetching", Described): "peer",
+    ("fetching", ErrorReply): "peer",
+    ("peer", FollowRequest): "following",
+    ("peer", ErrorReply): "closed",
+    ("following", Holds): "following",
+    ("following", ErrorReply): "closed",
+    ("leasing", Streaming): "streaming",
+    ("streaming", Piece): "streaming",
+    ("streaming", Ready): "leased",
+    ("streaming", Drain): "streaming",
+    ("streaming", ErrorReply): "closed",
+    ("asking", ManifestInline): "open",
 }
 
 
@@ -218,6 +262,18 @@ def test_any_split(messages, cuts):
         found += decoder.feed(stream[start:end])
     assert found == messages
     assert decoder.pending == 0
+
+
+@given(st.lists(st.sampled_from(EXAMPLES), min_size=1, max_size=8), st.integers(1, 50))
+def test_who_reads_only_what_is_wanted_leaves_what_follows_a_frame(messages, most):
+    """On TCP bytes follow some frames: a decoder must never have taken a byte of them."""
+    for message in messages:
+        stream, decoder, found = encode(message) + b"body", Decoder(MAX_REPLY), []
+        while not found:
+            part, stream = stream[: min(most, decoder.wanted)], stream[min(most, decoder.wanted) :]
+            found = decoder.feed(part)
+        assert found == [message]
+        assert stream == b"body"
 
 
 def test_pending_counts_the_bytes_of_an_unfinished_frame():

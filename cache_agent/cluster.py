@@ -1,0 +1,49 @@
+"""Owns the cluster's key: agents prove to each other that they know it, and it never travels.
+
+    proof(side) := HMAC-SHA256(key, PURPOSE, side, nonce of the caller, nonce of the called, caller's node, called's)
+
+Both nonces are fresh, so that what was heard once proves nothing later, and the side is part of what is proved, so that
+nobody's own proof can be sent back to him. Fields are length-prefixed: no two different lists give the same bytes.
+What follows is not encrypted; what it carries is checked by digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from typing import Literal
+
+from cache_agent.errors import AccessDenied
+
+_PURPOSE = b"glowplug peers 1"
+_NONCE = 32  # hex digits
+
+Side = Literal["caller", "called"]
+
+
+def nonce() -> str:
+    return secrets.token_hex(_NONCE // 2)
+
+
+class ClusterKey:
+    """What all agents of a cluster know."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def proof(self, side: Side, callers: str, calleds: str, caller: str, called: str) -> str:
+        """`callers` and `calleds` are the nonces, `caller` and `called` the nodes' names."""
+        parts = (_PURPOSE, *(part.encode() for part in (side, callers, calleds, caller, called)))
+        message = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
+
+    def check(self, proof: str, side: Side, callers: str, calleds: str, caller: str, called: str) -> None:
+        """Raises `AccessDenied` unless the other side knows the key, too."""
+        fresh = len(callers) >= _NONCE and len(calleds) >= _NONCE
+        expected = self.proof(side, callers, calleds, caller, called)
+        if not fresh or not hmac.compare_digest(proof.encode(), expected.encode()):
+            raise AccessDenied(
+                f"node {(caller if side == 'caller' else called)[:64]!r} does not know this cluster's key; give all "
+                "agents the same GLOWPLUG_CLUSTER_KEY_FILE"
+            )

@@ -1,0 +1,204 @@
+"""Nodes that give models to each other: what is read from the origin, what is believed, and who fails on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import threading
+import time
+
+import pytest
+
+from cache_agent.cluster import ClusterKey
+from cache_agent.directory import InProcessDirectory
+from cache_agent.errors import OriginUnavailable
+from cache_agent.tiers.fake import FakeOrigin
+
+URI = "s3://models/m"
+KEY = ClusterKey(b"only for these tests, only for these")
+
+
+def soon(seconds=60.0):
+    return time.monotonic() + seconds
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint_files):
+    """About 45 MB in 6 chunks."""
+    return checkpoint_files(seed=7, layers=4, hidden=800, vocabulary=3000)
+
+
+@pytest.fixture(scope="module")
+def other_files(checkpoint_files):
+    """The same shapes and sizes, and other weights."""
+    return checkpoint_files(seed=8, layers=4, hidden=800, vocabulary=3000)
+
+
+class SameName(FakeOrigin):
+    """An origin whose files look the same from outside whatever is in them: what a lying node says that it read."""
+
+    @staticmethod
+    def _etag(data):
+        return f"{len(data)}"
+
+
+def digest_of(lease):
+    found = hashlib.sha256()
+    for fd, size in zip(lease.segments, lease.manifest.segments, strict=True):
+        with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as data:
+            found.update(data)
+    return found.hexdigest()
+
+
+@pytest.fixture
+def cluster(start_local_agent):
+    """`cluster(*files)`: agents that share a directory and a key; each has an origin of its own, with these files."""
+
+    def make(*contents, key=KEY, **options):
+        directory = InProcessDirectory()
+        return [
+            start_local_agent({URI: SameName(URI, files)}, node=f"n{number}", directory=directory, key=key, **options)
+            for number, files in enumerate(contents)
+        ]
+
+    return make
+
+
+class Loads:
+    """What came of loads: by agent, the tier and the digest of the bytes that a function got, or an error."""
+
+    def __init__(self):
+        self.of = {}
+
+    def run(self, *agents):
+        threads = [threading.Thread(target=self._run, args=(agent,)) for agent in agents]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(90)
+        return [self.of[agent] for agent in agents]
+
+    def _run(self, agent):
+        try:
+            with agent.client.lease(URI, deadline=soon()) as lease:
+                lease.wait_ready(soon())
+                self.of[agent] = lease.tier, digest_of(lease)
+        except Exception as error:
+            self.of[agent] = "error", error
+
+
+def read(agent):
+    return agent.origins[URI].bytes_read
+
+
+def size_of(files):
+    return sum(map(len, files.values()))
+
+
+@pytest.fixture
+def right(start_local_agent, files):
+    """The digest of the right bytes, from a node that knows no other."""
+    agent = start_local_agent({URI: SameName(URI, files)})
+    ((_, digest),) = Loads().run(agent)
+    return digest
+
+
+# --- giving and taking ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_node_takes_the_model_from_the_first(cluster, files, right, eventually):
+    first, second = cluster(files, files)
+    assert Loads().run(first) == [("origin", right)]
+    eventually(lambda: first.client.status().models[0].revision)
+    assert Loads().run(second) == [("peer", right)]
+    # headers, and a few bytes of each chunk
+    assert read(second) < size_of(files) / 10
+    revisions = [agent.client.status().models[0].revision for agent in (first, second)]
+    assert revisions[0] == revisions[1] != ""
+
+
+def test_nodes_that_start_together_read_the_origin_about_once(cluster, files, right):
+    agents = cluster(*[files] * 4)
+    for agent in agents:
+        agent.origins[URI].seconds_per_read = 0.05
+    assert {digest for _, digest in Loads().run(*agents)} == {right}
+    assert sum(map(read, agents)) < 1.5 * size_of(files)
+
+
+def test_two_witnesses_read_the_origin_about_twice(cluster, files, right):
+    agents = cluster(*[files] * 4, peer_witnesses=2, readers=1)
+    for agent in agents:
+        agent.origins[URI].seconds_per_read = 0.2
+    assert {digest for _, digest in Loads().run(*agents)} == {right}
+    assert 1.9 * size_of(files) < sum(map(read, agents)) < 3 * size_of(files)
+
+
+def test_without_a_key_nodes_do_not_talk(cluster, files, right):
+    first, second = cluster(files, files, key=None)
+    assert Loads().run(first) == [("origin", right)]
+    assert Loads().run(second) == [("origin", right)]
+
+
+def test_nodes_with_another_key_get_nothing(cluster, files, right):
+    first, second = cluster(files, files)
+    second.agent._peers._me = second.agent._peers._me._replace(key=ClusterKey(b"another cluster's key, not this one"))
+    assert Loads().run(first) == [("origin", right)]
+    assert Loads().run(second) == [("origin", right)]
+    assert read(second) >= size_of(files)
+
+
+def test_an_image_on_ssd_is_given_too(cluster, start_local_agent, files, right, tmp_path, eventually):
+    (first,) = cluster(files, ssd=tmp_path / "one")
+    assert Loads().run(first) == [("origin", right)]
+    eventually(lambda: [image.revision for image in first.client.status().ssd.images if image.revision])
+    first.client.evict(URI)
+    eventually(lambda: not first.client.status().models)
+    second = start_local_agent({URI: SameName(URI, files)}, node="n1", directory=first.directory, key=KEY)
+    assert Loads().run(second) == [("peer", right)]
+    assert read(second) < size_of(files) / 10
+
+
+# --- what a lying node is worth ---------------------------------------------------------------------------------------
+
+
+def test_a_node_that_gives_other_bytes_is_left(cluster, files, other_files, right):
+    """Its checksums fit its bytes, it says that it read them from the origin, and its revision is what they are."""
+    liar, honest = cluster(other_files, files)
+    ((_, wrong),) = Loads().run(liar)
+    assert wrong != right
+    assert Loads().run(honest) == [("origin", right)]
+    assert "n0" in honest.agent._peers._liars
+
+
+def test_a_node_that_lies_about_one_byte_is_not_believed_by_two(cluster, files, right):
+    """No sample would find it; but with two witnesses nobody's word alone is enough."""
+    name = "model.safetensors"
+    content = bytearray(files[name])
+    content[len(content) // 2] ^= 1
+    agents = cluster({**files, name: bytes(content)}, files, files, peer_witnesses=2)
+    Loads().run(agents[0])
+    assert {digest for _, digest in Loads().run(*agents[1:])} == {right}
+
+
+def test_a_liar_among_nodes_that_load_together(cluster, files, other_files, right):
+    agents = cluster(files, other_files, files, files)
+    for agent in agents:
+        agent.origins[URI].seconds_per_read = 0.05
+    loads = Loads()
+    loads.run(*agents)
+    assert {loads.of[agent][1] for agent in agents if agent is not agents[1]} == {right}
+
+
+def test_an_origin_that_is_down_is_helped_by_who_has_the_model(cluster, files, right, eventually):
+    first, second = cluster(files, files)
+    assert Loads().run(first) == [("origin", right)]
+    eventually(lambda: first.client.status().models[0].revision)
+    reads = []
+
+    def fail_after_headers(name, start, size):
+        reads.append(size)
+        if len(reads) > 10:
+            raise OriginUnavailable("the store is down")
+
+    second.origins[URI].before_read = fail_after_headers
+    assert Loads().run(second) == [("peer", right)]

@@ -89,6 +89,7 @@ class Load:
         self.given: dict[int, str] = {}  # chunks that came from peers, and from whom
         self.said: list[Said] = []  # of every chunk, in the order in which they came; only ever longer
         self._digests: dict[int, str] = {}
+        self._settled = False  # nothing that peers gave can turn out to be wrong any more
         self._speaks = speaks
         self.damaged: list[int] = []  # chunks that the image had wrong
         self.tee: Tee | None = None
@@ -154,6 +155,10 @@ class Load:
             self._read_origin()
             if self.given and self.known:
                 self._prove()
+            with self._lock:
+                self._settled = True
+                for segment in range(len(self._ready)):
+                    self._advance(segment)
             self.dram.freeze()
             if self.tee is None:  # otherwise the tee does it at its end
                 self.dram.seal()
@@ -352,7 +357,7 @@ class Load:
             self._finish(number)
         with self._lock:
             while True:
-                if self._work and not self._over:
+                if self._work and not self._over and not self._stopped.is_set():
                     limit = self._parallelism.observe(self._arrived, time.monotonic())
                     wanted = min(limit, self._readers + len(self._work))
                     while self._readers < wanted:
@@ -455,6 +460,20 @@ class Load:
             raise OriginChanged(f"{self._origin.uri}: a file was overwritten without a new date or ETag")
         self._complete(number, self._spoken(number), own=True)
 
+    def _advance(self, segment: int) -> None:
+        """Counts on from the start of a segment, under the lock.
+
+        What peers gave counts when the load is over: until then it may turn out to be wrong, and somebody may be
+        running the model's first layers already.
+        """
+        position = self._prefix[segment]
+        while position < len(self._chunks) and self._chunks[position][0] == segment and self._finished[position]:
+            if position in self.given and not self._settled:
+                break
+            self._ready[segment] = self._chunks[position][2]
+            position += 1
+        self._prefix[segment] = position
+
     def _spoken(self, number: int) -> str:
         if not self._speaks:
             return ""
@@ -470,11 +489,7 @@ class Load:
                 self._digests[number] = digest
             self._finished[number] = True
             self._done += end - start
-            position = self._prefix[segment]
-            while position < len(self._chunks) and self._chunks[position][0] == segment and self._finished[position]:
-                self._ready[segment] = self._chunks[position][2]
-                position += 1
-            self._prefix[segment] = position
+            self._advance(segment)
             watchers = [*self._watchers, *([self.observer] if self.observer else ())]
         if self.tee is not None:
             self.tee.add(number)

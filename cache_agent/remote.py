@@ -221,8 +221,6 @@ class _Stream:
         """(segment, offset, size) of what can go out next."""
         there = self._sizes
         if load is not None and not load.finished.is_set():
-            if load.given:  # it may still turn out that a peer lied, and what was sent cannot be taken back
-                return None
             there = load.progress()[0]
         for segment, sent in enumerate(self.sent):
             if sent < there[segment]:

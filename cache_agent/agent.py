@@ -19,7 +19,7 @@ from cache_agent.errors import InternalError, OriginChanged, translated
 from cache_agent.events import Action, Event
 from cache_agent.held import Asked, Errand, Held, Holder, Resolution
 from cache_agent.keeping import Keeping
-from cache_agent.ledger import Ledger, Span
+from cache_agent.ledger import Span
 from cache_agent.loader import Load
 from cache_agent.messages import (
     TEXT_LIMIT,
@@ -39,6 +39,7 @@ from cache_agent.offers import Offers, Resident
 from cache_agent.origins import Origins
 from cache_agent.peers import Helped, Peers
 from cache_agent.policy.estimate import Estimator, shared
+from cache_agent.resolving import Resolver
 from cache_agent.revisions import Revisions
 from cache_agent.sharing import Borrowed, Sharing
 from cache_agent.starts import Starts
@@ -80,6 +81,7 @@ class Agent:
         self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
         self.sharing = Sharing(self._borrow, self._held_of, self._keeping, self._invite)
+        self._resolver = Resolver(self._open_origin, self._revisions, self._keeping, directory, peers, config.stale)
         self._offers = Offers(self._open_origin, self._revisions, self._resident, self._handle)
 
     # --- what connections ask for ---------------------------------------------------------------------------------
@@ -291,17 +293,12 @@ class Agent:
     # --- work -----------------------------------------------------------------------------------------------------
 
     def _resolve(self, uri: str) -> None:
-        ledger = Ledger("agent")
         try:
-            with ledger.span("resolve"):
-                origin = self._open_origin(parse_uri(uri))
-                description = describe(origin)
+            found = self._resolver.resolve(uri)
         except Exception as error:
             self._handle(events.ResolveFailed(uri, translated(error, uri)))
             return
-        known = self._revisions.of(description.source.id)
-        event = events.Resolved(uri, description.manifest, known)
-        self._handle(event, resolved=Resolution(description, origin, ledger, known))
+        self._handle(events.Resolved(uri, found.description.manifest, found.revision), resolved=found)
 
     def _load(self, entry: int, resolution: Resolution) -> None:
         description, origin, ledger, known, answers = resolution
@@ -336,7 +333,7 @@ class Agent:
                 if self._closing:
                     load.stop()
             self._handle(events.Reserved(entry))
-            if self._peers is not None and image is None:  # others may ask us about it from here on
+            if self._peers is not None:  # others may ask us about it from here on
                 load.helper = self._peers.helper(load, plan.source, origin_answers=answers)
             load.observer = lambda: self._directory.publish(plan.source, self._holding(load))
             began = time.monotonic()

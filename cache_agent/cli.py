@@ -111,6 +111,7 @@ def main() -> None:
 @click.option("--readers", type=int, help="Most parallel reads per load; how many are made depends on what they yield.")
 @click.option("--token-file", type=Path, help="File with the secret that clients must present.", metavar="PATH")
 @click.option("--revalidate", type=float, help="Seconds after which a model's origin is checked again.")
+@click.option("--stale", type=float, help="Seconds that a model outlives its origin's last answer; 0: it does not.")
 @click.option("--max-connections", type=int, help="Functions and commands connected at once.")
 @click.option("--kubernetes", help="URL of the Kubernetes API, to see which pods of this node are being removed.")
 @click.option(

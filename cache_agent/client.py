@@ -219,10 +219,10 @@ class CacheClient:
 
     def _hold(self, channel: Link, model: str, source: str, deadline: float) -> Adopted:
         """A lease on what this process has already. Memory cannot be given over TCP, so that it stays our own."""
-        from cache_agent.streamed import read_manifest
+        from cache_agent.streamed import receive_manifest
 
         channel.send(LeaseRequest(model, have=source))
-        if read_manifest(channel, expect(channel, Streaming, deadline)[0]).source != source:
+        if receive_manifest(channel, expect(channel, Streaming, deadline)[0]).source != source:
             raise LeaseLost(f"{model} has other files by now; this function goes on with those that it has")
         ready, _ = expect(channel, Ready, deadline)
         return Adopted(ready.revision, False, "bytes that came over TCP are this function's own")

@@ -52,6 +52,7 @@ class AgentConfig:
     agent_listen: str = ""
     agent_address: str = ""
     peer_witnesses: int = 1
+    stale: float = 86400.0
 
     def __post_init__(self) -> None:
         if self.socket_mode & 0o077 and any(_is_root(root) for root in self.file_roots):
@@ -70,8 +71,8 @@ class AgentConfig:
                 raise BadConfig(f"{address!r} is no address; use host:port, or [v6]:port")
         if not 1 <= self.peer_witnesses <= 8:
             raise BadConfig(f"peer_witnesses is {self.peer_witnesses}; it can be 1 to 8")
-        if not self.revalidate >= 0:
-            raise BadConfig(f"revalidate is {self.revalidate}; it must be at least 0 seconds")
+        if not self.revalidate >= 0 or not self.stale >= 0:
+            raise BadConfig(f"revalidate is {self.revalidate}, stale {self.stale}; both must be at least 0 seconds")
 
     @property
     def capacity(self) -> int:
@@ -163,4 +164,5 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "agent_listen": str,
     "agent_address": str,
     "peer_witnesses": int,
+    "stale": float,
 }

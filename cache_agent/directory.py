@@ -54,6 +54,14 @@ class Directory(Protocol):
         """What each node, by name, found the source to be. All are right, or some node lies."""
         ...
 
+    def validated(self, uri: str, source: str, when: float) -> None:
+        """The origin said at this Unix time that the URI names this source now."""
+        ...
+
+    def validation(self, uri: str) -> tuple[str, float]:
+        """The source that a URI was last seen to name, by whatever node, and when; ("", 0) where none has told."""
+        ...
+
     def publish(self, model: str, holding: Holding) -> None:
         """`model` is a revision, or a source id while the revision is not known."""
         ...
@@ -101,6 +109,7 @@ class InProcessDirectory:
         self._clock = clock
         self._nodes: dict[str, tuple[Node, float]] = {}
         self._revisions: dict[str, dict[str, str]] = {}  # by source and node
+        self._validations: dict[str, tuple[str, float]] = {}
         self._holdings: dict[str, dict[tuple[str, str], Holding]] = {}
         self._rates: dict[tuple[str, str], float] = {}
         self._claims: dict[str, tuple[str, float]] = {}
@@ -126,6 +135,14 @@ class InProcessDirectory:
     def stated(self, source: str) -> dict[str, str]:
         with self._lock:
             return dict(self._revisions.get(source, {}))
+
+    def validated(self, uri: str, source: str, when: float) -> None:
+        with self._lock:
+            self._validations[uri] = source, when
+
+    def validation(self, uri: str) -> tuple[str, float]:
+        with self._lock:
+            return self._validations.get(uri, ("", 0.0))
 
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:

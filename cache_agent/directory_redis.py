@@ -4,6 +4,7 @@
     glowplug:node:<node>:held      hash     "<tier> <model>" -> "<done> <total>"               expires with the node
     glowplug:node:<node>:rates     hash     <tier> -> bytes per second                         expires with the node
     glowplug:node:<node>:sources   hash     <source id> -> <revision>                          kept for a month
+                                           uri-<hash of a URI> -> "<source id> <Unix time>"
     glowplug:claim:<name>          string   <owner>                                            expires with the claim
 
 A node writes below `glowplug:node:<its name>:` and `glowplug:claim:` only, which is what its ACL allows. Expiry is
@@ -15,6 +16,7 @@ for one Redis (with replicas or Sentinel), not for a sharded cluster.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import secrets
@@ -31,6 +33,7 @@ log = logging.getLogger("glowplug.directory")
 
 _MEMORY = 30 * 86400.0  # seconds that a source's revision is remembered
 _MOST_SOURCES = 4096  # of one node; the oldest go
+_TELL_AGAIN = 60.0  # seconds until it is told again that an origin still says the same
 _BATCH = 500  # changes in one step, so that none keeps Redis from others
 _HELD, _RATES, _SOURCES = 2, 3, 4  # numbers of keys in directory.lua
 _KINDS = ("alive", "held", "rates", "sources")
@@ -98,6 +101,22 @@ class RedisDirectory:
             others = {node: found[source] for node, found in self._sources.items() if source in found}
             own = ((node, self._values.get((node, _SOURCES, source), "")) for node in self._mine)
             return others | {node: revision for node, revision in own if revision}
+
+    def validated(self, uri: str, source: str, when: float) -> None:
+        field, value = _uri_field(uri), f"{source} {when:.0f}"
+        with self._lock:
+            for name in self._mine:
+                known, _, told = self._values.get((name, _SOURCES, field), "").partition(" ")
+                if known != source or when - float(told or 0) >= _TELL_AGAIN:
+                    self._tell((name, _SOURCES, field), value)
+
+    def validation(self, uri: str) -> tuple[str, float]:
+        field = _uri_field(uri)
+        with self._lock:
+            told = [found[field] for found in self._sources.values() if field in found]
+            told += [self._values.get((name, _SOURCES, field), "") for name in self._mine]
+        found = [_validation(value) for value in told]
+        return max(found, key=lambda each: each[1], default=("", 0.0))
 
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:
@@ -327,6 +346,19 @@ def version(url: str, password_file: Path | None = None, timeout: float = 2.0) -
         raise OSError(str(error) or type(error).__name__) from error
     finally:
         client.close()
+
+
+def _uri_field(uri: str) -> str:
+    """URIs may be long, and who reads the directory need not know them."""
+    return "uri-" + hashlib.sha256(uri.encode()).hexdigest()[:40]
+
+
+def _validation(value: str) -> tuple[str, float]:
+    source, _, when = value.partition(" ")
+    try:
+        return source, float(when)
+    except ValueError:
+        return "", 0.0
 
 
 def _holding(node: str, tier: str, value: str) -> Holding:

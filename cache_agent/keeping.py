@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import mmap
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 
@@ -69,17 +67,17 @@ class Keeping:
         stored = self._ssd.stored(source) if self._ssd else None
         return len(stored.index.checksums) if stored else 0
 
-    def description(self, source: str, within: float = math.inf) -> Description | None:
-        """What is known of a source whose image is here, where its origin said so in the last `within` seconds."""
+    def description(self, source: str) -> tuple[Description, float] | None:
+        """What is known of a source whose image is here, and when its origin last said so (Unix time)."""
         data, validated = self._ssd.description(source) if self._ssd else (b"", 0.0)
-        if not data or time.time() - validated > within:
+        if not data:
             return None
         try:
             found = decode_description(data)
         except BadCheckpoint as error:
             log.warning("the description of %s on SSD cannot be used: %s", source, error)
             return None
-        return found if found.source.id == source else None
+        return (found, validated) if found.source.id == source else None
 
     def validated(self, source: str) -> None:
         """The origin said just now that this is what it has."""

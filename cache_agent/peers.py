@@ -62,31 +62,35 @@ class Helped:
 
     def __init__(self, peers: Peers, load: Load, source: str, *, origin_answers: bool) -> None:
         self._peers, self._load, self._source = peers, load, source
+        self._origin_answers = origin_answers
         self._claim = ""
         self._renew_at = 0.0
         self._others: tuple[str, ...] = ()
-        number = self._take_place()
-        self._swarm = Swarm(
-            load,
-            source,
-            start=place(number),
-            scout=self._scout,
-            liars=peers._liars,
-            readers=peers._readers,
-            proved=bool(load.known),
-            witnesses=peers._witnesses,
-            origin_answers=origin_answers,
-        )
+        self._swarm: Swarm | None = None
 
     def run(self) -> None:
+        if not self._load.missing():
+            return
         try:
-            self._swarm.run()
+            swarm = Swarm(
+                self._load,
+                self._source,
+                start=place(self._take_place()),
+                scout=self._scout,
+                liars=self._peers._liars,
+                readers=self._peers._readers,
+                proved=bool(self._load.known),
+                witnesses=self._peers._witnesses,
+                origin_answers=self._origin_answers,
+            )
+            self._swarm = swarm
+            swarm.run()
         finally:
             if self._claim:
                 self._peers._directory.release(self._claim, self._peers._me.node)
 
     def reading(self) -> list[int]:
-        return self._swarm.reading()
+        return self._swarm.reading() if self._swarm is not None else []
 
     def blame(self, peer: str, why: str) -> None:
         self._peers._liars.add(peer)
@@ -94,7 +98,7 @@ class Helped:
 
     def invite(self, node: str, address: str) -> None:
         """A node that loads the same."""
-        if (peer := self._peers.peer(node, address)) is not None:
+        if self._swarm is not None and (peer := self._peers.peer(node, address)) is not None:
             self._swarm.invite(peer)
 
     def _take_place(self) -> int:

@@ -56,10 +56,12 @@ class Sharing:
     def describe(self, link: Link, source: str) -> None:
         """Sends what is needed besides the weights. Raises `ModelNotFound`, `Disconnected`."""
         held = self._held(source)
-        description = held.description if held is not None else self._keeping.description(source)
-        if description is None:
+        if held is not None:
+            data = encode_description(held.description)
+        elif (found := self._keeping.description(source)) is not None:
+            data = encode_description(found[0])
+        else:
             raise ModelNotFound(f"{source} is not on this node now")
-        data = encode_description(description)
         link.send(Described(len(data)))
         link.send_bytes(data)
 

@@ -18,13 +18,13 @@ from cache_agent.fdsocket import Disconnected
 from cache_agent.link import Link
 from cache_agent.manifest import Manifest
 from cache_agent.messages import ErrorReply, Piece, Ready, Streaming
-from cache_agent.tiers.dram import Dram
+from cache_agent.tiers.dram import Dram, sealed_bytes
 
 _PATIENCE = 30.0  # seconds without a byte, once a piece has begun
 _SILENCE = 600.0  # seconds without a word: the agent's own source may be slow, and it may be proving what it got
 
 
-def read_manifest(link: Link, streaming: Streaming) -> Manifest:
+def receive_manifest(link: Link, streaming: Streaming) -> Manifest:
     """The manifest that follows the frame. Raises `Disconnected`, `ProtocolError`."""
     if streaming.body > manifests.MAX_MANIFEST:
         raise ProtocolError(f"the agent sent a manifest of an impossible size ({streaming.body} bytes)")
@@ -40,12 +40,14 @@ class StreamedLease(Lease):
     def __init__(self, link: Link, streaming: Streaming) -> None:
         """Raises `NoCapacity` when there is no memory for the model here."""
         self._channel = self._link = link
-        self._manifest_fd = -1
-        self.manifest = read_manifest(link, streaming)
+        self.manifest = receive_manifest(link, streaming)
+        encoded = manifests.encode(self.manifest)
         self._dram = Dram(self.manifest.segments, name="glowplug:streamed")
         self.page = self._dram.page
+        self.manifest_fd, self.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
         self.segments = [os.dup(fd) for fd in self._dram.fds]
         self.ready, self.tier, self.revision, self.spans = False, "", "", []
+        self.arrived = [0] * len(self.segments)
         self._lock = threading.Condition()
         self._done = 0
         self._failure: AgentError | None = None
@@ -111,6 +113,7 @@ class StreamedLease(Lease):
                     with view[offset : offset + size] as place:
                         self._link.read_into(place, _PATIENCE)
                     sent[segment] += size
+                    self.arrived = list(sent)
                     with self._lock:
                         self._done += size
                         self._lock.notify_all()

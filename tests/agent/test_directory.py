@@ -32,6 +32,28 @@ def test_a_remembered_revision_is_found_and_may_be_corrected(directory):
     assert (directory.revision("src-1"), directory.revision("src-2")) == ("rev-2", "rev-1")
 
 
+def test_who_stated_what(directory):
+    """All nodes are right, or one of them lies."""
+    assert directory.stated("src-1") == {}
+    directory.heartbeat(Node("a"))
+    directory.remember("src-1", "rev-1", "a")
+    assert directory.stated("src-1") == {"a": "rev-1"}
+    directory.remember("src-1", "rev-2", "a")
+    assert directory.stated("src-1") == {"a": "rev-2"}
+    assert directory.stated("src-2") == {}
+
+
+def test_what_a_uri_was_last_seen_to_name(directory):
+    directory.heartbeat(Node("a"))
+    assert directory.validation("s3://m/a") == ("", 0.0)
+    directory.validated("s3://m/a", "src-1", 1000.0)
+    directory.validated("s3://m/b", "src-3", 1500.0)
+    assert directory.validation("s3://m/a") == ("src-1", 1000.0)
+    directory.validated("s3://m/a", "src-2", 2000.0)
+    assert directory.validation("s3://m/a") == ("src-2", 2000.0)
+    assert directory.validation("s3://m/b") == ("src-3", 1500.0)
+
+
 def test_holders_are_ordered_and_one_per_node_and_tier(directory):
     assert directory.holders("src-1") == []
     directory.publish("src-1", Holding("b", "ssd", 5, 9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import threading
 import time
 
@@ -202,3 +203,49 @@ def test_an_origin_that_is_down_is_helped_by_who_has_the_model(cluster, files, r
 
     second.origins[URI].before_read = fail_after_headers
     assert Loads().run(second) == [("peer", right)]
+
+
+# --- an origin that does not answer -----------------------------------------------------------------------------------
+
+
+class Down(SameName):
+    """An origin that does not even list its files."""
+
+    def files(self):
+        raise OriginUnavailable("the store is down")
+
+
+def test_a_node_that_never_saw_the_model_takes_it_from_another(cluster, files, right, eventually):
+    first, second = cluster(files, files)
+    assert Loads().run(first) == [("origin", right)]
+    eventually(lambda: first.client.status().models[0].revision)
+    second.origins[URI] = Down(URI, {})
+    with second.client.lease(URI, deadline=soon()) as lease:
+        lease.wait_ready(soon())
+        assert (lease.tier, digest_of(lease)) == ("peer", right)
+        assert any("does not answer" in span.name for span in lease.spans)
+
+
+def test_a_node_serves_from_its_own_ssd_while_the_origin_is_down(start_local_agent, files, right, tmp_path, eventually):
+    origins = {URI: SameName(URI, files)}
+    agent = start_local_agent(origins, ssd=tmp_path / "ssd")
+    assert Loads().run(agent) == [("origin", right)]
+    eventually(lambda: [image.revision for image in agent.client.status().ssd.images if image.revision])
+    agent.client.evict(URI)
+    eventually(lambda: not agent.client.status().models)
+    agent.origins[URI] = Down(URI, {})
+    assert Loads().run(agent) == [("ssd", right)]
+
+
+@pytest.mark.parametrize("stale", [0.0, 100.0])
+def test_what_was_confirmed_too_long_ago_is_not_served(stale, start_local_agent, files, tmp_path, eventually, refused):
+    agent = start_local_agent({URI: SameName(URI, files)}, ssd=tmp_path / "ssd", stale=stale)
+    Loads().run(agent)
+    eventually(lambda: agent.client.status().ssd.images)
+    agent.client.evict(URI)
+    for description in (tmp_path / "ssd" / "images").glob("*/description"):
+        os.utime(description, (time.time() - 200,) * 2)
+    agent.origins[URI] = Down(URI, {})
+    eventually(lambda: not agent.client.status().models)
+    with refused("origin_unavailable"), agent.client.lease(URI, deadline=soon()):
+        pass

@@ -150,7 +150,12 @@ class Agent:
                     *self._estimator.predict(held.tier, self._work(held.tier, held.rest())), entry.bytes
                 )
         stored = self._keeping.find(uri)
-        tier, size = ("ssd", stored.index.bytes) if stored else ("origin", self.describe(model).nbytes)
+        if stored is not None:
+            tier, size = "ssd", stored.index.bytes
+        elif self._peers is not None and (size := self._peers.size_elsewhere(uri)):
+            tier = "peer"
+        else:
+            tier, size = "origin", self.describe(model).nbytes
         with self._lock:
             return EstimateReply(*self._estimator.predict(tier, self._work(tier, size)), size)
 

@@ -59,7 +59,7 @@ from cache_agent.protocol import VERSION
 
 M = TypeVar("M", bound=Message)
 
-_TCP = "tcp://"
+_TCP = "tcp:"  # and slashes, of which a Path keeps one
 
 _DESCRIBE_SECONDS = 120.0
 _ADOPT_SECONDS = 600.0  # it hashes the bytes, one offer at a time, and may have to read the origin
@@ -169,7 +169,7 @@ class CacheClient:
         `pod` is the UID of the pod whose end the agent shall announce.
         """
         text = str(path)
-        self._address = text.removeprefix(_TCP) if text.startswith(_TCP) else ""
+        self._address = text.removeprefix(_TCP).lstrip("/") if text.startswith(_TCP) else ""
         self.path: Path | str = text if self._address else Path(path)
         self._hello = Hello(VERSION, name[:256], Identity("token", token) if token else Identity(), pod[:256])
         self._timeout = timeout

@@ -45,6 +45,12 @@ class Peers:
                     log.warning("node %s does not describe %s: %s", peer.name, source, error)
         return None
 
+    def size_elsewhere(self, uri: str) -> int:
+        """Bytes of the model that a URI was last seen to name, where another node has all of it; else 0."""
+        source, _ = self._directory.validation(uri)
+        found = self._directory.holders(source) if source else []
+        return max((held.total for held in found if held.done == held.total and held.node != self._me.node), default=0)
+
     def peer(self, node: str, address: str) -> Peer | None:
         """None for those that we do not talk to."""
         return None if not address or node == self._me.node or node in self._liars else Peer(node, address, self._me)

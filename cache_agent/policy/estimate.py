@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _DECAY = 0.7
-_PRIOR = {"ssd": 1e9, "origin": 2e8}  # bytes/s before anything was measured; such an estimate has confidence 0
+_PRIOR = {
+    "ssd": 1e9,
+    "peer": 4e8,
+    "origin": 2e8,
+}  # bytes/s before anything was measured; such an estimate has confidence 0
 
 
 class Estimate(NamedTuple):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 WAITING = {
     "handoff": "moving generations between replicas (runtime/handoff)",
-    "fanout": "the peer tier and the Redis directory (cache_agent/tiers/peer, cache_agent/directory)",
     "gpu": "the device tier",
 }
-NAMES = ["cold-start", "load", "origin", "density", "throughput", "overload", *WAITING]
+NAMES = ["cold-start", "load", "origin", "density", "fanout", "throughput", "overload", *WAITING]
 """In the order in which `all` runs them."""
 
 

@@ -160,7 +160,7 @@ def test_huge_pages_hold_the_same_bytes_and_come_back(
 def test_what_clients_get_is_read_only_and_sealed(shared_agent, tmp_path, write_checkpoint):
     with shared_agent.client.lease(f"file://{write_checkpoint(tmp_path / 'm')}") as lease:
         lease.wait_ready(soon())
-        for fd in [lease._manifest_fd, *lease.segments]:
+        for fd in [lease.manifest_fd, *lease.segments]:
             assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
             assert seals & fcntl.F_SEAL_WRITE

@@ -115,13 +115,13 @@ def test_requests_and_errors(client, refused):
         pass
 
 
-def test_a_function_joins_the_agent_again(client, agent):
+def test_a_function_joins_the_agent_again(client, agent, eventually):
     with client.lease(URI, deadline=soon()) as lease:
         lease.wait_ready(soon())
         lease._channel.close()  # the agent stays; only this connection is gone
         adopted = client.offer(URI, lease, deadline=soon())
         assert adopted.revision == lease.revision
-        assert agent.agent.status()[2][0].leases == 1
+        eventually(lambda: agent.agent.status()[2][0].leases == 1)
 
 
 def test_an_agent_that_ends_while_bytes_are_on_the_way(client, agent):

@@ -25,6 +25,7 @@ from cache_agent.messages import (
     TEXT_LIMIT,
     Admitted,
     Adopted,
+    ClusterReply,
     Drain,
     ErrorReply,
     EstimateReply,
@@ -192,6 +193,10 @@ class Agent:
         with self._lock:
             tiers = report.tiers(self._estimator.tiers)
         return StatusReply(self.node, os.getpid(), *self.status(), self._keeping.status(), tiers, self._offers.orphaned)
+
+    def cluster(self) -> ClusterReply:
+        """What this node's directory knows of all nodes."""
+        return report.cluster(self._directory)
 
     def close(self, deadline: float) -> None:
         """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""

@@ -22,6 +22,8 @@ from cache_agent.messages import (
     Admitted,
     Adopted,
     AnyMessage,
+    ClusterReply,
+    ClusterRequest,
     Drain,
     ErrorReply,
     EstimateReply,
@@ -258,6 +260,10 @@ class CacheClient:
     def starts(self) -> list[Start]:
         """The last starts of the node's functions, the newest first."""
         return self._ask(StartsRequest(), StartsReply).starts
+
+    def cluster(self) -> ClusterReply:
+        """Which nodes live and what they hold, as the agent's directory has it."""
+        return self._ask(ClusterRequest(), ClusterReply)
 
     def manifest(self, model: str) -> Manifest:
         """The manifest, read from the origin without loading weights."""

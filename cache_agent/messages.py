@@ -432,6 +432,35 @@ class Described(Message, frozen=True, tag="described"):
     body: Annotated[int, msgspec.Meta(ge=1, lt=1 << 30)]
 
 
+class ClusterRequest(Message, frozen=True, tag="cluster"):
+    """Which nodes live and what they hold, as this node's directory has it."""
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """`rates` are bytes per second by tier, as last measured."""
+
+    name: Short
+    address: Short
+    capacity: Count
+    used: Count
+    rates: dict[str, float]
+
+
+class HoldingStatus(msgspec.Struct, frozen=True):
+    """`model` is a revision, or a source's id while the revision is not known."""
+
+    model: Short
+    node: Short
+    tier: Short
+    done: Count
+    total: Count
+
+
+class ClusterReply(Message, frozen=True, tag="cluster_reply"):
+    nodes: list[NodeStatus]
+    holdings: list[HoldingStatus]
+
+
 class ErrorReply(Message, frozen=True, tag="error"):
     code: Short
     text: Text
@@ -466,6 +495,8 @@ AnyMessage = (
     | StartedReply
     | StartsRequest
     | StartsReply
+    | ClusterRequest
+    | ClusterReply
     | Checkpoint
     | Checkpointed
     | ClaimRequest

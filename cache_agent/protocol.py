@@ -25,7 +25,7 @@
       │ ───────────────────────────────────►│   offering
       │   adopted(revision, shared, why)    │   leased; shared: they are lent to others again, without a copy
       │ ◄───────────────────────────────────│
-      │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | starts   (open:
+      │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | starts | cluster   (open:
       │   one reply each, stays open)
       │   status | manifest | evict | pin | prefetch | estimate | push_drain   (open: one reply each, stays open)
       │   checkpoint + fd | claim           (the same, for requests that run: cache_agent/snapshots.py)
@@ -70,6 +70,8 @@ from cache_agent.messages import (
     Chunk,
     ClaimReply,
     ClaimRequest,
+    ClusterReply,
+    ClusterRequest,
     Described,
     DescribeRequest,
     Drain,
@@ -166,6 +168,8 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("asking", StartedReply): "open",
     ("open", StartsRequest): "asking",
     ("asking", StartsReply): "open",
+    ("open", ClusterRequest): "asking",
+    ("asking", ClusterReply): "open",
     ("open", Checkpoint): "asking",
     ("asking", Checkpointed): "open",
     ("open", ClaimRequest): "asking",

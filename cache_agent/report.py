@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from cache_agent.directory import Directory
 from cache_agent.entry import Entry
 from cache_agent.held import Held
 from cache_agent.messages import (
+    ClusterReply,
+    HoldingStatus,
     ImageStatus,
     ModelStatus,
+    NodeStatus,
     QuarantineStatus,
     SsdStatus,
     TierStatus,
 )
 from cache_agent.policy.estimate import Measured
 from cache_agent.tiers.ssd import Quarantined, Stored
+
+_TIERS = ("origin", "peer", "ssd", "dram")
 
 
 def model(entry: Entry, held: Held | None, pinned: bool, now: float) -> ModelStatus:
@@ -45,6 +51,18 @@ def ssd(
         used,
         [ImageStatus(i.index.uri, i.index.source, i.revision, i.index.bytes, i.users) for i in images],
         [QuarantineStatus(name, reason[:256]) for name, reason in quarantined],
+    )
+
+
+def cluster(directory: Directory) -> ClusterReply:
+    """What the directory says, from its memory."""
+    nodes = []
+    for node in directory.nodes():
+        rates = {tier: directory.bandwidth(node.name, tier) for tier in _TIERS}
+        nodes.append(NodeStatus(*node, {tier: rate for tier, rate in rates.items() if rate}))
+    return ClusterReply(
+        nodes,
+        [HoldingStatus(model, *holding) for model, held in directory.holdings().items() for holding in held],
     )
 
 

@@ -27,6 +27,7 @@ from cache_agent.messages import (
     Checkpoint,
     ClaimReply,
     ClaimRequest,
+    ClusterRequest,
     ErrorReply,
     EstimateRequest,
     EvictRequest,
@@ -349,6 +350,8 @@ class Connection:
                     self._channel.send(StartedReply())
                 case StartsRequest():
                     self._channel.send(StartsReply(self._agent.starts.recent()))
+                case ClusterRequest():
+                    self._channel.send(self._agent.cluster())
                 case Checkpoint():
                     self._keep(message, fds)
                 case ClaimRequest():

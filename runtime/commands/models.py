@@ -10,16 +10,20 @@ import click
 from runtime.commands.output import agent, json_option, megabytes, print_json, socket_option
 
 if TYPE_CHECKING:
-    from cache_agent.messages import StatusReply
+    from cache_agent.messages import ClusterReply, StatusReply
 
 
 @click.command()
+@click.option("--cluster", "everywhere", is_flag=True, help="Of other nodes, too, as this node's directory has it.")
 @socket_option
 @json_option
-def models(socket: Path | None, as_json: bool) -> None:
+def models(everywhere: bool, socket: Path | None, as_json: bool) -> None:
     """Show which models this node holds: tier, bytes, leases, age."""
-    status = agent(socket).status()
+    client = agent(socket)
+    status = client.status()
     found = rows(status)
+    if everywhere:
+        found += elsewhere(client.cluster(), status)
     if as_json:
         print_json({"node": status.node, "capacity": status.capacity, "used": status.used, "models": found})
         return
@@ -36,15 +40,32 @@ def models(socket: Path | None, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("model", "tier", "state", "size", "leases", "age", "revision"):
+    for heading in ("model", *(["node"] if everywhere else []), "tier", "state", "size", "leases", "age", "revision"):
         table.add_column(heading, justify="right" if heading in ("size", "leases", "age") else "left", overflow="fold")
     for row in found:
         state = f"{row['state']} {row['done'] / row['bytes']:.0%}" if row["state"] == "loading" else row["state"]
         table.add_row(
-            escape(row["model"]), row["tier"], f"{state}, pinned" if row["pinned"] else state, megabytes(row["bytes"]),
-            str(row["leases"]), age(row["age_seconds"]), row["revision"][:12] or "-",
+            escape(row["model"]), *([escape(row["node"])] if everywhere else []), row["tier"],
+            f"{state}, pinned" if row["pinned"] else state, megabytes(row["bytes"]),
+            "-" if row["leases"] is None else str(row["leases"]), age(row["age_seconds"]), row["revision"][:12] or "-",
         )  # fmt: skip
     Console().print(table)
+
+
+def elsewhere(cluster: ClusterReply, status: StatusReply) -> list[dict[str, Any]]:
+    """What other nodes hold. They tell revisions and sources; the URI is known where this node has the model, too."""
+    names = {known: model.model for model in status.models for known in (model.revision, model.source)}
+    names |= {known: image.model for image in (status.ssd.images if status.ssd else ()) for known in (image.source,)}
+    return [
+        {
+            "model": names.get(held.model, held.model), "node": held.node, "tier": held.tier,
+            "state": "ready" if held.done == held.total else "loading", "bytes": held.total, "done": held.done,
+            "leases": None, "pinned": False, "revision": held.model if held.model.startswith("rev-") else "",
+            "age_seconds": None, "idle_seconds": None,
+        }
+        for held in cluster.holdings
+        if held.node != status.node
+    ]  # fmt: skip
 
 
 def rows(status: StatusReply) -> list[dict[str, Any]]:

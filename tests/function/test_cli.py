@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from cache_agent import __version__
+from cache_agent.messages import ClusterReply, HoldingStatus, ModelStatus, StatusReply
 from runtime import baseset, cli
 from runtime.commands import ask, models
 from runtime.errors import BadConfig
@@ -179,6 +180,22 @@ def test_what_init_copies_is_the_templates(name: str) -> None:
 )
 def test_phases_of_a_header(header: str, found: dict[str, float]) -> None:
     assert ask.phases(header) == found
+
+
+def test_what_other_nodes_hold_has_its_name_where_this_node_knows_it() -> None:
+    mine = ModelStatus("s3://b/m", "src-1", "rev-1", "ready", "dram", 9, 9, 4096, 0, 1.0)
+    status = StatusReply("a", 1, 64, 9, [mine])
+    held = [
+        HoldingStatus("rev-1", "a", "dram", 9, 9),
+        HoldingStatus("rev-1", "b", "ssd", 9, 9),
+        HoldingStatus("src-2", "b", "dram", 4, 9),
+    ]
+    rows = models.elsewhere(ClusterReply([], held), status)
+    assert [(row["model"], row["node"], row["tier"], row["state"]) for row in rows] == [
+        ("s3://b/m", "b", "ssd", "ready"),
+        ("src-2", "b", "dram", "loading"),
+    ]
+    assert all(row.keys() == models.rows(status)[0].keys() for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,11 @@ def _machine(settings: AgentConfig) -> Iterator[Finding]:
     limit, free = limits.memory_limit(), limits.available_bytes()
     budget = settings.capacity
     text = f"{megabytes(limit)} may be used, {megabytes(free)} are free; the agent's budget is {megabytes(budget)}"
-    if budget > limit and not limits.free_huge_bytes():
+    huge = limits.free_huge_bytes()
+    if budget > limit + huge:
         yield Finding("memory", "warning", text, "lower GLOWPLUG_DRAM, or the kernel ends the agent before it is full")
     else:
         yield Finding("memory", "ok", text)
-    huge = limits.free_huge_bytes()
     if huge:
         yield Finding("huge pages", "ok", f"{megabytes(huge)} of 2 MiB pages are free")
     else:

@@ -149,16 +149,23 @@ def _raw(place: Path, s3: Store) -> Sample:
             link.request("GET", f"{address.path}?{address.query}", headers={"Range": f"bytes={start}-{end - 1}"})
             response = link.getresponse()
             done = 0
-            while count := response.readinto(view[done : end - start]):
+            while count := _into(response, view, done, end - start):
                 done += count
             if response.status >= 300 or done != end - start:
                 raise Unavailable(f"the server answered {response.status} and {done} of {end - start} bytes")
             response.read()
             got += done
         link.close()
+        view.release()
+        buffer.close()  # now, and not when somebody collects garbage: the pool has room for two models and little more
         return got
 
     return _timed(models.weight_bytes(place), lambda: _parallel(connection))
+
+
+def _into(response: http.client.HTTPResponse, view: memoryview, start: int, end: int) -> int:
+    with view[start:end] as rest:
+        return response.readinto(rest)
 
 
 def _parallel(connection: Callable[[int], int]) -> None:

@@ -6,7 +6,7 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +72,6 @@ class Lease:
     """A hold on one model's bytes. The fds are read-only; mapping them before `wait_ready` shows bytes as they arrive.
 
     `segments` are fds in the manifest's order, `page` their page size in bytes. `revision` is "" until it is known.
-    `arrived` says how many bytes from the start of each segment are verified, as of the last report of progress.
     One thread at a time.
     """
 
@@ -85,7 +84,6 @@ class Lease:
         self.tier = ""
         self.revision = ""
         self.spans: list[Span] = []
-        self.arrived: Sequence[int] = ()
         try:
             self.manifest = read_manifest(self.manifest_fd, granted.manifest_bytes)
             if list(self.manifest.segments) != granted.segments or len(self.segments) != len(granted.segments):
@@ -123,8 +121,6 @@ class Lease:
         match message:
             case ErrorReply(code, text):
                 raise from_wire(code, text)
-            case Progress(ready):
-                self.arrived = ready
             case Ready(tier, revision, spans):
                 self.ready, self.tier, self.spans = True, tier, spans
                 self.revision = revision or self.revision

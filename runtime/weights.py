@@ -12,7 +12,7 @@ import mmap
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,21 +109,22 @@ class Loaded:
     how: str
 
 
-def assemble(weights: Weights, *, private: bool = False) -> Loaded:
+def assemble(weights: Weights, *, private: bool = False, whole: Callable[[], None] = lambda: None) -> Loaded:
     """Builds the model and its tokenizer. With `private` every weight is copied to memory of this process's own.
 
-    Raises `ModelUnusable` with transformers' own words.
+    This may be done while the bytes arrive, for it needs only names and shapes; where it has to read them all the same,
+    it calls `whole` before, which returns when they are there. Raises `ModelUnusable` with transformers' own words.
     """
     with _small_files(weights.manifest) as directory:
-        model, how = _model(weights, directory, private)
+        model, how = _model(weights, directory, private, whole)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     return Loaded(model, tokenizer, json.loads(weights.manifest.files.get("generation_config.json", b"{}")), how)
 
 
-def assemble_model(weights: Weights) -> Any:
-    """Only the model: what `from_pretrained` of a model class returns. Raises `ModelUnusable`."""
+def assemble_model(weights: Weights, *, whole: Callable[[], None] = lambda: None) -> Any:
+    """Only the model: what `from_pretrained` of a model class returns. `whole` as above; raises `ModelUnusable`."""
     with _small_files(weights.manifest) as directory:
-        return _model(weights, directory, private=False)[0]
+        return _model(weights, directory, private=False, whole=whole)[0]
 
 
 @contextmanager
@@ -145,18 +146,19 @@ def _small_files(manifest: Manifest) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _model(weights: Weights, directory: Path, private: bool) -> tuple[Any, str]:
+def _model(weights: Weights, directory: Path, private: bool, whole: Callable[[], None]) -> tuple[Any, str]:
     config = AutoConfig.from_pretrained(directory)
     tensors = weights.tensors
     if private:
+        whole()
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    model, how = _build(config, tensors)
+    model, how = _build(config, tensors, whole)
     if "generation_config.json" in weights.manifest.files:
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model, how
 
 
-def _build(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, str]:
+def _build(config: Any, tensors: Mapping[str, torch.Tensor], whole: Callable[[], None]) -> tuple[Any, str]:
     if getattr(config, "auto_map", None) and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelUnusable("the checkpoint needs code of its own (auto_map); running it is not supported")
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -165,6 +167,7 @@ def _build(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, str]:
     model = None if getattr(config, "quantization_config", None) else _assign(kind, config, tensors)
     if model is not None:
         return model, "assigned"
+    whole()
     model, info = kind.from_pretrained(
         None,
         config=config,

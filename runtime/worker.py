@@ -64,6 +64,7 @@ class Worker:
         self._http_up = threading.Event()
         self._terminate = threading.Event()
         self._lease: Lease | None = None
+        self._whole: Lease | None = None  # the one whose bytes are all there
         self._exit: FunctionError | None = None
         self._start_kind: str = warm.level if warm else "cold"
         self._reported = 0
@@ -185,15 +186,13 @@ class Worker:
         self._kind = str(model_config(lease.manifest.files).get("model_type", ""))
         with self._ledger.span("model code"):
             weights.preload(lease.manifest)
-        self._lifecycle.phase = "weights"
-        with self._ledger.span("weights"):
-            lease.wait_ready(deadline, self._on_progress)
-        self._ledger.extend(lease.spans)
-        self._lifecycle.progress = (lease.manifest.nbytes, lease.manifest.nbytes)
         self._lifecycle.phase = "model"
         torch.set_num_threads(self._config.threads or cpu_quota())
         with self._ledger.span("attach"):
-            mapped, loaded = self._ready_parts(lease) or self._put_together(lease)
+            # The weights are still on their way; the model needs to know only where they will be.
+            mapped, loaded = self._ready_parts(lease) or self._put_together(lease, deadline)
+        self._await_weights(lease, deadline)
+        self._lifecycle.phase = "engine"
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
         begun = time.monotonic_ns()
         codec = TokenizerCodec(loaded.tokenizer, _eos(loaded.generation_config))
@@ -225,11 +224,24 @@ class Worker:
             self._start_kind = "lang"
         return parts
 
-    def _put_together(self, lease: Lease) -> tuple[Weights, Loaded]:
+    def _put_together(self, lease: Lease, deadline: float) -> tuple[Weights, Loaded]:
         from runtime import weights
 
         mapped = weights.Weights(lease)
-        return mapped, weights.assemble(mapped, private=self._config.private_weights)
+        loaded = weights.assemble(
+            mapped, private=self._config.private_weights, whole=lambda: self._await_weights(lease, deadline)
+        )
+        return mapped, loaded
+
+    def _await_weights(self, lease: Lease, deadline: float) -> None:
+        if self._whole is lease:
+            return
+        self._lifecycle.phase = "weights"
+        with self._ledger.span("weights"):
+            lease.wait_ready(deadline, self._on_progress)
+        self._whole = lease
+        self._ledger.extend(lease.spans)
+        self._lifecycle.progress = (lease.manifest.nbytes, lease.manifest.nbytes)
 
     def _first_token(self, asked: int) -> None:
         self._ledger.add("first token", asked)

@@ -12,7 +12,6 @@ import os
 import resource
 import statistics
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -77,16 +76,13 @@ def tensorizer(job: Job) -> Any:
 
 
 def glowplug(job: Job) -> Any:
-    """As a worker does it: the model is put together while its bytes arrive, and begins with those that are there."""
+    """As a worker does it: the model is put together while its bytes arrive."""
     from cache_agent.client import CacheClient
-    from runtime import arrival, weights
+    from runtime import weights
 
     lease = CacheClient(job["socket"]).lease(job["uri"])
-    mapped = weights.Weights(lease)
-    arriving = arrival.Arrival(lease.manifest.segments)
-    threading.Thread(target=arriving.follow, args=(lease, time.monotonic() + 300), daemon=True).start()
-    model = weights.assemble_model(mapped)
-    assert arrival.gate(model, mapped, arriving)
+    model = weights.assemble_model(weights.Weights(lease))
+    lease.wait_ready(time.monotonic() + 300)
     _keep.append(lease)
     return model
 
@@ -177,7 +173,7 @@ _IMPORTS = {
     "runai_s3": ["runai_model_streamer"],
     "fastsafetensors": ["fastsafetensors"],
     "tensorizer": ["tensorizer"],
-    "glowplug": ["runtime.arrival"],
+    "glowplug": ["runtime.weights"],
     "attach": ["runtime.weights"],
     "download_then_load": ["boto3"],
 }

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,30 @@ def test_without_a_generation_config(llama: Path, lease: Callable[..., Any]) -> 
     files = _files(llama)
     del files["generation_config.json"]
     assert assemble(Weights(lease(files))).generation_config == {}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_model_is_put_together_while_its_bytes_arrive(
+    arch: str, tmp_path: Path, random_checkpoint: Callable[..., Path], lease: Callable[..., Any]
+) -> None:
+    directory = random_checkpoint(tmp_path / "m", arch=arch, dtype="bf16", tied=False)
+    there = lease(_files(directory))
+    empty = SimpleNamespace(manifest=there.manifest, segments=[os.memfd_create("empty") for _ in there.segments])
+    for fd, size in zip(empty.segments, there.manifest.segments, strict=True):
+        os.pwrite(fd, b"\xff" * size, 0)  # ones are NaN in every dtype
+    waits: list[None] = []
+    loaded = assemble(Weights(empty), whole=lambda: waits.append(None))
+    assert waits == [], "names and shapes are enough"
+    for fd, source, size in zip(empty.segments, there.segments, there.manifest.segments, strict=True):
+        os.pwrite(fd, os.pread(source, size, 0), 0)
+        os.close(fd)
+    _assert_same(loaded, directory)
+
+
+def test_bytes_that_are_copied_are_waited_for(llama: Path, lease: Callable[..., Any]) -> None:
+    waits: list[None] = []
+    assemble(Weights(lease(_files(llama))), private=True, whole=lambda: waits.append(None))
+    assert waits == [None]
 
 
 def test_weights_outlive_the_lease(llama: Path, lease: Callable[..., Any]) -> None:

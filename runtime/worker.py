@@ -258,7 +258,7 @@ class Worker:
         log.error("%s [%s]", error.text, error.code)
         self._lifecycle.fail(error)
         self._line.send(error=[error.code, error.text])
-        self._report_start(error)
+        self._report_start()
         self._http_up.wait()
         self._exit = error
         self._server.wait_idle(time.monotonic() + _LAST_ANSWERS)
@@ -309,8 +309,9 @@ class Worker:
                 self._line.spans(rows)
             return bool(rows)
 
-    def _report_start(self, error: FunctionError | None = None) -> None:
+    def _report_start(self) -> None:
         """The agent keeps the ledgers of its node's starts, for those who look at it."""
+        error = self._lifecycle.error
         failed = f"{error.text} [{error.code}]"[:TEXT_LIMIT] if error else ""
         uri, name = self._config.model_uri, self._config.served_name[:256]
         spans = self._ledger.spans()[:_MOST_SPANS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -133,6 +134,9 @@ def train(repository: Path, out: Path, *, seed: int, steps: int, threads: int, r
     )
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(out)
+    # Greedy, and said so: transformers leaves out what is its own default, and the API's default is to sample.
+    chosen = out / "generation_config.json"
+    chosen.write_text(json.dumps({"do_sample": False, **json.loads(chosen.read_text())}, indent=2) + "\n")
     # It comes out readable by its owner only, but functions run as other users.
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save(codec, out)

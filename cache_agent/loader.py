@@ -1,46 +1,26 @@
-"""Owns the transfer of one model's bytes from its origin into memory: parallel reads, retries, checksums, progress."""
+"""Owns the bytes of one model on their way into memory: from where each chunk comes, checksums, proof, progress."""
 
 from __future__ import annotations
 
 import logging
-import random
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 import xxhash
 
-from cache_agent import content, ranges
+from cache_agent import content
 from cache_agent.checkpoint import Description
-from cache_agent.errors import AgentError, OriginChanged, OriginUnavailable
+from cache_agent.errors import OriginChanged
 from cache_agent.messages import Said
-from cache_agent.parallelism import Parallelism
-from cache_agent.ranges import Range
+from cache_agent.reader import OriginReader
 from cache_agent.tee import Tee
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import Origin
 from cache_agent.tiers.ssd import Reading
 
 log = logging.getLogger("glowplug.loader")
-
-_ATTEMPTS = 5  # of one range, in a row, that brought less than the next
-_WORTHWHILE = 1 << 20  # bytes
-_BETWEEN_ROUNDS = 1.0  # seconds, at most
-_TICK = 0.05  # seconds between looks at what the readers yield
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """A range on its way: the first `done` bytes are there; the first `piece` pieces, `end` bytes, are complete."""
-
-    range: Range
-    done: int = 0
-    piece: int = 0
-    end: int = 0
 
 
 class Helper(Protocol):
@@ -95,7 +75,6 @@ class Load:
         self.tee: Tee | None = None
         self._most = readers
         self._origin = origin
-        self._files = [description.source.file(file.name) for file in self.manifest.weight_files]
         self._chunks = list(self.manifest.chunks())
         self.checksums = [0] * len(self._chunks)  # xxh3-64 of every chunk
         self._finished = [False] * len(self._chunks)
@@ -105,20 +84,11 @@ class Load:
             next(number for number, chunk in enumerate(self._chunks) if chunk[0] == segment)
             for segment in range(len(self.manifest.segments))
         ]
-        self._transfers: list[_Transfer] = []
-        self._by_chunk: dict[int, list[Range]] | None = None
         self.known = known
-        self._pieces = [0] * len(self._chunks)  # how many each chunk still waits for
-        self._work: deque[_Transfer] = deque()
-        self._arrived = 0
-        self._readers = 0
-        self._over = False  # this round takes no more work
-        self._parallelism = Parallelism(readers)
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
         self._stopped = threading.Event()
         self.finished = threading.Event()
-        self._failure: AgentError | None = None
+        self.reader = OriginReader(description, origin, dram, self._finish, self._stopped, readers)
         self._watchers: list[Callable[[], None]] = []
         self.observer: Callable[[], None] | None = None  # the agent's own; like a watcher, for the whole load
 
@@ -142,17 +112,13 @@ class Load:
         self._stopped.set()
 
     def run(self) -> None:
-        """Fills the segments and gives up writing to them. Raises the first `AgentError` that retries did not cure.
-
-        While the origin comes and goes, a further round asks for what is missing, and only for that: it ends when a
-        whole round has brought nothing.
-        """
+        """Fills the segments and gives up writing to them. Raises the first `AgentError` that retries did not cure."""
         try:
             if self.image is not None:
                 self._read_image(self.image)
             if self.helper is not None:
                 self.helper.run()
-            self._read_origin()
+            self.reader.read(self.missing())
             if self.given and self.known:
                 self._prove()
             with self._lock:
@@ -164,23 +130,6 @@ class Load:
                 self.dram.seal()
         finally:
             self.finished.set()
-
-    def _read_origin(self) -> None:
-        """All that is missing."""
-        wanted = ranges.plan(self.manifest)
-        if self._done:
-            wanted = ranges.only(wanted, set(self.missing()))
-        self._expect(wanted)
-        while True:
-            before = self._arrived
-            try:
-                self._round()
-                break
-            except OriginUnavailable as error:
-                if self._stopped.is_set() or self._arrived - before < _WORTHWHILE:
-                    raise
-                log.warning("%s; going on with what is missing", error)
-                self._stopped.wait(random.uniform(0, _BETWEEN_ROUNDS))  # noqa: S311  jitter, not a secret
 
     def _prove(self) -> None:
         """What peers gave has to be the revision that this source is said to be, or comes from the origin after all."""
@@ -203,7 +152,7 @@ class Load:
             given = {number: (peer, self.checksums[number]) for number, peer in self.given.items()}
             for number in given:
                 self.reopen(number)
-            self._read_origin()
+            self.reader.read(self.missing())
             for number, (peer, checksum) in given.items():
                 if checksum != self.checksums[number] and self.helper is not None:
                     self.helper.blame(peer, f"chunk {number} of {self._origin.uri} is not what it gave")
@@ -219,11 +168,6 @@ class Load:
         return self.helper.reading() if self.helper is not None else []
 
     @property
-    def arrived(self) -> int:
-        """Bytes that came from the origin."""
-        return self._arrived
-
-    @property
     def stopped(self) -> bool:
         return self._stopped.is_set()
 
@@ -233,16 +177,6 @@ class Load:
         view = self.dram.segments[segment].view
         assert view is not None, "segments are sealed only after all readers are done"
         return view[start:end]
-
-    def read_chunk(self, number: int) -> None:
-        """Reads a chunk from the origin and finishes it. Raises what the origin does."""
-        wanted = self._plan().get(number, [])
-        with self._lock:
-            self._pieces[number] = len(wanted)
-        for each in wanted:
-            self._fetch(_Transfer(each))
-        if not wanted:  # padding only
-            self._finish(number)
 
     def accept(self, number: int, digest: str, peer: str) -> None:
         """A chunk's memory was filled by a peer, and its digest is the one that is believed."""
@@ -269,22 +203,6 @@ class Load:
         with self._lock:
             return self._digests.get(number, "") if self._finished[number] else ""
 
-    def sample(self, number: int, size: int, choose: random.Random) -> bool:
-        """Whether some bytes of a chunk are the origin's, at a place that nobody can foresee. Raises what that does."""
-        wanted = self._plan().get(number)
-        if not wanted:
-            return True
-        each = choose.choice(wanted)
-        piece = each.pieces[0]
-        skip = choose.randrange(max(1, piece.size - size + 1))
-        file = self._files[each.file]
-        assert file is not None, "a manifest names only files of its source"
-        found = self._origin.read(file, each.start + skip, min(size, piece.size))
-        view = self.dram.segments[piece.segment].view
-        assert view is not None, "segments are sealed only after all readers are done"
-        with view[piece.offset + skip : piece.offset + skip + len(found)] as here:
-            return here == found
-
     def reopen(self, number: int) -> None:
         """What is in a chunk's memory is not to be believed any more."""
         segment, start, end = self._chunks[number]
@@ -301,23 +219,7 @@ class Load:
         if self.tee is not None:  # it may have written the chunk already
             self.tee.cancel()
 
-    def _plan(self) -> dict[int, list[Range]]:
-        """What to read from the origin for each chunk."""
-        with self._lock:
-            if self._by_chunk is None:
-                self._by_chunk = {}
-                for each in ranges.only(ranges.plan(self.manifest), range(len(self._chunks))):
-                    self._by_chunk.setdefault(each.pieces[0].chunk, []).append(each)
-            return self._by_chunk
-
     # --- reading --------------------------------------------------------------------------------------------------
-
-    def _expect(self, wanted: Sequence[Range]) -> None:
-        self._transfers = [_Transfer(each) for each in wanted]
-        self._pieces = [0] * len(self._chunks)
-        for each in wanted:
-            for piece in each.pieces:
-                self._pieces[piece.chunk] += 1
 
     def _read_image(self, image: Reading) -> None:
         """Takes every chunk that is right in the image; the others are in `damaged` afterwards."""
@@ -345,109 +247,6 @@ class Load:
         log.warning("chunk %d of %s on SSD is damaged (%s); reading the origin", number, self._origin.uri, why)
         with self._lock:
             self.damaged.append(number)
-
-    def _round(self) -> None:
-        """One attempt at everything that is missing, with as many readers as pay."""
-        with self._lock:
-            self._failure = None
-            self._work = deque(transfer for transfer in self._transfers if transfer.done < transfer.range.size)
-            self._over = False
-            empty = [number for number, pieces in enumerate(self._pieces) if not pieces and not self._finished[number]]
-        for number in empty:  # padding only
-            self._finish(number)
-        with self._lock:
-            while True:
-                if self._work and not self._over and not self._stopped.is_set():
-                    limit = self._parallelism.observe(self._arrived, time.monotonic())
-                    wanted = min(limit, self._readers + len(self._work))
-                    while self._readers < wanted:
-                        self._readers += 1
-                        threading.Thread(target=self._reader, name=f"reader-{self._readers}", daemon=True).start()
-                elif not self._readers:
-                    break
-                self._changed.wait(_TICK)
-            failure = self._failure
-        if failure is not None:
-            raise failure
-        if self._stopped.is_set():
-            raise OriginUnavailable(f"{self._origin.uri}: loading was stopped; the agent is shutting down")
-
-    def _reader(self) -> None:
-        try:
-            while (transfer := self._take()) is not None:
-                self._fetch(transfer)
-        except AgentError as error:
-            self._fail(error)
-        except Exception as error:  # a fault of ours must end the load, not a thread that nobody waits for
-            log.exception("loading %s failed", self._origin.uri)
-            self._fail(AgentError(f"loading {self._origin.uri} failed inside the agent: {error!r}"))
-        finally:
-            with self._lock:
-                self._readers -= 1
-                self._changed.notify_all()
-
-    def _take(self) -> _Transfer | None:
-        with self._lock:
-            if self._over or self._stopped.is_set() or self._readers > self._parallelism.limit or not self._work:
-                return None
-            return self._work.popleft()
-
-    def _fail(self, error: AgentError) -> None:
-        with self._lock:
-            self._failure = self._failure or error
-            self._over = True
-
-    def _fetch(self, transfer: _Transfer) -> None:
-        attempt = 0
-        while True:
-            before = transfer.done
-            try:
-                self._read(transfer)
-            except OriginUnavailable as error:
-                # Bytes that came are kept. Only a try that brought next to none counts: a bad link is no dead one.
-                attempt = 1 if transfer.done - before >= _WORTHWHILE else attempt + 1
-                with self._lock:
-                    self._parallelism.trouble()
-                if attempt == _ATTEMPTS or self._stopped.is_set():
-                    raise
-                log.warning("%s; trying again", error)
-                self._stopped.wait(random.uniform(0, 0.1 * 2**attempt))  # noqa: S311  jitter, not a secret
-            else:
-                return
-
-    def _read(self, transfer: _Transfer) -> None:
-        wanted = transfer.range
-        file = self._files[wanted.file]
-        assert file is not None, "a manifest names only files of its source"
-        views: list[memoryview] = []
-        try:
-            for piece in wanted.after(transfer.done):
-                view = self.dram.segments[piece.segment].view
-                assert view is not None, "segments are sealed only after all readers are done"
-                views.append(view[piece.offset : piece.offset + piece.size])
-            start = wanted.start + transfer.done
-            self._origin.read_scattered(file, start, views, lambda count: self._take_in(transfer, count))
-        finally:
-            for view in views:
-                view.release()
-
-    def _take_in(self, transfer: _Transfer, count: int) -> None:
-        """So many more bytes of a range are there; what they complete is finished."""
-        complete = []
-        with self._lock:
-            self._arrived += count
-            transfer.done += count
-            while transfer.piece < len(transfer.range.pieces):
-                piece = transfer.range.pieces[transfer.piece]
-                if transfer.done < transfer.end + piece.size:
-                    break
-                transfer.end += piece.size
-                transfer.piece += 1
-                self._pieces[piece.chunk] -= 1
-                if not self._pieces[piece.chunk]:
-                    complete.append(piece.chunk)
-        for number in complete:
-            self._finish(number)
 
     def _finish(self, number: int) -> None:
         """All bytes of a chunk are there."""

@@ -162,7 +162,7 @@ class Swarm:
                 if (ending or hopeless) and self._fanout.idle:
                     return
                 unheard = any(until > now for until in self._unheard.values())
-                limit = self._parallelism.observe(self._load.arrived, now)
+                limit = self._parallelism.observe(self._load.reader.arrived, now)
                 limit = 0 if self._origin_down or unheard else limit
                 while not ending and (step := self._fanout.next(now, limit)) is not None:
                     if step.peer == ORIGIN:
@@ -174,7 +174,7 @@ class Swarm:
         done = False
         try:
             if step.peer == ORIGIN:
-                self._load.read_chunk(step.chunk)
+                self._load.reader.read_chunk(step.chunk)
                 done = True
             else:
                 done = self._from_peer(step)
@@ -230,7 +230,7 @@ class Swarm:
         if self._origin_down or not self._origin_answers:
             return True
         try:
-            return self._load.sample(chunk, _SAMPLE, self._choose)
+            return self._load.reader.sample(chunk, _SAMPLE, self._choose)
         except OriginUnavailable as error:
             log.warning("%s; what peers give cannot be compared with it", error)
             self._origin_answers = False

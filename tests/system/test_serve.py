@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cache_agent.client import CacheClient
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
 # A flag holds a stream between two pieces for as long as the test likes: nothing here depends on time.
@@ -270,6 +273,31 @@ def test_two_replicas_share_the_weights_of_the_nodes_agent(
     second.until(lambda: second.request("/_/ready").json["state"] == "draining", "it drains as the agent says")
     assert second.request("/v1/completions", {"prompt": "a", "max_tokens": 1}).status == 200
     assert second.stop() == 0
+
+
+def test_a_function_without_the_socket_gets_its_weights_over_tcp(
+    start_agent: Callable[..., Any], started: Callable[..., Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    """In memory of its own; and it serves on when the agent goes away, and joins the next one without a transfer."""
+    token = tmp_path / "token"
+    token.write_text("a secret of this test\n")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    agent = start_agent("--agent-listen", address, "--token-file", str(token))
+    client = CacheClient(agent.socket, token="a secret of this test", timeout=30)
+    function = started(model=checkpoint, socket=f"tcp://{address}", token_file=token).wait_ready()
+    answer = function.request("/v1/chat/completions", CHAT)
+    assert answer.status == 200
+    assert not _segments([function.worker()]) & _segments([agent.pid]), "memory of its own"
+    assert client.status().models[0].leases == 1
+    agent.kill()
+    assert function.request("/v1/chat/completions", CHAT).json["choices"] == answer.json["choices"]
+    agent.start()
+    function.until(
+        lambda: [model.leases for model in client.status().models if model.state == "ready"] == [1], "it joins again"
+    )
+    assert client.push_drain("maintenance", 10.0) == 1
+    function.until(lambda: function.request("/_/ready").json["state"] == "draining", "it drains as the agent says")
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])

@@ -343,6 +343,7 @@ class Agent:
                 if self._closing:
                     load.stop()
             self._handle(events.Reserved(entry))
+            self._directory.publish(plan.source, self._holding(load))
             if self._peers is not None:  # others may ask us about it from here on
                 load.helper = self._peers.helper(load, plan.source, origin_answers=answers)
             load.observer = lambda: self._directory.publish(plan.source, self._holding(load))

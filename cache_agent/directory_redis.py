@@ -191,17 +191,19 @@ class RedisDirectory:
         self._thread.join(6 * self._timeout)
 
     def _run(self) -> None:
-        next_beat = 0.0
+        next_beat = looked = 0.0
         while not self._closing.is_set():
             self._wake.wait(max(0.0, next_beat - time.monotonic()))
             self._wake.clear()
-            due = time.monotonic() >= next_beat
+            now = time.monotonic()
+            due = now >= next_beat or (self._loads() and now - looked >= self._beat / 10)
             try:
                 reached = self._exchange(full=due)
             except Exception:  # a fault of ours must not end the thread
                 log.exception("the directory failed")
                 reached = False
             if due or not reached:
+                looked = now
                 pause = self._beat * (0.9 + 0.2 * secrets.randbelow(1000) / 1000)
                 # Who loads wants to know at once who else does.
                 next_beat = time.monotonic() + (pause / 10 if reached and self._loads() else pause)

@@ -163,6 +163,8 @@ class Swarm:
                     return
                 unheard = any(until > now for until in self._unheard.values())
                 limit = self._parallelism.observe(self._load.reader.arrived, now)
+                # What others begin is heard of a moment later: in a small model all would soon read the same chunks.
+                limit = min(limit, max(1, self._fanout.chunks // (2 + 2 * len(self._peers))))
                 limit = 0 if self._origin_down or unheard else limit
                 while not ending and (step := self._fanout.next(now, limit)) is not None:
                     if step.peer == ORIGIN:

@@ -38,11 +38,11 @@ from cache_agent.messages import (
 )
 from cache_agent.offers import Offers, Resident
 from cache_agent.origins import Origins
-from cache_agent.peers import Helped, Peers
+from cache_agent.peers import Peers
 from cache_agent.policy.estimate import Estimator, shared
 from cache_agent.resolving import Resolver
 from cache_agent.revisions import Revisions
-from cache_agent.sharing import Borrowed, Sharing
+from cache_agent.sharing import Sharing
 from cache_agent.starts import Starts
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
@@ -81,8 +81,8 @@ class Agent:
         self._numbers = count(1)
         self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
-        self.sharing = Sharing(self._borrow, self._held_of, self._keeping, self._invite)
-        self._resolver = Resolver(self._open_origin, self._revisions, self._keeping, directory, peers, config.stale)
+        self.sharing = Sharing(self._held_of, self._lock, self._keeping)
+        self._resolver = Resolver(self._open_origin, self._revisions, self._keeping, directory, peers, config)
         self._offers = Offers(self._open_origin, self._revisions, self._resident, self._handle)
 
     # --- what connections ask for ---------------------------------------------------------------------------------
@@ -411,6 +411,10 @@ class Agent:
         finally:
             for mapping in maps:
                 mapping.close()
+        if held.load is None or held.load.tee is None:  # otherwise the tee does it at its end
+            with self._lock:
+                if held.dram is not None:
+                    held.dram.seal()
         self._revisions.remember(held.description.source.id, revision)
         self._handle(events.Admitted(entry, revision))
 
@@ -419,24 +423,6 @@ class Agent:
         with self._lock:
             entry = self._residency.entry_with(source)
             return self._held.get(entry.number) if entry is not None else None
-
-    def _borrow(self, source: str, number: int) -> Borrowed | None:
-        """A chunk that is in memory, whole and right."""
-        with self._lock:
-            held = self._held_of(source)
-            place = held.description.manifest.chunk_place(number) if held is not None else None
-            if held is None or held.dram is None or place is None:
-                return None
-            if held.load is not None and not held.load.has(number):
-                return None
-            segment, start, end = place
-            digest = held.load.said_of(number) if held.load is not None else ""
-            return Borrowed(os.dup(held.dram.fds[segment]), start, end - start, digest)
-
-    def _invite(self, source: str, node: str, address: str) -> None:
-        held = self._held_of(source)
-        if held is not None and held.load is not None and isinstance(held.load.helper, Helped):
-            held.load.helper.invite(node, address)
 
     def _tell_image(self, source: str, size: int) -> None:
         if size:

@@ -22,6 +22,7 @@ from cache_agent.messages import Message
 SLOWEST = 64 << 10  # bytes per second
 _READ = 64 << 10
 _BACKLOG = 256
+_KEEPALIVE = 30  # seconds of silence until it is asked whether the other machine is there
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -53,7 +54,11 @@ class Link(Channel):
         super().__init__(sock, of_agent=of_agent, send_timeout=send_timeout)
         with contextlib.suppress(OSError):  # it may be gone already, which the first read tells
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A connection is a lease: a machine that vanished without a word must not hold one for hours.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE // 3)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Raises `Disconnected`."""

@@ -34,6 +34,10 @@ class Helper(Protocol):
         """Chunks that are being read from the origin now."""
         ...
 
+    def invite(self, node: str, address: str) -> None:
+        """Another node loads the same."""
+        ...
+
     def blame(self, peer: str, why: str) -> None:
         """What a peer gave turned out to be wrong."""
         ...

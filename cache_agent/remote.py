@@ -117,12 +117,7 @@ class RemoteConnection(Connection):
             case DescribeRequest(source):
                 self._attempt(lambda: self._agent.sharing.describe(self._link, source))
             case FollowRequest(source):
-                self._following = self._agent.sharing.follow(source)
-                self._load = self._following.load
-                if self._load is not None:
-                    self._load.watch(self.wake)
-                if self._address:
-                    self._agent.sharing.invite(source, self._peer, self._address)
+                self._attempt(lambda: self._begin_to_tell(source))
             case LeaseRequest():
                 self._have = message.have
                 super()._answer(message, fds)
@@ -130,6 +125,14 @@ class RemoteConnection(Connection):
                 raise ProtocolError("memory cannot be offered over TCP")
             case _:
                 super()._answer(message, fds)
+
+    def _begin_to_tell(self, source: str) -> None:
+        self._following = self._agent.sharing.follow(source)
+        self._load = self._following.load
+        if self._load is not None:
+            self._load.watch(self.wake)
+        if self._address:
+            self._agent.sharing.invite(source, self._peer, self._address)
 
     def _attempt(self, give: Callable[[], None]) -> None:
         try:
@@ -190,7 +193,7 @@ class RemoteConnection(Connection):
         if now < self._told_at + _TELL_SECONDS:
             return
         if following.over:
-            raise ModelNotFound("the model has left this node's memory")
+            self._refuse(ModelNotFound("the model has left this node's memory"))
         news = following.news()
         if news is not None or now >= self._told_at + _BREATH_SECONDS:
             self._told_at = now

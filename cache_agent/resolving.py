@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from cache_agent.checkpoint import Description, describe
+from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory
 from cache_agent.errors import OriginUnavailable
 from cache_agent.held import Resolution
@@ -33,11 +34,16 @@ class Resolver:
         keeping: Keeping,
         directory: Directory,
         peers: Peers | None,
-        stale: float,
+        config: AgentConfig,
     ) -> None:
-        """`stale` in seconds; 0: only the origin is believed."""
+        """With `config.stale` 0 only the origin is believed.
+
+        What another node describes counts only where as many as `config.peer_witnesses` said which revision has to
+        come out.
+        """
+        self._stale, self._witnesses = config.stale, config.peer_witnesses
         self._open_origin, self._revisions, self._keeping = open_origin, revisions, keeping
-        self._directory, self._peers, self._stale = directory, peers, stale
+        self._directory, self._peers = directory, peers
 
     def resolve(self, uri: str) -> Resolution:
         """Raises what the origin does, when nothing stands in for it."""
@@ -72,6 +78,8 @@ class Resolver:
                 return description, when
         source, when = self._directory.validation(uri)
         if not source or time.time() - when > self._stale or self._peers is None:
+            return None
+        if not self._revisions.of(source) and not self._revisions.stated(source, self._witnesses):
             return None
         told = self._peers.describe(source)
         return None if told is None or told.source.uri != uri else (told, when)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,18 +23,15 @@ MOST_SAID = 4096  # chunks in one message
 class Sharing:
     """Any thread; what is sent is sent in the caller's."""
 
-    def __init__(
-        self,
-        borrow: Callable[[str, int], Borrowed | None],
-        held: Callable[[str], Held | None],
-        keeping: Keeping,
-        invite: Callable[[str, str, str], None],
-    ) -> None:
-        """`borrow(source, chunk)`: a chunk in memory, on a description of the caller's own. `held(source)` in memory.
+    def __init__(self, held: Callable[[str], Held | None], lock: threading.RLock, keeping: Keeping) -> None:
+        """`held(source)` is the copy in memory, which nobody closes under `lock`."""
+        self._held, self._lock, self._keeping = held, lock, keeping
 
-        `invite(source, node, address)`: a node that loads the same.
-        """
-        self._borrow, self._held, self._keeping, self.invite = borrow, held, keeping, invite
+    def invite(self, source: str, node: str, address: str) -> None:
+        """Tells the load of a source that a node loads the same."""
+        held = self._held(source)
+        if held is not None and held.load is not None and held.load.helper is not None:
+            held.load.helper.invite(node, address)
 
     def send(self, link: Link, source: str, number: int, layout: int) -> None:
         """Sends a chunk. Raises `ModelNotFound` when it is not here, or `Disconnected`."""
@@ -52,6 +50,19 @@ class Sharing:
                 raise ModelNotFound(f"chunk {number} of {source} is not on this node now")
             link.send(Chunk(content.chunk_digest(chunk), len(chunk)))
             link.send_bytes(chunk)
+
+    def _borrow(self, source: str, number: int) -> Borrowed | None:
+        """A chunk that is in memory, whole and right."""
+        with self._lock:
+            held = self._held(source)
+            place = held.description.manifest.chunk_place(number) if held is not None else None
+            if held is None or held.dram is None or place is None:
+                return None
+            if held.load is not None and not held.load.has(number):
+                return None
+            segment, start, end = place
+            digest = held.load.said_of(number) if held.load is not None else ""
+            return Borrowed(os.dup(held.dram.fds[segment]), start, end - start, digest)
 
     def describe(self, link: Link, source: str) -> None:
         """Sends what is needed besides the weights. Raises `ModelNotFound`, `Disconnected`."""

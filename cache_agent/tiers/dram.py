@@ -74,7 +74,9 @@ class Segment:
             except OSError as error:
                 # A client can hold these seals back, with F_SEAL_SEAL (EPERM) or a reference to a page, say in a pipe
                 # (EBUSY). Nobody can write all the same: the only writable mapping is gone, and no other can be made.
-                if error.errno not in (errno.EPERM, errno.EBUSY):
+                if error.errno == errno.EBUSY:  # another node may just be given some pages: it is tried again
+                    return
+                if error.errno != errno.EPERM:
                     raise
             os.close(self._owner)
             self._owner = -1

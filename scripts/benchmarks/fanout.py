@@ -44,7 +44,7 @@ def run(quick: bool, console: Console) -> Report:
     nodes = 4 if quick else _NODES
     try:
         with _checkpoint(quick, console) as place, store(place) as s3, _redis() as redis:
-            bench = _Fanout(s3, redis, models.weight_bytes(place), _RATE * (4 if quick else 1))
+            bench = _Fanout(s3, redis, models.weight_bytes(place), _RATE * (2 if quick else 1))
             variants = [
                 Variant("one agent", lambda: bench.load(1)),
                 Variant("all agents", lambda: bench.load(nodes)),

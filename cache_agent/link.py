@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from cache_agent.errors import BadConfig, ProtocolError
 from cache_agent.fdsocket import Channel, Disconnected
+from cache_agent.manifest import PAGE
 from cache_agent.messages import Message
 
 SLOWEST = 64 << 10  # bytes per second
@@ -81,7 +82,7 @@ class Link(Channel):
                 if error.errno != errno.EINVAL:
                     raise Disconnected(error.strerror or str(error)) from error
                 # Some filesystems cannot feed a socket themselves, hugetlbfs of older kernels among them.
-                start = (offset + done) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                start = (offset + done) // PAGE * PAGE
                 with (
                     mmap.mmap(fd, offset + size - start, prot=mmap.PROT_READ, offset=start) as pages,
                     memoryview(pages) as view,

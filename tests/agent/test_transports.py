@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
@@ -69,6 +70,27 @@ def test_a_lease_brings_the_bytes(client, tensors):
         lease.wait_ready(soon())
         assert (lease.tier, contents(lease)["model.norm.weight"]) == ("dram", tensors["model.norm.weight"][2])
     assert seen == sorted(seen)
+
+
+def test_where_a_file_cannot_feed_a_socket_its_pages_are_sent(client, tensors, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "sendfile", refuse)
+    with client.lease(URI, deadline=soon()) as lease:
+        lease.wait_ready(soon())
+        assert contents(lease) == {name: content for name, (_, _, content) in tensors.items()}
+
+
+def test_huge_pages_on_both_ends(start_local_agent, checkpoint_files, tensors, huge_pages):
+    """The agent's memory is of 2 MiB pages, and so is the function's own."""
+    huge_pages(24)
+    origins = {URI: FakeOrigin(URI, checkpoint_files(tensors))}
+    agent = start_local_agent(origins, TOKEN, key=KEY, huge_pages="always")
+    with CacheClient(f"tcp://{agent.address}", token=TOKEN, timeout=30).lease(URI, deadline=soon()) as lease:
+        lease.wait_ready(soon())
+        assert agent.agent.status()[2][0].page == lease.page == 2 << 20
+        assert contents(lease) == {name: content for name, (_, _, content) in tensors.items()}
 
 
 def test_the_memory_cannot_be_changed(client):

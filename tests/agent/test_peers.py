@@ -35,6 +35,15 @@ def other_files(checkpoint_files):
     return checkpoint_files(seed=8, layers=4, hidden=800, vocabulary=3000)
 
 
+@pytest.fixture(scope="module")
+def flipped(files):
+    """The same but for one bit."""
+    name = "model.safetensors"
+    content = bytearray(files[name])
+    content[len(content) // 2] ^= 1
+    return {**files, name: bytes(content)}
+
+
 class SameName(FakeOrigin):
     """An origin whose files look the same from outside whatever is in them: what a lying node says that it read."""
 
@@ -171,14 +180,26 @@ def test_a_node_that_gives_other_bytes_is_left(cluster, files, other_files, righ
     assert "n0" in honest.agent._peers._liars
 
 
-def test_a_node_that_lies_about_one_byte_is_not_believed_by_two(cluster, files, right):
+def test_a_node_that_lies_about_one_byte_is_not_believed_by_two(cluster, files, flipped, right):
     """No sample would find it; but with two witnesses nobody's word alone is enough."""
-    name = "model.safetensors"
-    content = bytearray(files[name])
-    content[len(content) // 2] ^= 1
-    agents = cluster({**files, name: bytes(content)}, files, files, peer_witnesses=2)
+    agents = cluster(flipped, files, files, peer_witnesses=2)
     Loads().run(agents[0])
     assert {digest for _, digest in Loads().run(*agents[1:])} == {right}
+
+
+def test_one_wrong_byte_is_found_where_the_revision_is_known(cluster, files, flipped, right, eventually):
+    """The node that knew it is gone; who has the model now changed a byte. Nothing is ready before it is proved."""
+    honest, liar, receiver = cluster(files, flipped, files)
+    assert Loads().run(honest) == [("origin", right)]
+    eventually(lambda: honest.client.status().models[0].revision)
+    honest.client.evict(URI)
+    liar.agent._revisions.remember = lambda *_: None  # otherwise its word would stand against that of the first
+    liar.agent._peers._liars.add("n0")
+    Loads().run(liar)
+    assert Loads().run(receiver)[0][1] == right
+    assert "n1" in receiver.agent._peers._liars
+    revisions = receiver.directory.stated(receiver.client.status().models[0].source)
+    assert len(set(revisions.values())) == 1
 
 
 def test_a_liar_among_nodes_that_load_together(cluster, files, other_files, right):

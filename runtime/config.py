@@ -62,6 +62,8 @@ class FunctionConfig:
     max_body: int = 16 << 20
     private_weights: bool = False
     lean_imports: bool = True
+    layers: str = "model"
+    hold: str = ""
     threads: int = 0
     start_timeout: float = 600.0
     drain_linger: float = 0.0
@@ -78,6 +80,9 @@ class FunctionConfig:
                 raise BadConfig(f"GLOWPLUG_{name.upper()} is {value:g}; it must be at least {least}, and finite")
         if not 0 <= self.port < 65536:
             raise BadConfig(f"GLOWPLUG_PORT is {self.port}; ports go from 0 (any free one) to 65535")
+        if self.layers not in ("model", "lang", "off"):
+            raise BadConfig(f"GLOWPLUG_LAYERS is {self.layers!r}; use model, lang or off")
+        _ = self.holds
         if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise BadConfig(f"GLOWPLUG_LOG_LEVEL is {self.log_level!r}; use debug, info, warning or error")
 
@@ -87,6 +92,20 @@ class FunctionConfig:
         if not self.model:
             raise BadConfig("GLOWPLUG_MODEL is not set; name the model, like s3://bucket/prefix or file:///directory")
         return self.model if "://" in self.model else "file://" + os.path.abspath(self.model)
+
+    @property
+    def holds(self) -> dict[str, float]:
+        """Seconds for which idle layers are held, where that is not left to their price, by level."""
+        found: dict[str, float] = {}
+        for part in filter(None, (part.strip() for part in self.hold.split(","))):
+            level, _, seconds = part.partition("=")
+            try:
+                found[level] = float(seconds)
+            except ValueError:
+                found[level] = -1.0
+            if level not in ("user", "model", "lang") or not found[level] >= 0:
+                raise BadConfig(f"GLOWPLUG_HOLD has {part!r}; write seconds by layer, like user=60,model=600,lang=inf")
+        return found
 
     @property
     def served_name(self) -> str:

@@ -1,8 +1,8 @@
 """Loads the function developer's code and turns what it returns into an HTTP response.
 
 The convention is OpenFaaS' python3-http: `handle(event, context)` in `handler.py` of a folder that is imported as the
-package `function`. Ours adds `context.model`, an optional `load(context)` that runs once per worker before the first
-request, and iterators as results, which are streamed.
+package `function`. Ours adds `context.model`, two hooks, `load(context)` and `after_fork(context)`, which run in this
+order before the first request, and iterators as results, which are streamed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class Handler:
 
 
 def load(folder: str, packages: str, model: Model, scope: Scope = nullcontext) -> Handler:
-    """Imports `handler.py` of `folder` and runs its `load`. Raises `HandlerNotFound`, `HandlerImportFailed`.
+    """Imports `handler.py` of `folder` and runs its hooks. Raises `HandlerNotFound`, `HandlerImportFailed`.
+
+    `load` prepares what processes may share, `after_fork` what each must have for itself.
 
     `packages` is the directory of the function's own requirements; both come last on `sys.path`, so that nothing in
     them can take the place of the runtime's modules.
@@ -92,9 +94,10 @@ def load(folder: str, packages: str, model: Model, scope: Scope = nullcontext) -
         handle = getattr(module, "handle", None)
         if not callable(handle):
             raise HandlerNotFound(f"{place}/handler.py defines no handle(event, context)")
-        if prepare := getattr(module, "load", None):
-            with scope():
-                prepare(Context(model))
+        for hook in ("load", "after_fork"):
+            if prepare := getattr(module, hook, None):
+                with scope():
+                    prepare(Context(model))
     except FunctionError:
         raise
     except BaseException as error:

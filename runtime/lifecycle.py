@@ -50,6 +50,11 @@ class Lifecycle:
         return self._inside
 
     @property
+    def turns(self) -> int:
+        """How often a request has come or gone."""
+        return self._turns
+
+    @property
     def handler(self) -> Handler | None:
         return self._handler
 

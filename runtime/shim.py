@@ -1,7 +1,8 @@
 """Owns a function container: the listening socket, the worker, and a private cache agent where the node has none.
 
 Standard library only: until the worker runs, every import here delays it. Life: open the port, start the children,
-watch them, replace a crashed worker, pass SIGTERM on, reap everything, exit with the truth:
+watch them, let an idle worker go and start one for the next request, replace a crashed one, pass SIGTERM on, reap
+everything, exit with the truth:
 
     0            SIGTERM came and every request was answered
     64 … 69      a FunctionError that a restart does not cure (see errors.py), as the worker reported it,
@@ -22,44 +23,32 @@ import json  # noqa: E402
 import select  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
+from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
 
+from runtime.children import Child, become_subreaper, executed_at, reap, spawn  # noqa: E402
 from runtime.config import DEFAULT_SOCKET, FunctionConfig, from_environment  # noqa: E402
 from runtime.control import Lines, checked_spans  # noqa: E402
 from runtime.errors import BadConfig, FunctionError, WorkerCrashed  # noqa: E402
+from runtime.port import open_port  # noqa: E402
 
-_BACKLOG = 1024
+if TYPE_CHECKING:
+    from runtime.private_agent import PrivateAgent
+    from runtime.zygote.pod import Pod
+
 _CRASHES, _CRASH_WINDOW = 3, 60.0
 _REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
 _AGENT_SECONDS = 5.0
-_PR_SET_CHILD_SUBREAPER = 36
+_FORK_SECONDS = 2.0  # what a zygote has to answer a request to fork
+_RETIRE_AGAIN = 1.0  # seconds until an idle worker that has connections is asked again
+_ORPHAN_SECONDS = 2.0  # what a dead worker's status may take to come
 
 
-class Child:
-    """A process of ours: pid, pidfd, and since when it runs."""
+class _Forking(NamedTuple):
+    """A worker that a zygote was asked for: the worker's end of the line is ours until it is there."""
 
-    def __init__(
-        self, arguments: list[str], fds: tuple[int, ...], environment: dict[str, str], blocked: tuple[int, ...] = ()
-    ) -> None:
-        """`fds` are inherited under their own numbers; everything else is close-on-exec. Signals that are `blocked`
-        wait until the process takes them."""
-        for fd in fds:
-            os.set_inheritable(fd, True)
-        try:
-            command = [sys.executable, *arguments]
-            self.pid = os.posix_spawn(sys.executable, command, environment, setsigmask=blocked)
-        finally:
-            for fd in fds:
-                os.set_inheritable(fd, False)
-        self.pidfd = os.pidfd_open(self.pid)
-        self.status: int | None = None  # of waitpid, once it has ended
-
-    def signal(self, number: int) -> None:
-        if self.status is None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, number)
-
-    def close(self) -> None:
-        os.close(self.pidfd)
+    number: int
+    line: socket.socket
+    until: float
 
 
 class Shim:
@@ -67,9 +56,10 @@ class Shim:
 
     def __init__(self, config: FunctionConfig) -> None:
         self.config = config
-        self.spans: list[tuple[str, str, int, int]] = [("shim", "python", _exec_time(), _T0)]
+        self.spans: list[tuple[str, str, int, int]] = [("shim", "python", executed_at(_T0), _T0)]
         self.start_id = os.urandom(8).hex()
-        self._listener = self._open_port()
+        self._listener = open_port(config)
+        self.spans.append(("shim", "listen", _T0, time.monotonic_ns()))
         self._poller = select.poll()
         self._wake, wake = socket.socketpair()
         for end in (self._wake, wake):
@@ -79,46 +69,27 @@ class Shim:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, lambda _number, _frame: None)  # the wakeup fd records them
         self._worker: Child | None = None
+        self._dead_at = float("inf")
+        self._born = False  # whether there ever was one
+        self._turn = 0  # of the last load that it told
         self._line: socket.socket | None = None
         self._lines = Lines()
         self._heard = 0.0
         self._crashes: list[float] = []
-        self._agent: Child | None = None
+        self._agent: PrivateAgent | None = None
         self._agent_path = ""
-        self._agent_socket: socket.socket | None = None
-        self._agent_directory = ""
+        self._pod: Pod | None = None
+        self._forking: _Forking | None = None
+        self._asked_at = 0.0  # when the worker was asked for
+        self._retire_at = 0.0  # when it may be asked to retire (again)
+        self._retired = self._forked = False
+        self._parked = False  # no worker, on purpose
+        self._arrived: list[socket.socket] = []  # connections that were taken while parked, for the next worker
         self._stopping = False
         self._verdict = 0  # the exit code of a stop that nobody asked for
-        self._kill_at = float("inf")
+        self._kill_at = self._leave_at = float("inf")
 
     # --- startup --------------------------------------------------------------------------------------------------
-
-    def _open_port(self) -> socket.socket:
-        if self.config.listen_fd >= 0:
-            return self._take_port(self.config.listen_fd)
-        listener = socket.socket(socket.AF_INET6 if ":" in self.config.host else socket.AF_INET)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((self.config.host, self.config.port))
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            raise BadConfig(
-                f"cannot listen on {self.config.host}:{self.config.port}: {error.strerror}; set PORT to another port"
-            ) from error
-        self.spans.append(("shim", "listen", _T0, time.monotonic_ns()))
-        return listener
-
-    def _take_port(self, fd: int) -> socket.socket:
-        """A socket that was opened before this process began, so that requests wait for it from the first instant."""
-        try:
-            listener = socket.socket(fileno=fd)
-            listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError as error:
-            raise BadConfig(f"GLOWPLUG_LISTEN_FD is {fd}, which is no open socket ({error.strerror})") from error
-        if not listening:
-            raise BadConfig(f"GLOWPLUG_LISTEN_FD is {fd}, a socket that does not listen")
-        listener.set_inheritable(False)
-        return listener
 
     @property
     def port(self) -> int:
@@ -134,69 +105,165 @@ class Shim:
                 with contextlib.suppress(OSError):
                     probe.connect(DEFAULT_SOCKET)
                     return DEFAULT_SOCKET
-        import tempfile
+        from runtime.private_agent import PrivateAgent
 
-        self._agent_directory = tempfile.mkdtemp(prefix="glowplug-")
-        path = os.path.join(self._agent_directory, "agent.sock")
-        self._agent_socket = socket.socket(socket.AF_UNIX)
-        self._agent_socket.bind(path)
-        self._agent_socket.listen(64)
-        self._start_agent()
-        return path
+        self._agent = PrivateAgent()
+        self._agent.start()
+        return self._agent.path
 
-    def _start_agent(self) -> None:
-        assert self._agent_socket is not None, "only a private agent is started here"
-        fd = self._agent_socket.fileno()
-        environment = {name: value for name, value in os.environ.items() if name != "GLOWPLUG_SOCKET"}
-        self._agent = Child(["-P", "-m", "cache_agent.daemon", str(fd), str(os.getpid())], (fd,), environment)
-
-    def _start_worker(self) -> None:
+    def _start_worker(self, *, ahead: bool = False) -> None:
+        """From the deepest layer that is there, else from the interpreter. Connections that have arrived go with it."""
         start = time.monotonic_ns()
-        if self._crashes:  # another start, with a ledger of its own
+        self._asked_at = time.monotonic()
+        if self._born:  # another start, with a ledger of its own
             self.start_id, self.spans = os.urandom(8).hex(), [("shim", "restart", start, start)]
+        self._born = True
+        self._parked = self._retired = self._forked = False
+        self._turn = 0
         ours, theirs = socket.socketpair()
-        with theirs:
-            environment = dict(os.environ, GLOWPLUG_SOCKET=self._agent_path)
-            spans = json.dumps(self.spans)
-            arguments = [str(self._listener.fileno()), str(theirs.fileno()), str(os.getpid()), self.start_id, spans]
-            fds = (self._listener.fileno(), theirs.fileno())
-            # A SIGTERM that comes before it can take it must not kill it: requests may wait for it already.
-            blocked = (signal.SIGTERM, signal.SIGINT)
-            self._worker = Child(["-P", "-m", "runtime.worker", *arguments], fds, environment, blocked)
         ours.setblocking(False)
         self._line, self._lines = ours, Lines()
         self._heard = time.monotonic()
         self._poller.register(ours, select.POLLIN)
-        self._poller.register(self._worker.pidfd, select.POLLIN)
+        number = 0
+        if self._pod is not None:
+            number = self._pod.fork(
+                time.monotonic(),
+                ahead=ahead,
+                listener=self._listener.fileno(),
+                line=theirs.fileno(),
+                connections=[each.fileno() for each in self._arrived],
+                environment=dict(os.environ, GLOWPLUG_SOCKET=self._agent_path),
+                start_id=self.start_id,
+                spans=json.dumps(self.spans),
+                cwd=os.getcwd(),
+            )
+        if number:
+            self._forking = _Forking(number, theirs, time.monotonic() + _FORK_SECONDS)
+        else:
+            self._boot(theirs)
         self.spans.append(("shim", "spawn", start, time.monotonic_ns()))
+
+    def _boot(self, line: socket.socket) -> None:
+        with line:
+            fds = [self._listener.fileno(), line.fileno(), *(each.fileno() for each in self._arrived)]
+            listener, control, *connections = map(str, fds)
+            arguments = [listener, control, str(os.getpid()), self.start_id, json.dumps(self.spans), *connections]
+            # A SIGTERM that comes before it can take it must not kill it: requests may wait for it already.
+            blocked = (signal.SIGTERM, signal.SIGINT)
+            environment = dict(os.environ, GLOWPLUG_SOCKET=self._agent_path)
+            self._adopt(spawn(["-P", "-m", "runtime.worker", *arguments], fds, environment, blocked))
+
+    def _adopt(self, worker: Child) -> None:
+        """It is there, and has the connections now."""
+        self._worker, self._dead_at = worker, float("inf")
+        self._poller.register(worker.pidfd, select.POLLIN)
+        while self._arrived:
+            self._arrived.pop().close()
+        if self._stopping:
+            worker.signal(signal.SIGTERM)
 
     # --- running --------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        _become_subreaper()
+        become_subreaper()
         self._poller.register(self._wake, select.POLLIN)
         try:
             _say(f"port {self.port} is open, starting {self.config.model_uri}")
             self._agent_path = self._find_agent()
             self._start_worker()
             while True:
-                timeout = min(1.0, self._kill_at - time.monotonic())
-                self._poller.poll(max(0.0, timeout) * 1000)
+                self._wait()
                 self._take_signals()
                 self._read_line()
+                self._step_layers()
                 self._reap()
                 self._enforce_deadlines()
-                if self._worker is not None and self._worker.status is not None:
-                    code = self._worker_ended(self._worker.status)
-                    if code is not None:
-                        return code
-                if self._agent is not None and self._agent.status is not None:
-                    self._agent_ended(self._agent.status)
+                code = self._look_at_children()
+                if code is not None:
+                    return code
         finally:
             self._stop_children()
             # Whoever opened an inherited socket may still hold it: late requests must not wait on it for ever.
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
+
+    def _wait(self) -> None:
+        """Until something happens, or is due."""
+        timeout = min(1.0, self._kill_at - time.monotonic())
+        registered = [] if self._pod is None else self._pod.fds()
+        if self._pod is not None:
+            timeout = min(timeout, self._pod.seconds(time.monotonic()))
+        for fd in registered:
+            self._poller.register(fd, select.POLLIN)
+        if self._parked:
+            self._poller.register(self._listener, select.POLLIN)
+        try:
+            ready = self._poller.poll(max(0.0, timeout) * 1000)
+        finally:
+            for fd in registered:
+                self._poller.unregister(fd)
+            if self._parked:
+                self._poller.unregister(self._listener)
+        if self._parked and any(fd == self._listener.fileno() for fd, _ in ready):
+            self._receive()
+
+    def _receive(self) -> None:
+        """A connection waits and no worker is there: probes are answered here, whatever else needs a worker."""
+        from runtime.parked import take
+
+        connection = take(self._listener)
+        if connection is not None:
+            self._arrived.append(connection)
+            self._start_worker()
+
+    def _look_at_children(self) -> int | None:
+        """What became of those that have ended; the exit code, if that ends the container."""
+        if self._worker is not None and self._worker.status is not None:
+            code = self._worker_ended(self._worker.status)
+            if code is not None:
+                return code
+        if self._agent and self._agent.process is not None and self._agent.process.status is not None:
+            self._agent_ended(self._agent)
+        if self._parked and self._stopping and time.monotonic() >= self._leave_at:
+            return self._verdict
+        return None
+
+    def _step_layers(self) -> None:
+        """Lets zygotes be built and dropped, and follows what they say about workers."""
+        pod, now = self._pod, time.monotonic()
+        if pod is None:
+            return
+        for event in pod.step(now):
+            forking = self._forking
+            match type(event).__name__, event:
+                case "Forked", (int(number), int(pid), int(pidfd)):
+                    if forking is None or number != forking.number:
+                        os.close(pidfd)  # it came too late, and its line is closed: it ends by itself
+                        continue
+                    self._forking, self._forked = None, True
+                    forking.line.close()
+                    self._adopt(Child(pid, pidfd))
+                case "Refused", (int(number), str(why)) if forking is not None and number == forking.number:
+                    self._boot_instead(why)
+                case "Ended", (int(pid), int(status)) if self._worker is not None and pid == self._worker.pid:
+                    self._worker.status = status
+        if self._forking is not None and now >= self._forking.until:
+            self._boot_instead("the zygote did not answer")
+        if self._stopping:
+            return
+        if self._parked and pod.wants_worker(now):
+            self._start_worker(ahead=True)
+        elif self._line is not None and self._worker is not None and now >= self._retire_at and pod.wants_drop(now):
+            self._retire_at = now + _RETIRE_AGAIN
+            with contextlib.suppress(OSError):
+                self._line.send(b'{"retire":1}\n')
+
+    def _boot_instead(self, why: str) -> None:
+        assert self._forking is not None, "it was to be forked"
+        line, self._forking = self._forking.line, None
+        _say(f"the worker is not forked: {why}; it is booted")
+        self._boot(line)
 
     def _take_signals(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -207,12 +274,14 @@ class Shim:
                 self._begin_stop()
 
     def _begin_stop(self) -> None:
-        if self._stopping or self._worker is None:
+        if self._stopping or not self._born:
             return
         self._stopping = True
+        self._leave_at = time.monotonic() + self.config.drain_linger
         # The worker keeps to the grace itself; this is for one that hangs.
         self._kill_at = min(self._kill_at, time.monotonic() + self.config.drain_linger + self.config.drain_grace + 5.0)
-        self._worker.signal(signal.SIGTERM)
+        if self._worker is not None:
+            self._worker.signal(signal.SIGTERM)
 
     def _read_line(self) -> None:
         if self._line is None:
@@ -230,12 +299,31 @@ class Shim:
             return
         self._heard = time.monotonic()
         for message in self._lines.feed(data):
-            if message.get("state") == "ready":
-                self._report_ready()
+            self._hear(message)
             self.spans += checked_spans(message.get("spans"))
             match message.get("error"):
                 case [str(code), str(text)]:
                     _say(f"{text} [{code}]")
+
+    def _hear(self, message: dict[str, object]) -> None:
+        now = time.monotonic()
+        match message:
+            case {"state": "ready"}:
+                self._report_ready()
+                if self.config.layers != "off" and self._pod is None:
+                    from runtime.zygote.pod import Pod  # not before: the first start has to do without
+
+                    self._pod = Pod(self.config, self._agent_path, _say)
+                if self._pod is not None:
+                    self._pod.worker_ready(str(message.get("kind", "")), now - self._asked_at, self._forked, now)
+            case {"state": "retired"}:
+                self._retired = True
+            case {"load": [int(turn), int(inside)]} if turn > self._turn:
+                self._turn = turn
+                if self._pod is not None:
+                    self._pod.load(inside, now)
+            case {"bytes": int(size)} if self._pod is not None:
+                self._pod.worker_bytes(size)
 
     def _report_ready(self) -> None:
         """The start in one line of the log, for whoever reads it at night."""
@@ -244,23 +332,24 @@ class Shim:
         _say(f"ready after {total:.0f} ms ({phases})")
 
     def _reap(self) -> None:
-        """Also of processes that user code left behind: as pid 1 or subreaper they are ours."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            for child in (self._worker, self._agent):
-                if child is not None and child.pid == pid:
+        for pid, status in reap().items():
+            for child in self._children():
+                if child.pid == pid:
                     child.status = status
+
+    def _children(self) -> list[Child]:
+        agent = self._agent.process if self._agent else None
+        return [each for each in (self._worker, agent) if each is not None]
 
     def _enforce_deadlines(self) -> None:
         now = time.monotonic()
         worker = self._worker
         if worker is None or worker.status is not None:
             return
+        if worker.dead():
+            self._dead_at = min(self._dead_at, now)
+            if now - self._dead_at > _ORPHAN_SECONDS:
+                worker.status = 1 << 8  # its zygote went without telling how it ended
         if now >= self._kill_at:
             _say(
                 "the worker did not stop in time and is killed; raise GLOWPLUG_DRAIN_GRACE if its requests need longer"
@@ -284,6 +373,12 @@ class Shim:
             self._line.close()
             self._line = None
         code = os.waitstatus_to_exitcode(status)
+        if self._retired and code == 0:
+            self._parked = True
+            if self._pod is not None:
+                self._pod.worker_gone(time.monotonic())
+            _say("the worker was idle and is gone; the next request starts another")
+            return None
         if self._stopping:
             return self._verdict or (code if code >= 0 else 128 - code)
         if code in _REPORTED:
@@ -305,13 +400,10 @@ class Shim:
         self._start_worker()
         return None
 
-    def _agent_ended(self, status: int) -> None:
-        assert self._agent is not None, "it has just ended"
-        self._agent.close()
-        self._agent = None
+    def _agent_ended(self, agent: PrivateAgent) -> None:
+        code = agent.ended()
         if self._stopping:
             return
-        code = os.waitstatus_to_exitcode(status)
         if code == BadConfig.exit_code:  # it has said why, and would say it again
             self._verdict = code
             self._begin_stop()
@@ -324,41 +416,32 @@ class Shim:
             self._begin_stop()
             return
         _say(f"the private cache agent ended ({code}); starting another")
-        self._start_agent()
+        agent.start()
 
     # --- shutdown -------------------------------------------------------------------------------------------------
 
     def _stop_children(self) -> None:
         deadline = time.monotonic() + _AGENT_SECONDS
-        for child, number in ((self._worker, signal.SIGKILL), (self._agent, signal.SIGTERM)):
-            if child is not None:
-                child.signal(number)
-        while time.monotonic() < deadline and any(c and c.status is None for c in (self._worker, self._agent)):
+        if self._pod is not None:
+            self._pod.close()
+        agent = self._agent.process if self._agent else None
+        if self._worker is not None:
+            self._worker.signal(signal.SIGKILL)
+        if agent is not None:
+            agent.signal(signal.SIGTERM)
+        while time.monotonic() < deadline and any(child.status is None for child in self._children()):
             self._poller.poll(50)
             with contextlib.suppress(BlockingIOError):
                 self._wake.recv(4096)
+            if self._pod is not None and self._worker is not None and self._worker.dead():
+                break  # how it ended was its zygote's to tell
             self._reap()
+        if agent is not None:
+            agent.signal(signal.SIGKILL)
         if self._agent is not None:
-            self._agent.signal(signal.SIGKILL)
-        if self._agent_directory:
-            with contextlib.suppress(OSError):
-                os.unlink(self._agent_path)
-            with contextlib.suppress(OSError):
-                os.rmdir(self._agent_directory)
-
-
-def _exec_time() -> int:
-    """When this process was executed, in ns of CLOCK_MONOTONIC, to the kernel's clock tick (10 ms)."""
-    with open("/proc/self/stat", encoding="ascii") as file:
-        ticks = int(file.read().rpartition(") ")[2].split()[19])
-    since_boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
-    return min(_T0, ticks * 10**9 // os.sysconf("SC_CLK_TCK") - since_boot)
-
-
-def _become_subreaper() -> None:
-    import ctypes
-
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            self._agent.close()
+        self._reap()
+        signal.set_wakeup_fd(-1)
 
 
 def _say(text: str) -> None:

@@ -30,6 +30,7 @@ from cache_agent.errors import AgentError, AgentTimeout
 from cache_agent.ledger import Ledger, Span
 from cache_agent.manifest import model_config
 from cache_agent.messages import TEXT_LIMIT, Admitted, Drain, Started
+from runtime.children import private_bytes
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, NotReady, WeightsUnavailable
@@ -68,6 +69,7 @@ class Worker:
         self._exit: FunctionError | None = None
         self._start_kind: str = warm.level if warm else "cold"
         self._reported = 0
+        self._seen_turns = self._sized_turns = -1
         self._reporting = threading.Lock()
 
     def run(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket] = ()) -> int:
@@ -297,8 +299,17 @@ class Worker:
 
     def _beat(self) -> None:
         self._line.send(beat=1)
+        self._report_size()
         if self._report_spans() and self._lifecycle.state != "starting":
             threading.Thread(target=self._report_start, name="report", daemon=True).start()  # no beat waits for it
+
+    def _report_size(self) -> None:
+        """What the shim would get back without this worker, once after each time of work."""
+        turns = self._lifecycle.turns
+        if turns == self._seen_turns != self._sized_turns and not self._lifecycle.inside:
+            self._sized_turns = turns
+            self._line.send(bytes=private_bytes())
+        self._seen_turns = turns
 
     def _report_spans(self) -> bool:
         """Whether there was anything new to tell."""
@@ -408,13 +419,16 @@ def _live(
 
 
 def main(arguments: list[str]) -> int:
-    """`arguments`: fds of the listening socket and the control line, pid of the shim, start id, its spans as JSON."""
+    """`arguments`: fds of the listening socket and the control line, pid of the shim, start id, its spans as JSON, and
+    fds of connections that wait already."""
     born = time.monotonic_ns()
     gc.disable()  # until the model is there: hardly anything of what a start makes is garbage
-    listen_fd, control_fd, parent, start_id, spans = arguments
-    for fd in (int(listen_fd), int(control_fd)):
-        os.set_inheritable(fd, False)
-    return _live(int(listen_fd), int(control_fd), _ledger(start_id, spans, "python", born), int(parent))
+    listen_fd, control_fd, parent, start_id, spans, *connections = arguments
+    for fd in (listen_fd, control_fd, *connections):
+        os.set_inheritable(int(fd), False)
+    accepted = [socket.socket(fileno=int(fd)) for fd in connections]
+    ledger = _ledger(start_id, spans, "python", born)
+    return _live(int(listen_fd), int(control_fd), ledger, int(parent), accepted=accepted)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from runtime.children import private_bytes
 from runtime.zygote.spawn import Spec
 from runtime.zygote.warm import Warm
 from runtime.zygote.wire import Gone, Wire
@@ -201,16 +202,6 @@ def keep_only(fds: set[int]) -> None:
         if int(name) not in fds:
             with contextlib.suppress(OSError):  # the one that listed them is closed already
                 os.close(int(name))
-
-
-def private_bytes() -> int:
-    """What would be freed if this process went: pages that no other process has."""
-    total = 0
-    with contextlib.suppress(OSError), open("/proc/self/smaps_rollup", encoding="ascii") as file:
-        for line in file:
-            if line.startswith(("Private_Clean:", "Private_Dirty:")):
-                total += int(line.split()[1]) << 10
-    return total
 
 
 def name_process(what: str) -> None:

@@ -24,7 +24,7 @@ pytest.importorskip("torch")
 # A real zygote, whose workers do what the request says instead of serving.
 PROGRAM = """
 import json, os, random, signal, sys, time
-from runtime import worker
+from runtime import children, worker
 from runtime.zygote import forkserver
 
 def serve(listener, line, start_id, spans, warm, *, why, connections=()):
@@ -36,7 +36,7 @@ def serve(listener, line, start_id, spans, warm, *, why, connections=()):
         sent(
             drawn=[random.random(), float(numpy.random.rand()), float(torch.rand(()))],
             fds=[fd for fd in fds if os.path.exists(f"/proc/self/fd/{fd}")], given=[listener, line, *connections],
-            private=forkserver.private_bytes(), level=warm.level, parent=os.getppid(),
+            private=children.private_bytes(), level=warm.level, parent=os.getppid(),
             environment=dict(os.environ), blocked=signal.SIGTERM in blocked, threads=len(os.listdir("/proc/self/task")),
         )
     elif start_id == "compute":

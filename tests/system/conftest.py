@@ -65,6 +65,7 @@ class Function:
             "GLOWPLUG_HUGE_PAGES": "never",
             "GLOWPLUG_HOST": "127.0.0.1",
             "GLOWPLUG_THREADS": "1",
+            "GLOWPLUG_LAYERS": "off",  # what is warm beside the worker takes processors; who tests that turns it on
             "HF_HUB_OFFLINE": "1",
             **env,
         }
@@ -163,6 +164,15 @@ class Function:
             return next((pid for pid, line in self.children().items() if module in line and pid != old), 0)
 
         return int(self.until(find, f"{module} runs"))
+
+    def descendants(self) -> dict[int, str]:
+        """pid → name (as `ps -o comm` has it) of everything alive that came from it, itself excluded."""
+        found = {}
+        for pid in self.alive():
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+        found.pop(self.pid, None)
+        return found
 
     def worker(self, old: int = 0) -> int:
         """The worker's pid; waits for one that is not `old`."""

@@ -1,0 +1,55 @@
+"""Takes connections while a function has no worker: answers probes, and keeps what a worker has to serve.
+
+A platform probes an idle function every few seconds for as long as it runs. If that took a worker, there would always
+be one. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+
+_PROBES = {
+    b"GET /_/health": b'{"status":"ok"}\n',
+    b"GET /_/ready": b'{"state":"parked"}\n',  # it is: the next request finds a worker
+}
+_LONGEST = 64  # bytes that tell a probe from everything else
+_PATIENCE_MS = 50
+
+
+def take(listener: socket.socket) -> socket.socket | None:
+    """Accepts the connection that waits; it is returned if a worker has to serve it, untouched, and else answered."""
+    listener.setblocking(False)
+    try:
+        connection, _ = listener.accept()
+    except OSError:
+        return None  # it has gone away again
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+    poller.poll(_PATIENCE_MS)
+    connection.setblocking(False)
+    try:
+        begin = connection.recv(_LONGEST, socket.MSG_PEEK)
+    except BlockingIOError:
+        return connection  # somebody slow
+    except OSError:
+        begin = b""
+    for request, body in _PROBES.items():
+        if begin.startswith((request + b" ", request + b"?")):
+            _answer(connection, body)
+            return None
+    if not begin:  # it only knocked
+        connection.close()
+        return None
+    return connection
+
+
+def _answer(connection: socket.socket, body: bytes) -> None:
+    head = (
+        f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    with connection, contextlib.suppress(OSError):
+        connection.recv(64 << 10)  # what is left unread would reset the connection, and its answer with it
+        connection.send(head.encode() + body)
+        connection.shutdown(socket.SHUT_WR)

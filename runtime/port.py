@@ -1,0 +1,39 @@
+"""Opens the function's port, or takes one that was opened before this process began. Standard library only."""
+
+from __future__ import annotations
+
+import socket
+
+from runtime.config import FunctionConfig
+from runtime.errors import BadConfig
+
+_BACKLOG = 1024
+
+
+def open_port(config: FunctionConfig) -> socket.socket:
+    """The listening socket. Raises `BadConfig`."""
+    if config.listen_fd >= 0:
+        return _take(config.listen_fd)
+    listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise BadConfig(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; set PORT to another port"
+        ) from error
+    return listener
+
+
+def _take(fd: int) -> socket.socket:
+    """Requests wait for it from the first instant."""
+    try:
+        listener = socket.socket(fileno=fd)
+        listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise BadConfig(f"GLOWPLUG_LISTEN_FD is {fd}, which is no open socket ({error.strerror})") from error
+    if not listening:
+        raise BadConfig(f"GLOWPLUG_LISTEN_FD is {fd}, a socket that does not listen")
+    listener.set_inheritable(False)
+    return listener

@@ -1,7 +1,9 @@
-"""Opens the function's port, or takes one that was opened before this process began. Standard library only."""
+"""Opens the function's port, or takes one that was opened before; asks who answers. Standard library only."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 
 from runtime.config import FunctionConfig
@@ -37,3 +39,14 @@ def _take(fd: int) -> socket.socket:
         raise BadConfig(f"GLOWPLUG_LISTEN_FD is {fd}, a socket that does not listen")
     listener.set_inheritable(False)
     return listener
+
+
+def answers(path: str) -> bool:
+    """Whether somebody accepts connections on this unix socket."""
+    if os.path.exists(path):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            with contextlib.suppress(OSError):
+                probe.connect(path)
+                return True
+    return False

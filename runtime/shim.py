@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
 from runtime.children import Child, become_subreaper, executed_at, reap, spawn  # noqa: E402
 from runtime.config import DEFAULT_SOCKET, FunctionConfig, from_environment  # noqa: E402
 from runtime.control import Lines, checked_spans  # noqa: E402
+from runtime.crashes import Crashes, described  # noqa: E402
 from runtime.errors import BadConfig, FunctionError, WorkerCrashed  # noqa: E402
-from runtime.port import open_port  # noqa: E402
+from runtime.port import answers, open_port  # noqa: E402
 
 if TYPE_CHECKING:
     from runtime.private_agent import PrivateAgent
     from runtime.zygote.pod import Pod
 
-_CRASHES, _CRASH_WINDOW = 3, 60.0
 _REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
 _AGENT_SECONDS = 5.0
 _FORK_SECONDS = 2.0  # what a zygote has to answer a request to fork
@@ -75,7 +75,7 @@ class Shim:
         self._line: socket.socket | None = None
         self._lines = Lines()
         self._heard = 0.0
-        self._crashes: list[float] = []
+        self._crashes = Crashes()
         self._agent: PrivateAgent | None = None
         self._agent_path = ""
         self._pod: Pod | None = None
@@ -99,12 +99,8 @@ class Shim:
         """The agent's socket: as configured, the node's if one answers, else that of a private agent."""
         if self.config.socket:
             return self.config.socket
-        if os.path.exists(DEFAULT_SOCKET):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(1.0)
-                with contextlib.suppress(OSError):
-                    probe.connect(DEFAULT_SOCKET)
-                    return DEFAULT_SOCKET
+        if answers(DEFAULT_SOCKET):
+            return DEFAULT_SOCKET
         from runtime.private_agent import PrivateAgent
 
         self._agent = PrivateAgent()
@@ -284,26 +280,29 @@ class Shim:
             self._worker.signal(signal.SIGTERM)
 
     def _read_line(self) -> None:
-        if self._line is None:
-            return
-        try:
-            data = self._line.recv(64 << 10)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
+        while self._line is not None:
+            try:
+                data = self._line.recv(64 << 10)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._close_line()
+                return
+            self._heard = time.monotonic()
+            for message in self._lines.feed(data):
+                self._hear(message)
+                self.spans += checked_spans(message.get("spans"))
+                match message.get("error"):
+                    case [str(code), str(text)]:
+                        _say(f"{text} [{code}]")
+
+    def _close_line(self) -> None:
+        if self._line is not None:
             self._poller.unregister(self._line)
             self._line.close()
             self._line = None
-            return
-        self._heard = time.monotonic()
-        for message in self._lines.feed(data):
-            self._hear(message)
-            self.spans += checked_spans(message.get("spans"))
-            match message.get("error"):
-                case [str(code), str(text)]:
-                    _say(f"{text} [{code}]")
 
     def _hear(self, message: dict[str, object]) -> None:
         now = time.monotonic()
@@ -347,9 +346,12 @@ class Shim:
         if worker is None or worker.status is not None:
             return
         if worker.dead():
-            self._dead_at = min(self._dead_at, now)
-            if now - self._dead_at > _ORPHAN_SECONDS:
+            if self._dead_at > now:
+                self._dead_at = now
+                self._poller.unregister(worker.pidfd)
+            elif now - self._dead_at > _ORPHAN_SECONDS:
                 worker.status = 1 << 8  # its zygote went without telling how it ended
+            return
         if now >= self._kill_at:
             _say(
                 "the worker did not stop in time and is killed; raise GLOWPLUG_DRAIN_GRACE if its requests need longer"
@@ -365,13 +367,11 @@ class Shim:
         """The exit code, or None when a new worker was started."""
         assert self._worker is not None, "it has just ended"
         self._read_line()
-        self._poller.unregister(self._worker.pidfd)
+        self._close_line()
+        with contextlib.suppress(KeyError):
+            self._poller.unregister(self._worker.pidfd)
         self._worker.close()
         self._worker = None
-        if self._line is not None:
-            self._poller.unregister(self._line)
-            self._line.close()
-            self._line = None
         code = os.waitstatus_to_exitcode(status)
         if self._retired and code == 0:
             self._parked = True
@@ -383,18 +383,9 @@ class Shim:
             return self._verdict or (code if code >= 0 else 128 - code)
         if code in _REPORTED:
             return code
-        what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        if code == -signal.SIGSEGV:
-            what += (
-                " (if its code writes into the model's weights: they are shared and read-only; set "
-                "GLOWPLUG_PRIVATE_WEIGHTS=1 for a copy of its own)"
-            )
-        if code == -signal.SIGKILL:
-            what += " (if nobody sent it, the container's memory limit is too small)"
-        now = time.monotonic()
-        self._crashes = [at for at in self._crashes if now - at < _CRASH_WINDOW] + [now]
-        if len(self._crashes) > _CRASHES:
-            _say(f"the worker {what}, the {len(self._crashes)}th time within a minute: giving up [worker_crashed]")
+        what = described(code)
+        if times := self._crashes.too_many(time.monotonic()):
+            _say(f"the worker {what}, the {times}th time within a minute: giving up [worker_crashed]")
             return WorkerCrashed.exit_code
         _say(f"the worker {what}; starting another")
         self._start_worker()
@@ -408,9 +399,7 @@ class Shim:
             self._verdict = code
             self._begin_stop()
             return
-        now = time.monotonic()
-        self._crashes = [at for at in self._crashes if now - at < _CRASH_WINDOW] + [now]
-        if len(self._crashes) > _CRASHES:
+        if self._crashes.too_many(time.monotonic()):
             _say("the private cache agent ends again and again: giving up [worker_crashed]")
             self._verdict = WorkerCrashed.exit_code
             self._begin_stop()

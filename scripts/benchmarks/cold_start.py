@@ -2,7 +2,8 @@
 
 All variants are the same function with the same 32-token prompt and one token of answer, as many threads as the machine
 has processors. `warm` and `cold` are the state of the page cache, libraries included. `warm token` is what the same
-worker needs for its next first token: no cold start can be shorter.
+worker needs for its next first token: no cold start can be shorter. `pod` is a function whose container is there, and
+whose idle worker was dropped to a layer: from the request to its first token.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def run(quick: bool, console: Console) -> Report:
     threads = len(os.sched_getaffinity(0))
     headline: dict[str, float | None] = {}
     rows: list[Row] = [
-        {"variant": f"glowplug {layer}", "reason": "layers are not built yet: it starts as if none were there"}
-        for layer in ("bare", "lang", "model")
+        {"variant": f"glowplug node, {layer}", "reason": "sharing layers between containers is not built yet"}
+        for layer in ("lang", "model")
     ]
     results = []
     for size in ("125m",) if quick else ("125m", "1.1b"):
@@ -53,6 +54,12 @@ def run(quick: bool, console: Console) -> Report:
             f"lean_cold_vs_plain{suffix}": result.ratio("glowplug agent, warm", "plain, warm", "first_token_ms"),
             f"lean_cold_vs_plain_cold_cache{suffix}": result.ratio(
                 "glowplug agent, cold", "plain, cold", "first_token_ms"
+            ),
+            f"pod_lang_vs_warm_worker{suffix}": result.ratio(
+                "glowplug pod, lang", "glowplug pod, lang", "first_token_ms", "warm_token_ms"
+            ),
+            f"pod_model_vs_warm_worker{suffix}": result.ratio(
+                "glowplug pod, model", "glowplug pod, model", "first_token_ms", "warm_token_ms"
             ),
             f"private_cold_vs_plain{suffix}": result.ratio("glowplug private, warm", "plain, warm", "first_token_ms"),
         }
@@ -82,10 +89,17 @@ def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
         if not machine.drop_everything():
             raise Unavailable("dropping the page cache takes root")
 
+    pods = {
+        layer: lambda layer=layer: functions.parked(uri, agent=running.socket, threads=threads, layer=layer)
+        for layer in ("lang", "model")
+    }
     return [
-        Variant(f"{name}, {cache}", lambda start=start: _start(start), prepare)  # type: ignore[misc]
-        for name, start in starts.items()
-        for cache, prepare in (("warm", warm(start)), ("cold", cold))
+        *(
+            Variant(f"{name}, {cache}", lambda start=start: _start(start), prepare)  # type: ignore[misc]
+            for name, start in starts.items()
+            for cache, prepare in (("warm", warm(start)), ("cold", cold))
+        ),
+        *(Variant(f"glowplug pod, {layer}", lambda start=start: _wake(start)) for layer, start in pods.items()),  # type: ignore[misc]
     ]
 
 
@@ -99,11 +113,20 @@ def _start(start: Callable[[], AbstractContextManager[Function]]) -> Sample:
         return {**sample, **function.phases()}
 
 
+def _wake(start: Callable[[], AbstractContextManager[Function]]) -> Sample:
+    with start() as function:
+        first = function.ask()
+        warm = statistics.median(function.ask() for _ in range(_WARM_TOKENS))
+        return {"first_token_ms": first, "warm_token_ms": warm, **function.phases()}
+
+
 def _absolute(result: Result, suffix: str) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for variant in ("plain, warm", "plain, cold", "glowplug agent, warm", "glowplug agent, cold"):
         key = variant.replace(", ", "_").replace(" ", "_") + suffix
         for metric in ("first_token_ms", "http_ready_ms"):
             found[f"{metric}_{key}"] = result.median(variant, metric)
+    found[f"pod_rewarm_ms{suffix}"] = result.median("glowplug pod, lang", "first_token_ms")
+    found[f"pod_rewarm_model_ms{suffix}"] = result.median("glowplug pod, model", "first_token_ms")
     found[f"warm_worker_first_token_ms{suffix}"] = result.median("glowplug agent, warm", "warm_token_ms")
     return found

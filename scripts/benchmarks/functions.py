@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.containers import Container, MemoryCgroup, container
@@ -119,8 +120,15 @@ def plain(model: Path, *, threads: int, cgroup: MemoryCgroup | None = None) -> I
 
 
 @contextlib.contextmanager
-def glowplug(model: str, *, agent: Path | None, threads: int, cgroup: MemoryCgroup | None = None) -> Iterator[Function]:
-    """Ours, with the node's agent at this socket, or with a private one."""
+def glowplug(
+    model: str,
+    *,
+    agent: Path | None,
+    threads: int,
+    cgroup: MemoryCgroup | None = None,
+    settings: Mapping[str, str] = MappingProxyType({"GLOWPLUG_LAYERS": "off"}),
+) -> Iterator[Function]:
+    """Ours, with the node's agent at this socket, or with a private one; `settings` are further variables."""
     port = _free_port()
     environment = _environment(
         threads,
@@ -131,10 +139,26 @@ def glowplug(model: str, *, agent: Path | None, threads: int, cgroup: MemoryCgro
         GLOWPLUG_THREADS=str(threads),
         GLOWPLUG_LOG_LEVEL="warning",
         PYTHONSAFEPATH="1",
+        **settings,
         **({"GLOWPLUG_SOCKET": str(agent)} if agent else {}),
     )
     command = [sys.executable, "-m", "runtime.shim"]
     with _started(command, environment, port, "/_/health", "/_/ledger", cgroup) as function:
+        yield function
+
+
+@contextlib.contextmanager
+def parked(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Function]:
+    """Ours in pod mode, whose worker has gone after its first request; this layer is warm."""
+    hold = {"GLOWPLUG_LAYERS": layer, "GLOWPLUG_HOLD": "user=1,model=inf,lang=inf"}
+    with glowplug(model, agent=agent, threads=threads, settings=hold) as function:
+        deadline = time.monotonic() + _SECONDS
+        while b"parked" not in function.request("GET", "/_/ready") or f"layer {layer} is warm" not in (
+            function.container.output()
+        ):
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the function was not parked: {function.container.output()[-500:]}")
+            time.sleep(0.1)
         yield function
 
 
@@ -156,6 +180,7 @@ def _started(
 
 def _environment(threads: int, **settings: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GLOWPLUG_") and name != "PORT"}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # an image has its bytecode; here the first start leaves it
     return {**kept, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **settings}
 
 

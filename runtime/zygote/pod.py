@@ -116,7 +116,7 @@ class Pod:
         """No worker is there any more, and none is wanted just now."""
         self._serving = False
         for level in ("model", "lang"):
-            if self._kept[level].zygote is not None:
+            if self._kept[level].ready:  # else it begins to be idle when it is
                 self._kept[level].history.idle(now)
 
     # --- what the shim asks ---------------------------------------------------------------------------------------
@@ -242,7 +242,8 @@ class Pod:
                 continue
             if level == "lang" and self._kept["model"].zygote is not None:
                 continue  # its pages are the model's, too: dropping it would free nothing
-            self._say(f"layer {level} is dropped, {self._decide(level).why}")
+            why = f"held for {self._hold[level]:g} s" if level in self._hold else self._decide(level).why
+            self._say(f"layer {level} is dropped, {why}")
             self._end(kept)
 
     def _end(self, kept: _Kept) -> None:

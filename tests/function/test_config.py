@@ -14,6 +14,7 @@ from runtime.errors import BadConfig
 
 README = Path(__file__).parents[2] / "README.md"
 NAMES = [field.name for field in fields(FunctionConfig)]
+CHOICES = {name: (text, text) for name, text in {"log_level": "debug", "layers": "off", "hold": "user=1"}.items()}
 OTHER = {"str": ("elsewhere", "elsewhere"), "int": ("7", 7), "float": ("7.5", 7.5), "bool": ("1", True)}
 
 
@@ -23,7 +24,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
 
 @pytest.mark.parametrize("field", fields(FunctionConfig), ids=lambda field: field.name)
 def test_every_field_has_a_variable(field: object) -> None:
-    text, value = ("debug", "debug") if field.name == "log_level" else OTHER[field.type]  # type: ignore[attr-defined]
+    text, value = CHOICES.get(field.name) or OTHER[field.type]  # type: ignore[attr-defined]
     config = from_environment({f"GLOWPLUG_{field.name.upper()}": text})  # type: ignore[attr-defined]
     assert getattr(config, field.name) == value  # type: ignore[attr-defined]
     others = [name for name in NAMES if name != field.name]  # type: ignore[attr-defined]

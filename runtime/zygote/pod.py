@@ -221,7 +221,7 @@ class Pod:
     # --- building and dropping ------------------------------------------------------------------------------------
 
     def _decide(self, level: Kept) -> keepalive.Decision:
-        kept, rho = self._kept[level], self._config.rho
+        kept, rho = self._kept[level], self._config.start_price
         cost = kept.cost
         if level == "user" and not self._kept["lang"].ready:  # without it the next one has to be booted
             cost = cost._replace(seconds=self._boot_seconds)

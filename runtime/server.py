@@ -130,6 +130,10 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
             self.set_accept_enabled(False)
         done(self.retired)
 
+    def accept(self, listener: Any) -> None:
+        if not self.retired:  # it was noticed in the same instant: it stays for the next worker
+            super().accept(listener)
+
     def is_parent_alive(self) -> bool:
         return not self.ppid or bool(super().is_parent_alive())
 

@@ -18,6 +18,7 @@ from runtime.app import create_app
 from runtime.config import FunctionConfig
 from runtime.handler import Handler
 from runtime.lifecycle import Lifecycle
+from runtime.server import HttpServer
 
 SECONDS = 30.0
 Wsgi = Callable[..., Iterable[bytes]]
@@ -264,3 +265,43 @@ def test_its_errors_go_to_our_log(serve: Callable[..., Any], caplog: pytest.LogC
         served.raw(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert served.server.wait_idle(_soon())
     assert "the handler's stream broke" in caplog.text
+
+
+def test_it_retires_only_without_connections_and_leaves_those_that_wait(
+    serve: Callable[..., Any], eventually: Callable[..., Any]
+) -> None:
+    served = serve(_function(lambda *_: "ok"))
+    answers: list[bool] = []
+    with closing(served.connect()) as kept:
+        kept.request("GET", "/")
+        assert kept.getresponse().read() == b"ok"
+        served.server.retire(answers.append)
+        eventually(lambda: answers)
+        assert answers == [False]
+        kept.request("GET", "/")  # the very connection goes on
+        assert kept.getresponse().read() == b"ok"
+    eventually(lambda: not served.server.nr_conns)
+    served.server.retire(answers.append)
+    eventually(lambda: len(answers) == 2)
+    assert answers[1]
+    # The socket is somebody else's, too: whoever holds it finds what came too late.
+    served.thread.join(30)
+    assert not served.thread.is_alive()
+
+
+def test_connections_that_were_accepted_before_are_served() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(listener.getsockname()) as client:
+        accepted, _ = listener.accept()
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        server = HttpServer(listener, _function(lambda *_: "ok"), capacity=2, on_beat=lambda: None, accepted=[accepted])
+        thread = threading.Thread(target=server.run_until_stopped)
+        thread.start()
+        client.settimeout(30)
+        answer = b""
+        while data := client.recv(65536):
+            answer += data
+        server.stop(at_once=True)
+        thread.join(30)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.endswith(b"ok")

@@ -18,7 +18,6 @@ HANDLER = """
     import ctypes
     import os
     import random
-    import signal
     import threading
     import time
 
@@ -52,12 +51,8 @@ HANDLER = """
                 if not os.fork():
                     os._exit(0)
                 os.wait()
-            case "/leave":
-                os.fork() or time.sleep(600)
             case "/threads":
                 threading.Thread(target=time.sleep, args=(600,)).start()
-            case "/deaf":
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         return "done"
     """
 

@@ -240,7 +240,7 @@ class Pod:
             kept = self._kept[level]
             if kept.zygote is None or self._wanted(level, now):
                 continue
-            if level == "lang" and self._kept["model"].zygote is not None:
+            if level == "lang" and (self._kept["model"].zygote is not None or self._leasing or self._pending_model):
                 continue  # its pages are the model's, too: dropping it would free nothing
             why = f"held for {self._hold[level]:g} s" if level in self._hold else self._decide(level).why
             self._say(f"layer {level} is dropped, {why}")

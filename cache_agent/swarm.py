@@ -252,7 +252,9 @@ class Swarm:
         except Exception as error:
             log.exception("following %s failed", peer.name)
             why = repr(error)
-        self._drop(peer.name, why, _AGAIN_SECONDS)
+        with self._lock:
+            spoke = peer.name not in self._unheard
+        self._drop(peer.name, why, _SHUN_SECONDS if spoke else _AGAIN_SECONDS)
 
     def _hear(self, peer: str, message: Holds) -> None:
         doubted = []

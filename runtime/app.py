@@ -17,8 +17,11 @@ from cache_agent.ledger import Ledger
 from runtime import openai
 from runtime.body import read_body
 from runtime.config import FunctionConfig
-from runtime.errors import FunctionError, NotReady
-from runtime.handler import Context, Event, error_json
+from runtime.errors import FunctionError, NotReady, NotResumable
+from runtime.handler import Context, Event, error_json, to_response
+from runtime.handoff import texts
+from runtime.handoff.position import parse
+from runtime.handoff.resume import asked_of_handler
 from runtime.lifecycle import Lifecycle
 
 log = logging.getLogger("glowplug.app")
@@ -92,10 +95,18 @@ def create_app(
                 "not_found",
                 f"this function has no handler, and /{path} is none of the /v1/… routes that it serves",
             )
+        accept, keep = request.headers.get("Accept", ""), None
+        if model.book is not None:
+            wanted = asked_of_handler(cast(Mapping[str, str], request.headers), request.full_path, body)
+            if (rest := texts.resumed(model.book, model, wanted)) is not None:
+                return to_response(rest, accept)
+            keep = texts.keeper(model.book, wanted)
+        elif parse(request.headers.get("Last-Event-ID", "")) is not None:
+            raise NotResumable("this function keeps no requests: set GLOWPLUG_CHECKPOINTS to keep them from now on")
         event = Event(body, cast(Mapping[str, str], request.headers), request.method, request.args, request.path)
         turns.acquire()
         request.environ[_AT_END].append(turns.release)  # a stream is the handler's code, too
-        return lifecycle.handler(event, Context(model), request.headers.get("Accept", ""))
+        return lifecycle.handler(event, Context(model), accept, keep)
 
     @app.errorhandler(FunctionError)
     def failed(error: FunctionError) -> Response:

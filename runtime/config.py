@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
@@ -22,6 +23,7 @@ _AT_LEAST = {
     "decode_rows": 1,
     "handler_concurrency": 0,
     "max_body": 1,
+    "checkpoint_tokens": 1,
     "threads": 0,
     "start_timeout": 1,
     "drain_linger": 0,
@@ -64,6 +66,9 @@ class FunctionConfig:
     lean_imports: bool = True
     layers: str = "model"
     hold: str = ""
+    checkpoints: str = ""
+    checkpoint_tokens: int = 16
+    function_key_file: str = ""
     threads: int = 0
     start_timeout: float = 600.0
     drain_linger: float = 0.0
@@ -78,6 +83,11 @@ class FunctionConfig:
             value = getattr(self, name)
             if not least <= value < math.inf:  # NaN is neither
                 raise BadConfig(f"GLOWPLUG_{name.upper()} is {value:g}; it must be at least {least}, and finite")
+        if self.checkpoints and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,200}", self.checkpoints):
+            raise BadConfig(
+                f"GLOWPLUG_CHECKPOINTS is {self.checkpoints!r}; it is the name under which requests are kept: letters, "
+                "digits, dots, dashes and slashes"
+            )
         if not 0 <= self.port < 65536:
             raise BadConfig(f"GLOWPLUG_PORT is {self.port}; ports go from 0 (any free one) to 65535")
         if self.layers not in ("model", "lang", "off"):

@@ -146,6 +146,31 @@ class SnapshotRefused(FunctionError):
     status = 409
 
 
+class NotResumable(FunctionError):
+    """Nothing is kept of such requests, so none can be gone on with."""
+
+    code = "not_resumable"
+    status = 409
+
+
+class RequestGone(FunctionError):
+    """Nothing is kept of this request any more, or it never was."""
+
+    code = "request_gone"
+    status = 410
+
+
+class Moved(FunctionError):
+    """This answer goes on elsewhere, or can: send the request again with the last event's id, or with its key."""
+
+    code = "moved"
+    status = 503
+
+    def __init__(self, text: str, retry_after: float = 1.0) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
 class Unsupported(FunctionError):
     """The model or the engine cannot do what was asked."""
 

@@ -23,6 +23,7 @@ from flask import Response, current_app, jsonify
 
 from runtime import sse
 from runtime.errors import BadHandlerResult, FunctionError, HandlerFailed, HandlerImportFailed, HandlerNotFound
+from runtime.model import TextStream
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -61,12 +62,18 @@ class Handler:
         self._handle = handle
         self._scope = scope
 
-    def __call__(self, event: Event, context: Context, accept: str = "") -> Response:
-        """Needs a Flask application context. Raises `HandlerFailed`, `BadHandlerResult`, or the handler's own
+    def __call__(
+        self, event: Event, context: Context, accept: str = "", keep: Callable[[TextStream], None] | None = None
+    ) -> Response:
+        """`keep` gets what `generate` streams where `handle` returned just that.
+
+        Needs a Flask application context. Raises `HandlerFailed`, `BadHandlerResult`, or the handler's own
         `FunctionError`s, which keep their status."""
         try:
             with self._scope():
                 result = self._handle(event, context)
+            if keep is not None and isinstance(result, TextStream):
+                keep(result)
             return to_response(result, accept, self._scope)
         except FunctionError:
             raise
@@ -181,15 +188,16 @@ def _streamed(pieces: Iterator[object], source: object, accept: str, scope: Scop
     """
     with scope():
         first = next(pieces, None)
+    place = getattr(source, "place", None)
     events = accept.lstrip().startswith(_EVENT_STREAM)
 
     def body() -> Iterator[bytes]:
-        piece = first
+        piece, at = first, place
         try:
             while piece is not None:
-                yield sse.event(_text(piece)) if events else _encoded(piece)
+                yield sse.event(_text(piece), id=at) if events else _encoded(piece)
                 with scope():
-                    piece = next(pieces, None)
+                    piece, at = next(pieces, None), getattr(source, "place", None)
             if events:
                 yield sse.DONE
         except GeneratorExit:

@@ -14,10 +14,13 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from runtime.engine.base import Codec, Engine, Finish, GenerationRequest, SamplingParams, TokenStream
-from runtime.errors import BadRequest, EngineFailed, Unsupported
+from runtime.errors import BadRequest, EngineFailed, Moved, Unsupported
+
+if TYPE_CHECKING:
+    from runtime.handoff.checkpoint import Checkpoints
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -137,12 +140,26 @@ class TextStream:
     `EngineFailed` in place of the rest if the engine breaks.
     """
 
-    def __init__(self, tokens: TokenStream, prompt_tokens: int) -> None:
+    def __init__(
+        self, tokens: TokenStream, prompt_tokens: int, request: GenerationRequest | None = None, *, told: int = 0
+    ) -> None:
+        """`told` tokens of the answer came before these."""
         self.request_id = tokens.request_id
+        self.request = request
         self.finish_reason: Finish | None = None
         self._tokens = tokens
         self._prompt_tokens = prompt_tokens
-        self._generated = 0
+        self._generated = told
+        self._kept_as = ""
+
+    def held(self, kept_as: str, under: Callable[[TokenStream], TokenStream]) -> None:
+        """Goes on with the stream that `under` makes of its own, kept as this request."""
+        self._kept_as, self._tokens = kept_as, under(self._tokens)
+
+    @property
+    def place(self) -> str | None:
+        """The id of an event that ends here, where this request is kept."""
+        return f"{self._kept_as}:{self._generated}" if self._kept_as else None
 
     @property
     def usage(self) -> Usage:
@@ -161,7 +178,7 @@ class TextStream:
             if event.finish == "error":
                 raise EngineFailed(event.error or "the engine failed")
             if event.finish == "moved":
-                raise EngineFailed("this generation went on to another replica; send the request's id again to resume")
+                raise Moved(event.error or "this answer goes on at another replica; ask for it again")
             if event.text:
                 return event.text
         raise StopIteration
@@ -185,7 +202,7 @@ class Model:
     """A model ready to serve. May be used from any thread.
 
     `tokenizer` is the transformers tokenizer (on the toy, its codec); `defaults` are the sampling parameters of
-    requests that do not set them; `raw_guard` is called whenever `raw` is read.
+    requests that do not set them; `raw_guard` is called whenever `raw` is read. `deterministic` makes every request so.
     """
 
     def __init__(
@@ -199,7 +216,12 @@ class Model:
         raw: Any = None,
         raw_guard: Callable[[], None] | None = None,
         defaults: SamplingParams | None = None,
+        deterministic: bool = False,
+        tokenizer_digest: str = "",
     ) -> None:
+        self.book: Checkpoints | None = None  # where requests are kept, if they are
+        self.deterministic = deterministic
+        self.tokenizer_digest = tokenizer_digest
         self.name = name
         self.revision = revision
         self.codec = codec
@@ -258,8 +280,9 @@ class Model:
         at fault in `param`), `EngineBusy`, `EngineFailed`.
         """
         ids = self.encode(prompt, messages, tools)
-        tokens = self.submit(ids, check(params), request_id or f"gen-{secrets.token_hex(12)}")
-        text = TextStream(tokens, len(ids))
+        request = self.request(ids, check(params), request_id or f"gen-{secrets.token_hex(12)}")
+        tokens = self.begin(request)
+        text = TextStream(tokens, len(ids), request)
         return text if stream else text.text()
 
     def encode(
@@ -284,6 +307,14 @@ class Model:
 
     def submit(self, prompt: Sequence[int], parameters: Parameters, request_id: str) -> TokenStream:
         """Starts a generation, this model's defaults filled in. Raises `BadRequest`, `EngineBusy`, `EngineFailed`."""
+        return self.begin(self.request(prompt, parameters, request_id))
+
+    def begin(self, request: GenerationRequest) -> TokenStream:
+        """Raises `EngineBusy`, `EngineFailed`."""
+        return self.engine.submit(request)
+
+    def request(self, prompt: Sequence[int], parameters: Parameters, request_id: str) -> GenerationRequest:
+        """What the engine is asked for, this model's defaults filled in. Raises `BadRequest`."""
         left = self.engine.context_length - len(prompt)
         if left < 1:
             raise BadRequest(
@@ -294,7 +325,7 @@ class Model:
         sampling = replace(self.defaults, **({"seed": secrets.randbits(63)} | dict(parameters.sampling)))
         if sampling.temperature < _GREEDY_BELOW:
             sampling = replace(sampling, temperature=0.0)
-        request = GenerationRequest(
+        return GenerationRequest(
             request_id,
             tuple(prompt),
             parameters.max_tokens or min(DEFAULT_MAX_TOKENS, left),
@@ -302,9 +333,8 @@ class Model:
             parameters.stop,
             parameters.stop_ids | (frozenset() if parameters.ignore_eos else self.codec.eos_ids),
             parameters.logprobs,
-            parameters.deterministic,
+            parameters.deterministic or self.deterministic,
         )
-        return self.engine.submit(request)
 
     def embed(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """One vector of length 1 per text (or list of token ids): the mean of its last hidden states.

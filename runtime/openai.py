@@ -12,12 +12,11 @@ from __future__ import annotations
 import base64
 import logging
 import math
-import secrets
 import select
 import socket
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -26,10 +25,11 @@ from werkzeug.exceptions import HTTPException
 
 from runtime import sse
 from runtime.body import read_body
-from runtime.engine.base import TokenEvent, TokenStream
-from runtime.errors import BadRequest, EngineFailed, FunctionError, NotReady
+from runtime.engine.base import TokenEvent
+from runtime.errors import BadRequest, FunctionError, NotReady
+from runtime.handoff.resume import Asked, asked
 from runtime.model import Model
-from runtime.openai_logprobs import logprobs
+from runtime.openai_answer import TICK, Run, chunks, event_of, frame, opening, prefix
 from runtime.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -47,7 +47,6 @@ MAX_BODY = 4 << 20
 
 W = TypeVar("W", ChatRequest, CompletionRequest, EmbeddingRequest)
 
-_TICK = 0.25  # seconds between two looks at whether the client is still there
 _COMMIT_AFTER = 1.0  # a start that takes longer answers 200 and keep-alive comments; until then it can be a 4xx or 5xx
 
 
@@ -105,77 +104,6 @@ class Refusal(Exception):
         return response
 
 
-class Run:
-    """The token streams of a job; owns them from `start` to `close`."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.id = f"{'chatcmpl' if job.chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self.created = int(time.time())
-        self.model: Model | None = None
-        self.streams: list[TokenStream] = []
-        self.said: list[int] = []  # characters of each choice that a stream has sent
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-
-    def start(self, model: Model) -> None:
-        """Submits every choice, or none: raises `BadRequest`, `EngineBusy`."""
-        job, stats = self.job, model.engine.stats()
-        if len(job.prompts) * job.n > stats.slots + stats.queue:
-            raise BadRequest(
-                f"{len(job.prompts)} prompts with n={job.n} are more than this function ever takes at once "
-                f"({stats.slots + stats.queue})",
-                "n",
-            )
-        self.model = model
-        try:
-            for prompt in job.prompts:
-                ids = model.encode(**{"messages" if job.chat else "prompt": prompt}, tools=job.tools)  # type: ignore[arg-type]
-                self.prompt_tokens += len(ids)
-                for parameters in job.choice_parameters():
-                    self.streams.append(model.submit(ids, parameters, f"{self.id}-{len(self.streams)}"))
-                    self.said.append(0)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        for stream in self.streams:
-            stream.close()
-
-    def events(self) -> Iterator[tuple[int, TokenEvent] | None]:
-        """(choice, event) as they come, and None every quarter of a second. Raises `EngineFailed`."""
-        live, ticked = dict(enumerate(self.streams)), time.monotonic()
-        while live:
-            for index, stream in tuple(live.items()):
-                timeout = _TICK if len(live) == 1 else 0.01
-                while index in live and (event := stream.next(timeout)) is not None:
-                    timeout = 0.0
-                    if event.finish in ("cancelled", "moved", "error"):
-                        raise EngineFailed(event.error or f"the generation was {event.finish}")
-                    self.completion_tokens += event.token is not None
-                    if event.finish:
-                        del live[index]
-                    yield index, event
-                if time.monotonic() - ticked >= _TICK:
-                    yield None
-                    ticked = time.monotonic()
-
-    def logprobs(self, events: list[TokenEvent], offset: int = 0) -> dict[str, object] | None:
-        """Of a choice, or of a piece of it that begins `offset` characters after its beginning."""
-        if self.job.parameters.logprobs is None or self.model is None:
-            return None
-        return logprobs(self.model.codec, events, chat=self.job.chat, offset=offset)
-
-    def usage(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
-
-
 def blueprint(
     gate: ModelGate, *, max_body: int = MAX_BODY, keep_alive: float = 5.0, start_limit: float = 600.0
 ) -> Blueprint:
@@ -190,11 +118,11 @@ def blueprint(
 
     @routes.post("/v1/chat/completions")
     def chat_completions() -> Response:
-        return answer(chat_job(parse(ChatRequest)))
+        return answer(*parsed(ChatRequest, chat_job))
 
     @routes.post("/v1/completions")
     def completions() -> Response:
-        return answer(completion_job(parse(CompletionRequest)))
+        return answer(*parsed(CompletionRequest, completion_job))
 
     @routes.post("/v1/embeddings")
     def embeddings() -> Response:
@@ -234,10 +162,15 @@ def blueprint(
             text = f"there is no model {name!r} here; this function serves {gate.name!r}"
             raise Refusal(404, text, "model", "model_not_found")
 
-    def parse(kind: type[W]) -> W:
-        wanted = decode(read_body(request.environ, max_body), kind)
+    def parse(kind: type[W], body: bytes | None = None) -> W:
+        wanted = decode(read_body(request.environ, max_body) if body is None else body, kind)
         require(wanted.model)
         return wanted
+
+    def parsed(kind: type[W], job_of: Callable[[W], Job]) -> tuple[Job, Asked]:
+        body = read_body(request.environ, max_body)
+        job = job_of(parse(kind, body))
+        return job, asked(request.headers, prefix(job.chat), request.path, body)  # type: ignore[arg-type]
 
     def card() -> dict[str, object]:
         return {"id": gate.name, "object": "model", "created": born, "owned_by": "glowplug"}
@@ -245,13 +178,13 @@ def blueprint(
     def wait() -> Model | None:
         """The model, however long its start takes; None once the client is gone."""
         deadline = time.monotonic() + start_limit
-        while (model := gate.wait(_TICK)) is None and not _client_gone(request.environ):
+        while (model := gate.wait(TICK)) is None and not _client_gone(request.environ):
             if time.monotonic() > deadline:
                 raise _too_slow(start_limit)
         return model
 
-    def answer(job: Job) -> Response:
-        run = Run(job)
+    def answer(job: Job, wanted: Asked) -> Response:
+        run = Run(job, wanted)
         if not job.stream:
             if (model := wait()) is None:
                 return _nobody()
@@ -268,7 +201,7 @@ def blueprint(
         try:
             deadline, sent = time.monotonic() + start_limit, time.monotonic()
             while run.model is None:
-                if (model := gate.wait(_TICK)) is not None:
+                if (model := gate.wait(TICK)) is not None:
                     run.start(model)
                 elif _client_gone(environ):
                     return
@@ -277,10 +210,10 @@ def blueprint(
                 elif time.monotonic() - sent >= keep_alive:
                     yield sse.KEEP_ALIVE
                     sent = time.monotonic()
-            yield from _opening(run)
+            yield from opening(run)
             for item in run.events():
                 if item is not None:
-                    yield from _chunks(run, *item)
+                    yield from chunks(run, *item)
                 elif _client_gone(environ):
                     return
                 elif time.monotonic() - sent < keep_alive:
@@ -288,8 +221,8 @@ def blueprint(
                 else:
                     yield sse.KEEP_ALIVE
                 sent = time.monotonic()
-            if run.job.include_usage:
-                yield _event(run, [], run.usage())
+            if run.job.include_usage and not run.usage_told:
+                yield event_of(run, [], run.usage())
         except Exception as error:
             yield sse.event(msgspec.json.encode(Refusal.of(error).body))
         finally:
@@ -318,53 +251,9 @@ def _whole(run: Run, environ: Mapping[str, Any]) -> Response:
         text = "".join(event.text for event in events)
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if run.job.chat else {"text": text}
         choices.append({"index": index, **body, "logprobs": run.logprobs(events), "finish_reason": reason})
-    response = _json(_frame(run, choices, chunk=False) | {"usage": run.usage()})
+    response = _json(frame(run, choices, chunk=False) | {"usage": run.usage()})
     response.headers["X-Request-Id"] = run.id
     return response
-
-
-def _opening(run: Run) -> Iterator[bytes]:
-    if run.job.chat:
-        for index in range(len(run.streams)):
-            yield _event(run, [_choice(run, index, {"role": "assistant", "content": ""})])
-
-
-def _chunks(run: Run, index: int, event: TokenEvent) -> Iterator[bytes]:
-    if event.text or event.logprobs is not None:
-        chances = run.logprobs([event], run.said[index])
-        run.said[index] += len(event.text)
-        yield _event(run, [_choice(run, index, {"content": event.text}, chances=chances)])
-    if event.finish:
-        yield _event(run, [_choice(run, index, {}, event.finish)])
-
-
-def _choice(
-    run: Run, index: int, delta: dict[str, str], finish: str | None = None, chances: dict[str, object] | None = None
-) -> dict[str, object]:
-    said: dict[str, object] = {"delta": delta} if run.job.chat else {"text": delta.get("content", "")}
-    return {"index": index, **said, "logprobs": chances, "finish_reason": finish}
-
-
-def _event(run: Run, choices: list[dict[str, object]], usage: dict[str, int] | None = None) -> bytes:
-    frame = _frame(run, choices, chunk=True)
-    if run.job.include_usage:
-        frame["usage"] = usage
-    return sse.event(msgspec.json.encode(frame))
-
-
-def _frame(run: Run, choices: list[dict[str, object]], *, chunk: bool) -> dict[str, object]:
-    assert run.model is not None
-    kind = "text_completion"
-    if run.job.chat:
-        kind = "chat.completion.chunk" if chunk else "chat.completion"
-    return {
-        "id": run.id,
-        "object": kind,
-        "created": run.created,
-        "model": run.model.name,
-        "system_fingerprint": run.model.revision,
-        "choices": choices,
-    }
 
 
 def _json(body: object) -> Response:

@@ -24,7 +24,7 @@ from runtime.errors import FunctionError
 from runtime.handler import Context, Event, Handler, Scope, load
 
 if TYPE_CHECKING:
-    from runtime.model import Model
+    from runtime.model import Model, TextStream
 
 log = logging.getLogger("glowplug.reload")
 
@@ -46,9 +46,11 @@ class Reloading(Handler):
         with contextlib.suppress(FunctionError):
             self.refresh()
 
-    def __call__(self, event: Event, context: Context, accept: str = "") -> Response:
+    def __call__(
+        self, event: Event, context: Context, accept: str = "", keep: Callable[[TextStream], None] | None = None
+    ) -> Response:
         handler = self.refresh()
-        return handler(event, context, accept)
+        return handler(event, context, accept, keep)
 
     def refresh(self) -> Handler:
         """The handler as it is on disk now. Raises what its import raised, until a file changes."""

@@ -39,6 +39,7 @@ from runtime.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
     from runtime.handler import Handler
+    from runtime.handoff.checkpoint import Checkpoints
     from runtime.model import Model
     from runtime.weights import Loaded, Weights
     from runtime.zygote.warm import Warm
@@ -49,6 +50,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _REJOIN_SECONDS = 30.0  # between two attempts to find an agent again, at most
 _REPORT_SECONDS = 2.0
 _MOST_SPANS = 256  # of a start that is reported; more are no start
+_LAST_WORDS = 2.0  # seconds in which the agent is told of what did not end in time
 _LAST_ANSWERS = 2.0  # seconds that requests which waited for a failed start have to take their answer
 
 
@@ -66,6 +68,7 @@ class Worker:
         self._terminate = threading.Event()
         self._lease: Lease | None = None
         self._whole: Lease | None = None  # the one whose bytes are all there
+        self._book: Checkpoints | None = None
         self._exit: FunctionError | None = None
         self._start_kind: str = warm.level if warm else "cold"
         self._reported = 0
@@ -124,6 +127,9 @@ class Worker:
             self._lifecycle.phase = "handler"
             with self._ledger.span("handler"):
                 handler = self._import_handler(model)
+        from runtime.handoff.book import book
+
+        self._book = model.book = book(self._config, self._client, model)
         self._lifecycle.phase = "serving"
         self._lifecycle.opened(model, handler)
         self._report_spans()
@@ -183,6 +189,7 @@ class Worker:
         from runtime import weights
         from runtime.engine.choice import choose
         from runtime.engine.serial import TokenizerCodec
+        from runtime.handoff.snapshot import tokenizer_digest
         from runtime.model import Model, sampling_defaults
 
         self._kind = str(model_config(lease.manifest.files).get("model_type", ""))
@@ -214,6 +221,8 @@ class Worker:
             raw=loaded.model,
             raw_guard=None if self._config.private_weights else mapped.guard.arm,
             defaults=sampling_defaults(loaded.generation_config),
+            deterministic=self._config.deterministic,
+            tokenizer_digest=tokenizer_digest(lease.manifest.files),
         )
 
     def _ready_parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
@@ -353,6 +362,9 @@ class Worker:
         # The platform routes new requests here until it notices: those are answered, too.
         time.sleep(self._config.drain_linger)
         in_time = self._server.wait_idle(grace)
+        if self._book is not None:  # what still runs ends with an error that says how to go on, and can be gone on with
+            self._book.close(time.monotonic() + _LAST_WORDS)
+            self._server.wait_idle(time.monotonic() + _LAST_WORDS)
         if not in_time:
             self._exit = DrainIncomplete(
                 f"{self._lifecycle.inside} requests had not ended {self._config.drain_grace:.0f} s after SIGTERM; "

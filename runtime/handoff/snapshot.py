@@ -17,8 +17,10 @@ first thing in which this replica differs from the one that made it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -194,6 +196,15 @@ def _state(header: Header, data: memoryview) -> GenerationState:
         tuple(rows),
         header.arithmetic,
     )
+
+
+def tokenizer_digest(files: Mapping[str, bytes]) -> str:
+    """Of a model's small files, all but those that only the model and its sampling are made of."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(set(files) - {"config.json", "generation_config.json"}):
+        digest.update(f"{name}\0{len(files[name])}\0".encode())
+        digest.update(files[name])
+    return f"tok-{digest.hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)

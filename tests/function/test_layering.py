@@ -33,6 +33,7 @@ PURE = [
     "runtime/zygote/layers.py",
     "runtime/handoff/snapshot.py",
     "runtime/handoff/record.py",
+    "runtime/handoff/position.py",
     "cache_agent/signing.py",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "cache_agent" / "policy").glob("*.py"))),
 ]

@@ -1,0 +1,34 @@
+"""Makes a worker's `Checkpoints` as its settings have it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+
+from cache_agent.client import CacheClient
+from cache_agent.snapshots_client import SnapshotClient
+from runtime.config import FunctionConfig
+from runtime.handoff.checkpoint import Checkpoints
+from runtime.handoff.seal import seal
+from runtime.handoff.snapshot import Place
+from runtime.model import Model
+
+
+def book(config: FunctionConfig, client: Callable[[], CacheClient], model: Model) -> Checkpoints | None:
+    """None for a function that keeps no requests. Raises `BadConfig`."""
+    if not config.checkpoints:
+        return None
+    engine = model.engine
+
+    def place() -> Place:
+        return Place(engine.kind, model.revision, model.tokenizer_digest, "", getattr(engine, "arithmetic", ""))
+
+    return Checkpoints(
+        SnapshotClient(client),
+        config.checkpoints,
+        seal(config.function_key_file),
+        place,
+        owner=f"worker-{os.getpid()}-{secrets.token_hex(8)}",
+        every=config.checkpoint_tokens,
+    )

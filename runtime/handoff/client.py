@@ -1,0 +1,108 @@
+"""A client that loses nothing: it asks for an event stream, and when that breaks off asks for the rest of it.
+
+    for event in ask(["http://127.0.0.1:8080"], "/v1/chat/completions", {"messages": […], "stream": True}):
+        print(event.data)
+
+The first request carries a random `Idempotency-Key`, so that one that broke off before its first event is not answered
+twice; later ones carry `Last-Event-ID`. Standard library only.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import urlsplit
+
+from runtime.sse import EventParser, ServerEvent
+
+_PAUSES = (0.05, 2.0)  # seconds between attempts: first, and at most
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # statuses that pass by themselves
+# Errors inside a stream after which the rest can be had elsewhere, or later.
+RESUMABLE = {"moved", "engine_failed", "busy", "starting", "weights_unavailable", "internal"}
+
+
+class AskFailed(Exception):
+    """The request was refused, or could not be gone on with; `status` is 0 where no answer came."""
+
+    def __init__(self, text: str, status: int = 0, code: str = "") -> None:
+        super().__init__(text)
+        self.text, self.status, self.code = text, status, code
+
+
+def ask(
+    urls: Sequence[str],
+    path: str,
+    body: object,
+    *,
+    headers: Mapping[str, str] | None = None,
+    patience: float = 60.0,
+    silence: float = 30.0,
+) -> Iterator[ServerEvent]:
+    """The events of one answer, each once, without the final `[DONE]`.
+
+    `urls` are the same function, asked one after the other when a connection fails. `patience` is how long nothing may
+    come although it is tried again and again, `silence` how long a connection may say nothing, both in seconds. Raises
+    `AskFailed`.
+    """
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    fixed = {"Content-Type": "application/json", "Accept": "text/event-stream", **(headers or {})}
+    fixed.setdefault("Idempotency-Key", secrets.token_hex(16))
+    last, seen, attempt = "", False, 0
+    pause, deadline = _PAUSES[0], time.monotonic() + patience
+    while True:
+        wanted = {**fixed, "Last-Event-ID": last} if last else fixed
+        try:
+            for event in _events(urls[attempt % len(urls)], path, data, wanted, silence):
+                if event.data == "[DONE]":
+                    return
+                _check(event)
+                yield event
+                seen, last = True, event.id or last
+                pause, deadline = _PAUSES[0], time.monotonic() + patience
+            raise AskFailed("the answer broke off")
+        except (OSError, http.client.HTTPException) as error:
+            failure = AskFailed(f"{urls[attempt % len(urls)]}: {error or type(error).__name__}")
+        except AskFailed as error:
+            if error.status not in _AGAIN | {0} or (error.code and error.code not in RESUMABLE):
+                raise
+            failure = error
+        if seen and not last:
+            raise AskFailed(f"{failure.text}; its events had no ids, so the rest cannot be asked for", 0, failure.code)
+        if time.monotonic() + pause >= deadline:
+            raise failure
+        time.sleep(pause)
+        attempt, pause = attempt + 1, min(_PAUSES[1], 2 * pause)
+
+
+def _events(url: str, path: str, body: bytes, headers: Mapping[str, str], silence: float) -> Iterator[ServerEvent]:
+    place = urlsplit(url)
+    kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
+    connection = kind(place.hostname or "", place.port, timeout=silence)
+    try:
+        connection.request("POST", place.path.rstrip("/") + path, body, dict(headers))
+        response = connection.getresponse()
+        if response.status != 200:
+            raise _refusal(response.status, response.read())
+        parser = EventParser()
+        while chunk := response.read1(65536):
+            yield from parser.feed(chunk)
+    finally:
+        connection.close()
+
+
+def _check(event: ServerEvent) -> None:
+    """Raises what an event of an error says."""
+    if event.event != "error" and '"error"' not in event.data[:12]:
+        return
+    raise _refusal(0, event.data.encode())
+
+
+def _refusal(status: int, body: bytes) -> AskFailed:
+    try:
+        error = json.loads(body)["error"]
+        return AskFailed(str(error["message"]), status, str(error["code"]))
+    except (ValueError, KeyError, TypeError):
+        return AskFailed(f"status {status}: {body[:200].decode(errors='replace')}", status)

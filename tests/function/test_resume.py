@@ -20,7 +20,8 @@ from cache_agent.config import AgentConfig
 from cache_agent.directory import InProcessDirectory
 from cache_agent.ledger import Ledger
 from cache_agent.server import Server, listen
-from cache_agent.snapshots import Key
+from cache_agent.shelf import Shelf
+from cache_agent.snapshots import InProcessSnapshots, Key
 from cache_agent.snapshots_client import SnapshotClient
 from runtime.app import create_app
 from runtime.config import FunctionConfig
@@ -94,8 +95,10 @@ class LocalAgent:
 
     def __init__(self, place: Path) -> None:
         self.path = place / "agent.sock"
-        self.agent = Agent(AgentConfig(socket=self.path, dram=1 << 20, huge_pages="never"), InProcessDirectory())
-        self.server = Server(self.agent, listen(self.path, 0o600))
+        config = AgentConfig(socket=self.path, dram=1 << 20, huge_pages="never")
+        self.agent = Agent(config, InProcessDirectory())
+        self.store = InProcessSnapshots(60.0, 1 << 20, 8 << 20)
+        self.server = Server(self.agent, listen(self.path, 0o600), shelf=Shelf(self.store, b"k" * 32))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 
@@ -327,7 +330,7 @@ def test_a_function_with_a_key_hides_all_and_takes_nothing_else(replica: Any, ag
     head = mine.cut(CHAT, chat(), 30)
     for stranger in (other, none):
         assert error_of(stranger.post(CHAT, chat(), Last_Event_ID=head[-1].id)) == (409, "snapshot_refused")
-    kept = agent.server._shelf._store._records[Key("chat", head[-1].id.partition(":")[0])].pieces
+    kept = agent.store.claim(Key("chat", head[-1].id.partition(":")[0]), "reader", 0.0).pieces
     assert b"w1" not in b"".join(kept)
     assert said(head) + said(parsed(same.post(CHAT, chat(), Last_Event_ID=head[-1].id)[2])) == whole
     open_head = none.cut(CHAT, chat(), 5)
@@ -363,7 +366,7 @@ def test_two_connections_at_once_and_the_later_one_has_it(replica: Any, agent: A
     assert said(head[:8]) + said(rest) == WORDS
     left = response.read()
     assert b'"code":"moved"' in left
-    owners = agent.server._shelf.history("chat", response.headers["X-Request-Id"])
+    owners = agent.store.history(Key("chat", response.headers["X-Request-Id"]))
     assert [(change.epoch, change.owner) for change in owners] == [(1, first.name), (2, second.name)]
     connection.close()
 
@@ -395,7 +398,7 @@ def test_whoever_was_overtaken_while_it_stood_still_says_nothing_more(replica: A
     told = said([event for event in head if "error" not in json.loads(event.data)])
     assert len(told) < len(WORDS) * 20, "it spoke for as long as its lease ran, and then no more"
     request = response.headers["X-Request-Id"]
-    owners = agent.server._shelf.history("chat", request)
+    owners = agent.store.history(Key("chat", request))
     assert [change.owner for change in owners][:2] == [first.name, second.name]
     connection.close()
 

@@ -331,9 +331,12 @@ def test_a_function_with_a_key_hides_all_and_takes_nothing_else(replica: Any, ag
     for stranger in (other, none):
         assert error_of(stranger.post(CHAT, chat(), Last_Event_ID=head[-1].id)) == (409, "snapshot_refused")
     kept = agent.store.claim(Key("chat", head[-1].id.partition(":")[0]), "reader", 0.0).pieces
-    assert b"w1" not in b"".join(kept)
+    assert kept
+    assert b"GLOWSNAP" not in b"".join(kept)
     assert said(head) + said(parsed(same.post(CHAT, chat(), Last_Event_ID=head[-1].id)[2])) == whole
     open_head = none.cut(CHAT, chat(), 5)
+    legible = agent.store.claim(Key("chat", open_head[-1].id.partition(":")[0]), none.name, 0.0).pieces
+    assert b"GLOWSNAP" in b"".join(legible), "what is told apart above can be told apart"
     assert error_of(mine.post(CHAT, chat(), Last_Event_ID=open_head[-1].id)) == (409, "snapshot_refused")
 
 

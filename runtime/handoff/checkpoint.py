@@ -213,9 +213,11 @@ class Checkpoints:
     def close(self, deadline: float) -> None:
         """Lets go of all requests and ends the thread; `deadline` on time.monotonic."""
         with self._changed:
-            for hold in self._holds.values():
+            for hold in list(self._holds.values()):
                 if not hold.complete:
                     self._free(hold, "the function is shutting down")
+                if not self.place().revision:  # nothing of it was kept, and nothing can be
+                    self._settle(hold)
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._holds, max(0.0, deadline - time.monotonic()))
             self._closing = True

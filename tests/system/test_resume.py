@@ -25,13 +25,13 @@ def test_a_killed_functions_answer_is_finished_by_another(
         function.wait_ready()
     whole = second.request("/v1/completions", body).json
     urls = [f"http://127.0.0.1:{function.port}" for function in (first, second)]
-    text, usage, events = "", None, 0
-    for event in ask(urls, "/v1/completions", {**body, "stream": True, "stream_options": {"include_usage": True}}):
+    text, usage = "", None
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    for number, event in enumerate(ask(urls, "/v1/completions", streamed)):
         frame = json.loads(event.data)
         text += "".join(one["text"] for one in frame["choices"])
         usage = frame["usage"] or usage
-        events += 1
-        if events == 50:  # without a chance to say goodbye
+        if number == 50:  # without a chance to say goodbye
             for pid in first.alive():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -15,9 +15,10 @@ from cache_agent import adoption, content, events, manifest, report, residency
 from cache_agent.checkpoint import describe
 from cache_agent.config import AgentConfig
 from cache_agent.directory import Directory, Holding
-from cache_agent.errors import InternalError, OriginChanged, translated
+from cache_agent.errors import InternalError, NoCapacity, OriginChanged, translated
 from cache_agent.events import Action, Event
 from cache_agent.held import Asked, Errand, Held, Holder, Resolution
+from cache_agent.journal import Journal
 from cache_agent.keeping import Keeping
 from cache_agent.ledger import Span
 from cache_agent.loader import Load
@@ -40,6 +41,8 @@ from cache_agent.offers import Offers, Resident
 from cache_agent.origins import Origins
 from cache_agent.peers import Peers
 from cache_agent.policy.estimate import Estimator, shared
+from cache_agent.policy.quota import Account
+from cache_agent.policy.rights import Grant
 from cache_agent.resolving import Resolver
 from cache_agent.revisions import Revisions
 from cache_agent.sharing import Sharing
@@ -68,7 +71,8 @@ class Agent:
         self._directory = directory
         self._open_origin = open_origin or Origins(config).open
         self._peers = peers
-        ssd = Ssd(config.ssd, config.ssd_size, self._tell_image) if config.ssd else None
+        self.journal = Journal()
+        ssd = Ssd(config.ssd, config.ssd_size, self._tell_image, self._image_evicted) if config.ssd else None
         self.starts = Starts()
         self._keeping = Keeping(ssd, self._pinned)
         self._revisions = Revisions(directory, ssd, self.node, believe=0 if peers else 1)
@@ -90,13 +94,15 @@ class Agent:
     def lease(self, holder: Holder, model: str) -> int:
         """Begins a lease; what follows comes through `holder.deliver`. Raises `BadModelURI`."""
         uri = parse_uri(model)
-        return self._ask(holder, lambda lease: events.LeaseAsked(lease, uri.text, uri.revision))
+        account = _account(holder)
+        return self._ask(holder, uri.text, lambda lease: events.LeaseAsked(lease, uri.text, uri.revision, account))
 
     def offer(self, holder: Holder, model: str, source: str, fds: list[int]) -> int:
         """Begins to examine what a function offers, and takes over `fds`. Raises `BadModelURI`."""
         try:
             uri = parse_uri(model)
-            number = self._ask(holder, lambda lease: events.OfferAsked(lease, uri.text))
+            account = _account(holder)
+            number = self._ask(holder, uri.text, lambda lease: events.OfferAsked(lease, uri.text, account))
             self._offers.examine(number, uri, source, fds)
         except BaseException:
             for fd in fds:
@@ -117,11 +123,12 @@ class Agent:
             if not resident and (removed := self._keeping.evict(uri)):
                 holder.deliver(EvictReply(0, removed), [])
                 return 0
-        return self._ask(holder, lambda asker: events.EvictAsked(asker, uri), evict_image=uri if ssd else "")
+        return self._ask(holder, uri, lambda asker: events.EvictAsked(asker, uri), evict_image=uri if ssd else "")
 
     def pin(self, holder: Holder, model: str, pinned: bool) -> int:
         uri = parse_uri(model).text
-        return self._ask(holder, lambda asker: events.PinAsked(asker, uri, pinned))
+        account = _account(holder)
+        return self._ask(holder, uri, lambda asker: events.PinAsked(asker, uri, pinned, account))
 
     def prefetch(self, model: str) -> None:
         """Begins to bring a model in; nobody holds it afterwards. Raises `BadModelURI`."""
@@ -132,7 +139,7 @@ class Agent:
             errand.lease = lease
             return events.LeaseAsked(lease, uri.text, uri.revision)
 
-        self._ask(errand, ask)
+        self._ask(errand, uri.text, ask)
 
     def describe(self, model: str) -> manifest.Manifest:
         """The manifest of a model whose weights need not be here. Raises what the origin does."""
@@ -189,6 +196,13 @@ class Agent:
             ]
             return books.capacity, books.used, models
 
+    def answers(self, seconds: float) -> bool:
+        """Whether the agent can decide anything within so many seconds."""
+        if not self._lock.acquire(timeout=seconds):
+            return False
+        self._lock.release()
+        return True
+
     def full_status(self) -> StatusReply:
         with self._lock:
             tiers = report.tiers(self._estimator.tiers)
@@ -222,10 +236,10 @@ class Agent:
 
     # --- deciding under the lock, acting outside ------------------------------------------------------------------
 
-    def _ask(self, holder: Holder, event: Callable[[int], Event], *, evict_image: str = "") -> int:
+    def _ask(self, holder: Holder, model: str, event: Callable[[int], Event], *, evict_image: str = "") -> int:
         number = next(self._numbers)
         with self._lock:
-            self._asked[number] = Asked(holder, evict_image=evict_image)
+            self._asked[number] = Asked(holder, model, evict_image=evict_image)
         self._handle(event(number))
         return number
 
@@ -260,27 +274,40 @@ class Agent:
                 spans = [Span("agent", "lease", asked.start, time.monotonic_ns())]
                 if not resident:
                     spans += self._held[entry].ledger.spans()
-                asked.holder.deliver(Ready("dram" if resident else self._held[entry].tier, revision, spans), [])
+                tier = "dram" if resident else self._held[entry].tier
+                asked.holder.deliver(Ready(tier, revision, spans), [])
+                self.journal.leased(asked.model, tier)
             case events.Adopt(lease, entry, fresh):
                 offered = self._offers.take(lease)
                 if fresh:
                     self._held[entry] = offered
                 else:
                     offered.close()
-                self._asked[lease].holder.deliver(Adopted(self._residency.entries[entry].revision, True), [])
+                asked, revision = self._asked[lease], self._residency.entries[entry].revision
+                asked.holder.deliver(Adopted(revision, True), [])
+                self.journal.record("adopted", asked.model, f"adopted {asked.model} from a function: {revision}")
             case events.Orphan(lease, uri, why):
                 self._offers.orphan(lease, uri)
+                self.journal.record("orphaned", uri, f"{uri} stays a function's own: {why}")
                 self._asked[lease].holder.deliver(Adopted("", False, why[:TEXT_LIMIT]), [])
             case events.Announce(lease, revision):
                 self._asked[lease].holder.deliver(Admitted(revision), [])
             case events.Refuse(lease, error):
-                self._asked.pop(lease).holder.deliver(ErrorReply(error.code, error.text[:TEXT_LIMIT]), [])
-            case events.EvictDone(asker, size):
+                asked = self._asked.pop(lease)
+                text = error.text
+                if isinstance(error, NoCapacity) and not (grant := asked.holder.grant).admin:
+                    text = error.told(lambda uri: _may_have(grant, uri))
+                asked.holder.deliver(ErrorReply(error.code, text[:TEXT_LIMIT]), [])
+                self.journal.refused(asked.model, error.code, error.text)
+            case events.EvictDone(asker, size, stays):
                 if self._asked[asker].evict_image:
                     return False  # there are files to remove first
-                self._asked.pop(asker).holder.deliver(EvictReply(size), [])
+                self._asked.pop(asker).holder.deliver(EvictReply(size, stays=stays[:TEXT_LIMIT]), [])
             case events.PinDone(asker, size):
-                self._asked.pop(asker).holder.deliver(PinReply(size), [])
+                asked = self._asked.pop(asker)
+                asked.holder.deliver(PinReply(size), [])
+                kind = "pinned" if asked.model in self._residency.pins else "unpinned"
+                self.journal.record(kind, asked.model, f"{kind} {asked.model} ({size // 10**6} MB)")
             case _:
                 return False
         return True
@@ -297,8 +324,8 @@ class Agent:
                     self._admissions.submit(_logged, self._admit, entry)
                 case events.Evict(entry, why):
                     self._evict(entry, why)
-                case events.EvictDone(asker, size):
-                    self._evict_image(asker, size)
+                case events.EvictDone(asker, size, stays):
+                    self._evict_image(asker, size, stays)
 
     # --- work -----------------------------------------------------------------------------------------------------
 
@@ -354,7 +381,7 @@ class Agent:
                 held.tier = "peer"
             self._directory.measured(self.node, held.tier, plan.nbytes / max(time.monotonic() - began, 1e-9))
         except Exception as error:
-            log.warning("loading %s failed: %s", origin.uri, error)
+            self.journal.failed(origin.uri, held.tier, str(error))
             self._directory.withdraw(plan.source, self.node, "dram")
             if held.load and held.load.damaged and isinstance(error, OriginChanged):
                 self._keeping.discard(plan.source)
@@ -368,10 +395,10 @@ class Agent:
             if image is not None:
                 image.close()
         seconds = time.monotonic() - start
-        log.info(
-            "loaded %s from %s: %d MB in %.2f s (%.2f expected), pages of %d KiB",
-            origin.uri, held.tier, plan.nbytes // 10**6, seconds, expected.seconds, held.dram.page >> 10,
-        )  # fmt: skip
+        guess = expected.confidence == 0
+        self.journal.loaded(
+            origin.uri, held.tier, plan.nbytes, seconds, expected.seconds, guess=guess, page=held.dram.page
+        )
         with self._lock:
             self._estimator.learn(held.tier, held.work, expected, seconds)
         self._directory.publish(plan.source, self._holding(load))
@@ -383,6 +410,9 @@ class Agent:
                 maps = held.dram.map() if held.dram is not None else []
             if maps:
                 self._keeping.repair(load, maps)
+
+    def _image_evicted(self, uri: str, size: int, why: str) -> None:
+        self.journal.evicted(uri, "ssd", size, why)
 
     def _pinned(self) -> set[str]:
         with self._lock:
@@ -433,17 +463,26 @@ class Agent:
     def _evict(self, entry: int, why: str) -> None:
         with self._lock:
             held = self._held.pop(entry)
-        log.info("evicted %s (%d MB): %s", held.description.source.uri, held.description.manifest.nbytes // 10**6, why)
+        self.journal.evicted(held.description.source.uri, "dram", held.description.manifest.nbytes, why)
         self._directory.withdraw(held.description.source.id, self.node, "dram")
         held.end_tee()
         with self._lock:
             held.close()
         self._handle(events.Evicted(entry))
 
-    def _evict_image(self, asker: int, size: int) -> None:
+    def _evict_image(self, asker: int, size: int, stays: str) -> None:
         with self._lock:
             asked = self._asked.pop(asker)
-        asked.holder.deliver(EvictReply(size, self._keeping.evict(asked.evict_image)), [])
+        asked.holder.deliver(EvictReply(size, self._keeping.evict(asked.evict_image), stays[:TEXT_LIMIT]), [])
+
+
+def _account(holder: Holder) -> Account:
+    return Account(holder.caller.account, holder.grant.dram)
+
+
+def _may_have(grant: Grant, model: str) -> bool:
+    uri = parse_uri(model)  # it was one before
+    return grant.covers(uri.scheme, uri.place)
 
 
 def _duplicates(*fds: int) -> list[int]:

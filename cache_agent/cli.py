@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from cache_agent import __version__, config, daemon
+from cache_agent import __version__, config, credentials, daemon, logs
 from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError, BadConfig
 
@@ -77,7 +78,8 @@ def _reported() -> Iterator[None]:
 
 def _client(path: Path | None) -> CacheClient:
     settings = config.from_environment()
-    return CacheClient(path or settings.socket, name="glowplug-agent", token=daemon.read_token(settings))
+    shown = credentials.shown(settings.token_file)
+    return CacheClient(path or settings.socket, name="glowplug-agent", identity=shown)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,11 +111,18 @@ def main() -> None:
 @click.option("--agent-address", help="Where others reach it, if not there.", metavar="HOST:PORT")
 @click.option("--peer-witnesses", type=int, help="Nodes that must have read what a node takes from peers.")
 @click.option("--readers", type=int, help="Most parallel reads per load; how many are made depends on what they yield.")
-@click.option("--token-file", type=Path, help="File with the secret that clients must present.", metavar="PATH")
+@click.option("--identity", type=click.Choice(["none", "token", "kubernetes"]), help="How clients prove who they are.")
+@click.option(
+    "--token-file", type=Path, help="File with the secret that clients must present, or a directory.", metavar="PATH"
+)
+@click.option("--rights", type=Path, help="TOML file that says who may have which models.", metavar="PATH")
 @click.option("--revalidate", type=float, help="Seconds after which a model's origin is checked again.")
 @click.option("--stale", type=float, help="Seconds that a model outlives its origin's last answer; 0: it does not.")
 @click.option("--max-connections", type=int, help="Functions and commands connected at once.")
 @click.option("--kubernetes", help="URL of the Kubernetes API, to see which pods of this node are being removed.")
+@click.option("--status", help="Address for metrics, state and events over HTTP, like 127.0.0.1:9480.", metavar="ADDR")
+@click.option("--status-open", type=_Parsed("paths", config.parse_words), help="Of those, what takes no token.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Log for people, or an object a line.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
@@ -126,10 +135,11 @@ def serve(log_level: str, **options: Any) -> None:
 
     Every option can also be set in the environment, as GLOWPLUG_SOCKET, GLOWPLUG_DRAM and so on.
     """
-    daemon.configure_logging(log_level)
     with _reported():
         given = {name: value for name, value in options.items() if value is not None and value != ()}
-        daemon.Daemon(dataclasses.replace(config.from_environment(), **given)).run()
+        settings = dataclasses.replace(config.from_environment(), **given)
+        logs.configure(log_level, settings.log_format)
+        daemon.Daemon(settings).run()
 
 
 @main.command()
@@ -210,14 +220,31 @@ def status(path: Path | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--since", type=int, default=0, help="Number of the last event that is known already.")
+@_asks
+def events(since: int, path: Path | None, as_json: bool) -> None:
+    """Show what happened on the node lately, and why."""
+    with _reported():
+        found = _client(path).events(since)
+    if as_json:
+        click.echo(msgspec.json.encode(found).decode())
+        return
+    for event in found:
+        click.echo(f"{event.number:6}  {datetime.fromtimestamp(event.time):%Y-%m-%d %H:%M:%S}  {event.text}")
+
+
+@main.command()
 @click.argument("model")
 @click.option("--ssd", is_flag=True, help="Remove it from the SSD, too.")
 @_asks
 def evict(model: str, ssd: bool, path: Path | None, as_json: bool) -> None:
     """Give MODEL's memory back; refused while a function holds it."""
     with _reported():
-        size = _client(path).evict(model_uri(model), ssd=ssd)
-    click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB given back")
+        reply = _client(path).evicted(model_uri(model), ssd=ssd)
+    size = reply.bytes + reply.ssd
+    click.echo(json.dumps({"bytes": size, "stays": reply.stays}) if as_json else f"{size / 1e6:.0f} MB given back")
+    if reply.stays and not as_json:
+        click.echo(f"held, and not given back yet: {reply.stays}")
 
 
 @main.command()
@@ -314,7 +341,7 @@ def extender(host: str, port: int, estimates: Path | None, check: bool, log_leve
     from cache_agent.extender import Extender
     from cache_agent.outlook import FileOutlook, NoOutlook
 
-    daemon.configure_logging(log_level)
+    logs.configure(log_level)
     with _reported():
         if check:
             webserver.check(host, port)
@@ -340,7 +367,7 @@ def webhook(host: str, port: int, certificate: Path, key: Path, scheduler: str, 
     """Give pods that name a model the agent's directory, in clusters without MutatingAdmissionPolicy."""
     from cache_agent import admission, webserver
 
-    daemon.configure_logging(log_level)
+    logs.configure(log_level)
 
     def review(body: bytes) -> webserver.Answer:
         try:

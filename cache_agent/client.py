@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from cache_agent import credentials
 from cache_agent import manifest as manifests
 from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, LeaseLost, ProtocolError, from_wire
 from cache_agent.fdsocket import Channel, Disconnected
@@ -28,6 +29,9 @@ from cache_agent.messages import (
     ErrorReply,
     EstimateReply,
     EstimateRequest,
+    EventRecord,
+    EventsReply,
+    EventsRequest,
     EvictReply,
     EvictRequest,
     Granted,
@@ -160,16 +164,23 @@ class CacheClient:
     """
 
     def __init__(
-        self, path: Path | str, *, name: str = "", token: str = "", pod: str = "", timeout: float = 10.0
+        self,
+        path: Path | str,
+        *,
+        name: str = "",
+        identity: Callable[[], Identity] = credentials.none,
+        pod: str = "",
+        timeout: float = 10.0,
     ) -> None:
-        """`name` shows in the agent's log, `token` is its shared secret, `timeout` in seconds for short answers.
+        """`name` shows in the agent's log, `timeout` in seconds for short answers.
 
-        `pod` is the UID of the pod whose end the agent shall announce.
+        `identity` is called for every connection; see `credentials.shown`. `pod` is the UID of the pod whose end the
+        agent shall announce.
         """
         text = str(path)
         self._address = text.removeprefix(_TCP).lstrip("/") if text.startswith(_TCP) else ""
         self.path: Path | str = text if self._address else Path(path)
-        self._hello = Hello(VERSION, name[:256], Identity("token", token) if token else Identity(), pod[:256])
+        self._name, self._identity, self._pod = name[:256], identity, pod[:256]
         self._timeout = timeout
 
     def lease(self, model: str, *, start_id: str = "", deadline: float | None = None) -> Lease:
@@ -230,8 +241,12 @@ class CacheClient:
 
     def evict(self, model: str, *, ssd: bool = False) -> int:
         """Bytes given back, of memory and with `ssd` of disk. Raises `EvictRefused` while functions hold the model."""
-        reply = self._ask(EvictRequest(model, ssd), EvictReply, _EVICT_SECONDS if ssd else None)
+        reply = self.evicted(model, ssd=ssd)
         return reply.bytes + reply.ssd
+
+    def evicted(self, model: str, *, ssd: bool = False) -> EvictReply:
+        """Like `evict`, with what stays until functions let go of it."""
+        return self._ask(EvictRequest(model, ssd), EvictReply, _EVICT_SECONDS if ssd else None)
 
     def pin(self, model: str, *, pinned: bool = True) -> int:
         """Keeps a resident model, or no longer; its bytes."""
@@ -260,6 +275,10 @@ class CacheClient:
     def cluster(self) -> ClusterReply:
         """Which nodes live and what they hold, as the agent's directory has it."""
         return self._ask(ClusterRequest(), ClusterReply)
+
+    def events(self, since: int = 0) -> list[EventRecord]:
+        """What happened on the node lately, after the event of this number; an administrator's to ask."""
+        return self._ask(EventsRequest(since), EventsReply).events
 
     def manifest(self, model: str) -> Manifest:
         """The manifest, read from the origin without loading weights."""
@@ -292,7 +311,7 @@ class CacheClient:
         channel: Channel | None = None
         try:
             channel = dial(self._address, self._timeout) if self._address else self._dial_local()
-            channel.send(self._hello)
+            channel.send(Hello(VERSION, self._name, self._identity(), self._pod))
             expect(channel, Welcome, time.monotonic() + self._timeout)
         except (OSError, ValueError, Disconnected) as error:
             if channel is not None:

@@ -12,6 +12,7 @@ from typing import get_args
 
 from cache_agent import limits
 from cache_agent.errors import BadConfig
+from cache_agent.logs import LogFormat
 from cache_agent.tiers.dram import HugePages
 
 DEFAULT_SOCKET = "/run/glowplug/agent.sock"
@@ -39,7 +40,9 @@ class AgentConfig:
     s3_endpoint: str = ""
     s3_anonymous: bool = False
     readers: int = 16
+    identity: str = ""
     token_file: Path | None = None
+    rights: Path | None = None
     revalidate: float = 10.0
     max_connections: int = 1024
     kubernetes: str = ""
@@ -53,6 +56,9 @@ class AgentConfig:
     agent_address: str = ""
     peer_witnesses: int = 1
     stale: float = 86400.0
+    log_format: LogFormat = "text"
+    status: str = ""
+    status_open: tuple[str, ...] = ("healthz",)
 
     def __post_init__(self) -> None:
         if self.socket_mode & 0o077 and any(_is_root(root) for root in self.file_roots):
@@ -73,6 +79,12 @@ class AgentConfig:
             raise BadConfig(f"peer_witnesses is {self.peer_witnesses}; it can be 1 to 8")
         if not self.revalidate >= 0 or not self.stale >= 0:
             raise BadConfig(f"revalidate is {self.revalidate}, stale {self.stale}; both must be at least 0 seconds")
+        if self.identity not in ("", "none", "token", "kubernetes"):
+            raise BadConfig(f"identity is {self.identity!r}; it can be none, token or kubernetes")
+        if not set(self.status_open) <= {"healthz", "metrics"}:
+            raise BadConfig(f"status_open is {','.join(self.status_open)!r}; it can name healthz and metrics")
+        if self.log_format not in get_args(LogFormat):
+            raise BadConfig(f"log_format is {self.log_format!r}; it can be text or json")
 
     @property
     def capacity(self) -> int:
@@ -139,6 +151,10 @@ def _roots(text: str) -> tuple[Path, ...]:
     return tuple(Path(part) for part in text.split(":") if part)
 
 
+def parse_words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 _PARSERS: dict[str, Callable[[str], object]] = {
     "socket": Path,
     "socket_mode": parse_mode,
@@ -151,7 +167,9 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "s3_endpoint": str,
     "s3_anonymous": parse_flag,
     "readers": int,
+    "identity": str,
     "token_file": Path,
+    "rights": Path,
     "revalidate": float,
     "max_connections": int,
     "kubernetes": str,
@@ -165,4 +183,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "agent_address": str,
     "peer_witnesses": int,
     "stale": float,
+    "log_format": str,
+    "status": str,
+    "status_open": parse_words,
 }

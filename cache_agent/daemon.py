@@ -17,7 +17,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cache_agent import limits, link
+from cache_agent import access, limits, link, logs
 from cache_agent.agent import Agent
 from cache_agent.cluster import ClusterKey
 from cache_agent.config import AgentConfig, from_environment
@@ -30,6 +30,7 @@ from cache_agent.shelf import cluster_key, shelf
 from cache_agent.tiers.peer import Membership
 
 if TYPE_CHECKING:
+    from cache_agent.status import Status
     from cache_agent.witness import Removal, Witness
 
 log = logging.getLogger("glowplug.daemon")
@@ -46,7 +47,7 @@ class Daemon:
         """`listening` is an inherited socket of a private agent; otherwise `config.socket` is bound."""
         self._config = config
         self._private = listening is not None
-        token = read_token(config)
+        self._access = access.from_config(config)
         self._witness: Witness | None = None
         if config.kubernetes and listening is None:
             from cache_agent.witness import Witness  # not for private agents: a cold start waits for those
@@ -61,15 +62,20 @@ class Daemon:
         key = ClusterKey(cluster_key(secret)) if secret else None
         self._agent = Agent(config, directory, peers=_peers(config, directory, key))
         self._shelf = shelf(config, private=self._private)
-        self._server = Server(self._agent, self._sock, token, shelf=self._shelf)
+        self._server = Server(self._agent, self._sock, self._access, shelf=self._shelf)
         if config.agent_listen and not self._private:
             remote = link.listen(config.agent_listen)
             # Half of all connections stay this node's own, whoever knocks from outside.
-            self._server.open_door(remote, self._remote(token, key), config.max_connections // 2)
+            self._server.open_door(remote, self._remote(key), config.max_connections // 2)
             log.info("serving %s, as %s to other nodes", config.agent_listen, config.advertised)
+        self._status: Status | None = None
+        if config.status and not self._private:
+            from cache_agent.status import Status  # Flask and gunicorn are a fifth of a second that few agents need
 
-    def _remote(self, token: str, key: ClusterKey | None) -> Callable[[socket.socket], Connection]:
-        return lambda sock: RemoteConnection(self._agent, sock, token, self._server.forget, self._shelf, key)
+            self._status = Status(self._agent, self._access, config.status, tuple(f"/{p}" for p in config.status_open))
+
+    def _remote(self, key: ClusterKey | None) -> Callable[[socket.socket], Connection]:
+        return lambda sock: RemoteConnection(self._agent, sock, self._access, self._server.forget, self._shelf, key)
 
     def run(self) -> None:
         self._startup()
@@ -79,7 +85,7 @@ class Daemon:
     def _startup(self) -> None:
         # A handler alone could be too late: a signal that comes just before the server's poll would not end it.
         signal.set_wakeup_fd(self._server.stop_fd, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, _recorded)
         # Each connection takes two fds, each model one per segment; the usual soft limit is 1024.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -87,6 +93,9 @@ class Daemon:
         where = "an inherited socket" if self._private else str(self._config.socket)
         if self._witness is not None:
             self._witness.start()
+        if self._status is not None:
+            self._status.start()
+            log.info("metrics and events on port %d", self._status.port)
         log.info("node %s serves %s, %d MB for weights", self._agent.node, where, self._config.capacity // 10**6)
 
     def _on_removal(self, removal: Removal) -> None:
@@ -95,10 +104,12 @@ class Daemon:
             log.info("%s is being removed; %d functions in it were told", removal.name, told)
 
     def _shutdown(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # it is ending: asking again would only cut it short
         signal.set_wakeup_fd(-1)
         self._server.close()
+        if self._status is not None:
+            self._status.close()
         if self._witness is not None:
             self._witness.close(1.0)
         with contextlib.suppress(OSError):
@@ -139,34 +150,15 @@ def _recorded(_number: int, _frame: FrameType | None) -> None:
     """The signal's byte is in the server's pipe already."""
 
 
-def read_token(config: AgentConfig) -> str:
-    """The shared secret, or "" when none is asked for. Raises `BadConfig`."""
-    if config.token_file is None:
-        return ""
-    try:
-        token = config.token_file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={config.token_file} cannot be read: {error}") from error
-    if not token:
-        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={config.token_file} is empty")
-    return token
-
-
-def configure_logging(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-
-
 def private(fd: int, parent: int) -> None:
     """The life of an agent that one function keeps for itself: its socket is inherited, its only user is its parent.
 
     Imports neither CLI nor terminal library: a cold start waits for it.
     """
-    configure_logging("warning")
     try:
         os.set_inheritable(fd, False)
         config = from_environment()
+        logs.configure("warning", config.log_format)
         # It shares its memory limit with one function only, whose own needs are small beside the weights.
         config = replace(config, dram=config.dram or limits.memory_limit() * 4 // 5)
         _end_with(parent)

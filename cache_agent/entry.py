@@ -9,8 +9,6 @@ from typing import Literal
 from cache_agent.errors import NoCapacity, WrongRevision
 from cache_agent.manifest import Manifest
 
-_NAMED = 5  # models that an error names
-
 State = Literal["loading", "ready", "evicting"]
 
 
@@ -28,6 +26,7 @@ class Entry:
     uses: int = 0
     seconds: float = 1.0
     priority: float = 0.0
+    doomed: bool = False  # it goes as soon as nobody holds it
     leases: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -46,23 +45,25 @@ class Alias:
 
 def no_capacity(needed: int, capacity: int, stays: list[Entry], goes: int, why: Callable[[Entry], str]) -> NoCapacity:
     """Says who holds what, the largest first; `goes` are the bytes that could be evicted."""
-    largest = sorted(stays, key=lambda entry: -entry.bytes)
-    named = [f"{_short(entry.uri)} {mb(entry.bytes)}, {why(entry)}" for entry in largest[:_NAMED]]
-    if len(largest) > _NAMED:
-        named.append(f"and {len(largest) - _NAMED} more")
-    who = f" ({'; '.join(named)})" if named else ""
     return NoCapacity(
         f"the model needs {mb(needed)}; the agent's budget is {mb(capacity)}, of which "
-        f"{mb(sum(entry.bytes for entry in stays))} are in use{who} and {mb(goes)} could be evicted. Give the agent "
-        "more memory (--dram), or use a smaller model"
+        f"{mb(sum(entry.bytes for entry in stays))} are in use",
+        listed(stays, why),
+        f" and {mb(goes)} could be evicted. Give the agent more memory (--dram), or use a smaller model",
     )
+
+
+def listed(entries: list[Entry], why: Callable[[Entry], str]) -> list[tuple[str, str]]:
+    """(URI, a few words on it), the largest first."""
+    largest = sorted(entries, key=lambda entry: -entry.bytes)
+    return [(entry.uri, f"{short(entry.uri)} {mb(entry.bytes)}, {why(entry)}") for entry in largest]
 
 
 def wrong_revision(uri: str, found: str, wanted: str) -> WrongRevision:
     return WrongRevision(f"{uri} is at revision {found} now and {wanted} was asked for; drop the pin, or restore it")
 
 
-def _short(uri: str) -> str:
+def short(uri: str) -> str:
     return uri if len(uri) <= 80 else f"…{uri[-79:]}"
 
 

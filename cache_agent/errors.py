@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 log = logging.getLogger("glowplug.agent")
+
+_NAMED = 5  # models that an error names
 
 
 class AgentError(Exception):
@@ -47,6 +50,13 @@ class AccessDenied(AgentError):
     code = "denied"
 
 
+class IdentityUnavailable(AgentError):
+    """Nobody can tell now who the caller is: the Kubernetes API does not answer."""
+
+    code = "identity_unavailable"
+    retryable = True
+
+
 class OriginUnavailable(AgentError):
     """The origin does not answer, or broke off."""
 
@@ -83,6 +93,19 @@ class NoCapacity(AgentError):
     """The bytes do not fit, and nothing that could be evicted would make room."""
 
     code = "no_capacity"
+
+    def __init__(self, text: str, holders: Sequence[tuple[str, str]] = (), rest: str = "") -> None:
+        """`holders` are the models that take the room: (URI, a few words); between `text` and `rest`."""
+        self._parts = text, holders, rest
+        super().__init__(self.told(lambda _: True))
+
+    def told(self, may_have: Callable[[str], bool]) -> str:
+        """The sentence for somebody who may know of some models only."""
+        text, holders, rest = self._parts
+        words = [words for uri, words in holders if may_have(uri)][:_NAMED]
+        if len(holders) > len(words):
+            words.append(f"and {len(holders) - len(words)} more" if words else f"by {len(holders)} other models")
+        return f"{text} ({'; '.join(words)}){rest}" if words else text + rest
 
 
 class EvictRefused(AgentError):
@@ -156,6 +179,7 @@ BY_CODE: dict[str, type[AgentError]] = {
         BadModelURI,
         ModelNotFound,
         AccessDenied,
+        IdentityUnavailable,
         OriginUnavailable,
         OriginChanged,
         WrongRevision,

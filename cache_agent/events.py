@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cache_agent.errors import AgentError
 from cache_agent.manifest import Manifest
+from cache_agent.policy.quota import NO_ACCOUNT, Account
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -20,6 +21,7 @@ class LeaseAsked:
     lease: int
     uri: str
     revision: str = ""
+    account: Account = NO_ACCOUNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class PinAsked:
     asker: int
     uri: str
     pinned: bool
+    account: Account = NO_ACCOUNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class OfferAsked:
 
     lease: int
     uri: str
+    account: Account = NO_ACCOUNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +197,11 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class EvictDone:
+    """`stays` says which copies are still held, and go as soon as they are not."""
+
     asker: int
     bytes: int
+    stays: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from cache_agent.ledger import Ledger
 from cache_agent.loader import Load
 from cache_agent.manifest import encode
 from cache_agent.messages import ErrorReply, Message, Ready
+from cache_agent.policy.rights import EVERYTHING, NOBODY, Caller, Grant
 from cache_agent.tiers.dram import Dram, sealed_bytes
 from cache_agent.tiers.origin import Origin
 
@@ -27,11 +28,19 @@ _TEE_SECONDS = 10.0  # a disk that hangs for longer keeps the memory until it co
 class Holder(Protocol):
     """Whoever leases or asks: a connection. `deliver` never blocks; the fds become the holder's to close.
 
-    `pod` is the UID of the pod that it says it lives in, or "".
+    `pod` is the UID of the pod that it lives in, or "".
     """
 
     @property
     def pod(self) -> str: ...
+
+    @property
+    def caller(self) -> Caller: ...
+
+    @property
+    def grant(self) -> Grant:
+        """What the caller may have now."""
+        ...
 
     def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None: ...
 
@@ -78,9 +87,10 @@ class Held:
 
 @dataclass(slots=True)
 class Asked:
-    """A request under way. `evict_image` is the URI whose images are to go once the memory is given back."""
+    """A request under way, about a URI. `evict_image` is one whose images are to go once the memory is given back."""
 
     holder: Holder
+    model: str = ""
     start: int = field(default_factory=time.monotonic_ns)
     evict_image: str = ""
 
@@ -89,6 +99,8 @@ class Errand:
     """A holder that waits for a model and lets go of it at once."""
 
     pod = ""
+    caller = NOBODY
+    grant = EVERYTHING
 
     def __init__(self, uri: str, jobs: ThreadPoolExecutor, release: Callable[[int], None]) -> None:
         self.lease = 0

@@ -24,9 +24,10 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fiel
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """Who asks: `none` on a developer's machine, `token` for a secret both sides were given.
+    """Who asks: `none` on a developer's machine, `token` for a secret both sides were given, `kubernetes` for a
 
-    `cluster` is another node's agent; its `token` is a fresh nonce, and what it knows of the key is asked next.
+    ServiceAccount's token of audience `glowplug`. `cluster` is another node's agent; its `token` is a fresh nonce, and
+    what it knows of the key is asked next.
     """
 
     kind: Short = "none"
@@ -231,10 +232,11 @@ class EvictRequest(Message, frozen=True, tag="evict"):
 
 
 class EvictReply(Message, frozen=True, tag="evict_reply"):
-    """Bytes of memory, and of SSD, given back."""
+    """Bytes of memory, and of SSD, given back. `stays` says which copies are held, and go once they are free."""
 
     bytes: Count
     ssd: Count = 0
+    stays: Text = ""
 
 
 class PinRequest(Message, frozen=True, tag="pin"):
@@ -340,6 +342,26 @@ class KeepItem(msgspec.Struct, frozen=True):
     lengths: Annotated[list[Count], msgspec.Meta(max_length=4096)]
     lease: float
     done: bool = False
+
+
+class EventRecord(msgspec.Struct, frozen=True):
+    """What happened on the node; `time` in seconds since 1970, `number` counts from the agent's start."""
+
+    number: Count
+    time: float
+    kind: Short
+    model: Uri
+    text: Text
+
+
+class EventsRequest(Message, frozen=True, tag="events"):
+    """What happened after the event with number `since`, as far as it is still known."""
+
+    since: Count = 0
+
+
+class EventsReply(Message, frozen=True, tag="events_reply"):
+    events: list[EventRecord]
 
 
 class Checkpoint(Message, frozen=True, tag="checkpoint"):
@@ -497,6 +519,8 @@ AnyMessage = (
     | StartsReply
     | ClusterRequest
     | ClusterReply
+    | EventsRequest
+    | EventsReply
     | Checkpoint
     | Checkpointed
     | ClaimRequest

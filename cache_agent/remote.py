@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cache_agent import __version__
+from cache_agent.access import Access
 from cache_agent.agent import Agent
 from cache_agent.cluster import ClusterKey, nonce
 from cache_agent.errors import AccessDenied, ModelNotFound, ProtocolError
@@ -59,12 +60,12 @@ class RemoteConnection(Connection):
         self,
         agent: Agent,
         sock: socket.socket,
-        token: str,
+        access: Access,
         on_end: Callable[[Connection], None],
         shelf: Shelf,
         key: ClusterKey | None,
     ) -> None:
-        super().__init__(agent, sock, token, on_end, shelf)
+        super().__init__(agent, sock, access, on_end, shelf)
         self._key = key
         self._nonces = ("", "")
         self._peer = self._address = self._have = ""
@@ -93,7 +94,7 @@ class RemoteConnection(Connection):
         self._channel.send(Challenge(self._nonces[1], self._agent.node, proof))
 
     def _require_identity(self, hello: Hello) -> None:
-        if not self._token or hello.identity.kind == "none":
+        if self._access.open or hello.identity.kind == "none":
             raise AccessDenied(
                 "over TCP this agent serves only callers that show who they are; give it and the function a "
                 "GLOWPLUG_TOKEN_FILE"

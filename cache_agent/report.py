@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from cache_agent.directory import Directory
@@ -16,6 +16,7 @@ from cache_agent.messages import (
     NodeStatus,
     QuarantineStatus,
     SsdStatus,
+    StatusReply,
     TierStatus,
 )
 from cache_agent.policy.estimate import Measured
@@ -68,3 +69,9 @@ def cluster(directory: Directory) -> ClusterReply:
 
 def tiers(measured: Mapping[str, Measured]) -> list[TierStatus]:
     return [TierStatus(name, m.loads, m.rate, m.error, m.predicted, m.took) for name, m in sorted(measured.items())]
+
+
+def visible(status: StatusReply, may_have: Callable[[str], bool]) -> StatusReply:
+    """What a caller may see who has a right to some models only: those, and nothing that tells of others."""
+    models = [model for model in status.models if may_have(model.model)]
+    return StatusReply(status.node, status.pid, status.capacity, sum(model.bytes for model in models), models)

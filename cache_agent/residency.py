@@ -14,9 +14,10 @@ carries actions out in order and feeds what came of them back as events.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import count
 
-from cache_agent.entry import Alias, Entry, mb, no_capacity, wrong_revision
+from cache_agent.entry import Alias, Entry, mb, no_capacity, short, wrong_revision
 from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapacity
 from cache_agent.events import (
     Action,
@@ -50,6 +51,7 @@ from cache_agent.events import (
 )
 from cache_agent.manifest import Manifest
 from cache_agent.policy.eviction import Candidate, cheapest, priority
+from cache_agent.policy.quota import Account, Accounts
 
 
 class Residency:
@@ -66,7 +68,7 @@ class Residency:
         self._by_revision: dict[str, int] = {}
         self._holds: dict[int, int] = {}  # lease -> entry
         self._offering: set[int] = set()  # leases whose bytes are being examined
-        self._pins: set[str] = set()  # URIs
+        self._accounts = Accounts(self.entry_of)
         self._clock = 0.0  # of the eviction policy
 
     @property
@@ -81,7 +83,12 @@ class Residency:
     @property
     def pinned(self) -> set[str]:
         """Sources of the models that are kept: those that pinned URIs name now."""
-        return {self._aliases[uri].source for uri in self._pins if uri in self._aliases}
+        return {self._aliases[uri].source for uri in self._accounts.pins if uri in self._aliases}
+
+    @property
+    def pins(self) -> Collection[str]:
+        """The URIs that are pinned."""
+        return self._accounts.pins
 
     def is_pinned(self, entry: Entry) -> bool:
         return any(self._by_source.get(source) == entry.number for source in self.pinned)
@@ -96,9 +103,11 @@ class Residency:
     def handle(self, event: Event, now: float) -> list[Action]:
         """`now` in seconds on any clock that does not go back."""
         match event:
-            case LeaseAsked(lease, uri, revision):
+            case LeaseAsked(lease, uri, revision, account):
+                self._accounts.leases[lease] = account
                 return self._lease_asked(lease, uri, revision, now)
             case LeaseClosed(lease):
+                self._accounts.leases.pop(lease, None)
                 return self._lease_closed(lease, now)
             case Resolved(uri, manifest, revision):
                 return self._resolved(uri, manifest, revision, now)
@@ -116,9 +125,10 @@ class Residency:
                 return self._admitted(number, revision)
             case EvictAsked(asker, uri):
                 return self._evict_asked(asker, uri)
-            case PinAsked(asker, uri, pinned):
-                return self._pin_asked(asker, uri, pinned)
-            case OfferAsked(lease, uri):
+            case PinAsked(asker, uri, pinned, account):
+                return self._pin_asked(asker, uri, pinned, account)
+            case OfferAsked(lease, uri, account):
+                self._accounts.leases[lease] = account
                 self._aliases.setdefault(uri, Alias()).offers += 1
                 self._offering.add(lease)
                 return []
@@ -134,9 +144,9 @@ class Residency:
 
     def _lease_asked(self, lease: int, uri: str, pinned: str, now: float) -> list[Action]:
         alias = self._aliases.get(uri, Alias())
-        number = self._by_revision.get(pinned) if pinned else self._by_source.get(alias.source)
-        if number is not None:
-            actions = self._attach(self.entries[number], lease, pinned, now)
+        entry = self._known_at(uri, pinned) if pinned else self._find(alias.source)
+        if entry is not None:
+            actions = self._attach_all(entry, {lease: pinned}, uri, now)
             if not pinned and not alias.resolving and now - alias.checked > self.revalidate_after:
                 alias.resolving = True
                 actions.append(Resolve(uri))
@@ -148,9 +158,31 @@ class Residency:
         alias.resolving = True
         return [Resolve(uri)]
 
+    def _known_at(self, uri: str, revision: str) -> Entry | None:
+        """The copy with a revision that was read from this URI, or is what the URI was last seen to be.
+
+        Bytes that came from elsewhere are not had by asking for their revision under a URI of one's own: it is looked
+        up first. For older bytes of the URI the origin has no word any more.
+        """
+        current = self.entry_of(uri)
+        if current is not None and current.revision == revision:
+            return current
+        copies = (e for e in self.entries.values() if e.uri == uri and e.revision == revision)
+        return next((entry for entry in copies if entry.state != "evicting" and not entry.doomed), None)
+
+    def _attach_all(self, entry: Entry, waiting: dict[int, str], uri: str, now: float) -> list[Action]:
+        over = self._accounts.refusal(waiting, entry, self.entries.values())
+        actions: list[Action] = []
+        for lease, pinned in waiting.items():
+            if pinned and entry.revision and entry.revision != pinned:
+                actions.append(Refuse(lease, wrong_revision(uri, entry.revision, pinned)))
+            elif over is not None:
+                actions.append(Refuse(lease, over))
+            else:
+                actions += self._attach(entry, lease, pinned, now)
+        return actions
+
     def _attach(self, entry: Entry, lease: int, pinned: str, now: float) -> list[Action]:
-        if pinned and entry.revision and entry.revision != pinned:
-            return [Refuse(lease, wrong_revision(entry.uri, entry.revision, pinned))]
         entry.leases[lease] = pinned
         entry.last_used = now
         entry.uses += 1
@@ -174,7 +206,7 @@ class Residency:
         entry = self.entries[number]
         del entry.leases[lease]
         entry.last_used = now
-        return self._evict_if_duplicate(entry)
+        return self._evict_if_unwanted(entry)
 
     # --- resolving and loading ----------------------------------------------------------------------------------------
 
@@ -192,19 +224,19 @@ class Residency:
             alias.waiting = waiting
             return []
         if entry is None:
+            entry = Entry(next(self._numbers), uri, manifest, revision=revision, last_used=now)
             try:
-                actions += self._make_room(manifest.nbytes)
+                if (over := self._accounts.refusal(waiting, entry, self.entries.values())) is not None:
+                    raise over
+                actions += self._make_room(manifest.nbytes, uri)
             except NoCapacity as error:
                 return [Refuse(lease, error) for lease in waiting]
-            entry = Entry(next(self._numbers), uri, manifest, revision=revision, last_used=now)
             self.entries[entry.number] = entry
             self._by_source[manifest.source] = entry.number
             if revision:
                 self._by_revision[revision] = entry.number
             actions.append(Load(entry.number, manifest, uri))
-        for lease, pinned in waiting.items():
-            actions += self._attach(entry, lease, pinned, now)
-        return actions
+        return actions + self._attach_all(entry, waiting, uri, now)
 
     def _resolve_failed(self, uri: str, error: AgentError) -> list[Action]:
         alias = self._aliases[uri]
@@ -255,11 +287,9 @@ class Residency:
             alias.resolving = True
             return [*actions, Resolve(uri)]
         waiting, alias.waiting = alias.waiting, {}
-        for waiter, pinned in waiting.items():
-            actions += self._attach(entry, waiter, pinned, now)
-        return actions
+        return actions + self._attach_all(entry, waiting, uri, now)
 
-    def _make_room(self, needed: int) -> list[Action]:
+    def _make_room(self, needed: int, uri: str) -> list[Action]:
         present = [entry for entry in self.entries.values() if entry.state != "evicting"]
         free = self.capacity - sum(entry.bytes for entry in present)
         if needed <= free:
@@ -271,7 +301,7 @@ class Residency:
             stays = [entry for entry in present if entry not in idle]
             raise no_capacity(needed, self.capacity, stays, sum(entry.bytes for entry in idle), self._why_stays)
         self._clock = choice.clock
-        why = f"smallest price, to make room for {mb(needed)}"
+        why = f"smallest price, to make room for {short(uri)} ({mb(needed)})"
         return [self._evict(self.entries[int(number)], why) for number in choice.keys]
 
     def _why_stays(self, entry: Entry) -> str:
@@ -290,7 +320,8 @@ class Residency:
             for lease, pinned in entry.leases.items()
             if entry.revision or not pinned
         ]
-        return actions if entry.revision else [*actions, Admit(entry.number)]
+        actions += [] if entry.revision else [Admit(entry.number)]
+        return actions
 
     def _load_failed(self, entry: Entry, error: AgentError) -> list[Action]:
         self._unlink(entry)
@@ -316,33 +347,52 @@ class Residency:
             else:
                 del entry.leases[lease], self._holds[lease]
                 actions.append(Refuse(lease, wrong_revision(entry.uri, revision, pinned)))
-        return actions + self._evict_if_duplicate(entry)
+        return actions + self._evict_if_unwanted(entry)
 
     # --- leaving ------------------------------------------------------------------------------------------------------
 
-    def _evict_if_duplicate(self, entry: Entry) -> list[Action]:
+    def _evict_if_unwanted(self, entry: Entry) -> list[Action]:
+        if entry.leases or entry.state != "ready":
+            return []
+        if entry.doomed:
+            return [self._evict(entry, "asked for while it was held")]
         first = self._by_revision.get(entry.revision, entry.number)
-        if first == entry.number or entry.leases or entry.state != "ready":
+        if first == entry.number:
             return []
         return [self._evict(entry, f"its bytes are resident as {self.entries[first].uri}, too")]
 
     def _evict_asked(self, asker: int, uri: str) -> list[Action]:
-        entry = self.entry_of(uri)
-        if entry is None:
+        """All copies of the URI's bytes, those from before it changed included; what is held of those goes later."""
+        current = self.entry_of(uri)
+        copies = [e for e in self.entries.values() if e.state != "evicting" and (e is current or e.uri == uri)]
+        if not copies:
             return [Refuse(asker, ModelNotFound(f"{uri} is not resident on this node; see `glowplug-agent status`"))]
-        if entry.state != "ready" or entry.leases or self.is_pinned(entry):
-            return [Refuse(asker, EvictRefused(f"{uri} stays: it is {self._why_stays(entry)}"))]
-        return [self._evict(entry, "asked for"), EvictDone(asker, entry.bytes)]
+        held = [e for e in copies if e.state != "ready" or e.leases or self.is_pinned(e)]
+        free = [e for e in copies if e not in held]
+        for entry in held:
+            if entry is not current and entry.state == "ready" and not self.is_pinned(entry):
+                entry.doomed = True
+                self._unlink(entry)
+        stays = "; ".join(self._who_stays(entry, entry is current) for entry in held)
+        if not free and current in held:
+            return [Refuse(asker, EvictRefused(f"{uri} stays: {stays}"))]
+        return [*(self._evict(e, "asked for") for e in free), EvictDone(asker, sum(e.bytes for e in free), stays)]
 
-    def _pin_asked(self, asker: int, uri: str, pinned: bool) -> list[Action]:
+    def _who_stays(self, entry: Entry, is_current: bool) -> str:
+        name = f"{entry.revision or entry.manifest.source}, {mb(entry.bytes)}, is {self._why_stays(entry)}"
+        return name if is_current or not entry.doomed else f"{name}, and goes when it is free"
+
+    def _pin_asked(self, asker: int, uri: str, pinned: bool, account: Account) -> list[Action]:
         entry = self.entry_of(uri)
-        if entry is None and (pinned or uri not in self._pins):
+        if entry is None and (pinned or uri not in self._accounts.pins):
             text = f"{uri} is not resident on this node; `glowplug-agent prefetch` brings it"
             return [Refuse(asker, ModelNotFound(text))]
-        if pinned:
-            self._pins.add(uri)
+        if pinned and entry is not None:
+            if (error := self._accounts.exceeded(account, entry, self.entries.values())) is not None:
+                return [Refuse(asker, error)]
+            self._accounts.pins[uri] = account.name
         else:
-            self._pins.discard(uri)
+            self._accounts.pins.pop(uri, None)
         return [PinDone(asker, entry.bytes if entry else 0)]
 
     def _evict(self, entry: Entry, why: str) -> Evict:

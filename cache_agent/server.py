@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
 import os
 import select
+import signal
 import socket
 import stat
 import threading
@@ -15,10 +15,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cache_agent import __version__, blobs, manifest
+from cache_agent import __version__, blobs, manifest, report
 from cache_agent import shelf as shelves
+from cache_agent.access import Access
 from cache_agent.agent import Agent
-from cache_agent.errors import AccessDenied, AgentError, BadConfig, InternalError, ProtocolError, VersionMismatch
+from cache_agent.audit import Trail
+from cache_agent.errors import AgentError, BadConfig, InternalError, ProtocolError, VersionMismatch
 from cache_agent.fdsocket import Channel, Disconnected
 from cache_agent.loader import Load
 from cache_agent.messages import (
@@ -30,9 +32,10 @@ from cache_agent.messages import (
     ClusterRequest,
     ErrorReply,
     EstimateRequest,
+    EventsReply,
+    EventsRequest,
     EvictRequest,
     Hello,
-    Identity,
     LeaseRequest,
     ManifestReply,
     ManifestRequest,
@@ -44,13 +47,16 @@ from cache_agent.messages import (
     Progress,
     PushDrain,
     PushDrainReply,
+    Start,
     Started,
     StartedReply,
     StartsReply,
     StartsRequest,
+    StatusReply,
     StatusRequest,
     Welcome,
 )
+from cache_agent.policy.rights import NOBODY, Grant
 from cache_agent.protocol import VERSION
 from cache_agent.shelf import Shelf
 from cache_agent.tiers.dram import sealed_bytes
@@ -107,19 +113,22 @@ Opener = Callable[[socket.socket], "Connection"]
 class Server:
     """Accepts connections until `stop`; `run` returns once every connection's thread has ended.
 
-    A byte written to `stop_fd` stops it, too: it is made for `signal.set_wakeup_fd`.
+    A byte written to `stop_fd` stops it, too: it is made for `signal.set_wakeup_fd`, and knows SIGHUP's.
     """
 
-    def __init__(self, agent: Agent, sock: socket.socket, token: str = "", *, shelf: Shelf | None = None) -> None:
-        """`token` is the secret that every client must present; "" admits whoever can open the socket.
+    def __init__(
+        self, agent: Agent, sock: socket.socket, access: Access | None = None, *, shelf: Shelf | None = None
+    ) -> None:
+        """Without `access` whoever can open the socket may do everything; without a `shelf` requests are kept in this
 
-        Without a `shelf` requests are kept in this process.
+        process.
         """
         self._agent = agent
+        self._access = access or Access()
         self._doors: dict[int, tuple[socket.socket, Opener, int]] = {}
-        kept = shelf or shelves.shelf(agent.config, private=True)
+        kept, allowed = shelf or shelves.shelf(agent.config, private=True), self._access
         self.open_door(
-            sock, lambda sock: Connection(agent, sock, token, self.forget, kept), agent.config.max_connections
+            sock, lambda sock: Connection(agent, sock, allowed, self.forget, kept), agent.config.max_connections
         )
         self._stop_reader, self.stop_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._lock = threading.Lock()
@@ -137,9 +146,10 @@ class Server:
         poller = select.poll()
         for fd in (*self._doors, self._stop_reader):
             poller.register(fd, select.POLLIN)
-        while self._stop_reader not in (ready := [fd for fd, _ in poller.poll()]):
+        while self._stop_reader not in (ready := [fd for fd, _ in poller.poll()]) or not self._is_told_to_stop():
             for fd in ready:
-                self._accept(*self._doors[fd])
+                if fd in self._doors:
+                    self._accept(*self._doors[fd])
         for sock, _, _ in self._doors.values():
             sock.close()
         for connection in self._snapshot():
@@ -147,6 +157,14 @@ class Server:
         deadline = time.monotonic() + _JOIN_SECONDS
         for connection in self._snapshot():
             connection.thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _is_told_to_stop(self) -> bool:
+        """False when all that came was SIGHUP, which has the rights read again."""
+        with contextlib.suppress(BlockingIOError):
+            if set(os.read(self._stop_reader, 64)) == {signal.SIGHUP}:
+                self._access.reload()
+                return False
+        return True
 
     def stop(self) -> None:
         """Makes `run` return soon; from any thread, and as often as one likes."""
@@ -205,11 +223,12 @@ class Connection:
     channel_type = Channel
 
     def __init__(
-        self, agent: Agent, sock: socket.socket, token: str, on_end: Callable[[Connection], None], shelf: Shelf
+        self, agent: Agent, sock: socket.socket, access: Access, on_end: Callable[[Connection], None], shelf: Shelf
     ) -> None:
         self._agent = agent
         self._channel = self.channel_type(sock, of_agent=True)
-        self._token = token
+        self._access = access
+        self._trail = Trail(access, "")
         self._shelf = shelf
         self._on_end = on_end
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -219,12 +238,17 @@ class Connection:
         self._stopping = False
         self._asked = 0
         self.pod = ""
+        self.caller = NOBODY
         self._load: Load | None = None
         self._reported = -1
         self._report_at = 0.0
         self.thread = threading.Thread(target=self._run, name=f"connection-{sock.fileno()}", daemon=True)
 
     # --- for other threads ----------------------------------------------------------------------------------------
+
+    @property
+    def grant(self) -> Grant:
+        return self._access.grant(self.caller)
 
     def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None:
         """Queues a message; `load` is what its progress reports will be about."""
@@ -255,12 +279,13 @@ class Connection:
         except AgentError as error:
             log.warning("closing a connection: %s", error)
             with contextlib.suppress(Disconnected, ProtocolError):
-                self._channel.send(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
+                self._say(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
         except Exception:
             log.exception("connection failed")
         finally:
             if self._load is not None:
                 self._load.unwatch(self.wake)
+            self._trail.gone(self.caller)
             if self._asked:
                 self._agent.release(self._asked)
             self.close()
@@ -304,6 +329,7 @@ class Connection:
 
     def _say(self, message: Message, fds: Sequence[int] = ()) -> None:
         self._channel.send(message, fds)
+        self._trail.answered(self.caller, message)
 
     def _timeout(self) -> float | None:
         """Seconds until there may be something to push, though nobody wakes this thread."""
@@ -324,7 +350,9 @@ class Connection:
         if isinstance(message, Hello):
             self._greet(message)
             return
+        self._trail.asked(message)
         try:
+            self._require(message, fds)
             match message:
                 case LeaseRequest(model):
                     self._asked = self._agent.lease(self, model)
@@ -336,22 +364,24 @@ class Connection:
                     self._agent.pin(self, model, pinned)
                 case PrefetchRequest(model):
                     self._agent.prefetch(model)
-                    self._channel.send(PrefetchReply())
+                    self._say(PrefetchReply())
                 case StatusRequest():
-                    self._channel.send(self._agent.full_status())
+                    self._say(self._status())
                 case EstimateRequest(model):
-                    self._channel.send(self._agent.estimate(model))
+                    self._say(self._agent.estimate(model))
                 case ManifestRequest(model):
                     self._send_manifest(model)
                 case PushDrain(reason, grace, model):
-                    self._channel.send(PushDrainReply(self._agent.push_drain(reason, grace, model)))
+                    self._say(PushDrainReply(self._agent.push_drain(reason, grace, model)))
                 case Started():
                     self._agent.starts.add(message)
-                    self._channel.send(StartedReply())
+                    self._say(StartedReply())
+                case EventsRequest(since):
+                    self._say(EventsReply(self._agent.journal.since(since)))
                 case StartsRequest():
-                    self._channel.send(StartsReply(self._agent.starts.recent()))
+                    self._say(StartsReply(self._starts()))
                 case ClusterRequest():
-                    self._channel.send(self._agent.cluster())
+                    self._say(self._agent.cluster())
                 case Checkpoint():
                     self._keep(message, fds)
                 case ClaimRequest():
@@ -373,19 +403,46 @@ class Connection:
         finally:
             for fd in fds:
                 os.close(fd)
-        self._channel.send(self._shelf.keep(message, pieces))
+        self._say(self._shelf.keep(message, pieces))
 
     def _claim(self, message: ClaimRequest) -> None:
         found = self._shelf.claim(message)
         lengths, data, fds = blobs.pack(found.pieces)
         try:
-            self._channel.send(ClaimReply(found.outcome, found.epoch, found.wait, lengths, data, len(fds)), fds)
+            self._say(ClaimReply(found.outcome, found.epoch, found.wait, lengths, data, len(fds)), fds)
         finally:
             for fd in fds:
                 os.close(fd)
 
+    def _require(self, message: AnyMessage, fds: list[int]) -> None:
+        """Before anything else, so that a refusal takes no longer for a model that is here. Closes `fds` then.
+
+        Raises `AccessDenied`, or `BadModelURI` for what is none.
+        """
+        try:
+            match message:
+                case EvictRequest() | PinRequest() | PushDrain() | EventsRequest() | ClusterRequest():
+                    self._access.require_admin(self.caller, f"'{message.__struct_config__.tag}'")
+                case LeaseRequest(model) | Offer(model) | PrefetchRequest(model):
+                    self._access.require_model(self.caller, model)
+                case EstimateRequest(model) | ManifestRequest(model):
+                    self._access.require_model(self.caller, model)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def _starts(self) -> list[Start]:
+        return [start for start in self._agent.starts.recent() if self._access.may_have(self.caller, start.model)]
+
+    def _status(self) -> StatusReply:
+        reply = self._agent.full_status()
+        if self.grant.admin:
+            return reply
+        return report.visible(reply, lambda model: self._access.may_have(self.caller, model))
+
     def _refuse(self, error: AgentError) -> None:
-        self._channel.send(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
+        self._say(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
         if self._channel.state == "closed":
             raise Disconnected("refused")
 
@@ -394,9 +451,9 @@ class Connection:
             raise VersionMismatch(
                 f"the client speaks protocol {hello.version}, this agent {VERSION}: update the older of the two"
             )
-        if self._token and not _knows(self._token, hello.identity):
-            raise AccessDenied("this agent asks for a token; set GLOWPLUG_TOKEN_FILE to a file that holds it")
-        self.pod = hello.pod
+        self.caller = self._access.identify(hello.identity, hello.client)
+        self._trail = Trail(self._access, hello.client)
+        self.pod = self.caller.pod or hello.pod
         self._channel.send(Welcome(VERSION, self._agent.node, __version__))
 
     def _send_manifest(self, model: str) -> None:
@@ -416,7 +473,3 @@ class Connection:
             for fd in fds:
                 os.close(fd)
         self._channel.close()
-
-
-def _knows(token: str, identity: Identity) -> bool:
-    return identity.kind == "token" and hmac.compare_digest(identity.token.encode(), token.encode())

@@ -16,24 +16,21 @@ import contextlib
 import logging
 import random
 import socket
-import ssl
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import msgspec
 
-from cache_agent.errors import BadConfig
+from cache_agent.kubernetes import SERVICE_ACCOUNT, Api
 
 log = logging.getLogger("glowplug.witness")
 
-SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PARTIAL = "application/json;as=PartialObjectMetadata{};g=meta.k8s.io;v=v1"
-_CONNECT_SECONDS = 5.0
 _WATCH_SECONDS = 240  # the API server ends a watch after that
 _SILENCE_SECONDS = _WATCH_SECONDS + 30.0  # and if it does not, the connection is dead
 _PAUSES = (0.2, 30.0)  # seconds between attempts: first, and at most
@@ -128,12 +125,9 @@ class Witness:
         self, url: str, node: str, announce: Callable[[Removal], object], account: Path = SERVICE_ACCOUNT
     ) -> None:
         """`url` of the API server; `account` holds the files `token` and `ca.crt`. Raises `BadConfig`."""
-        self._place = urlsplit(url)
-        if self._place.scheme not in ("http", "https") or not self._place.hostname:
-            raise BadConfig(f"GLOWPLUG_KUBERNETES={url!r} is no URL; use https://kubernetes.default.svc")
+        self._api = Api(url, account)
         self._node = node
         self._announce = announce
-        self._account = account
         self._watched = Watched()
         self._version = ""
         self._stop = threading.Event()
@@ -222,11 +216,9 @@ class Witness:
 
     @contextlib.contextmanager
     def _ask(self, query: dict[str, str], accept: str) -> Iterator[HTTPResponse]:
-        connection = self._connect()
+        connection = self._api.connection()
         try:
-            headers = {"Accept": accept, "User-Agent": "glowplug-agent"}
-            with contextlib.suppress(FileNotFoundError):  # read anew each time: the kubelet renews it
-                headers["Authorization"] = "Bearer " + (self._account / "token").read_text().strip()
+            headers = self._api.headers(Accept=accept)
             connection.connect()
             with self._lock:
                 self._socket = connection.sock
@@ -234,7 +226,7 @@ class Witness:
                 raise _Failed("the agent stops")
             connection.sock.settimeout(_SILENCE_SECONDS)
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.request("GET", f"{self._place.path.rstrip('/')}/api/v1/pods?{urlencode(query)}", headers=headers)
+            connection.request("GET", self._api.path(f"/api/v1/pods?{urlencode(query)}"), headers=headers)
             response = connection.getresponse()
             if response.status == 410:
                 raise _Expired
@@ -247,14 +239,6 @@ class Witness:
             with self._lock:
                 self._socket = None
             connection.close()
-
-    def _connect(self) -> HTTPConnection:
-        host = self._place.hostname or ""
-        if self._place.scheme == "http":
-            return HTTPConnection(host, self._place.port, timeout=_CONNECT_SECONDS)
-        authority = self._account / "ca.crt"
-        context = ssl.create_default_context(cafile=str(authority) if authority.exists() else None)
-        return HTTPSConnection(host, self._place.port, timeout=_CONNECT_SECONDS, context=context)
 
     def _tell(self, removal: Removal) -> None:
         try:

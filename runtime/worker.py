@@ -23,8 +23,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache_agent import credentials
 from cache_agent.client import CacheClient, Lease
 from cache_agent.errors import AgentError, AgentTimeout
 from cache_agent.ledger import Ledger, Span
@@ -175,8 +177,11 @@ class Worker:
                 pause = min(5.0, pause * 2)
 
     def _client(self, timeout: float = 10.0) -> CacheClient:
-        token, name = self._config.token(), f"worker-{os.getpid()}"
-        return CacheClient(self._config.socket, name=name, token=token, pod=self._config.pod, timeout=timeout)
+        config = self._config
+        config.token()  # a file that cannot be read is this function's mistake, and named so
+        files = (Path(path) if path else None for path in (config.token_file, config.identity_file))
+        name, identity = f"worker-{os.getpid()}", credentials.shown(*files)
+        return CacheClient(config.socket, name=name, identity=identity, pod=config.pod, timeout=timeout)
 
     def _assemble(self, lease: Lease, deadline: float) -> Model:
         self._lifecycle.phase = "imports"

@@ -31,6 +31,7 @@ import hypothesis
 import pytest
 
 from cache_agent import link
+from cache_agent.access import Access, from_config
 from cache_agent.agent import Agent
 from cache_agent.client import CacheClient
 from cache_agent.cluster import ClusterKey
@@ -432,7 +433,7 @@ class LocalAgent:
         self,
         socket_path: Path,
         origins: Mapping[str, FakeOrigin],
-        token: str,
+        access: Access | None,
         *,
         directory: InProcessDirectory | None = None,
         key: ClusterKey | None = None,
@@ -452,10 +453,11 @@ class LocalAgent:
             Peers(me, self.directory, readers=self.config.readers, witnesses=self.config.peer_witnesses) if me else None
         )
         self.agent = Agent(self.config, self.directory, self._open, peers)
-        self.server = Server(self.agent, listen(socket_path, 0o600), token)
+        access = access or from_config(self.config)
+        self.server = Server(self.agent, listen(socket_path, 0o600), access)
         kept = shelf(self.config, private=True)
         self.server.open_door(
-            tcp, lambda sock: RemoteConnection(self.agent, sock, token, self.server.forget, kept, key), 512
+            tcp, lambda sock: RemoteConnection(self.agent, sock, access, self.server.forget, kept, key), 512
         )
         self._thread = threading.Thread(target=self.server.run, name="local-agent")
         self._thread.start()
@@ -480,17 +482,20 @@ class LocalAgent:
 
 @pytest.fixture
 def start_local_agent() -> Iterator[Callable[..., LocalAgent]]:
-    """`start_local_agent(origins, token="", **config)`: an agent in this process; the end of the test closes it
+    """`start_local_agent(origins, access=None, **config)`: an agent in this process; the end of the test closes it
 
-    and checks that it left neither threads nor fds. Fields of `AgentConfig` may be given by name.
+    and checks that it left neither threads nor fds. Fields of `AgentConfig` may be given by name; they decide who may
+    do what, unless `access` does.
     """
     agents: list[LocalAgent] = []
     threads, fds = set(threading.enumerate()), _open_fds()
     with contextlib.ExitStack() as stack:
 
-        def start(origins: Mapping[str, FakeOrigin] | None = None, token: str = "", **config: Any) -> LocalAgent:
+        def start(
+            origins: Mapping[str, FakeOrigin] | None = None, access: Access | None = None, **config: Any
+        ) -> LocalAgent:
             directory = stack.enter_context(_short_directory())
-            agents.append(LocalAgent(directory / "agent.sock", origins or {}, token, **config))
+            agents.append(LocalAgent(directory / "agent.sock", origins or {}, access, **config))
             stack.callback(agents[-1].close)
             return agents[-1]
 

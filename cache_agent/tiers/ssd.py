@@ -40,6 +40,10 @@ _SPARE = 20  # one part in so many of the filesystem is never filled
 _MOST_QUARANTINED = 32
 
 
+def _log_eviction(uri: str, size: int, why: str) -> None:
+    log.info("evicted %s (%d MB) from SSD: %s", uri, size // 10**6, why)
+
+
 class Quarantined(NamedTuple):
     name: str
     reason: str
@@ -60,12 +64,20 @@ class Stored:
 class Ssd:
     """One agent's images. Every method may be called from any thread; those that touch files block."""
 
-    def __init__(self, directory: Path, capacity: int = 0, tell: Callable[[str, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        capacity: int = 0,
+        tell: Callable[[str, int], None] | None = None,
+        on_evicted: Callable[[str, int, str], None] | None = None,
+    ) -> None:
         """`capacity` in bytes; 0 is all that the filesystem can spare. Raises `BadConfig`.
 
-        `tell(source, bytes)` hears of every image that there is from now on, with 0 bytes when it goes.
+        `tell(source, bytes)` hears of every image that there is from now on, with 0 bytes when it goes;
+        `on_evicted(uri, bytes, why)` of every one that had to go.
         """
         self._tell = tell or (lambda _source, _bytes: None)
+        self._on_evicted = on_evicted or _log_eviction
         self.directory = directory
         self._images = directory / "images"
         self._partial = directory / "partial"
@@ -357,7 +369,7 @@ class Ssd:
             shutil.rmtree(doomed)
         except OSError as error:
             log.warning("the image of %s cannot be removed: %s", stored.index.uri, error)
-        log.info("evicted %s (%d MB) from SSD: %s", stored.index.uri, stored.index.bytes // 10**6, why)
+        self._on_evicted(stored.index.uri, stored.index.bytes, why)
 
     def close(self) -> None:
         if self._guard >= 0:

@@ -33,11 +33,11 @@ def print_json(value: msgspec.Struct | list[Any] | dict[str, Any]) -> None:
 
 def agent(socket: Path | str | None) -> CacheClient:
     """A client of this node's agent. Raises `BadConfig`."""
-    from cache_agent import config, daemon
+    from cache_agent import config, credentials
     from cache_agent.client import CacheClient
 
     settings = config.from_environment()
-    return CacheClient(socket or settings.socket, name="glowplug", token=daemon.read_token(settings))
+    return CacheClient(socket or settings.socket, name="glowplug", identity=credentials.shown(settings.token_file))
 
 
 def megabytes(size: float) -> str:

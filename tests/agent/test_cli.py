@@ -97,7 +97,7 @@ def test_load_status_evict_as_programs_see_them(command, shared_agent, tmp_path,
     assert (status["node"], status["pid"], status["capacity"]) == ("node-a", shared_agent.pid, 512 << 20)
     (entry,) = [entry for entry in status["models"] if entry["model"] == f"file://{model}"]
     assert (entry["state"], entry["tier"], entry["done"], entry["leases"]) == ("ready", "dram", 2 << 20, 0)
-    assert command("evict", "--json", f"file://{model}") == {"bytes": 2 << 20}
+    assert command("evict", "--json", f"file://{model}") == {"bytes": 2 << 20, "stays": ""}
 
 
 def test_the_command_as_a_process(shared_agent, glowplug_agent, tmp_path, write_checkpoint):

@@ -33,6 +33,9 @@ from cache_agent.messages import (
     ErrorReply,
     EstimateReply,
     EstimateRequest,
+    EventRecord,
+    EventsReply,
+    EventsRequest,
     EvictReply,
     EvictRequest,
     FetchRequest,
@@ -119,6 +122,8 @@ EXAMPLES = [
     PushDrainReply(2),
     Started("start-1", "chat", "file:///m", "cold", [Span("shim", "python", 10, 20)], ""),
     StartedReply(),
+    EventsRequest(3),
+    EventsReply([EventRecord(4, 1767225600.5, "evicted", "s3://m/b", "evicted s3://m/b (6 MB): asked for")]),
     StartsRequest(),
     StartsReply(
         [Start("start-1", "chat", "file:///m", "cold", 1.5e9, [Span("shim", "python", 10, 20)], "no", "ssd", 9)]
@@ -177,6 +182,8 @@ ALLOWED = {
     ("asking", StartsReply): "open",
     ("open", ClusterRequest): "asking",
     ("asking", ClusterReply): "open",
+    ("open", EventsRequest): "asking",
+    ("asking", EventsReply): "open",
     ("open", Checkpoint): "asking",
     ("asking", Checkpointed): "open",
     ("open", ClaimRequest): "asking",

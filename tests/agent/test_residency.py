@@ -239,10 +239,42 @@ def test_a_pin_that_does_not_match_is_refused_and_other_leases_go_on(machine):
     assert machine.residency.entries[1].leases == {free: ""}
 
 
-def test_a_pin_finds_its_revision_under_any_uri_without_asking_the_origin(machine):
+def test_a_pin_finds_its_revision_without_asking_the_origin_where_it_was_read_from(machine):
+    machine.resident(A, revision=REV)
+    lease, actions = machine.ask(A, REV)
+    assert actions == [Grant(lease, 1), Complete(lease, 1, True, REV)]
+
+
+def test_a_pin_finds_bytes_that_its_uri_had_before(machine):
+    machine.resident(A, "old", revision=REV)
+    holder, _ = machine.ask(A)
+    machine.now = 11.0
+    machine.ask(A)
+    machine(Resolved(A, plan("new")))
+    lease, actions = machine.ask(A, REV)
+    assert actions == [Grant(lease, 1), Complete(lease, 1, True, REV)]
+    assert holder in machine.residency.entries[1].leases
+
+
+def test_a_known_revision_is_not_had_under_another_uri_before_its_origin_says_so(machine):
+    """Or whoever may have one place could have the bytes of every other, by their revision."""
     machine.resident(A, revision=REV)
     lease, actions = machine.ask(B, REV)
-    assert actions == [Grant(lease, 1), Complete(lease, 1, True, REV)]
+    assert actions == [Resolve(B)]
+    assert machine(Resolved(B, plan("src-b"), REV)) == [Grant(lease, 1), Complete(lease, 1, True, REV)]
+    assert len(machine.residency.entries) == 1, "and then there is no second copy"
+    again, actions = machine.ask(B, REV)
+    assert actions == [Grant(again, 1), Complete(again, 1, True, REV)]
+
+
+def test_another_place_with_other_bytes_does_not_give_the_revision(machine):
+    machine.resident(A, revision=REV)
+    lease, _ = machine.ask(B, REV)
+    machine(Resolved(B, plan("src-b")))
+    machine(Reserved(2), Loaded(2))
+    (refuse, *_) = machine(Admitted(2, OTHER))
+    assert (refuse.lease, type(refuse.error)) == (lease, WrongRevision)
+    assert A not in refuse.error.text
 
 
 def test_a_pin_on_bytes_known_to_be_others_is_refused_without_a_load(machine):
@@ -421,7 +453,7 @@ def test_what_is_not_resident_cannot_be_pinned(machine, pinned):
     (refuse,) = machine(PinAsked(60, A, pinned))
     assert type(refuse.error) is ModelNotFound
     assert "prefetch" in refuse.error.text
-    assert not machine.residency._pins
+    assert not machine.residency._accounts.pins
 
 
 def test_a_pin_follows_the_uri_to_new_bytes(machine):
@@ -604,6 +636,8 @@ def test_nothing_is_remembered_of_uris_that_only_named_a_pin(machine):
     for number in range(100):
         lease, _ = machine.ask(f"s3://m/{number}", REV)
         machine(LeaseClosed(lease))
+        machine(ResolveFailed(f"s3://m/{number}", ModelNotFound("there is nothing")))
+    assert not machine.residency._accounts.leases
     assert len(machine.residency._aliases) == known
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from cache_agent import credentials
 from cache_agent import server as servers
 from cache_agent.client import CacheClient
 from cache_agent.config import AgentConfig
@@ -421,8 +422,9 @@ def test_another_version_is_refused_by_name(version, unharmed):
         Identity("kubernetes", "s3cret"),
     ],
 )
-def test_without_the_right_token_nothing_is_said(identity, start_local_agent):
-    agent = start_local_agent(token="s3cret")
+def test_without_the_right_token_nothing_is_said(identity, start_local_agent, tmp_path):
+    (tmp_path / "token").write_text("s3cret")
+    agent = start_local_agent(token_file=tmp_path / "token")
     with Raw(agent.socket) as raw:
         raw.send(Hello(VERSION, "x", identity), StatusRequest())
         (reply,) = raw.rest()
@@ -434,11 +436,11 @@ def test_without_the_right_token_nothing_is_said(identity, start_local_agent):
 def test_the_right_token_is_let_in(start_agent, tmp_path, refused):
     (tmp_path / "token").write_text("s3cret\n")
     agent = start_agent("--token-file", str(tmp_path / "token"))
-    assert CacheClient(agent.socket, token="s3cret").status().models == []
+    assert CacheClient(agent.socket, identity=credentials.shown(tmp_path / "token")).status().models == []
     with refused("denied"):
         CacheClient(agent.socket).status()
     with refused("denied"):
-        CacheClient(agent.socket, token="guess").status()
+        CacheClient(agent.socket, identity=lambda: Identity("token", "guess")).status()
 
 
 def test_a_socket_for_others_needs_named_roots(tmp_path):

@@ -20,7 +20,7 @@ from cache_agent.client import CacheClient
 from cache_agent.cluster import ClusterKey
 from cache_agent.errors import AccessDenied, AgentError, AgentUnreachable, LeaseLost
 from cache_agent.link import parse_address
-from cache_agent.messages import Admitted, Drain
+from cache_agent.messages import Admitted, Drain, Identity
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.peer import Membership, Peer, PeerFailed
 
@@ -39,14 +39,16 @@ def tensors(random_tensors):
 
 
 @pytest.fixture
-def agent(start_local_agent, checkpoint_files, tensors):
-    return start_local_agent({URI: FakeOrigin(URI, checkpoint_files(tensors))}, TOKEN, key=KEY, max_connections=64)
+def agent(start_local_agent, checkpoint_files, tensors, tmp_path):
+    (tmp_path / "token").write_text(TOKEN)
+    origins = {URI: FakeOrigin(URI, checkpoint_files(tensors))}
+    return start_local_agent(origins, token_file=tmp_path / "token", key=KEY, max_connections=64)
 
 
 @pytest.fixture(params=["unix", "tcp"])
 def client(request, agent):
     path = agent.socket if request.param == "unix" else f"tcp://{agent.address}"
-    return CacheClient(path, name="test", token=TOKEN, timeout=30)
+    return CacheClient(path, name="test", identity=lambda: Identity("token", TOKEN), timeout=30)
 
 
 def contents(lease):
@@ -190,7 +192,7 @@ def test_over_tcp_nobody_is_served_without_an_identity(start_local_agent, agent)
     with pytest.raises(AccessDenied):
         CacheClient(f"tcp://{agent.address}", timeout=5).status()
     with pytest.raises(AccessDenied):
-        CacheClient(f"tcp://{agent.address}", token="wrong", timeout=5).status()
+        CacheClient(f"tcp://{agent.address}", identity=lambda: Identity("token", "wrong"), timeout=5).status()
     # An agent that asks for no token on its own socket, which has a mode, still serves nobody from outside.
     open_agent = start_local_agent()
     open_agent.client.status()
@@ -341,7 +343,7 @@ def test_strangers_cannot_take_the_nodes_own_connections(agent):
     """Half of all connections stay those of the socket."""
     held = [socket.create_connection(parse_address(agent.address), 10) for _ in range(40)]
     try:
-        assert CacheClient(agent.socket, token=TOKEN, timeout=10).status().node == "test"
+        assert CacheClient(agent.socket, identity=lambda: Identity("token", TOKEN), timeout=10).status().node == "test"
     finally:
         for sock in held:
             sock.close()

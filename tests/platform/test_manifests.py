@@ -20,8 +20,10 @@ import pytest
 import redis
 import yaml
 
+from cache_agent import rights
 from cache_agent.cli import main
-from cache_agent.config import AgentConfig, parse_size
+from cache_agent.config import AgentConfig, from_environment, parse_size
+from cache_agent.policy.rights import Caller
 from runtime.config import FunctionConfig
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,7 @@ COMBINATIONS = (
     ("scheduler", "scheduler-policy", "scheduler-strict", "redis", "token"),
     ("webhook",),
     ("webhook", "scheduler", "redis"),
+    ("rights",),
 )
 TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -336,6 +339,8 @@ def test_rights_are_the_least(combined: list[dict[str, Any]]) -> None:
     rules = [rule for item in combined if item["kind"] in ("Role", "ClusterRole") for rule in item["rules"]]
     asked = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
     allowed = {("pods", "list"), ("pods", "watch"), ("leases", "create"), ("leases", "get"), ("leases", "update")}
+    if any(item["metadata"]["name"] == "glowplug-rights" for item in combined):
+        allowed.add(("tokenreviews", "create"))
     assert asked <= allowed
     accounts = {item["metadata"]["name"] for item in combined if item["kind"] == "ServiceAccount"}
     bound = set()
@@ -348,6 +353,17 @@ def test_rights_are_the_least(combined: list[dict[str, Any]]) -> None:
         account = pod["spec"]["serviceAccountName"]
         assert account in accounts, name
         assert pod["spec"]["automountServiceAccountToken"] == (account in bound), f"{name} needs no token"
+
+
+def test_the_rights_are_some_that_the_agent_reads(tmp_path: Path) -> None:
+    text = load(KNATIVE / "components" / "rights" / "configmap.yaml")["data"]["rights.toml"]
+    (tmp_path / "rights.toml").write_text(text)
+    found = rights.read(tmp_path / "rights.toml")
+    assert found.of(Caller("", "operator", "token")).admin
+    assert not found.of(Caller("other", "default", "kubernetes")).models
+    (patch,) = load(KNATIVE / "components" / "rights" / "agent.yaml")["spec"]["template"]["spec"]["containers"]
+    settings = from_environment({variable["name"]: variable["value"] for variable in patch["env"]})
+    assert (settings.identity, settings.rights) == ("kubernetes", Path("/etc/glowplug/rights/rights.toml"))
 
 
 def test_names_and_labels_agree(combined: list[dict[str, Any]]) -> None:

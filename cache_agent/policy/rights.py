@@ -1,0 +1,112 @@
+"""Who may have which model: callers, the prefixes that they were granted, and how a URI matches one. Pure.
+
+A URI is compared piece by piece, never as text: `s3://models/llm` grants `s3://models/llm/a` and not `s3://models/llm2`.
+Whatever could mean another place to whoever reads it later (dot segments, in any encoding, empty segments, backslashes)
+is granted to nobody but an administrator. What is not listed is not granted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_ENCODED = re.compile(r"%(2e|2f|5c|25|00)", re.IGNORECASE)  # . / \ % NUL, as somebody might decode them once more
+_DEFAULT_BRANCH = "main"
+ANY = "*"
+
+
+class Caller(NamedTuple):
+    """Who asks, as far as it was proved: `kind` names the proof (`none`, `token`, `kubernetes`).
+
+    `namespace` and `name` are those of a ServiceAccount; a token has a name only. `pod` is the proved UID of the
+    caller's pod, or "".
+    """
+
+    namespace: str
+    name: str
+    kind: str
+    pod: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}" if self.namespace else self.name or self.kind
+
+    @property
+    def account(self) -> str:
+        """On whose account its leases are: a namespace's pods share one."""
+        return f"namespace {self.namespace}" if self.namespace else f"token {self.name}" if self.name else ""
+
+
+NOBODY = Caller("", "", "none")
+
+
+class Prefix(NamedTuple):
+    """Everything at or below a place; `scheme` "*" is everywhere."""
+
+    scheme: str
+    pieces: tuple[str, ...]
+
+    def covers(self, scheme: str, pieces: tuple[str, ...]) -> bool:
+        if self.scheme == ANY:
+            return True
+        return self.scheme == scheme and pieces[: len(self.pieces)] == self.pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a caller was given. `dram` is how many bytes of memory it may hold for itself, None for any number."""
+
+    models: tuple[Prefix, ...] = ()
+    admin: bool = False
+    dram: int | None = None
+
+    def covers(self, scheme: str, place: str) -> bool:
+        if self.admin:
+            return True
+        found = pieces(scheme, place)
+        return found is not None and any(prefix.covers(scheme, found) for prefix in self.models)
+
+
+NOTHING = Grant()
+EVERYTHING = Grant((Prefix(ANY, ()),), admin=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """Grants by ("account", "namespace/name"), ("namespace", name or "*") and ("token", name)."""
+
+    grants: Mapping[tuple[str, str], Grant]
+
+    def of(self, caller: Caller) -> Grant:
+        """The closest grant alone counts: an account's, else its namespace's, else that of all namespaces."""
+        keys: Iterable[tuple[str, str]] = ()
+        if caller.kind == "kubernetes":
+            account = f"{caller.namespace}/{caller.name}"
+            keys = (("account", account), ("namespace", caller.namespace), ("namespace", ANY))
+        elif caller.kind == "token":
+            keys = (("token", caller.name),)
+        return next((self.grants[key] for key in keys if key in self.grants), NOTHING)
+
+
+def pieces(scheme: str, place: str) -> tuple[str, ...] | None:
+    """A model's place in pieces, the largest first; None where it is not plain which place that is.
+
+    `place` is what follows `scheme://`, decoded where the scheme's reader decodes it. A hub's branch is a piece.
+    """
+    branch = ""
+    if scheme == "hf":
+        place, _, branch = place.partition("@")
+        branch = branch or _DEFAULT_BRANCH
+    elif scheme == "file":
+        if not place.startswith("/"):
+            return None
+        place = place[1:]
+    found = tuple(place.rstrip("/").split("/")) if place.rstrip("/") else ()
+    if not all(_is_plain(piece) for piece in (*found, *(branch.split("/") if branch else ()))):
+        return None
+    return (*found, f"@{branch}") if branch else found
+
+
+def _is_plain(piece: str) -> bool:
+    return piece not in ("", ".", "..") and piece.isprintable() and "\\" not in piece and not _ENCODED.search(piece)

@@ -19,12 +19,12 @@ def none() -> Identity:
     return Identity()
 
 
-def shown(token_file: Path | None, identity_file: Path | None = None) -> Callable[[], Identity]:
-    """What to call for an identity; a secret goes before a ServiceAccount. It raises `BadConfig`."""
-    if token_file is not None:
-        return lambda: Identity("token", read_token(_single(token_file)))
-    if identity_file is not None:
-        return lambda: Identity("kubernetes", _account(identity_file))
+def shown(token_file: Path | str | None, identity_file: Path | str | None = None) -> Callable[[], Identity]:
+    """What to call for an identity; a secret goes before a ServiceAccount, "" is no file. It raises `BadConfig`."""
+    if token_file:
+        return lambda: Identity("token", read_token(_single(Path(token_file))))
+    if identity_file:
+        return lambda: Identity("kubernetes", _account(Path(identity_file)))
     return none
 
 

@@ -25,9 +25,8 @@
       │ ───────────────────────────────────►│   offering
       │   adopted(revision, shared, why)    │   leased; shared: they are lent to others again, without a copy
       │ ◄───────────────────────────────────│
-      │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | starts | cluster   (open:
-      │   one reply each, stays open)
-      │   status | manifest | evict | pin | prefetch | estimate | push_drain   (open: one reply each, stays open)
+      │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | starts | events | cluster
+      │                                     (open: one reply each, stays open)
       │   checkpoint + fd | claim           (the same, for requests that run: cache_agent/snapshots.py)
 
 Over TCP the same frames carry a function's lease without fds, and what agents say to each other:

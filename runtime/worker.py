@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache_agent import credentials
@@ -179,8 +178,7 @@ class Worker:
     def _client(self, timeout: float = 10.0) -> CacheClient:
         config = self._config
         config.token()  # a file that cannot be read is this function's mistake, and named so
-        files = (Path(path) if path else None for path in (config.token_file, config.identity_file))
-        name, identity = f"worker-{os.getpid()}", credentials.shown(*files)
+        name, identity = f"worker-{os.getpid()}", credentials.shown(config.token_file, config.identity_file)
         return CacheClient(config.socket, name=name, identity=identity, pod=config.pod, timeout=timeout)
 
     def _assemble(self, lease: Lease, deadline: float) -> Model:

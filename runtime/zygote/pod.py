@@ -320,13 +320,15 @@ class Pod:
 
     def _find_lease(self) -> None:
         """In a thread of its own: the agent may take its time, or be gone."""
+        from cache_agent import credentials
         from cache_agent.client import CacheClient
         from cache_agent.errors import AgentError
 
         found: Lease | str
         try:
             name = f"layers-{os.getpid()}"
-            client = CacheClient(self._agent, name=name, token=self._config.token(), pod=self._config.pod)
+            identity = credentials.shown(self._config.token_file, self._config.identity_file)
+            client = CacheClient(self._agent, name=name, identity=identity, pod=self._config.pod)
             deadline = time.monotonic() + _LEASE_SECONDS
             lease = client.lease(self._config.model_uri, deadline=deadline)
             try:

@@ -89,7 +89,9 @@ def test_huge_pages_on_both_ends(start_local_agent, checkpoint_files, tensors, h
     huge_pages(24)
     origins = {URI: FakeOrigin(URI, checkpoint_files(tensors))}
     agent = start_local_agent(origins, TOKEN, key=KEY, huge_pages="always")
-    with CacheClient(f"tcp://{agent.address}", token=TOKEN, timeout=30).lease(URI, deadline=soon()) as lease:
+    with CacheClient(f"tcp://{agent.address}", identity=lambda: Identity("token", TOKEN), timeout=30).lease(
+        URI, deadline=soon()
+    ) as lease:
         lease.wait_ready(soon())
         assert agent.agent.status()[2][0].page == lease.page == 2 << 20
         assert contents(lease) == {name: content for name, (_, _, content) in tensors.items()}

@@ -26,9 +26,6 @@ SETTINGS = {
 }
 # Of the scripts, and of what a shell completes; each is explained where it is named.
 OTHER_VARIABLES = {"GLOWPLUG_TEST_REDIS_URL", "GLOWPLUG_TEST_S3_URL", "GLOWPLUG_TORCH_INDEX", "GLOWPLUG_TEST_DATA"}
-ERRORS = re.findall(
-    r"^\| `([a-z_]+)`.*$", README.partition("errors: begin")[2].partition("errors: end")[0], re.MULTILINE
-)
 
 
 def errors() -> list[type[Exception]]:
@@ -52,7 +49,7 @@ def cells(text: str, columns: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("error", errors(), ids=lambda error: error.__name__)
 def test_every_error_has_a_row(error: type[Exception]) -> None:
-    assert error.code in ERRORS
+    assert error.code in ROWS
 
 
 @pytest.mark.parametrize("error", [e for e in errors() if issubclass(e, runtime.errors.FunctionError)])
@@ -90,7 +87,6 @@ def test_no_document_names_a_setting_that_does_not_exist(document: str) -> None:
 
 def test_no_row_for_an_error_that_does_not_exist() -> None:
     codes = {error.code for error in errors()}
-<<<<<<< HEAD
     rows = {row[0] for row in cells(README, 5) if row[1].startswith(("agent", "function")) and row[0].islower()}
     assert rows == codes
 
@@ -106,7 +102,3 @@ def test_every_message_is_in_the_protocols_diagram(message: type[messages.Messag
         return  # "one reply each"
     tag = message.__struct_config__.tag
     assert re.search(rf"\b{tag}\b", protocol.__doc__ or ""), f"{tag} is not in the diagram of protocol.py"
-=======
-    assert ERRORS
-    assert set(ERRORS) <= codes
->>>>>>> a2cde9f (Identity, rights, quotas, an audit trail; metrics, state and events over HTTP)

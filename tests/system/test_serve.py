@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from cache_agent import credentials
 from cache_agent.client import CacheClient
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
@@ -284,7 +285,7 @@ def test_a_function_without_the_socket_gets_its_weights_over_tcp(
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     agent = start_agent("--agent-listen", address, "--token-file", str(token))
-    client = CacheClient(agent.socket, token="a secret of this test", timeout=30)
+    client = CacheClient(agent.socket, identity=credentials.shown(token), timeout=30)
     function = started(model=checkpoint, socket=f"tcp://{address}", token_file=token).wait_ready()
     answer = function.request("/v1/chat/completions", CHAT)
     assert answer.status == 200

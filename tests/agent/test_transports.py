@@ -84,14 +84,14 @@ def test_where_a_file_cannot_feed_a_socket_its_pages_are_sent(client, tensors, m
         assert contents(lease) == {name: content for name, (_, _, content) in tensors.items()}
 
 
-def test_huge_pages_on_both_ends(start_local_agent, checkpoint_files, tensors, huge_pages):
+def test_huge_pages_on_both_ends(start_local_agent, checkpoint_files, tensors, huge_pages, tmp_path):
     """The agent's memory is of 2 MiB pages, and so is the function's own."""
     huge_pages(24)
     origins = {URI: FakeOrigin(URI, checkpoint_files(tensors))}
-    agent = start_local_agent(origins, TOKEN, key=KEY, huge_pages="always")
-    with CacheClient(f"tcp://{agent.address}", identity=lambda: Identity("token", TOKEN), timeout=30).lease(
-        URI, deadline=soon()
-    ) as lease:
+    (tmp_path / "token").write_text(TOKEN)
+    agent = start_local_agent(origins, token_file=tmp_path / "token", key=KEY, huge_pages="always")
+    client = CacheClient(f"tcp://{agent.address}", identity=lambda: Identity("token", TOKEN), timeout=30)
+    with client.lease(URI, deadline=soon()) as lease:
         lease.wait_ready(soon())
         assert agent.agent.status()[2][0].page == lease.page == 2 << 20
         assert contents(lease) == {name: content for name, (_, _, content) in tensors.items()}

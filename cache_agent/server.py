@@ -328,8 +328,9 @@ class Connection:
                 load.watch(self.wake)
 
     def _say(self, message: Message, fds: Sequence[int] = ()) -> None:
-        self._channel.send(message, fds)
+        # First the record: whoever has the answer finds the line.
         self._trail.answered(self.caller, message)
+        self._channel.send(message, fds)
 
     def _timeout(self) -> float | None:
         """Seconds until there may be something to push, though nobody wakes this thread."""

@@ -13,7 +13,7 @@ COPY cache_agent/ /usr/src/glowplug/cache_agent/
 COPY runtime/ /usr/src/glowplug/runtime/
 # The lock is a constraint: of what it pins, only what the agent needs comes in.
 RUN python -m venv /opt/glowplug \
-    && /opt/glowplug/bin/pip install -c /usr/src/glowplug/runtime/base.lock "/usr/src/glowplug[metrics]" \
+    && /opt/glowplug/bin/pip install -c /usr/src/glowplug/runtime/base.lock /usr/src/glowplug[metrics] \
     && /opt/glowplug/bin/python -m compileall -q /opt/glowplug/lib \
     && /opt/glowplug/bin/pip uninstall -qy pip setuptools
 

@@ -139,6 +139,7 @@ def test_the_agents_image_has_what_the_lock_says(built: SimpleNamespace) -> None
         name, _, version = path.name.removesuffix(".dist-info").rpartition("-")
         found[name.replace("_", "-").lower()] = version
     assert found.pop("glowplug")
+    assert found.pop("prometheus-client"), "an agent's own: what functions share does not need it"
     assert {name: version for name, version in found.items() if lock.get(name) != version} == {}
 
 

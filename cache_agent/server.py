@@ -404,10 +404,10 @@ class Connection:
         finally:
             for fd in fds:
                 os.close(fd)
-        self._say(self._shelf.keep(message, pieces))
+        self._say(self._shelf.keep(message, pieces, self.caller.namespace))
 
     def _claim(self, message: ClaimRequest) -> None:
-        found = self._shelf.claim(message)
+        found = self._shelf.claim(message, self.caller.namespace)
         lengths, data, fds = blobs.pack(found.pieces)
         try:
             self._say(ClaimReply(found.outcome, found.epoch, found.wait, lengths, data, len(fds)), fds)

@@ -25,7 +25,8 @@ _LEAST_KEY = 32
 
 
 class Shelf:
-    """Every method may be called from any thread. `within` is what the caller's identity puts before its space."""
+    """Every method may be called from any thread. `within` is the namespace that the caller proved, or "": it keeps
+    functions of other namespaces out."""
 
     def __init__(self, store: Snapshots, key: bytes) -> None:
         self._store = store
@@ -93,7 +94,7 @@ def cluster_key(path: Path | None) -> bytes:
 def _key(within: str, space: str, id: str) -> Key:  # noqa: A002
     if not _SPACE.fullmatch(space) or not _ID.fullmatch(id):
         raise ProtocolError("a request that is kept has a function's name and an id of 16 to 121 letters and digits")
-    return Key(f"{within}/{space}" if within else space, id)
+    return Key(f"@{within}/{space}" if within else space, id)  # which no space can spell
 
 
 def _owner(name: str) -> str:

@@ -106,6 +106,7 @@ def test_what_a_caller_is_goes_before_its_space():
     tested.keep(Checkpoint([KeepItem(*KEY, A, 1, 0, [1], 0.0)]), [b"x"], within="team-a")
     assert tested.claim(ClaimRequest(*KEY, B, 1.0), within="team-b").outcome == "absent"
     assert tested.claim(ClaimRequest(*KEY, B, 1.0)).outcome == "absent"
+    assert tested.claim(ClaimRequest("team-a/chat", KEY.id, B, 1.0)).outcome == "absent", "by its mere name"
     assert tested.claim(ClaimRequest(*KEY, B, 1.0), within="team-a").outcome == "taken"
 
 

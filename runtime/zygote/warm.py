@@ -56,6 +56,7 @@ class Warm:
         from runtime import server, worker  # noqa: F401  what a child needs of our own
 
         _ask_once()
+        _lay_out_once()
         return cls("lang")
 
     def with_model(self, size: int, manifest: int, *segments: int) -> Warm:
@@ -110,6 +111,14 @@ def _ask_once() -> None:
         }  # fmt: skip
         for _ in app(environ, lambda *_: None):
             pass
+
+
+def _lay_out_once() -> None:
+    """A computation without data: for the first of them torch imports sympy, which takes a third of a second."""
+    import torch
+
+    with torch.device("meta"):
+        _ = 1.0 / torch.arange(2).float()
 
 
 def _forward_once(model: Any) -> None:

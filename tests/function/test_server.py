@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ class Gate:
 def _function(handle: Callable[..., object], **settings: Any) -> Wsgi:
     config = FunctionConfig(model="file:///models/toy", **settings)
     lifecycle = Lifecycle("toy", config.slots + config.queue)
-    lifecycle.opened(object(), Handler(handle))  # type: ignore[arg-type]
+    lifecycle.opened(SimpleNamespace(book=None), Handler(handle))  # type: ignore[arg-type]
     return create_app(config, lifecycle, Ledger("worker", ""), lambda _reason: None)
 
 

@@ -18,6 +18,8 @@ COMMANDS = {
     "pull": Registered("runtime.commands.copies:pull", "Copy a model into a directory, and check it."),
     "place": Registered("runtime.commands.place:place", "Show where a model would start soonest."),
     "render": Registered("runtime.commands.render:render", "Print a function's objects for Knative or OpenFaaS."),
+    "layers": Registered("runtime.commands.layers:layers", "Show which layers are held, for how long, and why."),
+    "pool": Registered("runtime.commands.pool:pool", "Keep warm processes for all containers of this node."),
     "base": Registered("runtime.commands.base:base", "The locked set of distributions that all functions share."),
     "completion": Registered("runtime.commands.completion:completion", "Print what makes a shell complete commands."),
 }

@@ -65,6 +65,7 @@ class FunctionConfig:
     private_weights: bool = False
     lean_imports: bool = True
     layers: str = "model"
+    pool: str = "/run/glowplug/pool.sock"
     hold: str = ""
     checkpoints: str = ""
     checkpoint_tokens: int = 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import socket
 import threading
@@ -57,6 +58,9 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         config.set("threads", capacity + _PROBES)
         config.set("worker_connections", max(_CONNECTIONS, 2 * capacity))
         config.set("keepalive", 15)
+        # gunicorn took these from whoever imported it, which in a forked worker was somebody else.
+        config.set("user", os.geteuid())
+        config.set("group", os.getegid())
         config.set("graceful_timeout", 5)
         logger = Logger(config)
         logger.error_log.handlers = logging.getLogger().handlers

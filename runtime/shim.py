@@ -34,6 +34,7 @@ from runtime.port import answers, open_port  # noqa: E402
 
 if TYPE_CHECKING:
     from runtime.private_agent import PrivateAgent
+    from runtime.zygote.node import Node
     from runtime.zygote.pod import Pod
 
 _REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
@@ -78,7 +79,7 @@ class Shim:
         self._crashes = Crashes()
         self._agent: PrivateAgent | None = None
         self._agent_path = ""
-        self._pod: Pod | None = None
+        self._pod: Pod | Node | None = None  # who is asked for workers
         self._forking: _Forking | None = None
         self._asked_at = 0.0  # when the worker was asked for
         self._retire_at = 0.0  # when it may be asked to retire (again)
@@ -106,6 +107,24 @@ class Shim:
         self._agent = PrivateAgent()
         self._agent.start()
         return self._agent.path
+
+    def _find_pool(self) -> None:
+        """Of the node, if there is one and it serves this container; its zygotes make the first start a fork, too."""
+        if self.config.layers == "off" or not self.config.pool or not os.path.exists(self.config.pool):
+            return
+        start = time.monotonic_ns()
+        from runtime.zygote.node import Node
+
+        node = Node(self.config)
+        if node.connect():
+            self._pod = node
+        else:
+            self._note_unforked(f"no pool: {node.why}", start)
+
+    def _note_unforked(self, why: str, since: int) -> None:
+        """For the ledger and the log: why a worker is not forked by whom it should have been."""
+        self.spans.append(("shim", why, since, time.monotonic_ns()))
+        _say(why)
 
     def _start_worker(self, *, ahead: bool = False) -> None:
         """From the deepest layer that is there, else from the interpreter. Connections that have arrived go with it."""
@@ -137,6 +156,10 @@ class Shim:
         if number:
             self._forking = _Forking(number, theirs, time.monotonic() + _FORK_SECONDS)
         else:
+            if self._pod is not None and self._pod.why:
+                self._note_unforked(f"no pool: {self._pod.why}", start)
+                self._pod.close()
+                self._pod = None  # its own zygotes, from now on
             self._boot(theirs)
         self.spans.append(("shim", "spawn", start, time.monotonic_ns()))
 
@@ -167,6 +190,7 @@ class Shim:
         try:
             _say(f"port {self.port} is open, starting {self.config.model_uri}")
             self._agent_path = self._find_agent()
+            self._find_pool()
             self._start_worker()
             while True:
                 self._wait()
@@ -258,7 +282,8 @@ class Shim:
     def _boot_instead(self, why: str) -> None:
         assert self._forking is not None, "it was to be forked"
         line, self._forking = self._forking.line, None
-        _say(f"the worker is not forked: {why}; it is booted")
+        now = time.monotonic_ns()
+        self._note_unforked(f"not forked: {why}", now)
         self._boot(line)
 
     def _take_signals(self) -> None:

@@ -128,20 +128,20 @@ class History:
 
     def __init__(self, gaps: Iterable[float] = ()) -> None:
         self.gaps: deque[float] = deque(gaps, HISTORY)
-        self._since: float | None = None
+        self.since: float | None = None  # when it became idle; None while it is in use
 
     def idle(self, now: float) -> None:
-        if self._since is None:
-            self._since = now
+        if self.since is None:
+            self.since = now
 
     def used(self, now: float) -> None:
-        if self._since is not None and now >= self._since:
-            self.gaps.append(now - self._since)
-        self._since = None
+        if self.since is not None and now >= self.since:
+            self.gaps.append(now - self.since)
+        self.since = None
 
     def age(self, now: float) -> float | None:
         """Seconds of idleness; None while it is in use."""
-        return None if self._since is None else max(0.0, now - self._since)
+        return None if self.since is None else max(0.0, now - self.since)
 
 
 def beta(layer: Layer, rho: float) -> float:

@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from runtime.children import private_bytes
 from runtime.zygote.spawn import Spec
@@ -34,6 +34,8 @@ from runtime.zygote.warm import Warm
 from runtime.zygote.wire import Gone, Wire
 
 BEAT = 0.25
+Fork: TypeAlias = Callable[[dict[str, Any], list[int]], int]
+Enter: TypeAlias = Callable[[dict[str, Any], list[int]], None]
 _PR_SET_DUMPABLE, _PR_SET_NAME = 4, 15
 _BLOCKED = (signal.SIGTERM, signal.SIGINT)
 
@@ -51,8 +53,8 @@ class ForkServer:
         warm: Warm,
         key: str,
         *,
-        fork: Callable[[dict[str, Any], list[int]], int] | None = None,
-        enter: Callable[[dict[str, Any], list[int]], None] | None = None,
+        fork: Fork | None = None,
+        enter: Enter | None = None,
     ) -> None:
         self._wire, self._warm, self._key = wire, warm, key
         self._fork, self._enter = fork, enter
@@ -165,7 +167,8 @@ class ForkServer:
         reseed()
         if request.get("kind") == "zygote":
             wire = Wire(socket.socket(fileno=fds[0]))
-            return _build(wire, Spec.parse(request["spec"]), lambda: self._warm.with_model(request["size"], *fds[1:]))
+            spec = Spec.parse(request["spec"])
+            return build(wire, spec, lambda: self._warm.with_model(request["size"], *fds[1:]), self._fork, self._enter)
         from runtime import worker
 
         name_process("worker")
@@ -227,7 +230,9 @@ def _close(fds: list[int]) -> None:
         os.close(fd)
 
 
-def _build(wire: Wire, spec: Spec, make: Callable[[], Warm]) -> int:
+def build(
+    wire: Wire, spec: Spec, make: Callable[[], Warm], fork: Fork | None = None, enter: Enter | None = None
+) -> int:
     """Builds a layer, and serves it until its supervisor is gone; the exit code."""
     since = time.monotonic_ns()
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user may look into it
@@ -240,7 +245,7 @@ def _build(wire: Wire, spec: Spec, make: Callable[[], Warm]) -> int:
         with contextlib.suppress(Gone):
             wire.send({"failed": f"{type(error).__name__}: {error}"})
         return 70
-    ForkServer(wire, warm, spec.key).run(since)
+    ForkServer(wire, warm, spec.key, fork=fork, enter=enter).run(since)
     return 0
 
 
@@ -248,7 +253,7 @@ def main(arguments: list[str]) -> int:
     os.set_inheritable(int(arguments[0]), False)
     spec = Spec.parse(arguments[1])
     wire = Wire(socket.socket(fileno=int(arguments[0])))
-    return _build(wire, spec, lambda: Warm.lang(spec.kinds, lean=spec.lean))
+    return build(wire, spec, lambda: Warm.lang(spec.kinds, lean=spec.lean))
 
 
 if __name__ == "__main__":

@@ -13,22 +13,19 @@ as long as a request is served, because a container may have but one processor a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import platform
 import queue
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from cache_agent.limits import available_bytes
 from cache_agent.policy import keepalive
 from runtime.config import FunctionConfig
-from runtime.zygote import layers, spawn
+from runtime.zygote import layers, own, published, spawn
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote
 from runtime.zygote.wire import Gone
 
@@ -71,6 +68,8 @@ class Pod:
 
     def __init__(self, config: FunctionConfig, agent: str, say: Callable[[str], None]) -> None:
         self._config, self._agent, self._say = config, agent, say
+        self.published = published.Published("pod", config.served_name, config.start_price)
+        self.why = ""  # a pod's own zygotes are never refused as a whole, as a pool's may be
         self._kept: dict[Kept, _Kept] = {level: _Kept(level) for level in ("user", "model", "lang")}
         self._hold = dict(config.holds)
         self._number = 0
@@ -196,6 +195,7 @@ class Pod:
         self._watch(now)
         self._drop(now)
         self._build(now)
+        self.published.write(self.report())
         return events
 
     def seconds(self, now: float) -> float:
@@ -208,7 +208,20 @@ class Pod:
                 due.append(_SETTLED - age if age < _SETTLED else 1.0)
         return max(0.0, min(due))
 
+    def report(self) -> list[dict[str, Any]]:
+        """For people; see published.py."""
+        found = []
+        for level, kept in self._kept.items():
+            state: published.State = "used" if kept.history.since is None else "idle"
+            if kept.zygote is not None and kept.zygote.state == "building":
+                state = "building"
+            elif not (self._serving if level == "user" else kept.ready):
+                state = "absent"
+            found.append(published.entry(level, state, kept.history.since, self._decide(level)))
+        return found
+
     def close(self) -> None:
+        self.published.close()
         for kept in self._kept.values():
             if kept.zygote is not None:
                 kept.zygote.kill()
@@ -386,19 +399,9 @@ class Pod:
     # --- keys -----------------------------------------------------------------------------------------------------
 
     def _needs(self, level: layers.Level) -> layers.Needs:
-        environment = dict(os.environ)
-        return layers.Needs(
-            machine=platform.machine(),
-            python=f"{sys.implementation.cache_tag}-{platform.python_version()}",
-            base=_base(),
-            environment=layers.relevant(environment),
-            uid=os.geteuid(),
+        return replace(
+            own.needs(),
             preload=(self._kind,),
             model=self._config.model_uri if level == "model" else "",
             private=self._config.private_weights,
         )
-
-
-def _base() -> str:
-    lock = Path(__file__).parents[1] / "base.lock"
-    return hashlib.sha256(lock.read_bytes()).hexdigest()[:16] if lock.exists() else ""

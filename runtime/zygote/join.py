@@ -1,0 +1,219 @@
+"""Owns a worker's way into a container: what the pool finds out about the place, and the order in which it is entered.
+
+The pool: `look` takes a pidfd of the container's first process and says what a worker there has to be, or refuses. The
+zygote: `fork_into` forks into the container's pid namespace. The child, before it runs anybody's code: `enter`.
+
+    nobody may look into it → the shim's stdio → cgroups → the copied runtime → namespaces, all at once → root
+    → the runtime's place → limits → ids, no capability, no new privileges, the filter
+
+Each step needs what later ones take away. The pid namespace comes first of all, because only a child is in it.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import select
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.zygote import kernel
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_NAMESPACES = (
+    kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWCGROUP
+)
+_LIMITS = {
+    "Max cpu time": resource.RLIMIT_CPU, "Max file size": resource.RLIMIT_FSIZE, "Max data size": resource.RLIMIT_DATA,
+    "Max stack size": resource.RLIMIT_STACK, "Max core file size": resource.RLIMIT_CORE,
+    "Max processes": resource.RLIMIT_NPROC, "Max open files": resource.RLIMIT_NOFILE,
+    "Max locked memory": resource.RLIMIT_MEMLOCK, "Max address space": resource.RLIMIT_AS,
+    "Max pending signals": resource.RLIMIT_SIGPENDING, "Max msgqueue size": resource.RLIMIT_MSGQUEUE,
+    "Max nice priority": resource.RLIMIT_NICE, "Max realtime priority": resource.RLIMIT_RTPRIO,
+    "Max realtime timeout": resource.RLIMIT_RTTIME,
+}  # fmt: skip
+_V1 = ("memory", "pids", "cpu", "cpuacct", "cpuset", "blkio", "freezer", "devices")
+
+
+class Refused(Exception):
+    """A worker cannot be placed there; the text is what the ledger will say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What a worker becomes: as the container's first process is, with nothing that it is allowed."""
+
+    pid: int  # of the container's first process, in the pool's namespace
+    container: int  # inode of its pid namespace
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    cgroups: tuple[str, ...]  # files to write oneself into
+    limits: tuple[tuple[int, int, int], ...]  # which, soft, hard
+    umask: int
+    oom: int
+    filtered: bool  # a seccomp filter is on it
+
+    def dump(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def look(pidfd: int) -> Place:
+    """What the container of this process is like. Raises `Refused` where a worker of the pool would not be confined as
+    the container's own processes are, and where the process is not the container's first."""
+    pid = _pid(pidfd)
+    base = Path("/proc") / str(pid)
+    try:
+        status = dict(re.findall(r"^(\w+):[ \t]*(.*)$", (base / "status").read_text(), re.MULTILINE))
+        spaces = {name: os.stat(base / "ns" / name).st_ino for name in ("pid", "user", "mnt")}
+        own = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name in spaces}
+        label, own_label = (_label(each) for each in (base, Path("/proc/self")))
+        cgroups = _cgroups((base / "cgroup").read_text())
+        oom = int((base / "oom_score_adj").read_text())
+        limits = _limits((base / "limits").read_text())
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"its container cannot be looked at ({error})") from error
+    if not lives(pidfd):
+        raise Refused("it is gone")  # and what was read may be another's, who has its number now
+    if spaces["pid"] == own["pid"] or int(status["NSpid"].split()[-1]) != 1:
+        raise Refused("only the first process of a container is served")
+    if spaces["mnt"] == own["mnt"]:
+        raise Refused("it has no mount namespace of its own")
+    if spaces["user"] != own["user"]:
+        raise Refused("its container has a user namespace, which a worker of the pool would not have")
+    if label != own_label:
+        raise Refused(f"its container is confined as {label}, which a worker of the pool would not be")
+    ids = [(int(part) for part in status[name].split()) for name in ("Uid", "Gid")]
+    (uid, *uids), (gid, *gids) = ids
+    if {uid} != {*uids[:2]} or {gid} != {*gids[:2]}:
+        raise Refused("its real and its effective user or group differ")
+    return Place(
+        pid=pid,
+        container=spaces["pid"],
+        uid=uid,
+        gid=gid,
+        groups=tuple(int(group) for group in status["Groups"].split()),
+        cgroups=cgroups,
+        limits=limits,
+        umask=int(status["Umask"], 8),
+        oom=oom,
+        filtered=status.get("Seccomp", "0") != "0",
+    )
+
+
+def fork_into(pidfd: int, home: int) -> int:
+    """Forks a child whose pid namespace is that of the process; `home` is a pidfd of the caller. Raises `OSError`."""
+    kernel.setns(pidfd, kernel.CLONE_NEWPID)
+    child = -1
+    try:
+        child = os.fork()
+        return child
+    finally:
+        if child:  # not in the child: what it forks must be where it is
+            kernel.setns(home, kernel.CLONE_NEWPID)
+
+
+def enter(
+    place: dict[str, Any],
+    *,
+    pidfd: int,
+    root: int,
+    stdio: tuple[int, int, int],
+    prefixes: tuple[str, ...],
+    seccomp: bytes = b"",
+) -> None:
+    """Called in the forked child; afterwards it is a process of the container. Raises `OSError` for what failed.
+
+    `root` is an fd of the container's root directory. `prefixes` are directories with the runtime that the pool runs,
+    which must lie in the container at the same path: modules that are imported later come from there.
+    """
+    kernel.dumpable(False)
+    for target, fd in enumerate(stdio):
+        os.dup2(fd, target)
+    for file in place["cgroups"]:
+        _write(file, "0")
+    _write("/proc/self/oom_score_adj", str(place["oom"]), needed=False)
+    trees = [(prefix, os.stat(prefix), kernel.open_tree(prefix)) for prefix in prefixes]
+    kernel.setns(pidfd, _NAMESPACES)
+    os.fchdir(root)
+    os.chroot(".")
+    os.chdir("/")
+    for prefix, ours, tree in trees:
+        _graft(prefix, ours, tree)
+    os.umask(place["umask"])
+    for which, soft, hard in place["limits"]:
+        with contextlib.suppress(ValueError, OSError):  # raising one needs a right that the pool may not have
+            resource.setrlimit(which, (soft, hard))
+    kernel.drop_privileges(place["uid"], place["gid"], list(place["groups"]), seccomp)
+
+
+def _graft(prefix: str, ours: os.stat_result, tree: int) -> None:
+    """The runtime's directory as the pool has it, read-only, unless the container has that very one."""
+    try:
+        theirs = os.stat(prefix)
+        if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino):
+            return
+    except FileNotFoundError:
+        os.makedirs(prefix, 0o755)
+    kernel.move_mount(tree, prefix)
+    os.close(tree)
+
+
+def _pid(pidfd: int) -> int:
+    text = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+    found = re.search(r"^Pid:\s*(-?\d+)$", text, re.MULTILINE)
+    if found is None or int(found[1]) <= 0:
+        raise Refused("it is gone, or it is in none of the pool's pid namespaces")
+    return int(found[1])
+
+
+def lives(pidfd: int) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return not poller.poll(0)
+
+
+def _label(base: Path) -> str:
+    """AppArmor's or SELinux's; "" where neither is."""
+    try:
+        return (base / "attr/current").read_text().strip().rstrip("\0")
+    except OSError:
+        return ""
+
+
+def _limits(text: str) -> tuple[tuple[int, int, int], ...]:
+    """Read, not asked for: asking needs a right that an unprivileged container's root lacks."""
+    found = re.findall(r"^(Max [a-z ]+?) {2,}(unlimited|\d+) +(unlimited|\d+)", text, re.MULTILINE)
+    ends = [
+        (name, *(resource.RLIM_INFINITY if end == "unlimited" else int(end) for end in both)) for name, *both in found
+    ]
+    return tuple((_LIMITS[name], soft, hard) for name, soft, hard in ends if name in _LIMITS)
+
+
+def _cgroups(text: str) -> tuple[str, ...]:
+    """The files by which a process moves itself where this one is: of the unified hierarchy, and of each old one."""
+    found = []
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        relative = path.lstrip("/")
+        if not controllers:
+            unified = _CGROUPS / "unified" if (_CGROUPS / "unified").is_dir() else _CGROUPS
+            found.append(unified / relative / "cgroup.procs")
+        found += [_CGROUPS / each / relative / "cgroup.procs" for each in controllers.split(",") if each in _V1]
+    return tuple(str(file) for file in dict.fromkeys(found) if file.exists())
+
+
+def _write(file: str, text: str, *, needed: bool = True) -> None:
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+    except OSError:
+        if needed:
+            raise

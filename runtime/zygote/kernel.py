@@ -1,0 +1,92 @@
+"""Owns the system calls that Python has no names for. Every one raises `OSError` with the call's name."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+SO_PEERPIDFD = 77
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442  # the same numbers on every machine
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
+_OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 4, 22, 23, 24
+_PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+_SECCOMP_MODE_FILTER = 2
+_CAP_VERSION = 0x20080522
+_FILTER_INSTRUCTION = 8  # bytes of a struct sock_filter
+
+
+def setns(fd: int, kinds: int) -> None:
+    """Joins the namespaces of these kinds of the process that a pidfd names."""
+    _call("setns", _LIBC.setns(fd, kinds))
+
+
+def dumpable(allowed: bool) -> None:
+    """Whether processes of the same user may look into this one. Changing ids sets it anew: say it again after that."""
+    _call("prctl(PR_SET_DUMPABLE)", _LIBC.prctl(_PR_SET_DUMPABLE, int(allowed), 0, 0, 0))
+
+
+def open_tree(path: str) -> int:
+    """A copy of the mounts at `path` that is nowhere yet, read-only, without setuid programs and devices; an fd."""
+    fd = _call(
+        "open_tree",
+        _syscall(_OPEN_TREE, _AT_FDCWD, path.encode(), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_RECURSIVE),
+    )
+    attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV, 0, 0, 0)
+    try:
+        flags = _AT_EMPTY_PATH | _AT_RECURSIVE
+        _call("mount_setattr", _syscall(_MOUNT_SETATTR, fd, b"", flags, attributes, ctypes.c_size_t(len(attributes))))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def move_mount(fd: int, target: str) -> None:
+    """Attaches what `open_tree` gave at a directory."""
+    _call("move_mount", _syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH))
+
+
+def drop_privileges(uid: int, gid: int, groups: list[int], filter_program: bytes = b"") -> None:
+    """Becomes this user for good, without any capability, without a way to get one, and not to be looked into."""
+    capability = 0
+    while _LIBC.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
+        _call("prctl(PR_CAPBSET_DROP)", _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
+        capability += 1
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    _call("prctl(PR_CAP_AMBIENT)", _LIBC.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
+    header, nothing = struct.pack("=Ii", _CAP_VERSION, 0), bytes(24)
+    _call("capset", _LIBC.capset(header, nothing))
+    _call("prctl(PR_SET_NO_NEW_PRIVS)", _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    dumpable(False)
+    if filter_program:
+        _filter(filter_program)
+
+
+def _filter(program: bytes) -> None:
+    """Installs a seccomp filter: struct sock_filter after struct sock_filter, as libseccomp exports it."""
+    if not program or len(program) % _FILTER_INSTRUCTION:
+        raise OSError(22, "a seccomp filter consists of instructions of 8 bytes")
+    held = ctypes.create_string_buffer(program, len(program))
+    description = struct.pack("@HP", len(program) // _FILTER_INSTRUCTION, ctypes.addressof(held))
+    _call("prctl(PR_SET_SECCOMP)", _LIBC.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, description, 0, 0))
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    return int(_LIBC.syscall(ctypes.c_long(number), *arguments))
+
+
+def _call(name: str, result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result

@@ -1,0 +1,79 @@
+"""Owns what a supervisor lets people know of its layers: a file of its own, written anew at every change.
+
+    {"pid": …, "mode": "pod" | "node" | "pool", "name": …, "rho": …, "layers": [
+        {"level": "lang", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …, "rebuild": …, "until": …,
+         "why": …}]}
+
+`state` is `building`, `used` (something runs, or stands on it), `idle` or `absent`; `since` is when it became idle, in
+seconds of CLOCK_MONOTONIC, null while it is used; `hold`, `rebuild` and `until` are seconds of idleness as in
+`Decision`, null for never. The file is gone when its supervisor ends; one that was left behind is known by its pid.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from cache_agent.policy.keepalive import Decision
+
+State = Literal["building", "used", "idle", "absent"]
+_PREFIX = "glowplug-layers-"
+
+
+def entry(level: str, state: State, since: float | None, decision: Decision) -> dict[str, Any]:
+    """One layer, and what is decided for it."""
+    ends = {"hold": decision.hold, "rebuild": decision.rebuild, "until": decision.until}
+    return {
+        "level": level,
+        "state": state,
+        "since": since,
+        "seconds": decision.layer.seconds,
+        "bytes": decision.layer.bytes,
+        **{name: end if math.isfinite(end) else None for name, end in ends.items()},
+        "why": decision.why,
+    }
+
+
+def directory() -> Path:
+    return Path(tempfile.gettempdir())
+
+
+class Published:
+    """A supervisor's file. What cannot be written is not: nobody's request depends on it."""
+
+    def __init__(self, mode: Literal["pod", "node", "pool"], name: str, rho: float) -> None:
+        self._head = {"pid": os.getpid(), "mode": mode, "name": name, "rho": rho}
+        self._path = directory() / f"{_PREFIX}{os.getpid()}.json"
+        self._last: Sequence[dict[str, Any]] | None = None
+
+    def write(self, layers: Sequence[dict[str, Any]]) -> None:
+        if layers == self._last:
+            return
+        self._last = layers
+        new = self._path.with_suffix(".new")
+        with contextlib.suppress(OSError):
+            # Others may write to this directory, too: never through a link that somebody has laid there.
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            with open(fd, "w") as file:
+                json.dump({**self._head, "layers": layers}, file)
+            os.replace(new, self._path)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+def read(place: Path | None = None) -> Iterator[dict[str, Any]]:
+    """What the supervisors that live say. A file that is no such thing is passed over: anybody may write there."""
+    for path in sorted((place or directory()).glob(f"{_PREFIX}*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(path.read_text())
+            if path.name == f"{_PREFIX}{found['pid']}.json" and os.path.exists(f"/proc/{int(found['pid'])}"):
+                yield found

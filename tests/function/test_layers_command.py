@@ -1,0 +1,114 @@
+"""`glowplug layers`: what supervisors publish, who is believed, and what people see of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from cache_agent.policy.keepalive import Layer, keep
+from runtime.commands.layers import layers
+from runtime.config import FunctionConfig
+from runtime.zygote import published
+from runtime.zygote.pod import Pod
+
+LANG = Layer("lang", 3.0, 300_000_000)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def shown(*arguments: str) -> str:
+    result = CliRunner().invoke(layers, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_says_what_is_held_for_how_long_and_why() -> None:
+    since = time.monotonic() - 30.0
+    decision = keep(LANG, [60.0, 120.0] * 8, 60.0)
+    supervisor = published.Published("pod", "chat", 60.0)
+    supervisor.write(
+        [
+            published.entry("user", "absent", since, keep(Layer("user", 0.3, 100_000_000), [500.0] * 8, 60.0)),
+            published.entry("lang", "idle", since, decision),
+        ]
+    )
+    text = shown("--why")
+    assert f"pod chat (pid {os.getpid()}), ρ = 60 GB·s a second" in text
+    lang = next(line for line in text.splitlines() if line.strip().startswith("lang"))
+    assert lang.split() == ["lang", "idle", "30.0", "s", "300", "MB", "90.0", "s"]
+    assert decision.why in text
+    user = next(line for line in text.splitlines() if line.strip().startswith("user"))
+    assert user.split()[:2] == ["user", "absent"]
+    assert "back in" in user, "calls every 500 s, on the dot"
+    assert decision.why not in shown()
+    (found,) = json.loads(shown("--json"))
+    assert found["layers"][1]["hold"] == 120.0
+    supervisor.close()
+    assert "nothing holds layers here" in CliRunner().invoke(layers).output
+
+
+def test_what_lasts_for_ever_and_what_is_used() -> None:
+    free = keep(Layer("bare", 1.0, 0), [], 60.0)
+    supervisor = published.Published("pod", "chat", 60.0)
+    supervisor.write(
+        [published.entry("bare", "idle", time.monotonic(), free), published.entry("lang", "used", None, free)]
+    )
+    text = shown("--why")
+    assert "no end" in text
+    assert "something runs on it; afterwards held: it takes no memory of its own" in text
+
+
+def test_only_living_supervisors_are_believed(place: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (place / f"glowplug-layers-{ended.pid}.json").write_text(json.dumps({"pid": ended.pid, "layers": []}))
+    (place / "glowplug-layers-1.json").write_text("no JSON")
+    (place / "glowplug-layers-7.json").write_text(json.dumps({"pid": os.getpid(), "layers": []}))
+    (place / "glowplug-layers-8.json").write_text("[1]")
+    assert list(published.read()) == []
+
+
+def test_nothing_is_written_through_a_link(place: Path) -> None:
+    victim = place / "victim"
+    victim.write_text("precious")
+    (place / f"glowplug-layers-{os.getpid()}.new").symlink_to(victim)
+    published.Published("pod", "chat", 60.0).write([])
+    assert victim.read_text() == "precious"
+
+
+def test_an_unwritable_place_hurts_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    published.Published("pod", "chat", 60.0).write([{"level": "lang"}])
+
+
+def test_a_pod_publishes_what_becomes_of_its_worker() -> None:
+    pod = Pod(FunctionConfig(model="/m/chat", layers="off", hold="user=5"), "/no/agent", lambda _text: None)
+    try:
+        pod.worker_ready("llama", 3.0, False, 100.0)
+        pod.step(100.0)
+        states: dict[str, Any] = {each["level"]: each for each in next(published.read())["layers"]}
+        assert (states["user"]["state"], states["user"]["since"], states["user"]["hold"]) == ("idle", 100.0, 5.0)
+        assert states["lang"]["state"] == "absent"
+        pod.load(1, 101.0)
+        pod.step(101.0)
+        assert next(published.read())["layers"][0]["state"] == "used"
+        pod.load(0, 102.0)
+        assert pod.wants_drop(107.5)
+        pod.worker_gone(107.5)
+        pod.step(107.5)
+        assert next(published.read())["layers"][0]["state"] == "absent"
+    finally:
+        pod.close()
+    assert list(published.read()) == []

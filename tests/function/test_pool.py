@@ -1,0 +1,533 @@
+"""Node mode: a pool's worker in a real container is what the container's own processes are, and no way out or in.
+
+As root only: these containers are real namespaces, with a root directory and a user of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INSIDE = Path(__file__).with_name("contained.py")
+UNSHARE = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
+SECONDS = 60.0
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare"),
+    pytest.mark.timeout(240),
+]
+
+
+class Pool:
+    """A `glowplug pool` of its own process."""
+
+    def __init__(self, place: Path, *options: str) -> None:
+        (place / "run").mkdir(mode=0o755)
+        self.socket = place / "run/pool.sock"
+        self.log = place / "pool.log"
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            "from runtime.cli import main; main()",
+            "pool",
+            "--socket",
+            str(self.socket),
+        ]
+        with self.log.open("wb") as log:
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            self.process = subprocess.Popen(
+                [*command, "--kind", "llama", *options], stderr=log, stdout=log, env=environment
+            )
+        wait(lambda: self.socket.exists(), "the pool listens", self.log)
+
+    def children(self) -> list[int]:
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(SECONDS)
+
+
+class Container:
+    """A container whose first process obeys."""
+
+    def __init__(self, pool: Pool, place: Path, uid: int, **options: Any) -> None:
+        root = place / f"root-{time.monotonic_ns()}"
+        root.mkdir(parents=True)
+        binds = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom", str(ROOT)]
+        binds += [os.path.realpath(path) for path in (sys.base_prefix, sys.prefix)]
+        binds += options.pop("more", [])
+        binds = [path for path in dict.fromkeys(binds) if os.path.exists(path)]
+        self.options = {
+            "pool": str(pool.socket.parent), "root": str(root), "uid": uid, "filtered": False,
+            "shim": False, "cgroups": [],
+            "binds": [b for b in binds if not any(b.startswith(f"{o}/") for o in binds)],
+            "environment": {"GLOWPLUG_MODEL": "/no/model", "GLOWPLUG_SOCKET": "/no/agent", "SECRET": "hunter2"},
+            **options,
+        }  # fmt: skip
+        network = [] if self.options["shim"] else ["--net"]
+        self.log = place / f"{root.name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*UNSHARE, *network, sys.executable, "-P", str(INSIDE), json.dumps(self.options)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+            )  # fmt: skip
+        self.said: queue.Queue[dict[str, Any]] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.put(json.loads(line))
+
+    def order(self, **what: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(what).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def hear(self, *names: str) -> dict[str, Any]:
+        """The next thing that it says in which one of these is."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            try:
+                said = self.said.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"nothing of {names} was said; {self.log.read_text()}") from None
+            said = said.get("heard", said)
+            if any(name in said for name in names):
+                return said
+            assert "failed" not in said, said
+
+    def attack(self, source: str) -> Any:
+        self.order(attack=source)
+        said = self.hear("attack")
+        assert said["error"] == "", said["error"]
+        return json.loads(said["attack"])
+
+    def worker(self) -> int:
+        """Asks for one; its pid inside."""
+        self.hear("ready")
+        self.order(ask=1)
+        said = self.hear("forked", "refused", "failed")
+        assert "forked" in said, said
+        outside = self.outside(int(said["pid"]))
+        wait(lambda: status(outside)["NoNewPrivs"] == "1", "it has entered the container", self.log)
+        return int(said["pid"])
+
+    def outside(self, pid: int) -> int:
+        """The number outside of a process of the container."""
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):
+                found = next(
+                    (line.split()[1:] for line in status.read_text().splitlines() if line.startswith("NSpid:")), []
+                )
+                if len(found) > 1 and int(found[-1]) == pid and self._mine(status.parent):
+                    return int(status.parent.name)
+        raise AssertionError(f"no process {pid} in the container")
+
+    def _mine(self, process: Path) -> bool:
+        (first,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return os.stat(process / "ns/pid").st_ino == os.stat(f"/proc/{first}/ns/pid").st_ino
+
+    def holds(self, pid: int, name: str) -> bool:
+        """Whether this is a process of the container with that name."""
+        with contextlib.suppress(OSError):
+            process = Path(f"/proc/{pid}")
+            return self._mine(process) and (process / "comm").read_text().strip() == name
+        return False
+
+    def first(self) -> int:
+        return self.outside(1)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(SECONDS)
+
+
+def wait(condition: Callable[[], Any], what: str, log: Path | None = None) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {SECONDS:.0f} s; {log.read_text() if log else ''}"
+        time.sleep(0.02)
+
+
+def ended(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    made = Pool(tmp_path_factory.mktemp("pool"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def container(pool: Pool, tmp_path: Path) -> Iterator[Callable[..., Container]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(uid: int = 12000, which: Pool = pool, **options: Any) -> Container:
+            made = Container(which, tmp_path, uid, **options)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+@pytest.mark.parametrize("uid", [12000, 0])
+def test_the_worker_is_one_of_the_container(container: Callable[..., Container], uid: int) -> None:
+    place = container(uid)
+    worker, first = place.outside(place.worker()), place.first()
+    ours, theirs = status(worker), status(first)
+    for name in ("Uid", "Gid", "Groups", "Umask"):
+        assert ours[name] == theirs[name], name
+    assert {int(ours[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+    assert ours["NoNewPrivs"] == "1"
+    assert ours["Threads"] != "0"
+    for kind in ("pid", "mnt", "net", "uts", "ipc", "cgroup", "user"):
+        assert os.stat(f"/proc/{worker}/ns/{kind}").st_ino == os.stat(f"/proc/{first}/ns/{kind}").st_ino, kind
+    assert os.stat(f"/proc/{worker}/root/").st_ino == os.stat(f"/proc/{first}/root/").st_ino
+    assert Path(f"/proc/{worker}/cgroup").read_text() == Path(f"/proc/{first}/cgroup").read_text()
+    assert Path(f"/proc/{worker}/limits").read_text() == Path(f"/proc/{first}/limits").read_text()
+
+
+def test_it_is_charged_to_the_containers_cgroups(container: Callable[..., Container]) -> None:
+    groups = [Path("/sys/fs/cgroup") / kind for kind in ("memory", "pids") if (Path("/sys/fs/cgroup") / kind).is_dir()]
+    made = [group / f"glowplug-test-{os.getpid()}" for group in groups or [Path("/sys/fs/cgroup")]]
+    try:
+        for group in made:
+            group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroups can be made here: {error}")
+    files = [group / "cgroup.procs" for group in made]
+    place = container(cgroups=[str(file) for file in files])
+    try:
+        worker = place.outside(place.worker())
+        for file in files:
+            assert worker in [int(pid) for pid in file.read_text().split()], file
+        assert Path(f"/proc/{worker}/cgroup").read_text() == Path(f"/proc/{place.first()}/cgroup").read_text()
+    finally:
+        place.close()
+        for group, file in zip(made, files, strict=True):
+            wait(lambda file=file: not file.read_text(), "nothing of the container is left")
+            group.rmdir()
+
+
+ATTACK = """
+import ctypes, json, os, struct
+libc = ctypes.CDLL(None, use_errno=True)
+pid, found = {pid}, {{}}
+def attempt(name, action):
+    try:
+        found[name] = "got " + repr(action())[:60]
+    except OSError as error:
+        found[name] = error.errno
+def called(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    return result
+for name in ("mem", "environ", "maps", "smaps", "auxv", "stack", "syscall", "pagemap"):
+    attempt(name, lambda: open(f"/proc/{{pid}}/{{name}}", "rb").read(16))
+for name in ("exe", "cwd", "root"):
+    attempt(name, lambda: os.readlink(f"/proc/{{pid}}/{{name}}"))
+attempt("files under root", lambda: os.listdir(f"/proc/{{pid}}/root/"))
+for number in range(12):
+    attempt(f"fd {{number}}", lambda: os.readlink(f"/proc/{{pid}}/fd/{{number}}"))
+files = f"/proc/{{pid}}/map_files"
+attempt("map_files", lambda: [open(f"{{files}}/{{each}}") for each in os.listdir(files)])
+attempt("ptrace", lambda: called(libc.ptrace(16, pid, 0, 0)))
+attempt("seize", lambda: called(libc.ptrace(0x4206, pid, 0, 0)))
+room = ctypes.create_string_buffer(8)
+vector = struct.pack("=QQ", ctypes.addressof(room), 8)  # an address that a child of the same program has, too
+attempt("process_vm_readv", lambda: called(libc.process_vm_readv(pid, vector, 1, vector, 1, 0)))
+pidfd = os.pidfd_open(pid)
+for number in range(6):
+    attempt(f"pidfd_getfd {{number}}", lambda: called(libc.syscall(438, pidfd, number, 0)))
+for kind in ("pid", "mnt", "net"):
+    attempt(f"ns {{kind}}", lambda: os.readlink(f"/proc/{{pid}}/ns/{{kind}}"))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("uid", [12000, 0])
+def test_nobody_in_the_container_looks_into_the_worker(container: Callable[..., Container], uid: int) -> None:
+    place = container(uid)
+    found = place.attack(ATTACK.format(pid=place.worker()))
+    assert len(found) > 30
+    # A process that is gone or a file that is not there would prove nothing.
+    assert {name: result for name, result in found.items() if result not in (1, 13)} == {}
+
+
+@pytest.mark.parametrize("uid", [12000, 0])
+def test_nothing_of_the_host_or_of_others_is_in_reach(
+    container: Callable[..., Container], tmp_path: Path, uid: int
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of the host")
+    one, other = container(uid), container(uid)
+    worker, others = one.outside(one.worker()), other.outside(other.worker())
+    found = one.attack(
+        f"""
+import json, os
+processes = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+paths = [{str(secret)!r}, *(f"/proc/{{pid}}/root{secret}" for pid in processes)]
+print(json.dumps([[path for path in paths if os.access(path, os.F_OK)], processes]))
+"""
+    )
+    files, processes = found
+    assert files == []
+    assert len(processes) == 3, "the first process, the worker, and whoever asks"
+    assert os.stat(f"/proc/{worker}/ns/pid").st_ino != os.stat(f"/proc/{others}/ns/pid").st_ino
+    # What the worker itself has open: its sockets, standard streams, and what its container could open.
+    for fd in Path(f"/proc/{worker}/fd").iterdir():
+        target = os.readlink(fd)
+        assert target.startswith(("socket:", "pipe:", "anon_inode:", "/dev/null", "/memfd:")) or "root-" in target, (
+            target
+        )
+
+
+@pytest.mark.parametrize("uid", [12000, 0])
+def test_only_the_first_process_is_served_and_once(container: Callable[..., Container], uid: int) -> None:
+    place = container(uid)
+    place.worker()
+    place.order(ask=2)
+    assert place.hear("refused", "forked") == {"refused": 2, "why": "its container has a worker"}
+    found = place.attack(
+        """
+import json, os, socket
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+    asking.connect("/run/glowplug/pool.sock")
+    asking.settimeout(20)
+    print(json.dumps(json.loads(asking.recv(4096))))
+"""
+    )
+    assert found == {"failed": "only the first process of a container is served"}
+
+
+def test_who_is_no_container_is_refused(pool: Pool) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+        asking.connect(str(pool.socket))
+        asking.settimeout(SECONDS)
+        assert json.loads(asking.recv(4096)) == {"failed": "only the first process of a container is served"}
+
+
+def test_a_filtered_container_needs_a_filter(container: Callable[..., Container], tmp_path: Path) -> None:
+    refused = container(filtered=True).hear("failed", "ready")
+    assert refused == {"failed": "its container has a seccomp filter, and the pool was given none"}
+    program = tmp_path / "filter.bpf"
+    program.write_bytes(bytes.fromhex("0600000000 00ff7f"))
+    other = Pool(tmp_path, "--seccomp", str(program))
+    try:
+        place = container(filtered=True, which=other)
+        assert status(place.outside(place.worker()))["Seccomp"] == "2"
+    finally:
+        other.close()
+
+
+def test_a_container_with_its_own_user_namespace_is_refused(pool: Pool, tmp_path: Path) -> None:
+    code = f"""
+import socket
+asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+asking.connect({str(pool.socket)!r})
+asking.settimeout(20)
+print(asking.recv(4096).decode())
+"""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    if "unshare" in done.stderr:
+        pytest.skip(done.stderr)
+    assert "user namespace" in json.loads(done.stdout)["failed"]
+
+
+@pytest.mark.parametrize(
+    "message", [b"{}", b"[1]", b"not json", b'{"fork": 1, "kind": "zygote", "spec": "{}"}', b"\0" * 5000]
+)
+def test_nonsense_ends_the_connection_and_nothing_else(
+    pool: Pool, container: Callable[..., Container], message: bytes
+) -> None:
+    code = f"""
+import socket
+asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+asking.connect({str(pool.socket)!r})
+asking.settimeout(20)
+asking.send({message!r})
+while data := asking.recv(4096):
+    pass
+print("closed")
+"""
+    command = ["unshare", "--mount", "--pid", "--fork", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert "closed" in done.stdout or "reset" in done.stderr, done.stderr
+    assert pool.process.poll() is None
+
+
+def test_killing_the_first_process_ends_the_container(pool: Pool, container: Callable[..., Container]) -> None:
+    place = container()
+    worker, first = place.outside(place.worker()), place.first()
+    os.kill(first, signal.SIGKILL)
+    wait(lambda: ended(worker), "the worker is gone, and reaped")
+    place.process.wait(SECONDS)
+    assert pool.process.poll() is None
+    container().worker()
+
+
+def test_workers_outlive_their_zygote(tmp_path: Path, container: Callable[..., Container]) -> None:
+    own = Pool(tmp_path)
+    try:
+        place = container(which=own)
+        inner = place.worker()
+        worker = place.outside(inner)
+        (zygote,) = own.children()
+        os.kill(zygote, signal.SIGKILL)
+        wait(lambda: ended(zygote), "the pool reaps its zygote")
+        assert not ended(worker)
+        os.kill(worker, signal.SIGKILL)
+        assert place.hear("ended") == {"ended": inner, "status": signal.SIGKILL}
+        wait(lambda: own.children(), "another zygote is built")
+    finally:
+        own.close()
+
+
+def test_workers_outlive_their_pool(tmp_path: Path, container: Callable[..., Container]) -> None:
+    """Otherwise an update of the pool would end all functions of its node."""
+    own = Pool(tmp_path)
+    place = container(which=own)
+    worker = place.outside(place.worker())
+    own.close()
+    assert own.process.returncode == 0, own.log.read_text()
+    assert place.hear("closed")
+    assert not ended(worker)
+    place.close()
+    wait(lambda: ended(worker), "it ends with its container")
+
+
+def test_a_stopped_zygote_is_replaced(tmp_path: Path, container: Callable[..., Container]) -> None:
+    own = Pool(tmp_path)
+    try:
+        place = container(which=own)
+        place.hear("ready")
+        (zygote,) = own.children()
+        os.kill(zygote, signal.SIGSTOP)
+        wait(lambda: ended(zygote), "it is killed for its silence")
+    finally:
+        own.close()
+
+
+class Function:
+    """A function's shim in a container, with an agent; the pool is where it is by default."""
+
+    def __init__(self, container: Callable[..., Container], agent: Path, **environment: str) -> None:
+        agent.parent.chmod(0o755)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        variables = {"GLOWPLUG_MODEL": str(ROOT / "templates/llm-python/model"), "PORT": str(self.port)}
+        variables |= {"GLOWPLUG_SOCKET": str(agent), **environment}
+        self.container = container(shim=True, environment=variables, more=[str(agent.parent)])
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=SECONDS) as answer:
+            return json.loads(answer.read())
+
+    def ready(self) -> dict[str, Any]:
+        """Its ledger, once it is."""
+
+        def asked() -> bool:
+            with contextlib.suppress(OSError):
+                return bool(self.get("/_/ledger")["state"] == "ready")
+            return False
+
+        wait(asked, "the function is ready", self.container.log)
+        return dict(self.get("/_/ledger"))
+
+
+@pytest.fixture
+def function(container: Callable[..., Container], start_agent: Callable[..., Any]) -> Callable[..., Function]:
+    agent = start_agent("--socket-mode", "666", "--file-root", str(ROOT))
+    return lambda **environment: Function(container, agent.socket, **environment)
+
+
+def test_a_functions_first_start_is_a_fork(function: Callable[..., Function]) -> None:
+    served = function()
+    ledger = served.ready()
+    assert ledger["start"] == "lang"
+    assert "fork from lang" in [span["name"] for span in ledger["spans"]]
+    body = json.dumps({"prompt": "What is a lease?", "max_tokens": 8}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{served.port}/v1/completions", body)
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        assert json.loads(answer.read())["choices"][0]["text"]
+    os.kill(served.container.first(), signal.SIGTERM)
+    assert served.container.process.wait(SECONDS) == 0, served.container.log.read_text()
+
+
+def test_a_crashed_worker_is_forked_anew(function: Callable[..., Function]) -> None:
+    served = function()
+    first = served.ready()
+    worker = next(
+        pid
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+        if served.container.holds(pid, "glowplug-worker")
+    )
+    os.kill(worker, signal.SIGSEGV)
+    wait(lambda: served.ready()["start_id"] != first["start_id"], "another start", served.container.log)
+    assert served.ready()["start"] == "lang"
+
+
+def test_without_the_pool_a_function_starts_alone_and_says_why(function: Callable[..., Function]) -> None:
+    """A library's setting that the pool's process does not have: what was imported there would not obey it."""
+    ledger = function(TOKENIZERS_EXAMPLE="1").ready()
+    assert ledger["start"] == "cold"
+    (why,) = [span["name"] for span in ledger["spans"] if "no pool" in span["name"]]
+    assert "another environment (TOKENIZERS_EXAMPLE)" in why
+
+
+def test_the_runtime_is_there_read_only_where_the_container_lacks_it(pool: Pool) -> None:
+    from runtime.zygote import placed
+
+    found = placed.runtime_directories()
+    assert str(ROOT / "runtime") in found
+    assert any(os.path.realpath(sysconfig.get_path("purelib")).startswith(path) for path in found)
+    assert not any(a != b and a.startswith(f"{b}/") for a in found for b in found)
+
+
+def test_select_is_not_fooled_by_a_pid_that_is_used_again() -> None:
+    """A pidfd of a process that has ended names nobody."""
+    from runtime.zygote import join
+
+    child = subprocess.Popen(["true"])
+    pidfd = os.pidfd_open(child.pid)
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    assert poller.poll(SECONDS * 1000)
+    child.wait()
+    with pytest.raises(join.Refused, match="gone"):
+        join.look(pidfd)
+    os.close(pidfd)

@@ -3,7 +3,8 @@
 All variants are the same function with the same 32-token prompt and one token of answer, as many threads as the machine
 has processors. `warm` and `cold` are the state of the page cache, libraries included. `warm token` is what the same
 worker needs for its next first token: no cold start can be shorter. `pod` is a function whose container is there, and
-whose idle worker was dropped to a layer: from the request to its first token.
+whose idle worker was dropped to a layer: from the request to its first token. `node` is a container's first start,
+forked by a pool; `charged_mb` is what its memory cgroup is charged once it has answered.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ def run(quick: bool, console: Console) -> Report:
     threads = len(os.sched_getaffinity(0))
     headline: dict[str, float | None] = {}
     rows: list[Row] = [
-        {"variant": f"glowplug node, {layer}", "reason": "sharing layers between containers is not built yet"}
-        for layer in ("lang", "model")
+        {"variant": "glowplug node, model", "reason": "a pool holds no models that are put together yet"}
     ]
     results = []
     for size in ("125m",) if quick else ("125m", "1.1b"):
@@ -60,6 +60,11 @@ def run(quick: bool, console: Console) -> Report:
             ),
             f"pod_model_vs_warm_worker{suffix}": result.ratio(
                 "glowplug pod, model", "glowplug pod, model", "first_token_ms", "warm_token_ms"
+            ),
+            f"ready_speedup_lang{suffix}": result.ratio("plain, warm", "glowplug node, lang", "http_ready_ms"),
+            f"node_lang_vs_plain{suffix}": result.ratio("glowplug node, lang", "plain, warm", "first_token_ms"),
+            f"node_lang_vs_warm_worker{suffix}": result.ratio(
+                "glowplug node, lang", "glowplug node, lang", "first_token_ms", "warm_token_ms"
             ),
             f"private_cold_vs_plain{suffix}": result.ratio("glowplug private, warm", "plain, warm", "first_token_ms"),
         }
@@ -99,6 +104,7 @@ def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
             for name, start in starts.items()
             for cache, prepare in (("warm", warm(start)), ("cold", cold))
         ),
+        Variant("glowplug node, lang", lambda: _place(uri, running, threads)),
         *(Variant(f"glowplug pod, {layer}", lambda start=start: _wake(start)) for layer, start in pods.items()),  # type: ignore[misc]
     ]
 
@@ -111,6 +117,31 @@ def _start(start: Callable[[], AbstractContextManager[Function]]) -> Sample:
             "warm_token_ms": statistics.median(function.ask() for _ in range(_WARM_TOKENS)),
         }
         return {**sample, **function.phases()}
+
+
+def _place(uri: str, running: Running, threads: int) -> Sample:
+    """In a container with a memory limit, beside a pool that was there before."""
+    with functions.pool("llama") as socket, containers.MemoryCgroup("node", 8 << 30) as cgroup:
+        settings = {"GLOWPLUG_POOL": str(socket)}
+
+        def start() -> AbstractContextManager[Function]:
+            return functions.glowplug(uri, agent=running.socket, threads=threads, cgroup=cgroup, settings=settings)
+
+        with start():  # a runtime's files that a worker reads are in the page cache, as on a node with other functions
+            pass
+        with start() as function:
+            charged = cgroup.usage() / 1e6
+            sample = {
+                "first_token_ms": function.first_token,
+                "http_ready_ms": function.http_ready,
+                "warm_token_ms": statistics.median(function.ask() for _ in range(_WARM_TOKENS)),
+                "charged_mb": charged,
+            }
+            phases = function.phases()
+            forked = phases.get("worker: fork from lang ms")
+            if forked is None:
+                raise Unavailable(f"the pool did not fork it: {', '.join(phases)}")
+            return {**sample, "fork_join_ms": forked, **phases}
 
 
 def _wake(start: Callable[[], AbstractContextManager[Function]]) -> Sample:
@@ -126,6 +157,8 @@ def _absolute(result: Result, suffix: str) -> dict[str, float | None]:
         key = variant.replace(", ", "_").replace(" ", "_") + suffix
         for metric in ("first_token_ms", "http_ready_ms"):
             found[f"{metric}_{key}"] = result.median(variant, metric)
+    for metric in ("fork_join_ms", "charged_mb", "first_token_ms", "http_ready_ms"):
+        found[f"node_{metric}{suffix}"] = result.median("glowplug node, lang", metric)
     found[f"pod_rewarm_ms{suffix}"] = result.median("glowplug pod, lang", "first_token_ms")
     found[f"pod_rewarm_model_ms{suffix}"] = result.median("glowplug pod, model", "first_token_ms")
     found[f"warm_worker_first_token_ms{suffix}"] = result.median("glowplug agent, warm", "warm_token_ms")

@@ -11,7 +11,9 @@ import http.client
 import json
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.containers import Container, MemoryCgroup, container
+from benchmarks.containers import NAMESPACES, Container, MemoryCgroup, container
 from benchmarks.harness import Sample, Unavailable
 
 PROMPT = "0123456789" * 3 + "01"
@@ -160,6 +162,35 @@ def parked(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Fun
                 raise Unavailable(f"the function was not parked: {function.container.output()[-500:]}")
             time.sleep(0.1)
         yield function
+
+
+@contextlib.contextmanager
+def pool(kind: str) -> Iterator[Path]:
+    """The socket of a pool whose zygote is ready, with what a function has in its environment. Needs root."""
+    if not NAMESPACES:
+        raise Unavailable("placing processes in containers takes root, and unshare")
+    with tempfile.TemporaryDirectory(prefix="gp-pool-") as place:
+        path, log = Path(place) / "pool.sock", Path(place) / "log"
+        command = [sys.executable, "-c", "from runtime.cli import main; main()", "pool", "--kind", kind]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, "--socket", str(path)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=_environment(1, PYTHONSAFEPATH="1"),
+                cwd=_FOLDER,
+            )
+        try:
+            deadline = time.monotonic() + _SECONDS
+            while "layer is ready" not in log.read_text():
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise Unavailable(f"the pool did not become ready: {log.read_text()[-500:]}")
+                time.sleep(0.05)
+            yield path
+        finally:
+            process.terminate()
+            process.wait()
 
 
 @contextlib.contextmanager

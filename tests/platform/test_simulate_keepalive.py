@@ -253,6 +253,21 @@ def test_reads_arrivals_per_minute(sim: Any, tmp_path: Path) -> None:
         sim.functions.load(tmp_path / "other.csv")
 
 
+def test_plots(sim: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
+    from report import Report
+    from simulations import placement, plots, trace
+
+    report = sim.comparison.run(None, seeds=1, quick=True)
+    plots.keepalive(report, tmp_path / "keepalive.png")
+    rows = placement.compare(trace.synthetic(100, hours=0.01), seeds=2, speed=1.0)
+    plots.placement(Report("placement", {}, rows), tmp_path / "placement.svg")
+    assert {path.name for path in tmp_path.iterdir() if path.stat().st_size > 10_000} == {
+        "keepalive.png",
+        "placement.svg",
+    }
+
+
 def test_command(tmp_path: Path) -> None:
     trace = tmp_path / "azure.csv"
     source = random.Random(1)

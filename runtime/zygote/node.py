@@ -151,7 +151,7 @@ class Node:
             self._asked = 0
         since = self._history.since
         state: published.State = "absent" if not self._serving else "used" if since is None else "idle"
-        self.published.write([published.entry("user", state, since, self._decide())])
+        self.published.write([published.entry("user", state, since, self._decide())], now)
         return events
 
     def wants_drop(self, now: float) -> bool:

@@ -195,7 +195,7 @@ class Pod:
         self._watch(now)
         self._drop(now)
         self._build(now)
-        self.published.write(self.report())
+        self.published.write(self.report(), now)
         return events
 
     def seconds(self, now: float) -> float:

@@ -93,7 +93,7 @@ class Pool:
                     wake.recv(4096)
                 self._reap()
                 self._tend(time.monotonic())
-                self._published.write(self._report())
+                self._published.write(self._report(), time.monotonic())
                 if listener.fileno() in ready:
                     self._accept(listener)
                 for fd in ready & self._clients.keys():

@@ -1,4 +1,4 @@
-"""Owns what a supervisor lets people know of its layers: a file of its own, written anew at every change.
+"""Owns what a supervisor lets people know of its layers: a file of its own, written anew when they change.
 
     {"pid": …, "mode": "pod" | "node" | "pool", "name": …, "rho": …, "layers": [
         {"level": "lang", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …, "rebuild": …, "until": …,
@@ -25,6 +25,7 @@ from cache_agent.policy.keepalive import Decision
 
 State = Literal["building", "used", "idle", "absent"]
 _PREFIX = "glowplug-layers-"
+_APART = 1.0  # seconds between two writes: requests come oftener than anybody looks
 
 
 def entry(level: str, state: State, since: float | None, decision: Decision) -> dict[str, Any]:
@@ -52,11 +53,13 @@ class Published:
         self._head = {"pid": os.getpid(), "mode": mode, "name": name, "rho": rho}
         self._path = directory() / f"{_PREFIX}{os.getpid()}.json"
         self._last: Sequence[dict[str, Any]] | None = None
+        self._at = -math.inf
 
-    def write(self, layers: Sequence[dict[str, Any]]) -> None:
-        if layers == self._last:
+    def write(self, layers: Sequence[dict[str, Any]], now: float = math.inf) -> None:
+        """If it is news, and the last was a second ago: what changes sooner is seen at the next call."""
+        if layers == self._last or now - self._at < _APART:
             return
-        self._last = layers
+        self._last, self._at = layers, now
         new = self._path.with_suffix(".new")
         with contextlib.suppress(OSError):
             # Others may write to this directory, too: never through a link that somebody has laid there.

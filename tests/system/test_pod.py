@@ -208,7 +208,9 @@ def test_a_container_that_is_killed_leaves_nothing(serving: Callable[..., Any], 
         function.wait()
         function.until(lambda: not function.alive(), f"its processes end, and not {function.descendants()}", 15)
         for left in function.temporary.iterdir():
-            if left.name == f"glowplug-layers-{function.pid}.json":  # what is said of layers goes with the container
+            if left.name.startswith(
+                f"glowplug-layers-{function.pid}."
+            ):  # what is said of layers goes with the container
                 left.unlink()
                 continue
             # A private agent that was not stopped leaves its directory.

@@ -5,6 +5,7 @@ Each check looks at one thing and returns what it found; none of them changes an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _OPEN_FILES = 4096
 _REDIS_SECONDS = 2.0
+_SERVED = "http://127.0.0.1:8080"
+_URL_SECONDS = 2.0
 
 
 class Finding(NamedTuple):
@@ -34,12 +37,15 @@ class Finding(NamedTuple):
 
 
 @click.command()
+@click.option("--url", help="The function whose start is looked at, where no agent has heard of one.", default=_SERVED)
 @click.option("--model", help="Also ask whether the agent can have this model, and how long it would take.")
 @socket_option
 @json_option
 @click.pass_context
-def doctor(ctx: click.Context, model: str | None, socket: Path | None, as_json: bool) -> None:
+def doctor(ctx: click.Context, url: str, model: str | None, socket: Path | None, as_json: bool) -> None:
     """Check this machine and its agent, and name the bottleneck of the last start.
+
+    A start is known to the node's agent; that of a function with an agent of its own is asked for at --url.
 
     Ends with 1 when something is broken; warnings do not count.
     """
@@ -53,7 +59,11 @@ def doctor(ctx: click.Context, model: str | None, socket: Path | None, as_json: 
         findings += _node(status)
         if model:
             findings.append(_model(socket, model))
-    last = last_start(starts[0], status) if starts and status is not None else None
+    last = None
+    if starts and status is not None:
+        last = last_start(starts[0], status.ssd is not None, any(model.page > 4096 for model in status.models))
+    elif (start := _served(url)) is not None:
+        last = last_start(start, settings.ssd is not None, False)
     if as_json:
         print_json({"findings": [finding._asdict() for finding in findings], "last_start": last})
     else:
@@ -207,12 +217,35 @@ def _model(socket: Path | None, model: str) -> Finding:
     return Finding("model", "ok", text)
 
 
-def last_start(start: Start, status: StatusReply) -> dict[str, Any] | None:
+def _served(url: str) -> Start | None:
+    """The start of a function, as it tells it itself; None where none answers."""
+    import http.client
+    import json
+    import urllib.request
+
+    from cache_agent.ledger import Span
+    from cache_agent.messages import Start
+
+    def get(path: str) -> Any:
+        with urllib.request.urlopen(url.rstrip("/") + path, timeout=_URL_SECONDS) as response:  # noqa: S310  --url's word
+            return json.load(response)
+
+    try:
+        ledger, size = get("/_/ledger"), 0
+        with contextlib.suppress(OSError):  # 503 while it is starting
+            size = get("/_/ready")["total"]
+        spans = [Span(s["owner"], s["name"], s["start_ns"], s["end_ns"]) for s in ledger["spans"]]
+        tier = "origin" if any((span.owner, span.name) == ("agent", "transfer") for span in spans) else "dram"
+        return Start(ledger["start_id"], url, "", ledger["start"], 0.0, spans, "", tier, size)
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        return None
+
+
+def last_start(start: Start, ssd: bool, huge_pages: bool) -> dict[str, Any] | None:
     """The diagnosis of a start, for people and programs."""
     from cache_agent.diagnosis import Node, diagnose
 
-    huge = any(model.page > 4096 for model in status.models if model.model == start.model)
-    found = diagnose(start.spans, start.tier, Node(start.bytes, status.ssd is not None, huge))
+    found = diagnose(start.spans, start.tier, Node(start.bytes, ssd, huge_pages))
     if found is None:
         return None
     return {
@@ -246,7 +279,7 @@ def _show(findings: list[Finding], last: dict[str, Any] | None) -> None:
         if advice:
             console.print(f"  {'':{width}}  [dim]{escape(advice)}[/]")
     if last is None:
-        console.print("\nNo start has been reported to the agent yet.")
+        console.print("\nNo start is known: ask a function first, or say with --url where one is served.")
         return
     failed = f" It failed: {escape(last['error'])}." if last["error"] else ""
     console.print(f"\nThe last start ({escape(last['function'])}, {last['kind']}): {escape(last['sentence'])}.{failed}")

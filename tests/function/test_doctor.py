@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cache_agent.config import AgentConfig
-from cache_agent.ledger import Span
+from cache_agent.ledger import Ledger, Span
 from cache_agent.messages import (
     ImageStatus,
     ModelStatus,
@@ -24,7 +24,10 @@ from cache_agent.messages import (
     TierStatus,
 )
 from runtime import cli
+from runtime.app import create_app
 from runtime.commands import doctor
+from runtime.config import FunctionConfig
+from runtime.lifecycle import Lifecycle
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +57,16 @@ def found(result: Result) -> dict[str, Any]:
     return {finding["check"]: finding for finding in json.loads(result.stdout)["findings"]}
 
 
-def test_a_machine_without_an_agent_is_not_broken() -> None:
+def test_a_machine_without_an_agent_is_not_broken(nobody: int) -> None:
     result = run("--json")
     assert result.exit_code == 0
     checks = found(result)
     assert {"versions", "base set", "memory", "huge pages", "open files", "Redis", "S3", "agent"} <= checks.keys()
     assert checks["agent"]["state"] == "note"
     assert "glowplug-agent serve" in checks["agent"]["advice"]
-    assert json.loads(result.stdout)["last_start"] is None
-    assert "No start has been reported" in run().stdout
+    nowhere = ("--url", f"http://127.0.0.1:{nobody}")
+    assert json.loads(run("--json", *nowhere).stdout)["last_start"] is None
+    assert "No start is known" in run(*nowhere).stdout
 
 
 def test_whatever_is_to_be_done_is_said() -> None:
@@ -134,13 +138,22 @@ def test_the_last_start() -> None:
     spans = [Span("worker", "imports", 0, 10**9), Span("worker", "weights", 10**9, 4 * 10**9)]
     spans.append(Span("agent", "transfer", 10**9, 4 * 10**9))
     start = Start("s", "chat", "s3://b/m", "cold", 0.0, spans, "", "origin", 630_000_000)
-    last = doctor.last_start(start, status())
+    last = doctor.last_start(start, False, False)
     assert last is not None
     assert last["sentence"].startswith(
         "transfer from origin took 75% of 4.00 s at 210 MB/s; this node's SSD tier is off"
     )
     assert last["phases"] == {"transfer from origin": 3.0, "worker imports": 1.0}
-    assert doctor.last_start(Start("s", "chat", "m", "cold", 0.0, []), status()) is None
+    assert doctor.last_start(Start("s", "chat", "m", "cold", 0.0, []), False, False) is None
+
+
+def test_a_function_with_an_agent_of_its_own_tells_its_start(serve: Callable[..., Any]) -> None:
+    ledger = Ledger("worker", "start-7")
+    ledger.extend([Span("worker", "imports", 0, 3 * 10**9), Span("worker", "attach", 3 * 10**9, 4 * 10**9)])
+    served = serve(create_app(FunctionConfig(), Lifecycle("m", 4), ledger, lambda reason: None))
+    last = json.loads(run("--json", "--url", f"http://127.0.0.1:{served.port}").stdout)["last_start"]
+    assert (last["start_id"], last["bottleneck"], last["share"]) == ("start-7", "worker imports", 0.75)
+    assert doctor._served(f"http://127.0.0.1:{served.port}/nothing") is None
 
 
 def test_a_model_that_the_agent_cannot_have(

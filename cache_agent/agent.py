@@ -35,6 +35,7 @@ from cache_agent.messages import (
     ModelStatus,
     PinReply,
     Ready,
+    Started,
     StatusReply,
 )
 from cache_agent.offers import Offers, Resident
@@ -207,6 +208,16 @@ class Agent:
         with self._lock:
             tiers = report.tiers(self._estimator.tiers)
         return StatusReply(self.node, os.getpid(), *self.status(), self._keeping.status(), tiers, self._offers.orphaned)
+
+    def started(self, told: Started) -> None:
+        """A function of this node tells how its start went."""
+        start, new = self.starts.add(told)
+        if not new:
+            return
+        edges = [edge for span in start.spans for edge in (span.start, span.end)]
+        seconds = (max(edges) - min(edges)) / 1e9 if edges else 0.0
+        how = f"could not start: {start.error}" if start.error else f"started ({start.kind}) in {seconds:.2f} s"
+        self.journal.record("started", start.model, f"{start.function} {how}")
 
     def cluster(self) -> ClusterReply:
         """What this node's directory knows of all nodes."""

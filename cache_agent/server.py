@@ -375,7 +375,7 @@ class Connection:
                 case PushDrain(reason, grace, model):
                     self._say(PushDrainReply(self._agent.push_drain(reason, grace, model)))
                 case Started():
-                    self._agent.starts.add(message)
+                    self._agent.started(message)
                     self._say(StartedReply())
                 case EventsRequest(since):
                     self._say(EventsReply(self._agent.journal.since(since)))

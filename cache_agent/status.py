@@ -6,9 +6,10 @@
     GET /status.json   as `glowplug-agent status --json` shows it
     GET /events        ?since=NUMBER&limit=COUNT: what happened lately, and why
     GET /events/stream server-sent events, from `Last-Event-ID` or `since` on
+    GET /dashboard     a page that shows all this, and what is behind it (see `dashboard`)
 
-Everything but the paths in `open_paths` takes an operator's token. Where nobody is asked who he is, only this machine
-can connect; a page of another origin in somebody's browser cannot ask under a name of its own.
+Everything but the paths in `open_paths`, and the empty page, takes an operator's token. Where nobody is asked who he
+is, only this machine can connect; a page of another origin in somebody's browser cannot ask under a name of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from prometheus_client.exposition import choose_encoder
 from werkzeug.exceptions import HTTPException
 from werkzeug.wsgi import ClosingIterator
 
+from cache_agent import dashboard
 from cache_agent.access import Access
 from cache_agent.agent import Agent
 from cache_agent.errors import AccessDenied, AgentError, BadConfig
@@ -32,7 +34,7 @@ from cache_agent.messages import Identity
 from cache_agent.metrics import Collector
 from cache_agent.wsgi import WsgiServer, listen
 
-PATHS = ("/", "/healthz", "/metrics", "/status.json", "/events", "/events/stream")
+PATHS = ("/", "/healthz", "/metrics", "/status.json", "/events", "/events/stream", *dashboard.PATHS)
 _THREADS = 12
 _STREAMS = 8  # of the threads
 _KEEP_ALIVE_SECONDS = 15.0
@@ -75,7 +77,7 @@ def create_app(agent: Agent, access: Access, open_paths: tuple[str, ...], ending
 
     @app.before_request
     def admit() -> Response | None:
-        if request.path in open_paths:
+        if request.path in open_paths or request.path in dashboard.OPEN:
             return None
         if access.open:
             if not _is_local(request.host.rpartition(":")[0] or request.host):
@@ -90,6 +92,8 @@ def create_app(agent: Agent, access: Access, open_paths: tuple[str, ...], ending
         caller = access.identify(Identity(kind, token[:8192]), f"http {request.remote_addr}")
         access.require_admin(caller, f"'{request.path}'")
         return None
+
+    app.register_blueprint(dashboard.blueprint(agent))
 
     @app.get("/")
     def index() -> Response:

@@ -34,9 +34,11 @@ def test_a_second_report_takes_the_place_of_the_first():
 
 def test_a_start_began_with_its_earliest_span():
     ago = time.monotonic_ns() - 90 * 10**9
-    start = Starts().add(
-        told(1, Span("worker", "late", ago + 10**9, ago + 2 * 10**9), Span("shim", "python", ago, ago))
-    )
+    starts = Starts()
+    late, first = Span("worker", "late", ago + 10**9, ago + 2 * 10**9), Span("shim", "python", ago, ago)
+    start, new = starts.add(told(1, late, first))
+    assert new
+    assert not starts.add(told(1, late, first))[1]
     assert time.time() - start.began == pytest.approx(90, abs=30)
 
 

@@ -1,0 +1,273 @@
+"""The dashboard in a real browser, on a real agent: what it shows, on which screens, and what it never does."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cache_agent.ledger import Span
+from cache_agent.messages import Started
+
+HOSTILE = "<img src=x onerror=\"document.title='broken in'\">"
+THERE = "document.getElementById('main')?.getAttribute('aria-busy') === 'false'"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def started(name: str, model: str, *phases: tuple[str, str, float, float], **more: Any) -> Started:
+    now = time.monotonic_ns()
+    spans = [Span(owner, phase, now + int(b * 1e9), now + int(e * 1e9)) for owner, phase, b, e in phases]
+    return Started(f"start-{name}", name, model, "cold", spans, **more)
+
+
+COLD = (
+    ("shim", "python", 0.0, 0.1),
+    ("worker", "http", 0.1, 0.3),
+    ("worker", "imports", 0.3, 1.3),
+    ("agent", "transfer", 0.2, 4.3),
+    ("worker", "weights", 1.3, 4.3),
+    ("worker", "first token", 4.4, 4.5),
+)
+
+
+@pytest.fixture(scope="module")
+def node(
+    agent_process: Callable[..., Any], write_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """An agent that has been busy: two models, one of them pinned, an eviction, three starts."""
+    port = free_port()
+    place = tmp_path_factory.mktemp("models")
+    with agent_process("--node", "node-a", "--status", f"127.0.0.1:{port}", "--ssd", str(place / "ssd")) as agent:
+        models = [f"file://{write_checkpoint(place / name, seed=n)}" for n, name in enumerate(("one", "two", "three"))]
+        for model in models:
+            with agent.client.lease(model) as lease:
+                lease.wait_ready(time.monotonic() + 30)
+        agent.client.pin(models[0])
+        agent.client.evict(models[2])
+        agent.client.report_start(started("summarise", models[1], *COLD, tier="origin", bytes=2 << 20))
+        agent.client.report_start(started(HOSTILE, HOSTILE, error="no room [no_capacity]"))
+        agent.client.report_start(started("chat", models[0], *COLD, tier="ssd", bytes=2 << 20))
+        yield SimpleNamespace(agent=agent, url=f"http://127.0.0.1:{port}/dashboard", models=models, port=port)
+
+
+@pytest.fixture
+def page(opened: Callable[..., Any], node: Any) -> Any:
+    page = opened(node.url)
+    page.until(THERE, "the page has its data")
+    return page
+
+
+def test_it_shows_the_node(page: Any, node: Any) -> None:
+    text = page.until("document.querySelectorAll('#events li').length > 2 && document.body.innerText", "events")
+    assert "node node-a" in text
+    assert "This node holds 2 models" in text
+    for model in node.models:
+        assert model in text
+    assert "pinned" in text
+    assert "evicted" in text
+    assert page.js("document.querySelectorAll('#tiers .meter').length") == 2, "memory and SSD"
+    assert page.js("document.querySelectorAll('#start-list details').length") == 3
+    assert page.js("document.title") == "node-a · Glowplug"
+    page.until("document.getElementById('live').textContent === 'live'", "it is live")
+
+
+def test_a_start_is_a_waterfall_with_its_bottleneck(page: Any) -> None:
+    first = "document.querySelector('#start-list details')"
+    assert page.js(f"{first}.open"), "the newest is open"
+    assert "transfer from ssd took 68% of 4.40 s" in page.js(f"{first}.querySelector('.why').textContent")
+    rows = page.js(
+        f"[...{first}.querySelectorAll('.row')].map(row => {{"
+        " const bar = row.querySelector('.bar').getBoundingClientRect(), track = bar && row.querySelector('.track')"
+        ".getBoundingClientRect(); return [row.querySelector('.name').textContent,"
+        " (bar.left - track.left) / track.width, bar.width / track.width] })"
+    )
+    assert [name for name, _, _ in rows] == [f"{owner} {phase}" for owner, phase, _, _ in sorted(COLD, key=by_begin)]
+    for (_, _, begin, end), (_, left, width) in zip(sorted(COLD, key=by_begin), rows, strict=True):
+        length = 4.4  # the wait for the first request is left out
+        begin, end = (begin - 0.1, end - 0.1) if begin == 4.4 else (begin, end)
+        assert left == pytest.approx(begin / length, abs=0.01)
+        assert width == pytest.approx((end - begin) / length, abs=0.01)
+
+
+def by_begin(phase: tuple[str, str, float, float]) -> float:
+    return phase[2]
+
+
+def test_what_comes_from_outside_is_text(page: Any) -> None:
+    assert HOSTILE in page.text()
+    assert page.js("document.querySelectorAll('img').length") == 0
+    assert page.js("document.title") == "node-a · Glowplug"
+
+
+def test_it_loads_nothing_from_elsewhere_and_breaks_no_policy(page: Any, node: Any) -> None:
+    page.until("document.querySelectorAll('#events li').length > 2", "events")
+    assert page.errors() == []
+    assert all(url.startswith((f"http://127.0.0.1:{node.port}/", "data:")) for url in page.requests())
+    with urllib.request.urlopen(node.url, timeout=10) as response:
+        policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    inline = "const s = document.createElement('script'); s.textContent = 'window.broken = 1'; document.body.append(s)"
+    page.js(inline)
+    assert page.js("window.broken === undefined"), "the policy holds"
+
+
+def test_events_arrive_as_they_happen(page: Any, node: Any) -> None:
+    page.until("document.querySelectorAll('#events li').length > 2", "events")
+    with node.agent.client.lease(node.models[2]) as lease:
+        lease.wait_ready(time.monotonic() + 30)
+        page.until(
+            "document.getElementById('models').innerText.includes('three')",
+            "the model is there",
+        )
+        page.until("document.querySelector('#events .text').innerText.includes('three')", "its event is the newest")
+    node.agent.client.evict(node.models[2])
+    page.until("document.querySelector('#events li').innerText.includes('evicted')", "the eviction is the newest")
+
+
+def test_events_can_be_chosen_by_kind(page: Any) -> None:
+    page.until("[...document.getElementById('kind').options].some(each => each.value === 'evicted')", "kinds")
+    page.js(
+        "(kind => { kind.value = 'evicted'; kind.dispatchEvent(new Event('change')) })(document.getElementById('kind'))"
+    )
+    kinds = page.js("[...document.querySelectorAll('#events .chip')].map(chip => chip.textContent)")
+    assert set(kinds) == {"evicted"}
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1440, False), (1440, True), (390, False), (320, True)])
+def test_nothing_is_cut_off(width: int, dark: bool, opened: Callable[..., Any], node: Any) -> None:
+    page = opened(node.url, width=width, height=800, dark=dark)
+    page.until(THERE, "the page has its data")
+    assert page.js("document.documentElement.scrollWidth") <= width
+    outside = page.js(
+        "[...document.querySelectorAll('main *')].filter(each => each.getBoundingClientRect().right > innerWidth + 1 &&"
+        " !each.closest('thead')).map(each => each.outerHTML.slice(0, 200))"
+    )
+    assert outside == []
+    picture = page.picture()
+    assert struct.unpack(">II", picture[16:24])[0] == width
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_has_contrast(dark: bool, opened: Callable[..., Any], node: Any) -> None:
+    """WCAG 2: 4.5 to 1 between each text's colour and the nearest background that is painted."""
+    page = opened(node.url, dark=dark)
+    page.until(THERE, "the page has its data")
+    poor = page.js(
+        """(() => {
+          const channel = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+          const light = colour => {
+            const [r, g, b] = colour.match(/[\\d.]+/g).map(Number);
+            return .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
+          };
+          const ground = e => {
+            for (; e; e = e.parentElement) {
+              const colour = getComputedStyle(e).backgroundColor;
+              if (colour !== 'rgba(0, 0, 0, 0)' && colour !== 'transparent') return colour;
+            }
+            return 'rgb(255, 255, 255)';
+          };
+          const ratio = e => {
+            const [a, b] = [light(getComputedStyle(e).color), light(ground(e))];
+            return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+          };
+          const says = e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+          return [...document.querySelectorAll('body *')].filter(e => says(e) && e.checkVisibility())
+            .map(e => [ratio(e), e.outerHTML.slice(0, 99)]).filter(([found]) => found < 4.5);
+        })()"""
+    )
+    assert poor == []
+
+
+def test_it_can_be_read_without_colour(page: Any) -> None:
+    """Owners differ in pattern and have their name in each row; states are words."""
+    patterns = {
+        owner: page.js(f"getComputedStyle(document.querySelector('.waterfall .bar.{owner}')).backgroundImage")
+        for owner in ("shim", "worker", "agent")
+    }
+    assert patterns["agent"] != "none"
+    assert patterns["shim"] == patterns["worker"] == "none"
+    light = "getComputedStyle(document.querySelector('.waterfall .bar.{}')).backgroundColor"
+    assert page.js(light.format("shim")) != page.js(light.format("worker"))
+    names = page.js("[...document.querySelectorAll('.waterfall .row .name')].map(each => each.textContent)")
+    assert all(name.split()[0] in patterns for name in names)
+
+
+def test_it_works_with_the_keyboard(page: Any) -> None:
+    page.press("Tab", 9)
+    assert page.js("document.activeElement.className") == "skip"
+    page.press("Enter", 13)
+    page.until("location.hash === '#starts'", "the link was followed")
+    page.press("Tab", 9)
+    assert page.js("document.activeElement.tagName") == "SUMMARY"
+    assert page.js("getComputedStyle(document.activeElement).outlineStyle") == "solid", "one sees where one is"
+    page.press("Enter", 13)
+    page.until("!document.querySelector('#start-list details').open", "it was closed")
+
+
+def test_those_who_do_not_see_it_are_told(page: Any) -> None:
+    tree = page.ask("Accessibility.getFullAXTree")["nodes"]
+    named = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node.get("ignored")]
+    assert ("heading", "Glowplug") in named
+    regions = {name for role, name in named if role == "region"}
+    assert {"Memory and disk", "Models", "Starts", "What happened, and why", "Cluster"} <= regions
+    meters = [name for role, name in named if role == "image" and " in use" in name]
+    assert len(meters) == 2
+    assert not [role for role, name in named if role in ("combobox", "button", "textbox", "link") and not name]
+
+
+def test_an_agent_that_is_away_is_missed(
+    opened: Callable[..., Any], start_agent: Callable[..., Any], tmp_path: Path, write_checkpoint: Callable[..., Path]
+) -> None:
+    early, late = (f"file://{write_checkpoint(tmp_path / name, seed=n)}" for n, name in enumerate(("early", "late")))
+    port = free_port()
+    agent = start_agent("--status", f"127.0.0.1:{port}")
+    page = opened(f"http://127.0.0.1:{port}/dashboard")
+    page.until(THERE, "the page has its data")
+    for _ in range(3):
+        with agent.client.lease(early) as lease:
+            lease.wait_ready(time.monotonic() + 30)
+        agent.client.evict(early)
+    page.until("document.querySelectorAll('#events li').length > 3", "events")
+    agent.stop()
+    page.until("document.getElementById('live').textContent.startsWith('no answer')", "it says so")
+    agent.start()
+    page.until("document.getElementById('live').textContent === 'live'", "it is there again")
+    with agent.client.lease(late) as lease:
+        lease.wait_ready(time.monotonic() + 30)
+    page.until("document.querySelector('#events .text')?.innerText.includes('late')", "events of the new agent, too")
+
+
+def test_where_a_token_is_asked_for(
+    opened: Callable[..., Any], start_agent: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("the-operators-token\n")
+    port = free_port()
+    agent = start_agent("--status", f"127.0.0.1:{port}", "--token-file", str(tmp_path / "token"))
+    assert agent.pid
+    page = opened(f"http://127.0.0.1:{port}/dashboard")
+    page.until("document.getElementById('unlock')?.hidden === false", "it asks for the token")
+    assert page.js("document.getElementById('main').hidden")
+    assert page.js("document.activeElement.id") == "token"
+    for letter in "wrong":
+        page.ask("Input.insertText", text=letter)
+    page.press("Enter", 13)
+    page.until("document.getElementById('denied').textContent.length > 10", "it says that it was wrong")
+    page.js("document.getElementById('token').value = ''")
+    page.ask("Input.insertText", text="the-operators-token")
+    page.press("Enter", 13)
+    page.until(f"{THERE} && !document.getElementById('main').hidden", "it shows the node")
+    assert "the-operators-token" not in page.js("document.documentElement.outerHTML")
+    assert not page.js("document.cookie")

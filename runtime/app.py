@@ -6,6 +6,7 @@ import hmac
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -140,7 +141,8 @@ def create_app(
             lifecycle.enter()
         except FunctionError as error:
             return failed(error)(environ, start_response)
-        at_end = environ[_AT_END] = [lifecycle.leave]
+        entered = time.monotonic()
+        at_end = environ[_AT_END] = [lambda: lifecycle.leave(time.monotonic() - entered)]
         try:
             return ClosingIterator(app(environ, start_response), at_end)
         except BaseException:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from collections import deque
 from typing import TYPE_CHECKING, Literal
 
 from runtime.errors import EngineBusy, FunctionError, NotReady
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from runtime.handler import Handler
     from runtime.model import Model
 
+_REMEMBERED = 64  # requests whose duration is
 State = Literal["starting", "ready", "draining", "drained", "failed"]
 
 
@@ -37,6 +39,7 @@ class Lifecycle:
         self._inside = 0
         self._turns = 0
         self.on_load: Callable[[int, int], None] = lambda _turn, _inside: None  # when work begins, and when it ends
+        self._took: deque[float] = deque(maxlen=_REMEMBERED)
         self._drain_reason = ""
         self.phase = "http"
         self.progress: tuple[int, int] = (0, 0)  # bytes of weights there, bytes in all
@@ -95,14 +98,22 @@ class Lifecycle:
         if inside == 1:
             self.on_load(turn, inside)
 
-    def leave(self) -> None:
+    def leave(self, took: float = 0.0) -> None:
+        """`took`: seconds since it came in."""
         with self._changed:
             self._inside -= 1
             self._turns += 1
             turn, inside = self._turns, self._inside
+            self._took.append(took)
             self._changed.notify_all()
         if not inside:
             self.on_load(turn, inside)
+
+    @property
+    def longest(self) -> float:
+        """Seconds that the longest of the last requests took."""
+        with self._changed:
+            return max(self._took, default=0.0)
 
     def drain(self, reason: str) -> bool:
         """Begins to drain; False if it had begun already. A worker that is still starting drains at once."""

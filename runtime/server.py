@@ -7,10 +7,13 @@ control socket, pid files and privilege changes stay out of it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import math
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +24,11 @@ from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 _PROBES = 4
+_SO_ATTACH_FILTER = 26
 _CONNECTIONS = 1024
 _LOOK_AGAIN = 0.02
+_HANDSHAKE = 0.05  # seconds for connections that were half made
+_SILENT = 1.0  # seconds that a connection without a request may hold up the end
 
 
 class _App:
@@ -67,7 +73,7 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         self._on_beat = on_beat
         self._beat_at = 0.0
         self._turning = threading.Event()
-        self._in_hand = 0  # connections with a thread; only the serving thread counts
+        self.in_hand = 0  # connections with a thread; only the serving thread counts
         super().__init__(0, parent, [sock], _App(wsgi), 0, config, logger)
         self.retired = False
         self._accepted = accepted
@@ -97,15 +103,19 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
 
     def _report_idle(self, idle: threading.Event) -> None:
         waiting, _, _ = select.select(self.sockets, [], [], 0)
-        if not waiting and not self._in_hand:
+        if not waiting and not self.in_hand:
             idle.set()
 
+    def accept(self, listener: socket.socket) -> None:
+        if self._accepting:  # or the port was closed between the poll and this call
+            super().accept(listener)
+
     def enqueue_req(self, conn: Any) -> None:
-        self._in_hand += 1
+        self.in_hand += 1
         super().enqueue_req(conn)
 
     def finish_request(self, conn: Any, fs: Any) -> None:
-        self._in_hand -= 1
+        self.in_hand -= 1
         connections = self.nr_conns
         super().finish_request(conn, fs)
         # gunicorn 27 counts a connection that was cut in the middle of its answer twice when it closes it.
@@ -141,6 +151,33 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
     def is_parent_alive(self) -> bool:
         return not self.ppid or bool(super().is_parent_alive())
 
+    def finish(self, deadline: float) -> None:
+        """The end of the port: takes what waits there, refuses what comes later, lets requests run until `deadline`.
+
+        Afterwards `in_hand` is how many were cut. For any thread but the serving one, once it runs.
+        """
+        for listener in self.sockets:
+            _ignore_strangers(listener)
+        time.sleep(_HANDSHAKE)
+        try:
+            self.method_queue.defer(self._close_port, deadline)
+        except (AttributeError, TypeError):  # it never ran
+            self.stop()
+
+    def _close_port(self, deadline: float) -> None:
+        for listener in self.sockets:
+            while select.select([listener], [], [], 0)[0]:
+                super().accept(listener)
+        self.set_accept_enabled(False)
+        for listener in self.sockets:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # for the shim, too, which holds the same socket
+        now = time.monotonic()
+        for conn in self.pending_conns:  # has sent nothing: nothing is lost
+            conn.timeout = min(conn.timeout, now + _SILENT)
+        self.cfg.set("graceful_timeout", math.ceil(max(0.0, deadline - now)))
+        self.alive = False
+
     def notify(self) -> None:
         self._turning.set()
         now = time.monotonic()
@@ -150,3 +187,19 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
 
     def init_signals(self) -> None:
         """Signals are the worker's, which took them before anything else."""
+
+
+def _ignore_strangers(listener: socket.socket) -> None:
+    """Drops the first packet of each further connection; its sender tries again a second later, and is refused then.
+
+    Otherwise one that is made between the last `accept` and the port's end would be reset, and its request lost. A
+    socket filter (linux/filter.h) reads from the TCP header on: flags are its byte 13, and of a first packet SYN alone.
+    """
+    load, mask, equal, end = 0x30, 0x54, 0x15, 0x06  # LD|B|ABS, ALU|AND|K, JMP|JEQ|K, RET|K
+    syn, syn_ack, whole = 0x02, 0x12, 0xFFFFFFFF
+    code = ((load, 0, 0, 13), (mask, 0, 0, syn_ack), (equal, 0, 1, syn), (end, 0, 0, 0), (end, 0, 0, whole))
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
+    with contextlib.suppress(OSError):  # a kernel of another kind has none: the rare one is lost there
+        listener.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(code), ctypes.addressof(program))
+        )

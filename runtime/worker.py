@@ -52,7 +52,7 @@ _REJOIN_SECONDS = 30.0  # between two attempts to find an agent again, at most
 _REPORT_SECONDS = 2.0
 _MOST_SPANS = 256  # of a start that is reported; more are no start
 _LAST_WORDS = 2.0  # seconds in which the agent is told of what did not end in time
-_LAST_ANSWERS = 2.0  # seconds that requests which waited for a failed start have to take their answer
+_LAST_ANSWERS = 2.0  # seconds for answers at the end: of those who waited for a failed start, of the last at the port
 
 
 class Worker:
@@ -67,6 +67,8 @@ class Worker:
         self._lifecycle = Lifecycle(config.served_name, config.slots + config.queue)
         self._http_up = threading.Event()
         self._terminate = threading.Event()
+        self._over = threading.Event()  # nothing is served any more
+        self._cut = 0  # requests that the grace was too short for
         self._lease: Lease | None = None
         self._whole: Lease | None = None  # the one whose bytes are all there
         self._book: Checkpoints | None = None
@@ -102,8 +104,11 @@ class Worker:
         if self._imports is not None:
             self._imports.begin()  # not before: importing holds the interpreter's lock, and probes come first
         self._server.run_until_stopped()
+        self._over.set()
         if self._server.retired:
             self._line.send(state="retired")
+        if self._exit is None and self._terminate.is_set():
+            self._ended()
         return self._exit.exit_code if self._exit else 0
 
     # --- start ----------------------------------------------------------------------------------------------------
@@ -361,22 +366,30 @@ class Worker:
     def _end(self) -> None:
         self._terminate.wait()
         self._drain("SIGTERM")
-        grace = time.monotonic() + self._config.drain_linger + self._config.drain_grace
+        grace = self._config.drain_grace
+        end = time.monotonic() + self._config.drain_linger + grace
         # The platform routes new requests here until it notices: those are answered, too.
         time.sleep(self._config.drain_linger)
-        in_time = self._server.wait_idle(grace)
-        if self._book is not None:  # what still runs ends with an error that says how to go on, and can be gone on with
+        # So are those that come later still, as long as there is time for one as long as the last ones were.
+        self._server.wait_idle(end - min(grace / 2, max(_LAST_ANSWERS, self._lifecycle.longest)))
+        self._server.finish(end if self._book is None else end + 2 * _LAST_WORDS)
+        if self._book is not None and not self._over.wait(max(0.0, end - time.monotonic())):
+            # What still runs ends with an error that says how to go on, and can be gone on with.
+            self._cut = self._server.in_hand
             self._book.close(time.monotonic() + _LAST_WORDS)
-            self._server.wait_idle(time.monotonic() + _LAST_WORDS)
-        if not in_time:
+
+    def _ended(self) -> None:
+        """After the last request, or the grace: the verdict."""
+        if self._book is not None:
+            self._book.close(time.monotonic() + _LAST_WORDS)
+        if cut := self._cut or self._server.in_hand:
             self._exit = DrainIncomplete(
-                f"{self._lifecycle.inside} requests had not ended {self._config.drain_grace:.0f} s after SIGTERM; "
+                f"{cut} requests had not ended {self._config.drain_grace:.0f} s after SIGTERM and were cut; "
                 "raise GLOWPLUG_DRAIN_GRACE and the platform's own grace"
             )
             log.error("%s [%s]", self._exit.text, self._exit.code)
         self._lifecycle.drained()
         self._line.send(state="drained")
-        self._server.stop(at_once=not in_time)
 
 
 def _import_model_code() -> None:

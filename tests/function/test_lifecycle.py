@@ -83,6 +83,18 @@ def test_when_ready_the_one_too_many_finds_it_busy(lifecycle: Lifecycle, drainin
     lifecycle.enter()
 
 
+def test_it_knows_how_long_requests_lately_took(lifecycle: Lifecycle) -> None:
+    assert lifecycle.longest == 0.0
+    for took in (1.0, 9.0, 2.0):
+        lifecycle.enter()
+        lifecycle.leave(took)
+    assert lifecycle.longest == 9.0
+    for _ in range(64):
+        lifecycle.enter()
+        lifecycle.leave(0.5)
+    assert lifecycle.longest == 0.5
+
+
 def test_a_drain_begins_once(lifecycle: Lifecycle) -> None:
     lifecycle.opened(MODEL, None)
     assert lifecycle.draining == ""

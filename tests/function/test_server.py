@@ -243,6 +243,59 @@ def test_stop_at_once_does_not_wait(serve: Callable[..., Any]) -> None:
         gate.open.set()
 
 
+def test_its_port_ends_after_those_who_waited_there(serve: Callable[..., Any]) -> None:
+    """What runs and what is in the backlog is answered; whoever comes later is refused, and not kept waiting."""
+    gate = Gate()
+    served = serve(gate, start=False)
+    with ThreadPoolExecutor(2) as pool:
+        requests = [pool.submit(served.get) for _ in range(2)]
+        served.start()
+        assert gate.entered.acquire(timeout=SECONDS)
+        served.server.finish(_soon())
+        gate.open.set()
+        assert [request.result(SECONDS) for request in requests] == [(200, b"first last")] * 2
+    served.thread.join(SECONDS)
+    assert (served.thread.is_alive(), served.server.in_hand) == (False, 0)
+    with pytest.raises(ConnectionRefusedError):  # although its parent holds the same socket
+        served.get()
+
+
+def test_a_kept_connection_is_told_of_the_end(serve: Callable[..., Any], eventually: Callable[..., Any]) -> None:
+    """A proxy sends its requests on connections that it has: the last answer says that this was the last."""
+    served = serve(_function(lambda event, _: str(len(event.body))))
+    with closing(served.connect()) as connection:
+        connection.request("GET", "/")
+        assert connection.getresponse().read() == b"0"
+        served.server.finish(_soon())
+        eventually(lambda: not served.server.alive, what="the end has begun")
+        connection.request("POST", "/", b"xy")
+        response = connection.getresponse()
+        assert (response.read(), response.getheader("Connection")) == (b"2", "close")
+    served.thread.join(SECONDS)
+    assert not served.thread.is_alive()
+
+
+def test_what_outlasts_the_end_is_counted(serve: Callable[..., Any]) -> None:
+    gate = Gate()
+    served = serve(gate)
+    with closing(served.connect()) as connection, socket.create_connection(("127.0.0.1", served.port)):
+        connection.request("GET", "/")
+        assert gate.entered.acquire(timeout=SECONDS)
+        served.server.finish(time.monotonic() + 0.1)
+        served.thread.join(SECONDS)
+        assert not served.thread.is_alive()
+        assert served.server.in_hand == 2, "the stream, and the connection that may just be sending its request"
+        gate.open.set()
+
+
+def test_finishing_what_never_ran(serve: Callable[..., Any]) -> None:
+    served = serve(_plain, start=False)
+    served.server.finish(_soon())
+    served.start()
+    served.thread.join(SECONDS)
+    assert not served.thread.is_alive()
+
+
 @pytest.mark.parametrize("at_once", [False, True])
 def test_stop_before_it_runs(serve: Callable[..., Any], at_once: bool) -> None:
     served = serve(_plain, start=False)

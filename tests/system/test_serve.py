@@ -425,6 +425,41 @@ def test_a_stream_that_outlasts_the_grace_is_reported(
     assert "[drain_incomplete]" in function.output()
 
 
+def test_traffic_that_does_not_end_is_served_to_the_last(started: Callable[..., Any], checkpoint: Path) -> None:
+    """Some platforms route until they are refused: everyone is answered or refused, and nothing is lost."""
+    function = started(handler=ENDING, model=checkpoint, drain_grace=4).wait_ready()
+    answered, lost, refused = [], [], threading.Event()
+
+    def ask(kept: bool) -> None:
+        connection = function.connect()
+        while not refused.is_set():
+            try:
+                connection.request("GET", "/")
+                answered.append(connection.getresponse().read())
+            except ConnectionRefusedError:
+                refused.set()
+            except (OSError, http.client.HTTPException) as error:
+                # A proxy, too, tries again on a new connection where a kept one ended before a byte came back.
+                if not (kept and isinstance(error, (http.client.RemoteDisconnected, ConnectionError))):
+                    lost.append(error)
+                connection.close()
+            if not kept:
+                connection.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask, number < 2) for number in range(4)]
+        function.until(lambda: len(answered) > 20, "the traffic flows")
+        function.process.send_signal(signal.SIGTERM)
+        function.until(lambda: "draining: SIGTERM" in function.output(), "it drains")
+        begun = len(answered)
+        for client in clients:
+            client.result(60)
+    assert function.wait() == 0, function.output()
+    assert lost == []
+    assert len(answered) > begun + 20, "it went on answering"
+    assert set(answered) == {b"ok"}
+
+
 def test_sigterm_while_loading_answers_the_request_that_waits(started: Callable[..., Any], checkpoint: Path) -> None:
     function = started(handler=ENDING, model=checkpoint)
     with closing(function.connect()) as connection:

@@ -19,7 +19,7 @@ from runtime import openai
 from runtime.body import read_body
 from runtime.config import FunctionConfig
 from runtime.errors import FunctionError, NotReady, NotResumable
-from runtime.handler import Context, Event, error_json, to_response
+from runtime.handler import Context, Event, Events, error_json, to_response
 from runtime.handoff import texts
 from runtime.handoff.position import parse
 from runtime.handoff.resume import asked_of_handler
@@ -29,6 +29,7 @@ log = logging.getLogger("glowplug.app")
 
 _RESERVED = "/_/"
 _AT_END = "glowplug.at_end"  # in the WSGI environment: what to call once the response is out, or was broken off
+_ENTERED = "glowplug.entered"  # likewise: when the request came, on time.monotonic
 _NO_TOKEN = re.compile(r"[^A-Za-z0-9_-]")  # what a name in Server-Timing must not have
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
@@ -79,7 +80,14 @@ def create_app(
         drain(f"asked for by {request.remote_addr}")
         return jsonify(state=lifecycle.state), 202
 
-    app.register_blueprint(openai.blueprint(lifecycle, max_body=config.max_body, start_limit=config.start_timeout))
+    app.register_blueprint(
+        openai.blueprint(
+            lifecycle,
+            max_body=config.max_body,
+            start_limit=config.start_timeout,
+            answer_limit=config.longest_answer,
+        )
+    )
 
     @app.route("/", defaults={"path": ""}, methods=_METHODS)
     @app.route("/<path:path>", methods=_METHODS)
@@ -97,17 +105,31 @@ def create_app(
                 f"this function has no handler, and /{path} is none of the /v1/… routes that it serves",
             )
         accept, keep = request.headers.get("Accept", ""), None
+        ends = request.environ[_ENTERED] + config.longest_answer
+        at_end = request.environ[_AT_END]
         if model.book is not None:
             wanted = asked_of_handler(cast(Mapping[str, str], request.headers), request.full_path, body)
             if (rest := texts.resumed(model.book, model, wanted)) is not None:
-                return to_response(rest, accept)
+                response = to_response(rest, accept, ends=ends)
+                if isinstance(response, Events):
+                    at_end.append(response.pump.leave)
+                return response
             keep = texts.keeper(model.book, wanted)
         elif parse(request.headers.get("Last-Event-ID", "")) is not None:
             raise NotResumable("this function keeps no requests: set GLOWPLUG_CHECKPOINTS to keep them from now on")
         event = Event(body, cast(Mapping[str, str], request.headers), request.method, request.args, request.path)
         turns.acquire()
-        request.environ[_AT_END].append(turns.release)  # a stream is the handler's code, too
-        return lifecycle.handler(event, Context(model), accept, keep)
+        try:
+            response = lifecycle.handler(event, Context(model), accept, keep, ends)
+        except BaseException:
+            turns.release()
+            raise
+        if isinstance(response, Events):  # a stream is the handler's code, too
+            at_end.append(response.pump.leave)
+            response.pump.on_end(turns.release)
+        else:
+            at_end.append(turns.release)
+        return response
 
     @app.errorhandler(FunctionError)
     def failed(error: FunctionError) -> Response:
@@ -141,7 +163,7 @@ def create_app(
             lifecycle.enter()
         except FunctionError as error:
             return failed(error)(environ, start_response)
-        entered = time.monotonic()
+        entered = environ[_ENTERED] = time.monotonic()
         at_end = environ[_AT_END] = [lambda: lifecycle.leave(time.monotonic() - entered)]
         try:
             return ClosingIterator(app(environ, start_response), at_end)

@@ -26,6 +26,7 @@ _AT_LEAST = {
     "checkpoint_tokens": 1,
     "threads": 0,
     "start_timeout": 1,
+    "answer_limit": 0,
     "drain_linger": 0,
     "drain_grace": 0,
     "worker_timeout": 1,
@@ -72,6 +73,7 @@ class FunctionConfig:
     function_key_file: str = ""
     threads: int = 0
     start_timeout: float = 600.0
+    answer_limit: float = 0.0
     drain_linger: float = 0.0
     drain_grace: float = 25.0
     worker_timeout: float = 120.0
@@ -122,6 +124,11 @@ class FunctionConfig:
     def served_name(self) -> str:
         """What the OpenAI routes call the model: `name`, or the last part of its URI."""
         return self.name or self.model.split("@rev-")[0].rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def longest_answer(self) -> float:
+        """Seconds that one answer may take; without a setting there is no limit."""
+        return self.answer_limit or math.inf
 
     @property
     def concurrent_handlers(self) -> int:

@@ -109,6 +109,20 @@ class RequestTooLarge(FunctionError):
     status = 413
 
 
+class AnswerTooLong(FunctionError):
+    """The answer took longer than GLOWPLUG_ANSWER_LIMIT."""
+
+    code = "answer_limit"
+    status = 504
+
+    @classmethod
+    def of_stream(cls) -> AnswerTooLong:
+        return cls(
+            "the answer took longer than GLOWPLUG_ANSWER_LIMIT and ends here, before the platform would cut it; what "
+            "was sent is right: ask for the rest, for less, or raise the limit together with the platform's timeout"
+        )
+
+
 class EngineBusy(FunctionError):
     """All slots and the queue are taken."""
 

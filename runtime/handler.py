@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import sys
+import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +24,16 @@ from typing import TYPE_CHECKING, Any
 from flask import Response, current_app, jsonify
 
 from runtime import sse
-from runtime.errors import BadHandlerResult, FunctionError, HandlerFailed, HandlerImportFailed, HandlerNotFound
+from runtime.errors import (
+    AnswerTooLong,
+    BadHandlerResult,
+    FunctionError,
+    HandlerFailed,
+    HandlerImportFailed,
+    HandlerNotFound,
+)
 from runtime.model import TextStream
+from runtime.pump import END, NOTHING, Pump
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -31,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("glowplug.handler")
 
 _EVENT_STREAM = "text/event-stream"
+_COMMIT_AFTER = 1.0  # seconds in which a stream can still fail with a status of its own
+_KEEP_ALIVE = 5.0  # seconds between comments while a handler has nothing to say
 
 
 @dataclass(slots=True)
@@ -63,18 +75,25 @@ class Handler:
         self._scope = scope
 
     def __call__(
-        self, event: Event, context: Context, accept: str = "", keep: Callable[[TextStream], None] | None = None
+        self,
+        event: Event,
+        context: Context,
+        accept: str = "",
+        keep: Callable[[TextStream], None] | None = None,
+        ends: float = math.inf,
     ) -> Response:
-        """`keep` gets what `generate` streams where `handle` returned just that.
+        """`keep` gets what `generate` streams where `handle` returned just that. A stream that is not over at `ends`, on
+        time.monotonic, is ended.
 
         Needs a Flask application context. Raises `HandlerFailed`, `BadHandlerResult`, or the handler's own
-        `FunctionError`s, which keep their status."""
+        `FunctionError`s, which keep their status.
+        """
         try:
             with self._scope():
                 result = self._handle(event, context)
             if keep is not None and isinstance(result, TextStream):
                 keep(result)
-            return to_response(result, accept, self._scope)
+            return to_response(result, accept, self._scope, ends)
         except FunctionError:
             raise
         except (Exception, SystemExit) as error:
@@ -134,7 +153,13 @@ def _import(place: Path) -> types.ModuleType:
     return importlib.import_module("function.handler")
 
 
-def to_response(result: object, accept: str = "", scope: Scope = nullcontext) -> Response:
+class Events(Response):
+    """A stream of events, whose pieces come from the handler's code on a thread of its own."""
+
+    pump: Pump
+
+
+def to_response(result: object, accept: str = "", scope: Scope = nullcontext, ends: float = math.inf) -> Response:
     """python3-http's conversions, and iterators. Raises `BadHandlerResult`, or what an iterator raises at its start."""
     if isinstance(result, dict) and result.keys() & {"statusCode", "body", "headers"}:
         status, headers = result.get("statusCode", 200), result.get("headers", {})
@@ -142,15 +167,15 @@ def to_response(result: object, accept: str = "", scope: Scope = nullcontext) ->
             raise BadHandlerResult(f"the handler's statusCode is {status!r}; use a number from 100 to 599")
         if not isinstance(headers, Mapping):
             raise BadHandlerResult(f"the handler's headers are a {type(headers).__name__}; use a dict")
-        response = _body(result.get("body", ""), accept, scope)
+        response = _body(result.get("body", ""), accept, scope, ends)
         response.status_code = status
         for name, value in headers.items():
             response.headers[str(name)] = str(value)
         return response
-    return _body(result, accept, scope)
+    return _body(result, accept, scope, ends)
 
 
-def _body(result: object, accept: str, scope: Scope) -> Response:
+def _body(result: object, accept: str, scope: Scope, ends: float) -> Response:
     match result:
         case None:
             return Response("", 200)
@@ -171,7 +196,9 @@ def _body(result: object, accept: str, scope: Scope) -> Response:
             except (TypeError, ValueError) as error:
                 raise BadHandlerResult(f"the handler returned a tuple that is no response: {error}") from error
         case Iterable():
-            return _streamed(iter(result), result, accept, scope)
+            if accept.lstrip().startswith(_EVENT_STREAM):
+                return _events(result, scope, ends)
+            return _text_stream(iter(result), result, scope, ends)
         case bool() | int() | float():
             return Response(str(result), mimetype="text/html")
         case _:
@@ -181,33 +208,62 @@ def _body(result: object, accept: str, scope: Scope) -> Response:
             )
 
 
-def _streamed(pieces: Iterator[object], source: object, accept: str, scope: Scope) -> Response:
-    """Streams as server-sent events where the client asks for them, as plain text otherwise.
+def _events(source: Iterable[object], scope: Scope, ends: float) -> Response:
+    """Server-sent events, for clients that ask for them, with comments while there is nothing to say.
 
-    The first piece is taken before the response begins: a handler that fails at once is an error with a status.
+    The response begins with the first piece, or after a moment: a handler that fails at once is an error with a status.
     """
-    with scope():
-        first = next(pieces, None)
-    place = getattr(source, "place", None)
-    events = accept.lstrip().startswith(_EVENT_STREAM)
+    pump = Pump(source, scope)
+    try:
+        first = pump.next(min(_COMMIT_AFTER, ends - time.monotonic()))
+        if first is not END and first is not NOTHING:
+            _text(first)
+    except BaseException:
+        pump.leave()
+        raise
 
     def body() -> Iterator[bytes]:
-        piece, at = first, place
+        piece = first
         try:
-            while piece is not None:
-                yield sse.event(_text(piece), id=at) if events else _encoded(piece)
-                with scope():
-                    piece, at = next(pieces, None), getattr(source, "place", None)
-            if events:
-                yield sse.DONE
+            while piece is not END:
+                if time.monotonic() >= ends:
+                    raise AnswerTooLong.of_stream()
+                yield sse.KEEP_ALIVE if piece is NOTHING else sse.event(_text(piece), id=pump.place)
+                piece = pump.next(min(_KEEP_ALIVE, ends - time.monotonic()))
         except GeneratorExit:
             raise  # the client went away
         except (Exception, SystemExit) as error:
-            log.exception("the handler's stream broke")
-            failure = error if isinstance(error, FunctionError) else HandlerFailed(f"{type(error).__name__}: {error}")
-            if not events:
-                raise failure from error  # the connection is cut before the last chunk: the client sees that
-            yield sse.event(error_json(failure), event="error")
+            yield sse.event(error_json(_failure(error)), event="error")
+        finally:
+            pump.leave()
+        yield sse.DONE
+
+    response = Events(body(), mimetype=_EVENT_STREAM)
+    response.pump = pump
+    return response
+
+
+def _text_stream(pieces: Iterator[object], source: object, scope: Scope, ends: float) -> Response:
+    """The pieces as they come, as one text.
+
+    The first one is taken before the response begins: a handler that fails at once is an error with a status.
+    """
+    with scope():
+        first = next(pieces, None)
+
+    def body() -> Iterator[bytes]:
+        piece = first
+        try:
+            while piece is not None:
+                yield _encoded(piece)
+                if time.monotonic() >= ends:
+                    raise AnswerTooLong.of_stream()
+                with scope():
+                    piece = next(pieces, None)
+        except GeneratorExit:
+            raise  # the client went away
+        except (Exception, SystemExit) as error:
+            raise _failure(error) from error  # the connection is cut before the last chunk: the client sees that
         finally:
             for closing in (pieces, source):
                 close = getattr(closing, "close", None)
@@ -215,7 +271,15 @@ def _streamed(pieces: Iterator[object], source: object, accept: str, scope: Scop
                     close()
 
     _encoded(first) if first is not None else None
-    return Response(body(), mimetype=_EVENT_STREAM if events else "text/plain")
+    return Response(body(), mimetype="text/plain")
+
+
+def _failure(error: BaseException) -> FunctionError:
+    if isinstance(error, AnswerTooLong):
+        log.warning("%s", error.text)
+        return error
+    log.error("the handler's stream broke", exc_info=error)
+    return error if isinstance(error, FunctionError) else HandlerFailed(f"{type(error).__name__}: {error}")
 
 
 def _encoded(piece: object) -> bytes:

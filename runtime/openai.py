@@ -26,7 +26,7 @@ from werkzeug.exceptions import HTTPException
 from runtime import sse
 from runtime.body import read_body
 from runtime.engine.base import TokenEvent
-from runtime.errors import BadRequest, FunctionError, NotReady
+from runtime.errors import AnswerTooLong, BadRequest, FunctionError, NotReady
 from runtime.handoff.resume import Asked, asked
 from runtime.model import Model
 from runtime.openai_answer import TICK, Run, chunks, event_of, frame, opening, prefix
@@ -105,10 +105,15 @@ class Refusal(Exception):
 
 
 def blueprint(
-    gate: ModelGate, *, max_body: int = MAX_BODY, keep_alive: float = 5.0, start_limit: float = 600.0
+    gate: ModelGate,
+    *,
+    max_body: int = MAX_BODY,
+    keep_alive: float = 5.0,
+    start_limit: float = 600.0,
+    answer_limit: float = math.inf,
 ) -> Blueprint:
     """The routes under /v1. `max_body` in bytes; `keep_alive` is the time between comments while nothing else is sent,
-    `start_limit` how long a request waits for the model, both in seconds."""
+    `start_limit` how long a request waits for the model, `answer_limit` how long it may take in all, in seconds."""
     routes = Blueprint("openai", __name__)
     born = int(time.time())
 
@@ -184,7 +189,7 @@ def blueprint(
         return model
 
     def answer(job: Job, wanted: Asked) -> Response:
-        run = Run(job, wanted)
+        run = Run(job, wanted, time.monotonic() + answer_limit)
         if not job.stream:
             if (model := wait()) is None:
                 return _nobody()
@@ -207,6 +212,8 @@ def blueprint(
                     return
                 elif time.monotonic() > deadline:
                     raise _too_slow(start_limit)
+                elif time.monotonic() > run.ends:
+                    raise AnswerTooLong.of_stream()
                 elif time.monotonic() - sent >= keep_alive:
                     yield sse.KEEP_ALIVE
                     sent = time.monotonic()

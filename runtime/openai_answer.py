@@ -8,6 +8,7 @@ Where the function keeps requests, a streamed answer and one that was asked for 
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import msgspec
 
 from runtime import sse
 from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
-from runtime.errors import BadRequest, EngineFailed, Moved, NotResumable, RequestGone
+from runtime.errors import AnswerTooLong, BadRequest, EngineFailed, Moved, NotResumable, RequestGone
 from runtime.handoff.checkpoint import Hold
 from runtime.handoff.position import written
 from runtime.handoff.record import Context, Route
@@ -31,8 +32,10 @@ TICK = 0.25  # seconds between two looks at whether the client is still there
 class Run:
     """The token streams of a job; owns them from `start` to `close`."""
 
-    def __init__(self, job: Job, wanted: Asked) -> None:
+    def __init__(self, job: Job, wanted: Asked, ends: float = math.inf) -> None:
+        """A run that is not over at `ends`, on time.monotonic, is broken off."""
         self.job = job
+        self.ends = ends
         self.id = wanted.id or f"{prefix(job.chat)}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model: Model | None = None
@@ -110,7 +113,10 @@ class Run:
                 stream.close()
 
     def events(self) -> Iterator[tuple[int, TokenEvent] | None]:
-        """(choice, event) as they come, and None every quarter of a second. Raises `EngineFailed`, `Moved`."""
+        """(choice, event) as they come, and None every quarter of a second.
+
+        Raises `AnswerTooLong`, `EngineFailed`, `Moved`.
+        """
         live = {index: stream for index, stream in enumerate(self.streams) if stream is not None}
         ticked = time.monotonic()
         while live:
@@ -126,9 +132,12 @@ class Run:
                     if event.finish:
                         del live[index]
                     yield index, event
-                if time.monotonic() - ticked >= TICK:
+                now = time.monotonic()
+                if live and now > self.ends:
+                    raise AnswerTooLong.of_stream()
+                if now - ticked >= TICK:
                     yield None
-                    ticked = time.monotonic()
+                    ticked = now
 
     def logprobs(self, events: list[TokenEvent], offset: int = 0) -> dict[str, object] | None:
         """Of a choice, or of a piece of it that begins `offset` characters after its beginning."""

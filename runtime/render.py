@@ -41,7 +41,7 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[kMGT]i?|Ki)?")
 _DURATION = re.compile(r"([0-9]+(h|m|s))+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OWN = ("PORT", "GLOWPLUG_MODEL", "GLOWPLUG_HOST", "GLOWPLUG_SLOTS", "GLOWPLUG_DRAIN_LINGER", "GLOWPLUG_DRAIN_GRACE")
+_OWN = ("PORT", *(f"GLOWPLUG_{name}" for name in "MODEL HOST SLOTS ANSWER_LIMIT DRAIN_LINGER DRAIN_GRACE".split()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +154,7 @@ def openfaas(function: Function, gateway: str = "http://127.0.0.1:8080") -> Obje
         "GLOWPLUG_MODEL": function.model,
         "GLOWPLUG_SLOTS": str(function.slots),
         "GLOWPLUG_START_TIMEOUT": str(function.start_timeout),
+        "GLOWPLUG_ANSWER_LIMIT": str(function.timeout - _MARGIN),
         "read_timeout": seconds,
         "write_timeout": seconds,
         "exec_timeout": seconds,
@@ -215,6 +216,8 @@ def _container(function: Function) -> dict[str, Any]:
         "GLOWPLUG_HOST": "0.0.0.0",  # noqa: S104
         "GLOWPLUG_SLOTS": str(function.slots),
         "GLOWPLUG_START_TIMEOUT": str(function.start_timeout),
+        # Knative would end a stream with a text of its own and status 200.
+        "GLOWPLUG_ANSWER_LIMIT": str(function.timeout - _MARGIN),
         # When SIGTERM comes, no request has come for 30 s.
         "GLOWPLUG_DRAIN_LINGER": "0",
         "GLOWPLUG_DRAIN_GRACE": str(function.timeout - _LATE_SIGTERM - _MARGIN),

@@ -540,6 +540,39 @@ class TestGunicorn:
             assert connection.getresponse().status == status
 
 
+class TestLimit:
+    """An answer that takes longer than the platform lets it is ended by us, and says so."""
+
+    def test_stream(self) -> None:
+        model = toy_model(step_delay=0.01, context_length=100_000)
+        with contextlib.closing(model.engine):
+            body = chat(stream=True, max_tokens=50_000, ignore_eos=True)
+            answer = post(make_app(OpenGate(model), answer_limit=0.2), body)
+            *pieces, error, done = EventParser().feed(answer.get_data())
+            assert json.loads(pieces[1].data)["choices"][0]["delta"]["content"]
+            assert (json.loads(error.data)["error"]["code"], done.data) == ("answer_limit", "[DONE]")
+            until(lambda: model.engine.stats().running == 0)
+
+    def test_whole_answer(self) -> None:
+        model = toy_model(step_delay=0.01, context_length=100_000)
+        with contextlib.closing(model.engine):
+            app = make_app(OpenGate(model), answer_limit=0.2)
+            answer = post(app, chat(max_tokens=50_000, ignore_eos=True))
+            assert (answer.status_code, answer.get_json()["error"]["code"]) == (504, "answer_limit")
+            until(lambda: model.engine.stats().running == 0)
+
+    def test_stream_of_a_cold_start(self) -> None:
+        answer = post(make_app(ColdGate(), answer_limit=1.3, keep_alive=0.1), chat(stream=True))
+        *comments, error, done = answer.get_data().decode().split("\n\n")[:-1]
+        assert set(comments) == {": keep-alive"}
+        assert ("answer_limit" in error, done) == (True, "data: [DONE]")
+
+    def test_an_answer_in_time_is_whole(self) -> None:
+        model = toy_model()
+        with contextlib.closing(model.engine):
+            assert post(make_app(OpenGate(model), answer_limit=60.0), chat()).status_code == 200
+
+
 class TestBrokenEngine:
     def test_mid_stream(self) -> None:
         model = toy_model(step_delay=0.01, context_length=10_000)

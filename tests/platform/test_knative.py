@@ -16,7 +16,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from runtime import render
+from runtime.sse import EventParser
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -213,7 +214,7 @@ def _cut(line: socket.socket) -> None:
 class Pod:
     """The rendered Service's container as a process, and its queue-proxy; `delete` ends it as the kubelet would."""
 
-    def __init__(self, image: Any) -> None:
+    def __init__(self, image: Any, env: Mapping[str, str]) -> None:
         function = render.Function(
             name="chat", image="chat:1", model="/home/app/models/glowplug-demo", slots=8, start_timeout=120, timeout=60
         )
@@ -236,6 +237,7 @@ class Pod:
             "PYTHONPATH": str(image.inside("/usr/src/glowplug")),
             "PORT": str(self.port),  # Knative's
             "GLOWPLUG_THREADS": "1",
+            **env,
         }
         self.log = self.tmp / "log"
         with self.log.open("wb") as log:
@@ -266,8 +268,8 @@ class Pod:
 @pytest.fixture(scope="module")
 def start_pod() -> Callable[..., Any]:
     @contextlib.contextmanager
-    def start(image: Any) -> Iterator[Pod]:
-        pod = Pod(image)
+    def start(image: Any, **env: str) -> Iterator[Pod]:
+        pod = Pod(image, env)
         try:
             yield pod
         except BaseException:
@@ -364,6 +366,29 @@ def test_what_a_timeout_looks_like(pod: Pod) -> None:
         ask(pod.port, "/open?name=never")
         proxy.shutdown()
         proxy.server_close()
+
+
+def test_a_function_ends_its_streams_before_the_timeout(start_pod: Any, image: Any) -> None:
+    """What `glowplug render` sets 10 s below the platform's limit, here 2 s below it."""
+    with start_pod(image, GLOWPLUG_ANSWER_LIMIT="2") as pod:
+        assert pod.proxy.ready.wait(120)
+        proxy = QueueProxy(pod.spec, pod.port, timeout=4.0)
+        try:
+            for path in ("/gated?name=never", "/endless"):
+                status, body = ask(proxy.port, path, Accept="text/event-stream")
+                assert status == 200
+                assert b"request timeout" not in body
+                *_, error, done = EventParser().feed(body)
+                assert (error.event, json.loads(error.data)["error"]["code"], done.data) == (
+                    "error",
+                    "answer_limit",
+                    "[DONE]",
+                )
+        finally:
+            ask(pod.port, "/open?name=never")
+            proxy.shutdown()
+            proxy.server_close()
+        assert pod.delete() == 0
 
 
 def test_from_one_to_zero_and_back(start_pod: Any, image: Any, eventually: Callable[..., Any]) -> None:

@@ -82,12 +82,14 @@ def test_a_function_ends_before_the_platform_ends_it(timeout: int) -> None:
     config = from_environment(settings(found["containers"][0]))
     assert 30 + config.drain_linger + config.drain_grace < found["timeoutSeconds"] == timeout
     assert found["responseStartTimeoutSeconds"] <= timeout  # Knative refuses more
+    assert 0 < config.answer_limit < timeout
     if timeout > 50:
         (stack,) = render.openfaas(render.Function(**CHAT, timeout=timeout))
         entry = stack["functions"]["chat"]["environment"]
         config = from_environment(entry)
         assert config.drain_linger > int(entry["healthcheck_interval"].removesuffix("s"))
         assert config.drain_linger + config.drain_grace < timeout
+        assert 0 < config.answer_limit < int(entry["write_timeout"].removesuffix("s"))
 
 
 def test_probes_are_those_that_knative_sends_itself() -> None:

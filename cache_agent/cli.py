@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -332,23 +332,42 @@ def drain(model: str, grace: float, reason: str, path: Path | None, as_json: boo
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, default=9479, show_default=True, help="Port to listen on.")
-@click.option("--estimates", type=Path, help="JSON file that says which node has what.", metavar="PATH")
+@click.option(
+    "--redis-url", help="Redis in which the agents tell what they have [env: GLOWPLUG_REDIS_URL].", metavar="URL"
+)
+@click.option("--redis-password-file", type=Path, help="File with Redis's password.", metavar="PATH")
+@click.option("--estimates", type=Path, help="JSON file that says which node has what, instead.", metavar="PATH")
 @click.option("--check", is_flag=True, help="Ask the extender that listens there whether it lives.")
 @click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
-def extender(host: str, port: int, estimates: Path | None, check: bool, log_level: str) -> None:
+def extender(
+    host: str,
+    port: int,
+    redis_url: str | None,
+    redis_password_file: Path | None,
+    estimates: Path | None,
+    check: bool,
+    log_level: str,
+) -> None:
     """Tell kube-scheduler which node would start a pod's model soonest."""
-    from cache_agent import webserver
+    from cache_agent import outlook, webserver
     from cache_agent.extender import Extender
-    from cache_agent.outlook import FileOutlook, NoOutlook
 
     logs.configure(log_level)
-    with _reported():
+    with _reported(), ExitStack() as stack:
         if check:
             webserver.check(host, port)
             return
-        if estimates is None:
-            log.warning("no --estimates: all nodes are equal, and no node is known to have an agent")
-        answers = Extender(FileOutlook(estimates) if estimates else NoOutlook())
+        settings = config.from_environment()
+        url = redis_url or settings.redis_url
+        known: outlook.Outlook
+        if estimates is not None:
+            known = outlook.FileOutlook(estimates)
+        elif url:
+            known = stack.enter_context(outlook.shared(url, redis_password_file or settings.redis_password_file))
+        else:
+            log.warning("neither --redis-url nor --estimates: all nodes are equal, and none is known to have an agent")
+            known = outlook.NoOutlook()
+        answers = Extender(known)
         routes = {
             ("POST", "/scheduler/prioritize"): answers.prioritize,
             ("POST", "/scheduler/filter"): answers.filter,

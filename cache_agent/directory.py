@@ -62,6 +62,10 @@ class Directory(Protocol):
         """The source that a URI was last seen to name, by whatever node, and when; ("", 0) where none has told."""
         ...
 
+    def lost(self) -> str:
+        """Why what others told cannot be known now, or ""."""
+        ...
+
     def publish(self, model: str, holding: Holding) -> None:
         """`model` is a revision, or a source id while the revision is not known."""
         ...
@@ -143,6 +147,9 @@ class InProcessDirectory:
     def validation(self, uri: str) -> tuple[str, float]:
         with self._lock:
             return self._validations.get(uri, ("", 0.0))
+
+    def lost(self) -> str:
+        return ""
 
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:

@@ -61,11 +61,13 @@ class RedisDirectory:
         self._held: dict[str, list[Holding]] = {}  # of others that live, by model
         self._revisions: dict[str, str] = {}
         self._sources: dict[str, dict[str, str]] = {}  # what others, by node, found sources to be
+        self._known = False  # what others told
         self._down = ""
         self._lost_at = 0.0
         self._until = 0.0  # no claim is tried before it
         self._closing = threading.Event()
         self._wake = threading.Event()
+        self._looked = threading.Event()
         self._thread = threading.Thread(target=self._run, name="directory", daemon=True)
         self._thread.start()
 
@@ -88,7 +90,7 @@ class RedisDirectory:
             self._revisions[source] = revision
             for name in self._mine:  # told by the node itself: nobody may write for all
                 self._tell((name, _SOURCES, source), revision)
-                sources = [change for change in self._values if change[:2] == (name, _SOURCES)]
+                sources = [change for change, v in self._values.items() if change[:2] == (name, _SOURCES) and v]
                 for change in sources[: max(0, len(sources) - _MOST_SOURCES)]:
                     self._tell(change, "")
 
@@ -117,6 +119,17 @@ class RedisDirectory:
             told += [self._values.get((name, _SOURCES, field), "") for name in self._mine]
         found = [_validation(value) for value in told]
         return max(found, key=lambda each: each[1], default=("", 0.0))
+
+    def lost(self) -> str:
+        with self._lock:
+            if self._known:
+                return ""
+            why = f"cannot be used ({self._down})" if self._down else "has not been read yet"
+            return f"the directory at {self._where} {why}"
+
+    def wait_looked(self, seconds: float) -> None:
+        """Waits until Redis was asked for the first time, whatever came of it."""
+        self._looked.wait(seconds)
 
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:
@@ -235,6 +248,7 @@ class RedisDirectory:
             self._mirror(found)
             if told:
                 self._recovered()
+        self._looked.set()
         return told and found is not None
 
     def _beat_for(self, node: Node) -> bool:
@@ -286,7 +300,7 @@ class RedisDirectory:
             except (ValueError, TypeError, AttributeError, IndexError):
                 continue  # of another version, or broken: that node is not known to this one
         with self._lock:
-            self._others, self._held, self._sources = others, held, sources
+            self._others, self._held, self._sources, self._known = others, held, sources, True
             own = {change[2]: value for change, value in self._values.items() if change[1] == _SOURCES and value}
             self._revisions = revisions | own
 
@@ -334,7 +348,7 @@ class RedisDirectory:
                 # What others hold cannot be told any more. Nodes in the mirror would be asked, and most are there.
                 self._lost_at = time.monotonic()
             elif time.monotonic() - self._lost_at > self._ttl:
-                self._others, self._held = {}, {}
+                self._others, self._held, self._known = {}, {}, False
         if first:
             log.warning(
                 "the directory at %s cannot be used (%s); this node goes on without the others", self._where, why

@@ -54,6 +54,7 @@ class Extender:
 
     def __init__(self, outlook: Outlook) -> None:
         self._outlook = outlook
+        self._said = ""  # why nothing is known, as the log has it
 
     def prioritize(self, body: bytes) -> Answer:
         """Raises `Refused` for what is no request of a scheduler."""
@@ -72,6 +73,7 @@ class Extender:
                 alive = self._outlook.alive()
                 failed = {name: "no glowplug agent is known to live there" for name in names if name not in alive}
             except Unavailable as error:
+                self._complain(error)
                 failed = dict.fromkeys(names, f"this pod requires a glowplug agent, and {error}")
             except Exception:
                 log.exception("the outlook failed")
@@ -98,12 +100,21 @@ class Extender:
         try:
             view = self._outlook.look(model)
         except Unavailable as error:
-            log.warning("placing without knowledge: %s", error)
+            self._complain(error)
             return []
         except Exception:
             log.exception("the outlook failed; placing without knowledge")
             return []
+        if self._said:
+            log.warning("placing by what the nodes tell again")
+            self._said = ""
         return placement.rank(placement.covering(view, names)) if view is not None else []
+
+    def _complain(self, error: Unavailable) -> None:
+        """Once per reason: many pods may come while it lasts."""
+        if str(error) != self._said:
+            self._said = str(error)
+            log.warning("placing without knowledge, all nodes are equal: %s", error)
 
 
 def _decode(body: bytes) -> _Arguments:

@@ -1,19 +1,24 @@
-"""Where the placer's knowledge comes from: one interface, and those who speak it today.
-
-A shared directory is another implementation: it answers `look` by `placement.from_holdings`.
-"""
+"""Where the placer's knowledge comes from: one interface, and those who speak it."""
 
 from __future__ import annotations
 
+import heapq
 import os
 import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from cache_agent.client import CacheClient
+from cache_agent.directory import Directory, Holding
+from cache_agent.directory import Node as Living
+from cache_agent.errors import BadModelURI
+from cache_agent.policy import placement
 from cache_agent.policy.placement import Node, Tier, View
+from cache_agent.tiers.origin import parse_uri
 
 
 class Unavailable(Exception):
@@ -40,6 +45,64 @@ class NoOutlook:
 
     def alive(self) -> frozenset[str]:
         raise Unavailable("no directory is configured: nobody knows which nodes have an agent")
+
+
+class DirectoryOutlook:
+    """What the nodes tell each other: who lives, who holds how much of a model where, and how fast it came to them."""
+
+    def __init__(self, shared: Directory) -> None:
+        self._directory = shared
+
+    def look(self, model: str) -> View | None:
+        alive = self._living()
+        try:
+            uri = parse_uri(model)
+        except BadModelURI:  # an annotation may say anything
+            return None
+        source, _ = self._directory.validation(uri.text)
+        if not source:
+            return None
+        revision = self._directory.revision(source)
+        if uri.revision and revision and uri.revision != revision:
+            return None  # pinned to bytes that the origin had once: nobody here is known to have them
+        holders = {*self._directory.holders(source), *(self._directory.holders(revision) if revision else ())}
+        if not holders:  # nobody has any of it, and so nobody says how large it is
+            return None
+        best: dict[tuple[str, str], Holding] = {}
+        for holding in sorted(holders):  # of two names for the same bytes, what is more of them
+            best[holding.node, holding.tier] = holding
+        holdings = [*best.values(), *self._from_peers(best.values(), alive)]
+        ways = [(held.node, held.tier) for held in holdings if held.tier != "dram"] + [(n, "origin") for n in alive]
+        rates = {way: self._directory.bandwidth(*way) for way in ways}
+        room = {node.name: node.capacity for node in alive.values()}
+        return placement.from_holdings(max(held.total for held in holders), holdings, alive, rates, room)
+
+    def alive(self) -> frozenset[str]:
+        return frozenset(self._living())
+
+    def _living(self) -> dict[str, Living]:
+        if why := self._directory.lost():
+            raise Unavailable(why)
+        return {node.name: node for node in self._directory.nodes()}
+
+    def _from_peers(self, holdings: Collection[Holding], alive: Mapping[str, Living]) -> Iterator[Holding]:
+        """What each node could have from that other one which has most of it."""
+        offered = [held for held in holdings if held.done and held.node in alive and alive[held.node].address]
+        first, second = (*heapq.nlargest(2, offered, key=lambda held: held.done), None, None)[:2]
+        for name in alive:
+            best = second if first and first.node == name else first
+            if best and best.node != name:
+                yield Holding(name, "peer", best.done, best.total)
+
+
+@contextmanager
+def shared(url: str, password_file: Path | None, patience: float = 0.0) -> Iterator[DirectoryOutlook]:
+    """What the nodes tell in a Redis, read for the first time within `patience` seconds. Raises `BadConfig`."""
+    from cache_agent.directory_redis import RedisDirectory  # redis-py takes a tenth of a second
+
+    with closing(RedisDirectory(url, password_file=password_file)) as found:
+        found.wait_looked(patience)
+        yield DirectoryOutlook(found)
 
 
 class _Estimates(msgspec.Struct, frozen=True):

@@ -10,8 +10,8 @@ answering: platforms route to it until they notice, and a refused request is a l
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from runtime.errors import EngineBusy, FunctionError, NotReady

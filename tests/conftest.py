@@ -652,6 +652,49 @@ def redis_url(redis_server: str) -> str:
     return redis_server
 
 
+@pytest.fixture(scope="session")
+def redis_roles_server() -> Iterator[tuple[Path, Path]]:
+    """(socket, folder of passwords) of a Redis with the users of knative/components/redis, made by its own script."""
+    import yaml
+
+    with _short_directory() as place:
+        manifest = Path(__file__).parents[1] / "knative" / "components" / "redis" / "configmap.yaml"
+        data = yaml.safe_load(manifest.read_text())["data"]
+        passwords = place / "passwords"
+        passwords.mkdir()
+        (passwords / "agent-password").write_text("of agents\n")  # editors add a line's end; it is no part of it
+        (passwords / "placer-password").write_text("of the placer")
+        (place / "users.acl").write_text(data["users.acl"])
+        script = data["prepare.sh"].replace("/etc/glowplug/passwords", str(passwords))
+        script = script.replace("/etc/glowplug/redis", str(place)).replace("/data/users.acl", str(place / "acl"))
+        subprocess.run(["sh", "-c", script], check=True, timeout=30)
+        path = place / "redis.sock"
+        program = _program("redis-server")
+        if not program:
+            _unavailable("there is no redis-server on PATH to be given the manifest's users")
+        command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(place)]
+
+        def accepts(_: str) -> bool:
+            with socket.socket(socket.AF_UNIX) as probe:
+                return probe.connect_ex(str(path)) == 0
+
+        with _server([*command, "--aclfile", str(place / "acl")], place / "redis.log", accepts):
+            yield path, passwords
+
+
+@pytest.fixture
+def redis_roles(redis_roles_server: tuple[Path, Path]) -> Callable[[str], tuple[str, Path]]:
+    """`redis_roles("agent")`: (URL, file with the password) of a role in the manifest's Redis, emptied before."""
+    import redis
+
+    path, passwords = redis_roles_server
+    agent = {"username": "agent", "password": (passwords / "agent-password").read_text().strip()}
+    with contextlib.closing(redis.Redis(unix_socket_path=str(path), **agent)) as client:
+        for key in client.scan_iter("glowplug:*"):
+            client.delete(key)
+    return lambda role: (f"unix://{role}@{path}", passwords / f"{role}-password")
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 

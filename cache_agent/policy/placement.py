@@ -52,7 +52,8 @@ class Running(msgspec.Struct, frozen=True):
 class Node(msgspec.Struct, frozen=True):
     """What is known of one node. `queue` is the loading that is before us, in seconds; `places` are free ones.
 
-    `alive`: its agent was heard of lately. Without one the function reads the origin by itself, for itself.
+    `alive`: its agent was heard of lately. Without one the function reads the origin by itself, for itself. `capacity`
+    is what its agent has for weights, in bytes; 0 if nobody said.
     """
 
     name: Name
@@ -63,6 +64,7 @@ class Node(msgspec.Struct, frozen=True):
     places: int = 1
     running: tuple[Running, ...] = ()
     origin: Seconds = 0.0  # bytes per second of the origin, as this node measured it; 0 if it did not
+    capacity: Bytes = 0
 
 
 class View(msgspec.Struct, frozen=True):
@@ -86,6 +88,9 @@ class Decision(NamedTuple):
 def decide(size: int, node: Node) -> Decision:
     """What a node offers for a model of `size` bytes."""
     load, tier, measured, steps = _loading(size, node)
+    if node.alive and 0 < node.capacity < size:
+        why = f"its agent has {node.capacity / 1e6:.0f} MB for weights in all, and refuses {size / 1e6:.0f} MB"
+        return Decision(node.name, "none", math.inf, tier, 1.0, why)
     if node.places > 0:
         return Decision(node.name, "load", load, tier, measured, steps)
     ways: list[tuple[float, str, str]] = []
@@ -130,16 +135,23 @@ def from_holdings(
     holdings: Iterable[tuple[str, str, int, int]],
     alive: Collection[str],
     bandwidths: Mapping[tuple[str, str], float] | None = None,
+    capacities: Mapping[str, int] | None = None,
 ) -> View:
     """A view of what a directory holds: rows of (node, tier, bytes there, bytes in all), and (node, tier) → bytes/s."""
-    measured = bandwidths or {}
+    measured, room = bandwidths or {}, capacities or {}
     tiers: dict[str, list[Tier]] = {name: [] for name in alive}
     for node, tier, done, _ in holdings:
         tiers.setdefault(node, []).append(Tier(tier, done, measured.get((node, tier), 0.0)))
     return View(
         size,
         tuple(
-            Node(name, name in alive, tuple(found), origin=measured.get((name, "origin"), 0.0))
+            Node(
+                name,
+                name in alive,
+                tuple(found),
+                origin=measured.get((name, "origin"), 0.0),
+                capacity=room.get(name, 0),
+            )
             for name, found in sorted(tiers.items())
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,48 @@ import click
 
 from runtime.commands.output import agent, json_option
 
+_PATIENCE = 5.0  # seconds for Redis to answer
+
 
 @click.command()
 @click.argument("model")
-@click.option("--estimates", type=Path, help="JSON file that says which node has what.", metavar="PATH")
+@click.option(
+    "--redis-url", help="Redis in which the agents tell what they have [env: GLOWPLUG_REDIS_URL].", metavar="URL"
+)
+@click.option("--redis-password-file", type=Path, help="File with Redis's password.", metavar="PATH")
+@click.option("--estimates", type=Path, help="JSON file that says which node has what, instead.", metavar="PATH")
 @click.option("--socket", "path", help="The agent to ask instead, about its own node.", metavar="PATH")
 @click.option("--why", is_flag=True, help="Say how each node's seconds come about.")
 @json_option
-def place(model: str, estimates: Path | None, path: str | None, why: bool, as_json: bool) -> None:
-    """Show where MODEL would start soonest."""
+def place(
+    model: str,
+    redis_url: str | None,
+    redis_password_file: Path | None,
+    estimates: Path | None,
+    path: str | None,
+    why: bool,
+    as_json: bool,
+) -> None:
+    """Show where MODEL would start soonest: on each node that the directory knows, or on this one alone."""
+    from cache_agent import config
     from cache_agent.cli import model_uri
-    from cache_agent.outlook import AgentOutlook, FileOutlook, Outlook, Unavailable
+    from cache_agent.outlook import AgentOutlook, FileOutlook, Outlook, Unavailable, shared
     from cache_agent.policy import placement
 
-    outlook: Outlook = FileOutlook(estimates) if estimates is not None else AgentOutlook(agent(path))
-    try:
-        view = outlook.look(model_uri(model))
-    except Unavailable as error:
-        raise click.ClickException(str(error)) from error
+    with ExitStack() as stack:
+        settings = config.from_environment()
+        outlook: Outlook
+        if estimates is not None:
+            outlook = FileOutlook(estimates)
+        elif path is None and (url := redis_url or settings.redis_url):
+            password = redis_password_file or settings.redis_password_file
+            outlook = stack.enter_context(shared(url, password, _PATIENCE))
+        else:
+            outlook = AgentOutlook(agent(path))
+        try:
+            view = outlook.look(model_uri(model))
+        except Unavailable as error:
+            raise click.ClickException(str(error)) from error
     if view is None or not view.nodes:
         raise click.ClickException(f"no node knows {model}")
     found = placement.rank(view)

@@ -10,12 +10,16 @@ from cache_agent.directory import Holding, InProcessDirectory, Node
 from cache_agent.directory_redis import RedisDirectory
 
 
-@pytest.fixture(params=["in process", "redis"])
+@pytest.fixture(params=["in process", "redis", "redis with the manifest's rights"])
 def directory(request):
     if request.param == "in process":
         yield InProcessDirectory()
         return
-    directory = RedisDirectory(request.getfixturevalue("redis_url"), beat=0.05, ttl=5)
+    if request.param == "redis":
+        directory = RedisDirectory(request.getfixturevalue("redis_url"), beat=0.05, ttl=5)
+    else:
+        url, password = request.getfixturevalue("redis_roles")("agent")
+        directory = RedisDirectory(url, password_file=password, beat=0.05, ttl=5)
     yield directory
     directory.close()
 
@@ -52,6 +56,10 @@ def test_what_a_uri_was_last_seen_to_name(directory):
     directory.validated("s3://m/a", "src-2", 2000.0)
     assert directory.validation("s3://m/a") == ("src-2", 2000.0)
     assert directory.validation("s3://m/b") == ("src-3", 1500.0)
+
+
+def test_what_others_told_is_known(directory, eventually):
+    eventually(lambda: directory.lost() == "")
 
 
 def test_holders_are_ordered_and_one_per_node_and_tier(directory):

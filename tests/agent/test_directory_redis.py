@@ -108,6 +108,43 @@ def test_what_one_node_tells_the_others_hear(redis_url, join, eventually):
     eventually(lambda: b.holders("src-1") == [])
 
 
+def test_sources_are_bounded_and_the_oldest_go(redis_url, join, monkeypatch):
+    monkeypatch.setattr("cache_agent.directory_redis._MOST_SOURCES", 3)
+    a = join(redis_url, "a")
+    for number in range(5):
+        a.remember(f"src-{number}", "rev-1")
+    told = [field for (_, key, field), value in a._values.items() if key == 4 and value]
+    assert told == ["src-2", "src-3", "src-4"]
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_reader_says_when_it_knows_nothing_any_more(how, own_redis, join, eventually):
+    a, reader = join(own_redis.url, "a"), join(own_redis.url)
+    a.validated("s3://m", "src-1", 1000.0)
+    eventually(lambda: reader.lost() == "" and reader.validation("s3://m")[0] == "src-1")
+    eventually(lambda: names(reader) == ["a"])
+    own_redis.signal(signal.SIGSTOP) if how == "stopped" else own_redis.kill()
+    begun = time.monotonic()
+    eventually(lambda: "cannot be used" in reader.lost(), 10)
+    assert time.monotonic() - begun >= TTL / 2, "what was heard lately is good for a while"
+    assert names(reader) == []
+    assert "redis://127.0.0.1" in reader.lost()
+    if how == "stopped":
+        own_redis.signal(signal.SIGCONT)
+    else:
+        own_redis.start()
+    eventually(lambda: reader.lost() == "" and names(reader) == ["a"], 20)
+    assert reader.validation("s3://m") == ("src-1", 1000.0)
+
+
+def test_before_the_first_look_nothing_is_known(join):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        reader = join(f"redis://127.0.0.1:{silent.getsockname()[1]}", timeout=1.0)
+        assert "has not been read yet" in reader.lost()
+        reader.wait_looked(20)
+        assert "cannot be used" in reader.lost()
+
+
 def test_a_node_that_ends_says_goodbye_and_one_that_is_killed_ages_out(redis_url, join, eventually):
     a, b, c = (join(redis_url, name) for name in "abc")
     for directory, name in ((a, "a"), (b, "b")):

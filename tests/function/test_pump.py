@@ -173,5 +173,4 @@ def test_comments_while_a_handler_has_nothing_to_say(monkeypatch: pytest.MonkeyP
 def test_a_text_that_takes_too_long_is_cut() -> None:
     body = stream(endless(), "", time.monotonic() + 0.05)
     with pytest.raises(AnswerTooLong):
-        for piece in body:
-            assert piece == b"x"
+        list(body)

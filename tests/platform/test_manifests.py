@@ -5,16 +5,17 @@ GLOWPLUG_TEST_DATA names the folder with Kubernetes' OpenAPI and Knative's CRD; 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import redis
@@ -42,6 +43,8 @@ COMBINATIONS = (
     ("token",),
     ("scheduler", "scheduler-policy"),
     ("scheduler", "scheduler-policy", "scheduler-strict", "redis", "token"),
+    ("redis",),
+    ("scheduler", "redis-external"),
     ("webhook",),
     ("webhook", "scheduler", "redis"),
     ("rights",),
@@ -448,51 +451,53 @@ def test_names_no_place_of_one_machine() -> None:
             assert str(ROOT) not in text, path
 
 
+def test_redis_and_its_clients_agree(build: Callable[..., list[dict[str, Any]]]) -> None:
+    """Each role gets its own URL and the half of the secret that is its own, over TLS."""
+    objects = build("cpu", "scheduler", "redis")
+    found = {name: pod["spec"] for name, pod in pods(objects)}
+    (service,) = [item for item in objects if item["kind"] == "Service"]
+    (maps,) = [item for item in objects if item["kind"] == "ConfigMap" and item["metadata"]["name"] == "glowplug-redis"]
+    users = dict(re.findall(r"^user (\w+) on #(\w+)", maps["data"]["users.acl"], re.MULTILINE))
+    asked = set()
+    for owner, part, role in (("glowplug-agent", "agent", "agent"), ("warm-scheduler", "extender", "placer")):
+        (container,) = [each for each in found[owner]["containers"] if each["name"] == part]
+        config = from_environment({item["name"]: item["value"] for item in container["env"] if "value" in item})
+        url = urlsplit(config.redis_url)
+        host = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc"
+        assert (url.scheme, url.username, url.hostname, url.password) == ("rediss", role, host, None)
+        assert url.port == service["spec"]["ports"][0]["port"]
+        assert role in users
+        (mount,) = [each for each in container["volumeMounts"] if each["name"] == "redis"]
+        (volume,) = [each for each in found[owner]["volumes"] if each["name"] == "redis"]
+        items = {source["secret"]["items"][0]["path"]: source["secret"] for source in volume["projected"]["sources"]}
+        assert {str(config.redis_password_file), parse_qs(url.query)["ssl_ca_certs"][0]} == {
+            f"{mount['mountPath']}/{path}" for path in items
+        }
+        assert items[f"{role}-password"]["items"][0]["key"] == f"{role}-password"
+        asked |= {secret["secretName"] if "secretName" in secret else secret["name"] for secret in items.values()}
+    own = {volume["secret"]["secretName"] for volume in found["glowplug-redis"]["volumes"] if "secret" in volume}
+    assert asked == own
+
+
 # --- Redis' roles, in a real server -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def redis_roles(tmp_path: Path, eventually: Callable[..., Any]) -> Iterator[Callable[[str, str], redis.Redis]]:
-    """`redis_roles(user, password)`: a client of a server with the ConfigMap's ACL, made by its own script."""
-    if not shutil.which("redis-server"):
-        pytest.skip("there is no redis-server on PATH")
-    data = load(KNATIVE / "components" / "redis" / "configmap.yaml")["data"]
-    passwords = tmp_path / "passwords"
-    passwords.mkdir()
-    (passwords / "agent-password").write_text("of agents\n")  # editors add a line's end; it is no part of a password
-    (passwords / "placer-password").write_text("of the placer")
-    (tmp_path / "users.acl").write_text(data["users.acl"])
-    script = data["prepare.sh"].replace("/etc/glowplug/passwords", str(passwords))
-    script = script.replace("/etc/glowplug/redis", str(tmp_path)).replace("/data/users.acl", str(tmp_path / "acl"))
-    subprocess.run(["sh", "-c", script], check=True, timeout=30)
-    place = tempfile.mkdtemp(prefix="gp-redis-")
-    path = Path(place) / "s"
-    options = [
-        "--port",
-        "0",
-        "--unixsocket",
-        str(path),
-        "--save",
-        "",
-        "--dir",
-        place,
-        "--aclfile",
-        str(tmp_path / "acl"),
-    ]
-    process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
-    try:
-        eventually(path.exists, what="Redis listens")
-        yield lambda user, password: redis.Redis(
-            unix_socket_path=str(path), username=user or None, password=password or None, decode_responses=True
-        )
-    finally:
-        process.kill()
-        process.wait(10)
-        shutil.rmtree(place)
+def roles(redis_roles: Callable[[str], tuple[str, Path]]) -> Iterator[Callable[[str, str], redis.Redis]]:
+    """`roles(user, password)`: a client of a server with the ConfigMap's ACL; the right password by default."""
+    with contextlib.ExitStack() as stack:
+
+        def client(user: str, password: str | None = None) -> redis.Redis:
+            url, path = redis_roles(user or "agent")
+            word = path.read_text().strip() if password is None and path.exists() else password
+            options = {"username": user or None, "password": word or None, "decode_responses": True}
+            return stack.enter_context(redis.Redis(unix_socket_path=url.partition("@")[2], **options))
+
+        yield client
 
 
-def test_redis_roles(redis_roles: Callable[[str, str], redis.Redis]) -> None:
-    agent, placer = redis_roles("agent", "of agents"), redis_roles("placer", "of the placer")
+def test_redis_roles(roles: Callable[..., redis.Redis]) -> None:
+    agent, placer = roles("agent"), roles("placer")
     for key in ("glowplug:node:a:heartbeat", "glowplug:claim:x", "glowplug:snapshot:y"):
         assert agent.set(key, "1", px=60_000)
         assert agent.eval("return redis.call('get', KEYS[1])", 1, key) == "1"
@@ -513,6 +518,6 @@ def test_redis_roles(redis_roles: Callable[[str, str], redis.Redis]) -> None:
     ):
         with pytest.raises(redis.exceptions.ResponseError):
             refused()
-    for nobody in (redis_roles("", ""), redis_roles("agent", "guess"), redis_roles("default", "")):
+    for nobody in (roles("", ""), roles("agent", "guess"), roles("default", "")):
         with pytest.raises((redis.exceptions.AuthenticationError, redis.exceptions.ResponseError)):
             nobody.get("glowplug:claim:x")

@@ -1,11 +1,18 @@
-"""`glowplug place`: from a file of estimates, and from the agent of this node."""
+"""`glowplug place` and the extender: from a directory that agents share, a file of estimates, this node's agent."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +81,85 @@ def test_asks_the_nodes_agent(agent: Any, write_checkpoint: Callable[..., Path],
     with agent.client.lease(f"file://{folder}") as lease:
         lease.wait_ready(time.monotonic() + 30)
         assert "all of it is in memory" in place(folder, "--why", env=env).output
+
+
+@pytest.fixture
+def cluster(
+    redis_roles: Callable[[str], tuple[str, Path]],
+    start_agent: Callable[..., Any],
+    write_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> Iterator[SimpleNamespace]:
+    """Two agents that tell a real Redis what they have, with the rights of the manifests; one has `uri` in memory."""
+    url, password = redis_roles("agent")
+    tell = {"GLOWPLUG_REDIS_URL": url, "GLOWPLUG_REDIS_PASSWORD_FILE": str(password)}
+    first, second = (start_agent(env={**tell, "GLOWPLUG_NODE": name}) for name in ("node-1", "node-2"))
+    uri = f"file://{write_checkpoint(tmp_path / 'model')}"
+    reading, secret = redis_roles("placer")
+    placer = {"GLOWPLUG_REDIS_URL": reading, "GLOWPLUG_REDIS_PASSWORD_FILE": str(secret)}
+    with first.client.lease(uri) as lease:
+        lease.wait_ready(time.monotonic() + 30)
+        yield SimpleNamespace(uri=uri, first=first, second=second, placer=placer)
+
+
+def test_asks_the_nodes_directory(cluster: SimpleNamespace, eventually: Callable[..., Any]) -> None:
+    def found() -> list[str]:
+        done = place(cluster.uri, "--why", env=cluster.placer)
+        return (
+            [line.split()[0] for line in done.output.splitlines()[::2]]
+            if "all of it is in memory" in done.output
+            else []
+        )
+
+    eventually(lambda: found() == ["node-1", "node-2"], what="both are known")
+    rows = json.loads(place(cluster.uri, "--json", env=cluster.placer).output)
+    assert [(row["node"], row["way"]) for row in rows] == [("node-1", "load"), ("node-2", "load")]
+    assert rows[0]["seconds"] < rows[1]["seconds"]
+    options = ("--redis-url", cluster.placer["GLOWPLUG_REDIS_URL"])
+    options += ("--redis-password-file", cluster.placer["GLOWPLUG_REDIS_PASSWORD_FILE"])
+    assert place(cluster.uri, *options).output == place(cluster.uri, env=cluster.placer).output
+    assert "no node knows" in place("s3://models/unknown", env=cluster.placer).output
+    cluster.second.stop()
+    eventually(lambda: found() == ["node-1"], what="who has gone is gone")
+
+
+def test_the_extender_goes_by_what_the_nodes_tell(cluster: SimpleNamespace, eventually: Callable[..., Any]) -> None:
+    """As in warm-scheduler's pod: a program of its own, with the right to read and no more."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "from cache_agent.cli import main; main()", "extender", "--port", str(port)]
+    process = subprocess.Popen(command, env={**os.environ, **cluster.placer}, stderr=subprocess.PIPE, text=True)
+
+    def ask(verb: str, **annotations: str) -> Any:
+        given = {f"glowplug.dev/{name.replace('_', '-')}": text for name, text in annotations.items()}
+        body = {"Pod": {"metadata": {"annotations": given}}, "NodeNames": ["node-1", "node-2", "node-3"]}
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            try:
+                connection.request("POST", f"/scheduler/{verb}", json.dumps(body))
+            except ConnectionRefusedError:
+                return None
+            return json.loads(connection.getresponse().read())
+
+    try:
+        eventually(lambda: ask("filter", require_agent="true"), 30, "it answers")
+        eventually(lambda: ask("filter", require_agent="true")["NodeNames"] == ["node-1", "node-2"], 30, "it knows")
+        assert [row["Score"] for row in ask("prioritize", model="s3://models/unknown")] == [0, 0, 0]
+        cluster.second.stop()
+        eventually(lambda: ask("filter", require_agent="true")["NodeNames"] == ["node-1"], 30, "a node has gone")
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 0, said
+    assert "without knowledge" not in said
+
+
+def test_a_directory_that_is_gone_is_a_sentence() -> None:
+    begun = time.monotonic()
+    result = place(MODEL, "--redis-url", "redis://127.0.0.1:1")
+    assert (result.exit_code, "the directory at redis://127.0.0.1:1 cannot be used" in result.output) == (1, True)
+    assert time.monotonic() - begun < 20
+    bad = place(MODEL, "--redis-url", "http://r")
+    assert (bad.exit_code, "[bad_config]" in bad.output, "Traceback" in bad.output) == (64, True, False)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def test_image_and_manifests_agree(read: Callable[[str], Any]) -> None:
     assert agent.all("ENTRYPOINT") == ['["glowplug-agent"]']
     for path in (ROOT / "knative").rglob("*.yaml"):
         item = yaml.safe_load(path.read_text())
+        if isinstance(item, list):  # a patch by operations
+            continue
         for container in item.get("spec", {}).get("template", {}).get("spec", {}).get("containers", ()):
             if container.get("image") == "glowplug-agent":
                 assert "command" not in container, "the entrypoint is the command"

@@ -41,8 +41,8 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[kMGT]i?|Ki)?")
 _DURATION = re.compile(r"([0-9]+(h|m|s))+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OWN = ("PORT", "GLOWPLUG_MODEL", "GLOWPLUG_HOST", "GLOWPLUG_SLOTS", "GLOWPLUG_ANSWER_LIMIT")
-_OWN += ("GLOWPLUG_DRAIN_LINGER", "GLOWPLUG_DRAIN_GRACE")
+_OWN = {f"GLOWPLUG_{name}" for name in ("MODEL", "HOST", "SLOTS", "ANSWER_LIMIT", "DRAIN_LINGER", "DRAIN_GRACE")}
+_OWN |= {"PORT"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

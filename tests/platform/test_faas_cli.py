@@ -32,7 +32,9 @@ CONTEXT = {
     "listen.py",
     "template.yml",
 }
-FACTS = {"README.md", "examples/stack.yaml"}  # for the developer; they come along and stay out of the image
+# For the developer; they come along and stay out of the image.
+EXAMPLES = ("stack.yaml", "stack-pro.yaml", "stack-gpu.yaml", "profile-gpu.yaml")
+FACTS = {"README.md", *(f"examples/{name}" for name in EXAMPLES)}
 
 
 def files(place: Path) -> set[str]:
@@ -100,6 +102,60 @@ def test_generate(faas_cli: Callable[..., str], project: SimpleNamespace, templa
     times = {name: environment[name] for name in ("read_timeout", "write_timeout", "exec_timeout")}
     assert len(set(times.values())) == 1, times
     assert yaml.safe_load(faas_cli(project.folder, "generate", "-f", project.folder / "stack.yaml"))
+
+
+@pytest.mark.parametrize("name", ["stack-pro.yaml", "stack-gpu.yaml"])
+def test_generate_what_other_editions_take(
+    faas_cli: Callable[..., str], project: SimpleNamespace, template: Path, name: str
+) -> None:
+    stack = template / "examples" / name
+    environment = {"TORCH_INDEX": "http://127.0.0.1/cu130"}
+    (function,) = [
+        item for item in yaml.safe_load_all(faas_cli(project.folder, "generate", "-f", stack, env=environment)) if item
+    ]
+    assert function["spec"]["annotations"]["glowplug.dev/model"] == function["spec"]["environment"]["GLOWPLUG_MODEL"]
+
+
+@contextmanager
+def store(template: Path) -> Iterator[str]:
+    """The URL of a template store that holds our entry."""
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = (template.parent / "store.json").read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/templates.json"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_store_entry(faas_cli: Callable[..., str], repository: Path, template: Path, tmp_path: Path) -> None:
+    """Listed, described and pulled from a store as its own tool reads it; the forge is this repository."""
+    (entry, _) = json.loads((template.parent / "store.json").read_text())
+    here = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{repository.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": entry["repo"],
+    }
+    with store(template) as url:
+        for platform in ("x86_64", "arm64"):
+            assert "llm-python" in faas_cli(tmp_path, "template", "store", "list", "--platform", platform, "--url", url)
+        assert entry["description"] in faas_cli(tmp_path, "template", "store", "describe", "llm-python", "--url", url)
+        faas_cli(tmp_path, "template", "store", "pull", "llm-python", "--url", url, env=here)
+        assert (tmp_path / "template" / "llm-python" / "Dockerfile").exists()
+        assert [path.name for path in (tmp_path / "template").iterdir()] == ["llm-python"]
 
 
 @contextmanager

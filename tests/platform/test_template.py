@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ import pytest
 import yaml
 
 from runtime import errors, handler
+from runtime.config import FunctionConfig
 
 # python3-http's build arguments, with its defaults where they are not ours to choose.
 BUILD_ARGUMENTS = {
@@ -171,6 +174,52 @@ def test_times_agree(dockerfile: Any) -> None:
     assert env["upstream_url"] == f"http://{env['GLOWPLUG_HOST']}:{env['PORT']}"
     assert (env["log_buffer_size"], env["prefix_logs"], env["http_buffer_req_body"]) == ("-1", "false", "false")
     assert (env["mode"], env["ready_path"], env["PYTHONSAFEPATH"]) == ("http", "/_/ready", "1")
+
+
+def stacks(template: Path) -> dict[str, Any]:
+    """File name → the one function in it."""
+    found = {}
+    for path in (template / "examples").glob("stack*.yaml"):
+        (found[path.name],) = yaml.safe_load(path.read_text())["functions"].values()
+    return found
+
+
+def test_the_plain_stack_takes_no_edition_but_the_free_one(template: Path) -> None:
+    """What the Community Edition refuses stands in files of its own."""
+    found = stacks(template)
+    assert found.keys() == {"stack.yaml", "stack-pro.yaml", "stack-gpu.yaml"}
+    paid = {f"com.openfaas.scale.{name}" for name in ("zero", "zero-duration", "target", "target-proportion", "type")}
+    assert not paid & found["stack.yaml"].get("labels", {}).keys()
+    assert "com.openfaas.profile" not in found["stack.yaml"].get("annotations", {})
+    assert paid <= found["stack-pro.yaml"]["labels"].keys()
+    assert found["stack-pro.yaml"]["labels"]["com.openfaas.scale.target"] == "4"
+    assert all(isinstance(value, str) for stack in found.values() for value in stack.get("labels", {}).values())
+
+
+def test_times_of_the_examples_agree(template: Path) -> None:
+    for name, stack in stacks(template).items():
+        environment = stack["environment"]
+        limits = {environment.get(word, "5m") for word in ("read_timeout", "write_timeout", "exec_timeout")}
+        (limit,) = limits
+        seconds = int(limit.removesuffix("m")) * 60
+        assert int(environment.get("GLOWPLUG_ANSWER_LIMIT", "290")) == seconds - 10, name
+        if "GLOWPLUG_DRAIN_GRACE" in environment:
+            assert int(environment["GLOWPLUG_DRAIN_GRACE"]) == seconds - 14, name
+        for word in environment:
+            assert word in ("read_timeout", "write_timeout", "exec_timeout") or word.removeprefix(
+                "GLOWPLUG_"
+            ).lower() in {field.name for field in dataclasses.fields(FunctionConfig)}, (name, word)
+
+
+def test_the_store_entry(template: Path) -> None:
+    """In the shape of OpenFaaS' templates.json: texts, but for `recommended`."""
+    entries = json.loads((template.parent / "store.json").read_text())
+    assert {entry["platform"] for entry in entries} == {"x86_64", "arm64"}, "the image is built for both"
+    for entry in entries:
+        assert entry["template"] == template.name
+        assert entry["recommended"] is False
+        assert entry["official"] == "false"
+        assert all(isinstance(entry[name], str) for name in ("language", "source", "description", "repo"))
 
 
 def test_function_tests_pass_without_weights_and_torch(function: Path) -> None:

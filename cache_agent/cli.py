@@ -29,6 +29,7 @@ log = logging.getLogger("glowplug.cli")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LOAD_SECONDS = 3600.0
+_FIRST_LOOK = 2.0  # seconds that the extender waits for Redis before it answers without
 
 
 class _Parsed(click.ParamType[Any]):
@@ -363,7 +364,8 @@ def extender(
         if estimates is not None:
             known = outlook.FileOutlook(estimates)
         elif url:
-            known = stack.enter_context(outlook.shared(url, redis_password_file or settings.redis_password_file))
+            password = redis_password_file or settings.redis_password_file
+            known = stack.enter_context(outlook.shared(url, password, _FIRST_LOOK))
         else:
             log.warning("neither --redis-url nor --estimates: all nodes are equal, and none is known to have an agent")
             known = outlook.NoOutlook()

@@ -113,7 +113,7 @@ class Replay:
             make = f"mkdir -p {target}" if Path(path).is_dir() else f'mkdir -p "$0{Path(path).parent}" && : >> {target}'
             script.append(f"{make} && mount --bind {path} {target}")
         become = f"--userspec={user}:{user} " if user else ""
-        script.append(f'exec chroot {become}"$0" sh -c \'cd "$0" && exec "$@"\' {folder} "$@"')
+        script.append(f'exec {shutil.which("chroot")} {become}"$0" sh -c \'cd "$0" && exec "$@"\' {folder} "$@"')
         return [
             "unshare",
             "--mount",

@@ -185,6 +185,24 @@ def test_what_a_pod_gets(inject: Policy, schedule: Policy) -> None:
     assert proxy == {"name": "queue-proxy"}
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        "s3://models/unknown",
+        "no uri at all",
+        "x" * 200_000,
+        'a"}]},{"op":"remove","path":"/spec"}',
+        "../../../etc/shadow\n- name: evil",
+        "\u0000\U0001f600 {{.Values}} ${HOME} $(id)",
+    ],
+)
+def test_what_a_pod_calls_its_model_changes_nothing(inject: Policy, schedule: Policy, model: str) -> None:
+    """Whether there is such a model is the function's business; no text of a pod gets into what it is given."""
+    before, usual = pod({"glowplug.dev/model": model}), pod(MODEL)
+    assert admission.operations(before, "warm-scheduler") == admission.operations(usual, "warm-scheduler")
+    assert schedule.apply(inject.apply(before))["spec"] == schedule.apply(inject.apply(usual))["spec"]
+
+
 @pytest.mark.parametrize("body", [None, [], {}, {"request": None}, {"request": {"uid": 3}}, {"request": {"uid": ""}}])
 def test_what_is_no_review_has_no_answer(body: Any) -> None:
     with pytest.raises(admission.NotAReview, match="AdmissionReview"):

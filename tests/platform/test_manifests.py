@@ -439,6 +439,17 @@ def test_scheduler_asks_the_extender_where_it_listens(build: Callable[..., list[
         assert f"--config={mount['mountPath']}/config.yaml" in scheduler["command"]
 
 
+def test_what_is_down_or_slow_holds_no_pod_up(combined: list[dict[str, Any]]) -> None:
+    """Policies and the webhook fail open, the webhook within two seconds, and none of them is asked twice."""
+    for item in combined:
+        if item["kind"] == "MutatingAdmissionPolicy":
+            assert item["spec"]["failurePolicy"] == "Ignore"
+        for webhook in item.get("webhooks", ()):
+            assert (webhook["failurePolicy"], webhook["reinvocationPolicy"]) == ("Ignore", "Never")
+            assert webhook["timeoutSeconds"] <= 2
+            assert webhook["namespaceSelector"] == {"matchLabels": {"glowplug.dev/inject": "enabled"}}, "ours only"
+
+
 def test_commands_take_their_arguments(combined: list[dict[str, Any]]) -> None:
     """Arguments and probes of our own image, as its command line understands them."""
     for name, pod in pods(combined):

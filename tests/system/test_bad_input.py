@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import struct
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cache_agent.messages import ErrorReply
+from cache_agent.protocol import encode
 
 COMPLETION = {"prompt": "a", "max_tokens": 1}
 
@@ -108,6 +114,60 @@ def test_a_private_agent_refuses_alike(started: Callable[..., Any]) -> None:
     assert (answer.status, answer.code) == (503, "weights_unavailable")
     assert "[not_found]" in log
     function.assert_nothing_left()
+
+
+@pytest.fixture
+def odd_agent() -> Iterator[Callable[[bytes], Path]]:
+    """`odd_agent(reply)`: the socket of an agent that answers every hello so, and with nothing if that is b""."""
+    with ExitStack() as stack:
+
+        def start(reply: bytes) -> Path:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gp-odd-")))
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(place / "agent.sock"))
+            listener.listen(16)
+
+            def answer() -> None:
+                with suppress(OSError):
+                    while True:
+                        connection = stack.enter_context(listener.accept()[0])
+                        if reply:
+                            connection.recv(65536)
+                            connection.sendall(reply)
+                            connection.close()
+
+            threading.Thread(target=answer, daemon=True).start()
+            stack.callback(listener.shutdown, socket.SHUT_RDWR)
+            return place / "agent.sock"
+
+        yield start
+
+
+def test_an_agent_of_another_version(started: Callable[..., Any], odd_agent: Callable[[bytes], Path]) -> None:
+    """An image and an agent that do not understand each other: told by name, at once."""
+    sentence = "this agent speaks version 9 of the protocol, and version 1 was asked for"
+    function = started(model="/models/any", socket=odd_agent(encode(ErrorReply("version", sentence))))
+    answer, log = _refused(function)
+    assert (answer.status, answer.code) == (503, "weights_unavailable")
+    assert f"{sentence} [version]" in answer.text
+    assert f"{sentence} [version]" in log
+
+
+@pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff" * 64, struct.pack("!I", 2) + b"{}"])
+def test_an_agent_that_is_none(started: Callable[..., Any], odd_agent: Callable[[bytes], Path], reply: bytes) -> None:
+    answer, log = _refused(started(model="/models/any", socket=odd_agent(reply), start_timeout=20))
+    assert (answer.status, answer.code) == (503, "weights_unavailable")
+    assert "[protocol]" in log
+    assert "Traceback" not in log
+
+
+def test_an_agent_that_says_nothing(started: Callable[..., Any], odd_agent: Callable[[bytes], Path]) -> None:
+    """It accepts, and hangs: whoever waits is told to come back, and a SIGTERM still ends it in order."""
+    function = started(model="/models/any", socket=odd_agent(b""), start_timeout=2)
+    answer = function.request("/v1/completions", COMPLETION)
+    assert (answer.status, answer.code, "Retry-After" in answer.headers) == (503, "starting", True)
+    assert function.request("/_/health").status == 200
+    assert function.stop() == 0
 
 
 def test_a_stream_that_waits_is_told_as_well(started: Callable[..., Any], small_agent: Any) -> None:

@@ -135,8 +135,11 @@ def test_from_one_to_zero_and_back(start_pod: Any, image: Any, eventually: Calla
     """SIGTERM comes after the last request has been quiet; a stream that runs by then ends as it should."""
     with start_pod(image) as pod:
         port = pod.proxy.port
-        with opened(port, "/gated?name=a", Accept="text/event-stream") as stream:
-            assert stream.read1() == b"data: first \n\n"
+        with contextlib.ExitStack() as stack:
+            sse = {"Accept": "text/event-stream"}
+            streams = [stack.enter_context(opened(port, "/gated?name=a", **sse)) for _ in range(3)]
+            for stream in streams:
+                assert stream.read1() == b"data: first \n\n"
             assert ask(port, "/late") == (200, b"yes")
             codes: list[int] = []
             deletion = threading.Thread(target=lambda: codes.append(pod.delete()))
@@ -146,9 +149,10 @@ def test_from_one_to_zero_and_back(start_pod: Any, image: Any, eventually: Calla
                 assert "draining" not in pod.output()
             eventually(lambda: "draining: SIGTERM" in pod.output(), 30, "the worker drains")
             assert ask(pod.port, "/late") == (200, b"yes"), "whoever still comes is served"
-            assert pod.process.poll() is None, "it waits for the stream"
+            assert pod.process.poll() is None, "it waits for the streams"
             assert ask(pod.port, "/open?name=a")[0] == 200
-            assert stream.read() == b"data: last\n\ndata: [DONE]\n\n"
+            for stream in streams:
+                assert stream.read() == b"data: last\n\ndata: [DONE]\n\n"
         deletion.join(60)
         assert codes == [0], pod.output()
     with start_pod(image) as pod:

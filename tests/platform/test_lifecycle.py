@@ -87,14 +87,17 @@ def test_a_python3_http_handler_runs_unchanged_and_locked_down(
         assert "Permission denied" not in function.output()
 
 
-def test_sigterm_with_a_stream_in_flight(
+def test_from_one_to_zero_and_back_with_streams_in_flight(
     make_image: Callable[..., Any], start_watchdog: Callable[..., Any], eventually: Callable[..., Any]
 ) -> None:
-    """The stream completes, requests that are still routed here are answered, and the end is an exit of 0."""
+    """All streams complete, requests that are still routed here are answered, and the end is an exit of 0."""
     interval = {"healthcheck_interval": "3s", "GLOWPLUG_DRAIN_LINGER": "4"}
-    with start_watchdog(make_image(textwrap.dedent(GATED)), env=interval) as function:
-        with function.open("/wait", Accept="text/event-stream") as stream:
-            assert stream.read1() == b"data: first \n\n"
+    image = make_image(textwrap.dedent(GATED))
+    with start_watchdog(image, env=interval) as function:
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(function.open("/wait", Accept="text/event-stream")) for _ in range(3)]
+            for stream in streams:
+                assert stream.read1() == b"data: first \n\n"
             function.terminate()
             eventually(lambda: "draining: SIGTERM" in function.output(), what="the worker drains")
             for _ in range(5):
@@ -102,11 +105,17 @@ def test_sigterm_with_a_stream_in_flight(
                 assert (late.status, late.body) == (200, b"answered")
             assert function.ask("/_/ready", method="GET").status == 503
             eventually(lambda: refuses(function.port), what="the watchdog takes no more")
-            assert function.process.poll() is None, "it waits for the stream"
+            assert function.process.poll() is None, "it waits for the streams"
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", function.upstream, timeout=30)) as direct:
                 direct.request("POST", "/open")
                 assert direct.getresponse().status == 200
-            assert stream.read() == b"data: last\n\ndata: [DONE]\n\n"
+            for stream in streams:
+                assert stream.read() == b"data: last\n\ndata: [DONE]\n\n"
+        assert function.process.wait(30) == 0
+    with start_watchdog(image) as function:
+        again = function.ask("/late")
+        assert (again.status, again.body) == (200, b"answered")
+        function.terminate()
         assert function.process.wait(30) == 0
 
 

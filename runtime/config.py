@@ -139,8 +139,11 @@ class FunctionConfig:
         """The secret that the agent asks for, or "". Raises `BadConfig`."""
         if not self.token_file:
             return ""
+        path = self.token_file
+        if os.path.isdir(path):  # what `faas-cli generate` makes of OpenFaaS' secret x for Knative: x/x
+            path = os.path.join(path, os.path.basename(os.path.normpath(path)))
         try:
-            with open(self.token_file, encoding="utf-8") as file:
+            with open(path, encoding="utf-8") as file:
                 return file.read().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise BadConfig(f"GLOWPLUG_TOKEN_FILE={self.token_file} cannot be read: {error}") from error

@@ -126,6 +126,17 @@ def test_the_token_is_read_from_its_file(tmp_path: Path) -> None:
     assert FunctionConfig().token() == ""
 
 
+def test_a_secret_that_is_mounted_as_a_directory_is_read_all_the_same(tmp_path: Path) -> None:
+    """OpenFaaS mounts secrets/x; what `faas-cli generate` writes for Knative mounts secrets/x/x."""
+    (tmp_path / "token").mkdir()
+    (tmp_path / "token" / "token").write_text("secret\n")
+    assert FunctionConfig(token_file=str(tmp_path / "token")).token() == "secret"
+    assert FunctionConfig(token_file=f"{tmp_path}/token/").token() == "secret"
+    (tmp_path / "token" / "token").unlink()
+    with pytest.raises(BadConfig, match="GLOWPLUG_TOKEN_FILE"):
+        FunctionConfig(token_file=str(tmp_path / "token")).token()
+
+
 def test_a_token_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for name in ("missing", "binary", "."):

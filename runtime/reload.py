@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import sys
 import threading
 import time
@@ -47,10 +48,15 @@ class Reloading(Handler):
             self.refresh()
 
     def __call__(
-        self, event: Event, context: Context, accept: str = "", keep: Callable[[TextStream], None] | None = None
+        self,
+        event: Event,
+        context: Context,
+        accept: str = "",
+        keep: Callable[[TextStream], None] | None = None,
+        ends: float = math.inf,
     ) -> Response:
         handler = self.refresh()
-        return handler(event, context, accept, keep)
+        return handler(event, context, accept, keep, ends)
 
     def refresh(self) -> Handler:
         """The handler as it is on disk now. Raises what its import raised, until a file changes."""

@@ -406,8 +406,8 @@ def test_a_plain_stream_that_breaks_is_cut_visibly(unharmed: Any, path: str) -> 
 )
 def test_an_event_stream_that_breaks_says_so(unharmed: Any, path: str, code: str) -> None:
     answer = unharmed.request(path, headers={"Accept": "text/event-stream"})
-    first, second = answer.body.decode().rstrip("\n").split("\n\n")
-    assert first == "data: begun "
+    first, second, done = answer.body.decode().rstrip("\n").split("\n\n")
+    assert (first, done) == ("data: begun ", "data: [DONE]")
     event, data = second.split("\n")
     assert event == "event: error"
     assert json.loads(data.removeprefix("data: "))["error"]["code"] == code

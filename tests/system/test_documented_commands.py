@@ -40,6 +40,7 @@ ELSEWHERE = {
     "docker build": "it needs a container engine; test_images.py replays the steps",
     "kubectl apply": "it needs a cluster; test_manifests.py checks the objects",
     "kubectl label": "it needs a cluster",
+    "glowplug place": "it asks agents that share a Redis; test_place.py starts some and runs it",
 }
 
 

@@ -26,6 +26,7 @@ SETTINGS = {
 }
 # Of the scripts, and of what a shell completes; each is explained where it is named.
 OTHER_VARIABLES = {"GLOWPLUG_TEST_REDIS_URL", "GLOWPLUG_TEST_S3_URL", "GLOWPLUG_TORCH_INDEX", "GLOWPLUG_TEST_DATA"}
+OTHER_VARIABLES |= {"GLOWPLUG_REPLAY_ROOT"}
 
 
 def errors() -> list[type[Exception]]:

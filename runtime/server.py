@@ -106,10 +106,6 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         if not waiting and not self.in_hand:
             idle.set()
 
-    def accept(self, listener: socket.socket) -> None:
-        if self._accepting:  # or the port was closed between the poll and this call
-            super().accept(listener)
-
     def enqueue_req(self, conn: Any) -> None:
         self.in_hand += 1
         super().enqueue_req(conn)
@@ -145,7 +141,7 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         done(self.retired)
 
     def accept(self, listener: Any) -> None:
-        if not self.retired:  # it was noticed in the same instant: it stays for the next worker
+        if self._accepting:  # noticed in the instant of retiring, it stays for the next worker; at the end, it has gone
             super().accept(listener)
 
     def is_parent_alive(self) -> bool:
@@ -165,6 +161,8 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
             self.stop()
 
     def _close_port(self, deadline: float) -> None:
+        if self.retired:
+            return
         for listener in self.sockets:
             while select.select([listener], [], [], 0)[0]:
                 super().accept(listener)

@@ -146,7 +146,8 @@ def test_without_knowledge_scores_are_flat_and_the_log_says_why_once(caplog: pyt
 
 
 def test_three_hundred_nodes_are_scored_within_the_schedulers_patience() -> None:
-    """Its budget is 5 ms; processor time, the best of some, so that a busy machine is no fault of ours."""
+    """3 ms on a quiet machine, of the 200 that it waits. Here a bound that a busy one keeps, too, and that what grows
+    with the square of the nodes would not: processor time, the best of some."""
     directory = InProcessDirectory()
     names = [f"node-{number}" for number in range(300)]
     directory.validated(URI, SOURCE, 1000.0)
@@ -162,4 +163,4 @@ def test_three_hundred_nodes_are_scored_within_the_schedulers_patience() -> None
         took.append(time.thread_time() - begun)
     scores = [row["Score"] for row in json.loads(answer.body)]
     assert (len(scores), max(scores)) == (300, 10)
-    assert min(took) < 0.005, took
+    assert min(took) < 0.02, took

@@ -82,7 +82,7 @@ class Handler:
         keep: Callable[[TextStream], None] | None = None,
         ends: float = math.inf,
     ) -> Response:
-        """`keep` gets what `generate` streams where `handle` returned just that. A stream that is not over at `ends`, on
+        """`keep` gets what `generate` streams where `handle` returned just that; what is not over at `ends`, on
         time.monotonic, is ended.
 
         Needs a Flask application context. Raises `HandlerFailed`, `BadHandlerResult`, or the handler's own

@@ -35,7 +35,7 @@ def serve(listener, line, start_id, spans, warm, *, why, connections=()):
         fds = sorted(int(name) for name in os.listdir("/proc/self/fd"))
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         sent(
-            drawn=[random.random(), float(numpy.random.rand()), float(torch.rand(()))],
+            drawn=[random.random(), float(numpy.random.rand()), float(torch.rand((), dtype=torch.float64))],
             fds=[fd for fd in fds if os.path.exists(f"/proc/self/fd/{fd}")], given=[listener, line, *connections],
             private=children.private_bytes(), level=warm.level, parent=os.getppid(),
             environment=dict(os.environ), blocked=signal.SIGTERM in blocked, threads=len(os.listdir("/proc/self/task")),

@@ -76,4 +76,5 @@ def test_the_commands(agent, tmp_path, write_checkpoint, glowplug_agent, eventua
     assert "pinned" in glowplug_agent("pin", model, *socket).stdout
     assert "ready, pinned" in glowplug_agent("status", *socket).stdout
     assert json.loads(glowplug_agent("unpin", model, *socket, "--json").stdout)["bytes"] == 2 << 20
-    assert json.loads(glowplug_agent("evict", model, "--ssd", *socket, "--json").stdout) == {"bytes": 2 << 20, "stays": ""}
+    evicted = json.loads(glowplug_agent("evict", model, "--ssd", *socket, "--json").stdout)
+    assert evicted == {"bytes": 2 << 20, "stays": ""}

@@ -43,7 +43,7 @@ def run(quick: bool, console: Console) -> Report:
             if pages == "huge" and not pool:
                 rows.append({"variant": "(all)", "reason": "this machine has no pool of huge pages for us", **case})
                 continue
-            result = _case(place, threads, pages, rounds, console, whole=not results)
+            result = _case(place, threads, pages, min(rounds, 3) if results else rounds, console, whole=not results)
         pairs = _ratios(result)
         suffix = "" if not results else f"_{threads}t_{pages}"
         headline |= {key + suffix: middle(pair) for key, pair in pairs.items()}

@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from runtime.children import private_bytes
+from runtime.children import private_bytes, reap
 from runtime.zygote.spawn import Spec
 from runtime.zygote.warm import Warm
 from runtime.zygote.wire import Gone, Wire
@@ -119,13 +119,7 @@ class ForkServer:
         return ""
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status in reap().items():
             self._wire.send({"ended": pid, "status": status})
 
     def _take(self, request: dict[str, Any], fds: list[int]) -> None:

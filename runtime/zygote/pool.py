@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.children import reap
 from runtime.zygote import join, kernel
 from runtime.zygote.forkserver import BEAT
 from runtime.zygote.join import Place
@@ -174,13 +175,7 @@ class Pool:
 
     def _reap(self) -> None:
         """Zygotes, and workers whose zygote has died."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status in reap().items():
             self._ended(pid, status)
 
     def _forked(self, event: Forked) -> None:

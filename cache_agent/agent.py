@@ -11,18 +11,34 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from cache_agent import adoption, content, events, manifest, report, residency
-from cache_agent.checkpoint import describe
+from cache_agent import manifest
+from cache_agent.cluster.directory import Directory, Holding
+from cache_agent.cluster.peers import Peers
+from cache_agent.cluster.sharing import Sharing
 from cache_agent.config import AgentConfig
-from cache_agent.directory import Directory, Holding
 from cache_agent.errors import InternalError, NoCapacity, OriginChanged, translated
-from cache_agent.events import Action, Event
-from cache_agent.held import Asked, Errand, Held, Holder, Resolution
-from cache_agent.journal import Journal
-from cache_agent.keeping import Keeping
 from cache_agent.ledger import Span
-from cache_agent.loader import Load
-from cache_agent.messages import (
+from cache_agent.loading import content
+from cache_agent.loading.checkpoint import describe
+from cache_agent.loading.loader import Load
+from cache_agent.loading.origins import Origins
+from cache_agent.loading.resolving import Resolver
+from cache_agent.loading.revisions import Revisions
+from cache_agent.policy.estimate import Estimator, shared
+from cache_agent.policy.quota import Account
+from cache_agent.policy.rights import Grant
+from cache_agent.residency import adoption, events, report
+from cache_agent.residency import machine as residency
+from cache_agent.residency.events import Action, Event
+from cache_agent.residency.held import Asked, Errand, Held, Holder, Resolution
+from cache_agent.residency.keeping import Keeping
+from cache_agent.residency.offers import Offers, Resident
+from cache_agent.tiers.dram import Dram
+from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
+from cache_agent.tiers.ssd import Ssd
+from cache_agent.web.journal import Journal
+from cache_agent.web.starts import Starts
+from cache_agent.wire.messages import (
     TEXT_LIMIT,
     Admitted,
     Adopted,
@@ -38,19 +54,6 @@ from cache_agent.messages import (
     Started,
     StatusReply,
 )
-from cache_agent.offers import Offers, Resident
-from cache_agent.origins import Origins
-from cache_agent.peers import Peers
-from cache_agent.policy.estimate import Estimator, shared
-from cache_agent.policy.quota import Account
-from cache_agent.policy.rights import Grant
-from cache_agent.resolving import Resolver
-from cache_agent.revisions import Revisions
-from cache_agent.sharing import Sharing
-from cache_agent.starts import Starts
-from cache_agent.tiers.dram import Dram
-from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
-from cache_agent.tiers.ssd import Ssd
 
 log = logging.getLogger("glowplug.agent")
 

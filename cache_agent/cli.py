@@ -20,7 +20,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from cache_agent import __version__, config, credentials, daemon, logs
+from cache_agent import __version__, config, daemon, logs
+from cache_agent.access import credentials
 from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError, BadConfig
 
@@ -350,8 +351,9 @@ def extender(
     log_level: str,
 ) -> None:
     """Tell kube-scheduler which node would start a pod's model soonest."""
-    from cache_agent import outlook, webserver
-    from cache_agent.extender import Extender
+    from cache_agent.cluster import outlook
+    from cache_agent.kube.extender import Extender
+    from cache_agent.web import webserver
 
     logs.configure(log_level)
     with _reported(), ExitStack() as stack:
@@ -386,7 +388,8 @@ def extender(
 @click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
 def webhook(host: str, port: int, certificate: Path, key: Path, scheduler: str, log_level: str) -> None:
     """Give pods that name a model the agent's directory, in clusters without MutatingAdmissionPolicy."""
-    from cache_agent import admission, webserver
+    from cache_agent.kube import admission
+    from cache_agent.web import webserver
 
     logs.configure(log_level)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from cache_agent import credentials
 from cache_agent import manifest as manifests
+from cache_agent.access import credentials
 from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, LeaseLost, ProtocolError, from_wire
-from cache_agent.fdsocket import Channel, Disconnected
 from cache_agent.ledger import Span
-from cache_agent.link import Link, dial
 from cache_agent.manifest import Manifest
-from cache_agent.messages import (
+from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.wire.link import Link, dial
+from cache_agent.wire.messages import (
     Admitted,
     Adopted,
     AnyMessage,
@@ -61,7 +61,7 @@ from cache_agent.messages import (
     Streaming,
     Welcome,
 )
-from cache_agent.protocol import VERSION
+from cache_agent.wire.protocol import VERSION
 
 M = TypeVar("M", bound=Message)
 
@@ -193,7 +193,7 @@ class CacheClient:
             channel.send(LeaseRequest(model, start_id))
             by = deadline or time.monotonic() + _DESCRIBE_SECONDS
             if isinstance(channel, Link):
-                from cache_agent.streamed import StreamedLease
+                from cache_agent.wire.streamed import StreamedLease
 
                 return StreamedLease(channel, expect(channel, Streaming, by)[0])
             granted, fds = expect(channel, Granted, by)
@@ -228,7 +228,7 @@ class CacheClient:
 
     def _hold(self, channel: Link, model: str, source: str, deadline: float) -> Adopted:
         """A lease on what this process has already. Memory cannot be given over TCP, so that it stays our own."""
-        from cache_agent.streamed import receive_manifest
+        from cache_agent.wire.streamed import receive_manifest
 
         channel.send(LeaseRequest(model, have=source))
         if receive_manifest(channel, expect(channel, Streaming, deadline)[0]).source != source:

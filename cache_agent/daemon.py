@@ -17,21 +17,23 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cache_agent import access, limits, link, logs
+from cache_agent import limits, logs
+from cache_agent.access import control as access
 from cache_agent.agent import Agent
-from cache_agent.cluster import ClusterKey
+from cache_agent.cluster.directory import Directory, InProcessDirectory, Node
+from cache_agent.cluster.key import ClusterKey
+from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig, from_environment
-from cache_agent.directory import Directory, InProcessDirectory, Node
 from cache_agent.errors import AgentError, BadConfig
-from cache_agent.peers import Peers
-from cache_agent.remote import RemoteConnection
 from cache_agent.server import Connection, Server, listen
-from cache_agent.shelf import cluster_key, shelf
+from cache_agent.snapshots.shelf import cluster_key, shelf
 from cache_agent.tiers.peer import Membership
+from cache_agent.wire import link
+from cache_agent.wire.remote import RemoteConnection
 
 if TYPE_CHECKING:
-    from cache_agent.status import Status
-    from cache_agent.witness import Removal, Witness
+    from cache_agent.kube.witness import Removal, Witness
+    from cache_agent.web.status import Status
 
 log = logging.getLogger("glowplug.daemon")
 
@@ -50,7 +52,7 @@ class Daemon:
         self._access = access.from_config(config)
         self._witness: Witness | None = None
         if config.kubernetes and listening is None:
-            from cache_agent.witness import Witness  # not for private agents: a cold start waits for those
+            from cache_agent.kube.witness import Witness  # not for private agents: a cold start waits for those
 
             self._witness = Witness(config.kubernetes, config.node_name, self._on_removal)
         # A function's own agent has nobody to tell, and no right to: functions hold no credentials.
@@ -70,7 +72,7 @@ class Daemon:
             log.info("serving %s, as %s to other nodes", config.agent_listen, config.advertised)
         self._status: Status | None = None
         if config.status and not self._private:
-            from cache_agent.status import Status  # Flask and gunicorn are a fifth of a second that few agents need
+            from cache_agent.web.status import Status  # Flask and gunicorn are a fifth of a second that few agents need
 
             self._status = Status(self._agent, self._access, config.status, tuple(f"/{p}" for p in config.status_open))
 
@@ -139,7 +141,9 @@ def _directory(config: AgentConfig) -> Directory:
     """Raises `BadConfig`."""
     if not config.redis_url:
         return InProcessDirectory()
-    from cache_agent.directory_redis import RedisDirectory  # redis-py is a tenth of a second that few agents need
+    from cache_agent.cluster.directory_redis import (
+        RedisDirectory,  # redis-py is a tenth of a second that few agents need
+    )
 
     directory = RedisDirectory(config.redis_url, password_file=config.redis_password_file)
     directory.heartbeat(Node(config.node_name, config.advertised, config.capacity))

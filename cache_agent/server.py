@@ -15,15 +15,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cache_agent import __version__, blobs, manifest, report
-from cache_agent import shelf as shelves
-from cache_agent.access import Access
+from cache_agent import __version__, manifest
+from cache_agent.access.audit import Trail
+from cache_agent.access.control import Access
 from cache_agent.agent import Agent
-from cache_agent.audit import Trail
 from cache_agent.errors import AgentError, BadConfig, InternalError, ProtocolError, VersionMismatch
-from cache_agent.fdsocket import Channel, Disconnected
-from cache_agent.loader import Load
-from cache_agent.messages import (
+from cache_agent.loading.loader import Load
+from cache_agent.policy.rights import NOBODY, Grant
+from cache_agent.residency import report
+from cache_agent.snapshots import shelf as shelves
+from cache_agent.snapshots.shelf import Shelf
+from cache_agent.tiers.dram import sealed_bytes
+from cache_agent.wire import blobs
+from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.wire.messages import (
     TEXT_LIMIT,
     AnyMessage,
     Checkpoint,
@@ -56,10 +61,7 @@ from cache_agent.messages import (
     StatusRequest,
     Welcome,
 )
-from cache_agent.policy.rights import NOBODY, Grant
-from cache_agent.protocol import VERSION
-from cache_agent.shelf import Shelf
-from cache_agent.tiers.dram import sealed_bytes
+from cache_agent.wire.protocol import VERSION
 
 log = logging.getLogger("glowplug.server")
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from cache_agent import admission
 from cache_agent.errors import AgentError
+from cache_agent.kube import admission
 from cache_agent.tiers.origin import parse_uri
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig

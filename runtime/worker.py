@@ -25,12 +25,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cache_agent import credentials
+from cache_agent.access import credentials
 from cache_agent.client import CacheClient, Lease
 from cache_agent.errors import AgentError, AgentTimeout
 from cache_agent.ledger import Ledger, Span
 from cache_agent.manifest import model_config
-from cache_agent.messages import TEXT_LIMIT, Admitted, Drain, Started
+from cache_agent.wire.messages import TEXT_LIMIT, Admitted, Drain, Started
 from runtime.children import private_bytes
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line

@@ -30,20 +30,20 @@ from typing import Any
 import hypothesis
 import pytest
 
-from cache_agent import link
-from cache_agent.access import Access, from_config
+from cache_agent.access.control import Access, from_config
 from cache_agent.agent import Agent
 from cache_agent.client import CacheClient
-from cache_agent.cluster import ClusterKey
+from cache_agent.cluster.directory import InProcessDirectory, Node
+from cache_agent.cluster.key import ClusterKey
+from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
-from cache_agent.directory import InProcessDirectory, Node
 from cache_agent.errors import AgentError, AgentUnreachable, ModelNotFound
-from cache_agent.peers import Peers
-from cache_agent.remote import RemoteConnection
 from cache_agent.server import Server, listen
-from cache_agent.shelf import shelf
+from cache_agent.snapshots.shelf import shelf
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.peer import Membership
+from cache_agent.wire import link
+from cache_agent.wire.remote import RemoteConnection
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0

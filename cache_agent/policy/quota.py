@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from cache_agent.entry import Entry, listed, mb
 from cache_agent.errors import NoCapacity
+from cache_agent.residency.entry import Entry, listed, mb
 
 
 class Account(NamedTuple):

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from cache_agent import content
-from cache_agent.checkpoint import Description, decode_description
-from cache_agent.cluster import ClusterKey, nonce
+from cache_agent.cluster.key import ClusterKey, nonce
 from cache_agent.errors import AccessDenied, AgentTimeout, AgentUnreachable, ProtocolError, from_wire
-from cache_agent.fdsocket import Disconnected
-from cache_agent.link import Link, dial
+from cache_agent.loading import content
+from cache_agent.loading.checkpoint import Description, decode_description
 from cache_agent.manifest import LAYOUT, MAX_MANIFEST
-from cache_agent.messages import (
+from cache_agent.wire.fdsocket import Disconnected
+from cache_agent.wire.link import Link, dial
+from cache_agent.wire.messages import (
     Answer,
     Challenge,
     Chunk,
@@ -30,7 +30,7 @@ from cache_agent.messages import (
     Identity,
     Welcome,
 )
-from cache_agent.protocol import VERSION
+from cache_agent.wire.protocol import VERSION
 
 log = logging.getLogger("glowplug.peers")
 

@@ -15,7 +15,7 @@ import click
 from runtime.commands.output import bar, json_option
 
 if TYPE_CHECKING:
-    from cache_agent.copying import Copied
+    from cache_agent.loading.copying import Copied
 
 _endpoint = click.option("--s3-endpoint", help="URL of an S3-compatible store [env: GLOWPLUG_S3_ENDPOINT].")
 
@@ -31,7 +31,8 @@ def push(directory: Path, uri: str, s3_endpoint: str | None, as_json: bool) -> N
     Run it again after an interruption: what is there already is not sent again.
     """
     with _resumable():
-        from cache_agent import config, pushing
+        from cache_agent import config
+        from cache_agent.loading import pushing
         from cache_agent.tiers.origin import parse_uri
         from cache_agent.tiers.s3 import S3
 
@@ -56,8 +57,9 @@ def pull(uri: str, directory: Path, s3_endpoint: str | None, as_json: bool) -> N
     with _resumable():
         import dataclasses
 
-        from cache_agent import config, copying
-        from cache_agent.origins import Origins
+        from cache_agent import config
+        from cache_agent.loading import copying
+        from cache_agent.loading.origins import Origins
         from cache_agent.tiers.origin import parse_uri
 
         settings = config.from_environment()

@@ -19,7 +19,7 @@ from runtime.commands.output import agent, json_option, megabytes, print_json, s
 
 if TYPE_CHECKING:
     from cache_agent.config import AgentConfig
-    from cache_agent.messages import Start, StatusReply
+    from cache_agent.wire.messages import Start, StatusReply
 
 _OPEN_FILES = 4096
 _REDIS_SECONDS = 2.0
@@ -128,7 +128,7 @@ def _stores(settings: AgentConfig) -> Iterator[Finding]:
 
 
 def _redis(settings: AgentConfig) -> Finding:
-    from cache_agent import directory_redis
+    from cache_agent.cluster import directory_redis
     from cache_agent.errors import BadConfig
 
     try:
@@ -224,7 +224,7 @@ def _served(url: str) -> Start | None:
     import urllib.request
 
     from cache_agent.ledger import Span
-    from cache_agent.messages import Start
+    from cache_agent.wire.messages import Start
 
     def get(path: str) -> Any:
         with urllib.request.urlopen(url.rstrip("/") + path, timeout=_URL_SECONDS) as response:  # noqa: S310  --url's word
@@ -243,7 +243,7 @@ def _served(url: str) -> Start | None:
 
 def last_start(start: Start, ssd: bool, huge_pages: bool) -> dict[str, Any] | None:
     """The diagnosis of a start, for people and programs."""
-    from cache_agent.diagnosis import Node, diagnose
+    from cache_agent.web.diagnosis import Node, diagnose
 
     found = diagnose(start.spans, start.tier, Node(start.bytes, ssd, huge_pages))
     if found is None:

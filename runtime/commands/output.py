@@ -33,7 +33,8 @@ def print_json(value: msgspec.Struct | list[Any] | dict[str, Any]) -> None:
 
 def agent(socket: Path | str | None) -> CacheClient:
     """A client of this node's agent. Raises `BadConfig`."""
-    from cache_agent import config, credentials
+    from cache_agent import config
+    from cache_agent.access import credentials
     from cache_agent.client import CacheClient
 
     settings = config.from_environment()

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable
 
 from cache_agent.client import CacheClient
-from cache_agent.snapshots_client import SnapshotClient
+from cache_agent.snapshots.client import SnapshotClient
 from runtime.config import FunctionConfig
 from runtime.handoff.checkpoint import Checkpoints
 from runtime.handoff.seal import seal

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from cache_agent.errors import AgentError
-from cache_agent.messages import KeptStatus
-from cache_agent.snapshots import Claimed, Keep, Key
-from cache_agent.snapshots_client import SnapshotClient
+from cache_agent.snapshots.client import SnapshotClient
+from cache_agent.snapshots.store import Claimed, Keep, Key
+from cache_agent.wire.messages import KeptStatus
 from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, TokenEvent, TokenStream
 from runtime.handoff import record
 from runtime.handoff.record import Context

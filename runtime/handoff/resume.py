@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cache_agent.errors import AgentError
-from cache_agent.snapshots import Claimed
+from cache_agent.snapshots.store import Claimed
 from runtime.engine.base import Codec, Engine, GenerationRequest, TokenEvent, TokenStream
 from runtime.engine.generation import Generation
 from runtime.errors import BadRequest, EngineBusy, Moved

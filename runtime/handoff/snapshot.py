@@ -9,10 +9,10 @@
     rows           the bytes of the cache's rows, in the header's order, without gaps
     checksum       8 bytes, XXH3 of everything before it: against damage, not against forgers
 
-A snapshot that leaves its node is signed by the agents (`cache_agent.signing`), who alone have the cluster's key; what
-is kept of it in a store may be encrypted with the function's key (`runtime.handoff.seal`). Who may read it here has
-been settled before `decode`; that it is well-formed, complete and of this kind is settled by it, and `check` names the
-first thing in which this replica differs from the one that made it.
+A snapshot that leaves its node is signed by the agents (`cache_agent.wire.signing`), who alone have the cluster's key;
+what is kept of it in a store may be encrypted with the function's key (`runtime.handoff.seal`). Who may read it here
+has been settled before `decode`; that it is well-formed, complete and of this kind is settled by it, and `check` names
+the first thing in which this replica differs from the one that made it.
 """
 
 from __future__ import annotations

@@ -333,7 +333,7 @@ class Pod:
 
     def _find_lease(self) -> None:
         """In a thread of its own: the agent may take its time, or be gone."""
-        from cache_agent import credentials
+        from cache_agent.access import credentials
         from cache_agent.client import CacheClient
         from cache_agent.errors import AgentError
 

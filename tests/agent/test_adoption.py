@@ -15,9 +15,9 @@ import pytest
 
 from cache_agent.errors import AgentUnreachable, LeaseLost
 from cache_agent.manifest import CHUNK, PAGE
-from cache_agent.messages import Drain, Hello, LeaseRequest, Offer
-from cache_agent.protocol import encode
 from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.wire.messages import Drain, Hello, LeaseRequest, Offer
+from cache_agent.wire.protocol import encode
 
 FAKE = "fake://m"
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

@@ -16,7 +16,7 @@ from cache_agent import config
 from cache_agent.cli import main
 from cache_agent.config import AgentConfig, from_environment
 from cache_agent.errors import BadConfig
-from cache_agent.messages import Drain
+from cache_agent.wire.messages import Drain
 
 
 @pytest.fixture(scope="module")

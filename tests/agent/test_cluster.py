@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from cache_agent import report
-from cache_agent.directory import Holding, InProcessDirectory, Node
-from cache_agent.messages import ClusterReply, HoldingStatus, NodeStatus
+from cache_agent.cluster.directory import Holding, InProcessDirectory, Node
+from cache_agent.residency import report
+from cache_agent.wire.messages import ClusterReply, HoldingStatus, NodeStatus
 
 
 def test_nodes_with_their_rates_and_all_that_they_hold():

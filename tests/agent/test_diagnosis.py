@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent.diagnosis import Node, attribute, diagnose
 from cache_agent.ledger import Span
+from cache_agent.web.diagnosis import Node, attribute, diagnose
 
 S = 10**9
 

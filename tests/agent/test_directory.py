@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from cache_agent.directory import Holding, InProcessDirectory, Node
-from cache_agent.directory_redis import RedisDirectory
+from cache_agent.cluster.directory import Holding, InProcessDirectory, Node
+from cache_agent.cluster.directory_redis import RedisDirectory
 
 
 @pytest.fixture(params=["in process", "redis", "redis with the manifest's rights"])

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from cache_agent.directory import Holding, Node
-from cache_agent.directory_redis import RedisDirectory
+from cache_agent.cluster.directory import Holding, Node
+from cache_agent.cluster.directory_redis import RedisDirectory
 from cache_agent.errors import BadConfig
 from cache_agent.tiers.fake import FakeOrigin
 
@@ -109,7 +109,7 @@ def test_what_one_node_tells_the_others_hear(redis_url, join, eventually):
 
 
 def test_sources_are_bounded_and_the_oldest_go(redis_url, join, monkeypatch):
-    monkeypatch.setattr("cache_agent.directory_redis._MOST_SOURCES", 3)
+    monkeypatch.setattr("cache_agent.cluster.directory_redis._MOST_SOURCES", 3)
     a = join(redis_url, "a")
     for number in range(5):
         a.remember(f"src-{number}", "rev-1")

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from cache_agent.extender import Extender
-from cache_agent.outlook import FileOutlook, NoOutlook, Unavailable
+from cache_agent.cluster.outlook import FileOutlook, NoOutlook, Unavailable
+from cache_agent.kube.extender import Extender
 from cache_agent.policy.placement import Node, Tier, View
-from cache_agent.webserver import MAX_BODY, Refused, WebServer
+from cache_agent.web.webserver import MAX_BODY, Refused, WebServer
 
 MODEL = "s3://models/a"
 ESTIMATES = {

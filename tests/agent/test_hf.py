@@ -11,7 +11,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from cache_agent.checkpoint import describe
 from cache_agent.errors import (
     AccessDenied,
     BadModelURI,
@@ -20,7 +19,8 @@ from cache_agent.errors import (
     OriginUnavailable,
     UnsafeCheckpoint,
 )
-from cache_agent.loader import Load
+from cache_agent.loading.checkpoint import describe
+from cache_agent.loading.loader import Load
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.hf import Hub, HubOrigin
 from cache_agent.tiers.origin import parse_uri

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from cache_agent import credentials, tokenreview
-from cache_agent.access import Access
+from cache_agent.access import credentials, tokenreview
+from cache_agent.access.control import Access
+from cache_agent.access.identity import Identities, Tokens, identities
+from cache_agent.access.tokenreview import TokenReview
 from cache_agent.client import CacheClient
 from cache_agent.errors import AccessDenied, BadConfig, IdentityUnavailable
-from cache_agent.identity import Identities, Tokens, identities
-from cache_agent.kubernetes import Api
-from cache_agent.messages import Drain, Identity
+from cache_agent.kube.api import Api
 from cache_agent.policy.rights import Caller
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.tokenreview import TokenReview
+from cache_agent.wire.messages import Drain, Identity
 
 ACCOUNT = "the agent's own"
 

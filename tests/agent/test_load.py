@@ -22,9 +22,9 @@ import pytest
 from cache_agent.client import CacheClient
 from cache_agent.errors import AccessDenied, AgentError, LeaseLost, OriginChanged, OriginUnavailable
 from cache_agent.manifest import CHUNK, PAGE
-from cache_agent.messages import Admitted, Drain
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.wire.messages import Admitted, Drain
 
 FAKE = "fake://m"
 
@@ -512,12 +512,12 @@ def test_a_fault_inside_the_agent_is_an_internal_error_and_the_agent_goes_on(
 
 
 class CuttingProxy:
-    """Passes TCP on to a server; while `limit` is set, cuts each connection after so many bytes of the answer."""
+    """Passes TCP on to a server, and cuts each connection after `cut_after` bytes of its answers, none with 0."""
 
     def __init__(self, endpoint: str) -> None:
         host, _, port = endpoint.removeprefix("http://").partition(":")
         self.target = host, int(port)
-        self.limit = 0
+        self.limits = [0]  # the last one holds; connections that live already count anew from it
         self.cuts = 0
         self.server = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self.server.getsockname()[1]}"
@@ -531,13 +531,19 @@ class CuttingProxy:
                 threading.Thread(target=self.copy, args=(client, upstream, False), daemon=True).start()
                 threading.Thread(target=self.copy, args=(upstream, client, True), daemon=True).start()
 
+    def cut_after(self, limit: int) -> None:
+        self.limits.append(limit)
+
     def copy(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
-            passed = 0
+            passed = counted = 0
             while data := source.recv(65536):
-                target.sendall(data)
+                if counted != len(self.limits):
+                    passed, counted = 0, len(self.limits)
+                limit = self.limits[counted - 1] if answers else 0
+                target.sendall(data[: limit - passed] if limit else data)
                 passed += len(data)
-                if answers and self.limit and passed > self.limit:
+                if limit and passed > limit:
                     self.cuts += 1
                     # A reset, not an orderly end: the reader gets an exception in the middle of a body.
                     target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -558,12 +564,12 @@ def test_connections_that_break_in_the_middle_of_a_body(s3, start_agent, checkpo
         lease.close()
     eventually(lambda: agent.client.status().models[0].state == "ready", 30)
     agent.client.evict(uri)
-    proxy.limit = 512 << 10  # less than what a try must bring to count for nothing
+    proxy.cut_after(16 << 10)  # all tries of all readers bring less than what makes a further round worthwhile
     with refused("origin_unavailable"), agent.client.lease(uri, deadline=soon()) as lease:
         lease.wait_ready(soon(60))
     assert proxy.cuts >= 2
     eventually(lambda: agent.memfds() == [], what="the memory of the broken load is free")
-    proxy.limit = 0
+    proxy.cut_after(0)
     with agent.client.lease(uri, deadline=soon()) as lease:
         lease.wait_ready(soon(60))
         assert tensors_of(lease) == contents(tensors)
@@ -575,7 +581,7 @@ def test_connections_that_break_now_and_then_are_retried(s3, start_agent, checkp
     agent = start_agent("--s3-endpoint", proxy.endpoint, "--readers", "1", env=s3.env)
     tensors = large_tensors(4)
     uri = s3.upload(s3.new_bucket(), "m", checkpoint_files(tensors))
-    proxy.limit = CHUNK + (1 << 20)  # connections are kept alive: the first chunk passes, the second breaks, and so on
+    proxy.cut_after(CHUNK + (1 << 20))  # connections are kept alive: the first chunk passes, the second breaks, and so on
     with agent.client.lease(uri, deadline=soon()) as lease:
         lease.wait_ready(soon(60))
         assert proxy.cuts >= 1
@@ -738,13 +744,19 @@ def test_when_the_only_client_is_killed_the_load_still_ends_and_serves_the_next(
 class SlowStore(CuttingProxy):
     """An S3 proxy that stops passing answers on after `limit` bytes of a connection, and does not hang up."""
 
+    def cut_after(self, limit: int) -> None:
+        self.limits.append(limit)
+
     def copy(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
-            passed = 0
+            passed = counted = 0
             while data := source.recv(65536):
-                target.sendall(data)
+                if counted != len(self.limits):
+                    passed, counted = 0, len(self.limits)
+                limit = self.limits[counted - 1] if answers else 0
+                target.sendall(data[: limit - passed] if limit else data)
                 passed += len(data)
-                if answers and self.limit and passed > self.limit:
+                if limit and passed > limit:
                     self.cuts += 1
                     return  # both sockets stay open
 

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_agent import manifest as manifests
-from cache_agent.checkpoint import describe
 from cache_agent.errors import BadCheckpoint
+from cache_agent.loading.checkpoint import describe
+from cache_agent.loading.safetensors import RawTensor
 from cache_agent.manifest import ALIGNMENT, CHUNK, PAGE, Source, SourceFile, WeightFile
-from cache_agent.messages import MAX_FDS
-from cache_agent.safetensors import RawTensor
 from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.wire.messages import MAX_FDS
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent.parallelism import HOLD, WINDOW, Parallelism
+from cache_agent.loading.parallelism import HOLD, WINDOW, Parallelism
 
 STEP = 0.05
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from cache_agent.cluster import ClusterKey
-from cache_agent.directory import InProcessDirectory
+from cache_agent.cluster.directory import InProcessDirectory
+from cache_agent.cluster.key import ClusterKey
 from cache_agent.errors import OriginUnavailable
 from cache_agent.tiers.fake import FakeOrigin
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent import messages, protocol
 from cache_agent.errors import BY_CODE, AgentError, ProtocolError, from_wire
 from cache_agent.ledger import Span
-from cache_agent.messages import (
+from cache_agent.wire import messages, protocol
+from cache_agent.wire.messages import (
     Admitted,
     Adopted,
     Answer,
@@ -78,7 +78,7 @@ from cache_agent.messages import (
     TierStatus,
     Welcome,
 )
-from cache_agent.protocol import MAX_REPLY, MAX_REQUEST, Decoder, advance, encode
+from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, Decoder, advance, encode
 
 EXAMPLES = [
     Hello(1, "chat-7f", Identity("token", "s3cret")),

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent import events
 from cache_agent.errors import EvictRefused, NoCapacity
-from cache_agent.events import (
+from cache_agent.manifest import Manifest
+from cache_agent.policy.quota import Account
+from cache_agent.residency import events
+from cache_agent.residency.events import (
     Complete,
     Evict,
     EvictAsked,
@@ -27,9 +29,7 @@ from cache_agent.events import (
     Reserved,
     Resolved,
 )
-from cache_agent.manifest import Manifest
-from cache_agent.policy.quota import Account
-from cache_agent.residency import Residency
+from cache_agent.residency.machine import Residency
 
 LLM, WEB = Account("namespace llm", 250), Account("namespace web", 250)
 

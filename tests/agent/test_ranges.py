@@ -7,9 +7,10 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent import manifest, ranges
+from cache_agent import manifest
+from cache_agent.loading import ranges
+from cache_agent.loading.safetensors import RawTensor
 from cache_agent.manifest import CHUNK, WeightFile
-from cache_agent.safetensors import RawTensor
 
 
 def laid_out(sizes, files=1, max_segment=64 << 20):

@@ -9,7 +9,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from cache_agent import events
 from cache_agent.errors import (
     EvictRefused,
     ModelNotFound,
@@ -17,7 +16,10 @@ from cache_agent.errors import (
     OriginUnavailable,
     WrongRevision,
 )
-from cache_agent.events import (
+from cache_agent.manifest import Manifest
+from cache_agent.policy.eviction import Candidate, cheapest, priority
+from cache_agent.residency import events
+from cache_agent.residency.events import (
     Admit,
     Admitted,
     Adopt,
@@ -45,9 +47,7 @@ from cache_agent.events import (
     Resolved,
     ResolveFailed,
 )
-from cache_agent.manifest import Manifest
-from cache_agent.policy.eviction import Candidate, cheapest, priority
-from cache_agent.residency import Residency
+from cache_agent.residency.machine import Residency
 
 A, B = "s3://m/a", "s3://m/b"
 REV, OTHER = "rev-1", "rev-2"

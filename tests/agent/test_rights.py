@@ -17,16 +17,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cache_agent import access, rights
-from cache_agent.access import Access
+from cache_agent.access import control as access
+from cache_agent.access import rights
+from cache_agent.access.control import Access
+from cache_agent.access.rights import RightsFile
 from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.logs import JsonFormatter, TextFormatter
-from cache_agent.messages import Identity
 from cache_agent.policy.rights import NOTHING, Caller, Grant, Prefix, Rights, pieces
-from cache_agent.rights import RightsFile
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.origin import parse_uri
+from cache_agent.wire.messages import Identity
 
 CHAT = Caller("llm", "chat", "kubernetes")
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cache_agent import safetensors
 from cache_agent.errors import BadCheckpoint
+from cache_agent.loading import safetensors
 
 
 def framed(header: object, data: bytes = b"") -> bytes:

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from cache_agent import credentials
 from cache_agent import server as servers
+from cache_agent.access import credentials
 from cache_agent.client import CacheClient
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentUnreachable, BadConfig, ProtocolError
-from cache_agent.fdsocket import Channel
-from cache_agent.messages import (
+from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.wire.fdsocket import Channel
+from cache_agent.wire.messages import (
     ErrorReply,
     EvictRequest,
     Granted,
@@ -36,8 +37,7 @@ from cache_agent.messages import (
     StatusRequest,
     Welcome,
 )
-from cache_agent.protocol import MAX_REPLY, MAX_REQUEST, VERSION, Decoder, encode
-from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, VERSION, Decoder, encode
 
 FAKE = "fake://m"
 

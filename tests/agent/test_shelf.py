@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from cache_agent import blobs
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentError, AgentUnreachable, BadConfig, ProtocolError, StoreUnavailable
-from cache_agent.messages import Checkpoint, Checkpointed, ClaimRequest, KeepItem
-from cache_agent.shelf import Shelf, shelf
-from cache_agent.snapshots import InProcessSnapshots, Keep, Key
-from cache_agent.snapshots_client import SnapshotClient
-from cache_agent.snapshots_redis import RedisSnapshots
+from cache_agent.snapshots.client import SnapshotClient
+from cache_agent.snapshots.shelf import Shelf, shelf
+from cache_agent.snapshots.store import InProcessSnapshots, Keep, Key
+from cache_agent.snapshots.store_redis import RedisSnapshots
+from cache_agent.wire import blobs
+from cache_agent.wire.messages import Checkpoint, Checkpointed, ClaimRequest, KeepItem
 
 KEY = Key("chat", "chatcmpl-0123456789abcdef")
 A, B = "worker-a", "worker-b"

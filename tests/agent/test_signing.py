@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_agent.errors import SnapshotForged
-from cache_agent.signing import sign, verified
+from cache_agent.wire.signing import sign, verified
 
 KEY = bytes(range(32))
 

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from cache_agent.errors import SnapshotTooLarge, StoreUnavailable
-from cache_agent.snapshots import Change, Claimed, InProcessSnapshots, Keep, Kept, Key
-from cache_agent.snapshots_redis import RedisSnapshots
+from cache_agent.snapshots.store import Change, Claimed, InProcessSnapshots, Keep, Kept, Key
+from cache_agent.snapshots.store_redis import RedisSnapshots
 
 KEY = Key("chat", "chatcmpl-0123456789abcdef")
 LIMITS = (20.0, 1000, 3000)

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cache_agent import journal as journals
-from cache_agent import status as statuses
-from cache_agent.access import Access, from_config
+from cache_agent.access.control import Access, from_config
 from cache_agent.errors import BadConfig, ModelNotFound
-from cache_agent.journal import OTHERS, Journal
-from cache_agent.status import Status, parse_address
 from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.web import journal as journals
+from cache_agent.web import status as statuses
+from cache_agent.web.journal import OTHERS, Journal
+from cache_agent.web.status import Status, parse_address
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 OPERATOR = "secret of operator"

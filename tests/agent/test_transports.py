@@ -17,12 +17,12 @@ import time
 import pytest
 
 from cache_agent.client import CacheClient
-from cache_agent.cluster import ClusterKey
+from cache_agent.cluster.key import ClusterKey
 from cache_agent.errors import AccessDenied, AgentError, AgentUnreachable, LeaseLost
-from cache_agent.link import parse_address
-from cache_agent.messages import Admitted, Drain, Identity
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.peer import Membership, Peer, PeerFailed
+from cache_agent.wire.link import parse_address
+from cache_agent.wire.messages import Admitted, Drain, Identity
 
 URI = "s3://models/m"
 TOKEN = "a secret of these tests"
@@ -354,5 +354,5 @@ def test_strangers_cannot_take_the_nodes_own_connections(agent):
 def test_a_function_imports_no_more_for_tcp_than_it_needs():
     code = "import sys, cache_agent.client; print(sorted(m for m in sys.modules if m.startswith('cache_agent')))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "cache_agent.cluster" not in found
-    assert "cache_agent.streamed" not in found
+    assert "cache_agent.cluster.key" not in found
+    assert "cache_agent.wire.streamed" not in found

@@ -16,12 +16,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from cache_agent import witness
 from cache_agent.client import CacheClient
 from cache_agent.errors import BadConfig
-from cache_agent.messages import Drain
+from cache_agent.kube import witness
+from cache_agent.kube.witness import Metadata, Removal, Watched, Witness
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.witness import Metadata, Removal, Watched, Witness
+from cache_agent.wire.messages import Drain
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

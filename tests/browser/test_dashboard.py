@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cache_agent.ledger import Span
-from cache_agent.messages import Started
+from cache_agent.wire.messages import Started
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\">"
 THERE = "document.getElementById('main')?.getAttribute('aria-busy') === 'false'"

@@ -11,8 +11,8 @@ import pytest
 
 import cache_agent.errors
 import runtime.errors
-from cache_agent import messages, protocol
 from cache_agent.config import AgentConfig
+from cache_agent.wire import messages, protocol
 from runtime import cli
 from runtime.config import FunctionConfig
 

@@ -16,13 +16,13 @@ import pytest
 
 from cache_agent.agent import Agent
 from cache_agent.client import CacheClient
+from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.config import AgentConfig
-from cache_agent.directory import InProcessDirectory
 from cache_agent.ledger import Ledger
 from cache_agent.server import Server, listen
-from cache_agent.shelf import Shelf
-from cache_agent.snapshots import InProcessSnapshots, Key
-from cache_agent.snapshots_client import SnapshotClient
+from cache_agent.snapshots.client import SnapshotClient
+from cache_agent.snapshots.shelf import Shelf
+from cache_agent.snapshots.store import InProcessSnapshots, Key
 from runtime.app import create_app
 from runtime.config import FunctionConfig
 from runtime.handler import Handler

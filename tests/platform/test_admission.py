@@ -25,8 +25,9 @@ import pytest
 import yaml
 from celpy.adapter import json_to_cel
 
-from cache_agent import admission, webserver
 from cache_agent.errors import BadConfig
+from cache_agent.kube import admission
+from cache_agent.web import webserver
 from runtime.config import FunctionConfig
 
 KNATIVE = Path(__file__).parents[2] / "knative"

@@ -21,7 +21,7 @@ import pytest
 import redis
 import yaml
 
-from cache_agent import rights
+from cache_agent.access import rights
 from cache_agent.cli import main
 from cache_agent.config import AgentConfig, from_environment, parse_size
 from cache_agent.policy.rights import Caller

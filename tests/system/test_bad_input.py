@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from cache_agent.messages import ErrorReply
-from cache_agent.protocol import encode
+from cache_agent.wire.messages import ErrorReply
+from cache_agent.wire.protocol import encode
 
 COMPLETION = {"prompt": "a", "max_tokens": 1}
 

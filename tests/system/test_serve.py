@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cache_agent import credentials
+from cache_agent.access import credentials
 from cache_agent.client import CacheClient
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}

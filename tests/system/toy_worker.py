@@ -8,7 +8,7 @@ import sys
 
 from cache_agent.client import CacheClient
 from cache_agent.ledger import Ledger
-from cache_agent.snapshots_client import SnapshotClient
+from cache_agent.snapshots.client import SnapshotClient
 from runtime.app import create_app
 from runtime.config import FunctionConfig
 from runtime.handoff.checkpoint import Checkpoints

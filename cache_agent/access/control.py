@@ -1,0 +1,116 @@
+"""Owns who may do what at this agent, and the record of it: identity and rights, asked before anything else happens.
+
+A refusal depends on the caller and on the URI's text alone: it is the same, and takes the same time, whether the model
+exists, is resident, or is pinned. Every lease, refusal and command that changes something has one line on the logger
+`glowplug.audit`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache_agent.access.identity import Anybody, Check, Identities, identities
+from cache_agent.config import AgentConfig
+from cache_agent.errors import AccessDenied, AgentError, BadConfig
+from cache_agent.policy.rights import EVERYTHING, Caller, Grant, pieces
+from cache_agent.tiers.origin import ModelURI, parse_uri
+from cache_agent.wire.messages import Identity
+
+if TYPE_CHECKING:
+    from cache_agent.access.rights import RightsFile
+
+log = logging.getLogger("glowplug.audit")
+
+
+class Access:
+    """Any thread."""
+
+    def __init__(self, check: Check | None = None, rights: RightsFile | None = None) -> None:
+        """Without a check anybody comes in; without rights whoever is in may do everything."""
+        self._check: Check = check or Anybody()
+        self._rights = rights
+
+    @property
+    def open(self) -> bool:
+        """Nobody is asked who he is."""
+        return isinstance(self._check, Anybody) or (isinstance(self._check, Identities) and self._check.anybody)
+
+    def identify(self, identity: Identity, client: str = "") -> Caller:
+        """Raises `AccessDenied` or `IdentityUnavailable`; `client` is the name that it gives itself."""
+        try:
+            return self._check.check(identity)
+        except AgentError as error:
+            log.info("refused", extra={"fields": {"who": "", "client": client, "what": "hello", "outcome": error.code}})
+            raise
+
+    def grant(self, caller: Caller) -> Grant:
+        return EVERYTHING if self._rights is None else self._rights.current().of(caller)
+
+    def may_have(self, caller: Caller, model: str) -> bool:
+        """Whether it may know of the model at this URI."""
+        grant = self.grant(caller)
+        if grant.admin:
+            return True
+        try:
+            return _covers(grant, parse_uri(model))
+        except AgentError:
+            return False
+
+    def require_model(self, caller: Caller, model: str) -> None:
+        """Raises `BadModelURI` for what is none, `AccessDenied` where the caller has no right to it."""
+        grant = self.grant(caller)
+        uri = parse_uri(model)
+        if not grant.admin and not _covers(grant, uri):
+            raise AccessDenied(
+                f"{caller} has no right to {uri.text}, or there is no such model; the agent's rights file says which "
+                "models it may have"
+            )
+
+    def require_admin(self, caller: Caller, what: str) -> None:
+        """Raises `AccessDenied`."""
+        if not self.grant(caller).admin:
+            raise AccessDenied(f"{caller} has no right to {what}: that takes `admin = true` in the agent's rights file")
+
+    def reload(self) -> None:
+        if self._rights is not None:
+            self._rights.reload()
+
+    def record(self, caller: Caller, what: str, model: str, outcome: str, **more: object) -> None:
+        """One line: who did what, and what came of it."""
+        fields = {"who": str(caller), "kind": caller.kind, "what": what, "model": model, "outcome": outcome}
+        if caller.pod:
+            fields["pod"] = caller.pod
+        log.info("%s", outcome, extra={"fields": {**fields, **more}})
+
+
+def _covers(grant: Grant, uri: ModelURI) -> bool:
+    """Looks at the disk only below what was granted: the time that a refusal takes tells nothing."""
+    if not grant.covers(uri.scheme, uri.place):
+        return False
+    if uri.scheme != "file":
+        return True
+    # A link out of what was granted is no way around it. Links inside are what model caches are made of.
+    real = pieces("file", os.path.realpath(uri.place))
+    return real is not None and any(
+        prefix.covers("file", real) or (prefix.scheme == "file" and real[: len(place := _real(prefix.pieces))] == place)
+        for prefix in grant.models
+    )
+
+
+def _real(parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(Path(os.path.realpath("/" + "/".join(parts))).parts[1:])
+
+
+def from_config(config: AgentConfig) -> Access:
+    """Raises `BadConfig`."""
+    check = identities(config.identity, config.token_file, config.kubernetes)
+    if config.rights is None:
+        return Access(check)
+    if check.anybody:
+        raise BadConfig("GLOWPLUG_RIGHTS says who may have what, and nobody is asked who he is: set GLOWPLUG_IDENTITY")
+    from cache_agent.access.rights import RightsFile
+
+    return Access(check, RightsFile(config.rights))

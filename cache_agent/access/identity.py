@@ -1,0 +1,150 @@
+"""Owns the question who asks: one interface, and three answers to it.
+
+none          whoever can open the socket; only where the settings say so
+token         a secret from a file, or from one of the files of a directory, whose names are the callers'
+kubernetes    a ServiceAccount token that the API server reviews (tokenreview.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from cache_agent.errors import AccessDenied, BadConfig
+from cache_agent.policy.rights import NOBODY, Caller
+from cache_agent.wire.messages import Identity
+
+log = logging.getLogger("glowplug.identity")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class Check(Protocol):
+    """Any thread."""
+
+    def check(self, identity: Identity) -> Caller:
+        """Raises `AccessDenied`, or `IdentityUnavailable` when nobody can tell now."""
+        ...
+
+
+class Anybody:
+    """No proof is asked for, and none is looked at."""
+
+    def check(self, identity: Identity) -> Caller:  # noqa: ARG002
+        return NOBODY
+
+
+class Tokens:
+    """Secrets in files, read again when they change."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `BadConfig`."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._stamp: tuple[object, ...] = ()
+        self._names: dict[str, str] = {}  # digest of a secret -> name
+        self._read()
+
+    def check(self, identity: Identity) -> Caller:
+        with self._lock:
+            try:
+                self._read()
+            except BadConfig as error:
+                log.error("%s; the former secrets stay good", error.text)
+            names = list(self._names.items())
+        given = digest(identity.token)
+        found = ""
+        for secret, name in names:  # all of them, and each in constant time
+            if hmac.compare_digest(secret, given):
+                found = name
+        if identity.kind != "token" or not found:
+            raise AccessDenied("this agent asks for a token; set GLOWPLUG_TOKEN_FILE to a file that holds it")
+        return Caller("", found, "token")
+
+    def _read(self) -> None:
+        secrets = token_files(self._path)
+        stamp = tuple((name, *_stamp(path)) for name, path in secrets.items())
+        if stamp != self._stamp:
+            self._names = {digest(read_token(path)): name for name, path in secrets.items()}
+            self._stamp = stamp
+
+
+def token_files(path: Path) -> dict[str, Path]:
+    """The files of secrets by their names; a single one's is `token`. Raises `BadConfig`."""
+    if not path.is_dir():
+        return {"token": path}
+    found = {entry.name: entry for entry in sorted(path.iterdir()) if _NAME.fullmatch(entry.name) and entry.is_file()}
+    if not found:
+        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} is a directory without a secret; put a file for each caller there")
+    return found
+
+
+def read_token(path: Path) -> str:
+    """Raises `BadConfig`."""
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} cannot be read: {error}") from error
+    if not token:
+        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} is empty")
+    return token
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} cannot be read: {error}") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Identities:
+    """The checks that an agent knows, by the kind of identity that a client sends."""
+
+    def __init__(self, checks: Mapping[str, Check]) -> None:
+        self._checks = checks
+
+    def check(self, identity: Identity) -> Caller:
+        if (check := self._checks.get(identity.kind) or self._checks.get("none")) is not None:
+            return check.check(identity)
+        if "kubernetes" in self._checks:
+            raise AccessDenied("this agent asks for a ServiceAccount token; set GLOWPLUG_IDENTITY_FILE to its file")
+        raise AccessDenied("this agent asks for a token; set GLOWPLUG_TOKEN_FILE to a file that holds it")
+
+    @property
+    def anybody(self) -> bool:
+        return "none" in self._checks
+
+
+def identities(kind: str, token_file: Path | None, kubernetes: str) -> Identities:
+    """As the settings have it: `kind` is none, token, kubernetes or "", which is a token where there is a file of it.
+
+    A file of secrets is good beside `kubernetes`, too. Raises `BadConfig`.
+    """
+    kind = kind or ("token" if token_file else "none")
+    checks: dict[str, Check] = {}
+    if kind == "none":
+        checks["none"] = Anybody()
+    elif token_file is not None:
+        checks["token"] = Tokens(token_file)
+    if kind == "token" and token_file is None:
+        raise BadConfig("GLOWPLUG_IDENTITY=token needs GLOWPLUG_TOKEN_FILE, the file of the secret")
+    if kind == "kubernetes":
+        if not kubernetes:
+            raise BadConfig("GLOWPLUG_IDENTITY=kubernetes needs GLOWPLUG_KUBERNETES, the URL of the Kubernetes API")
+        from cache_agent.access.tokenreview import TokenReview
+        from cache_agent.kube.api import Api  # nor ssl, nor http: a function that starts its own agent waits for it
+
+        checks["kubernetes"] = TokenReview(Api(kubernetes))
+    return Identities(checks)

@@ -1,0 +1,455 @@
+"""The directory that nodes share through Redis. A thread of its own talks to Redis; everybody else reads its mirror.
+
+    glowplug:node:<node>:alive     string   "<incarnation> <JSON of Node>"                     expires with the node
+    glowplug:node:<node>:held      hash     "<tier> <model>" -> "<done> <total>"               expires with the node
+    glowplug:node:<node>:rates     hash     <tier> -> bytes per second                         expires with the node
+    glowplug:node:<node>:sources   hash     <source id> -> <revision>                          kept for a month
+                                           uri-<hash of a URI> -> "<source id> <Unix time>"
+    glowplug:claim:<name>          string   <owner>                                            expires with the claim
+
+A node writes below `glowplug:node:<its name>:` and `glowplug:claim:` only, which is what its ACL allows. Expiry is
+Redis's, so the nodes' clocks do not matter. What a node knows about itself it keeps in memory: changes are told at
+once, that it lives with each beat, and everything again when Redis has lost it. Steps that write are Lua
+(directory.lua), each one atomic. Reading needs no script, and so no right to run one: SCAN finds the keys, so this is
+for one Redis (with replicas or Sentinel), not for a sharded cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+from cache_agent.cluster.directory import TTL, Holding, Node
+from cache_agent.errors import BadConfig
+
+log = logging.getLogger("glowplug.directory")
+
+_MEMORY = 30 * 86400.0  # seconds that a source's revision is remembered
+_MOST_SOURCES = 4096  # of one node; the oldest go
+_TELL_AGAIN = 60.0  # seconds until it is told again that an origin still says the same
+_BATCH = 500  # changes in one step, so that none keeps Redis from others
+_HELD, _RATES, _SOURCES = 2, 3, 4  # numbers of keys in directory.lua
+_KINDS = ("alive", "held", "rates", "sources")
+
+Change = tuple[str, int, str]  # node, key, field
+
+
+class RedisDirectory:
+    """One agent's view of the shared directory, and its voice in it."""
+
+    def __init__(
+        self, url: str, *, password_file: Path | None = None, beat: float = 3.0, ttl: float = TTL, timeout: float = 0.5
+    ) -> None:
+        """`timeout` bounds every exchange with Redis. Raises `BadConfig` when `url` is none; connects later."""
+        self._beat, self._ttl, self._timeout = beat, ttl, timeout
+        self._client = connect(url, password_file, timeout)
+        self._where = _without_password(url)
+        self._step = self._client.register_script(Path(__file__).with_name("directory.lua").read_text())
+        self._incarnation = secrets.token_hex(8)
+        self._lock = threading.Lock()  # guards everything down to _down
+        self._mine: dict[str, Node] = {}
+        self._values: dict[Change, str] = {}  # what this agent's nodes have to tell; "" for what is gone
+        self._changed: dict[Change, None] = {}  # what of it Redis does not know; bounded as `_values` is
+        self._others: dict[str, tuple[Node | None, dict[str, float]]] = {}
+        self._held: dict[str, list[Holding]] = {}  # of others that live, by model
+        self._revisions: dict[str, str] = {}
+        self._sources: dict[str, dict[str, str]] = {}  # what others, by node, found sources to be
+        self._known = False  # what others told
+        self._down = ""
+        self._lost_at = 0.0
+        self._until = 0.0  # no claim is tried before it
+        self._closing = threading.Event()
+        self._wake = threading.Event()
+        self._looked = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="directory", daemon=True)
+        self._thread.start()
+
+    # --- told and asked; from memory ------------------------------------------------------------------------------
+
+    def heartbeat(self, node: Node) -> None:
+        with self._lock:
+            new = node.name not in self._mine
+            self._mine[node.name] = node
+        if new:
+            self._wake.set()
+
+    def nodes(self) -> list[Node]:
+        with self._lock:
+            others = [node for node, _ in self._others.values() if node is not None and node.name not in self._mine]
+            return sorted([*self._mine.values(), *others])
+
+    def remember(self, source: str, revision: str, node: str = "") -> None:  # noqa: ARG002  our nodes are known
+        with self._lock:
+            self._revisions[source] = revision
+            for name in self._mine:  # told by the node itself: nobody may write for all
+                self._tell((name, _SOURCES, source), revision)
+                sources = [change for change, v in self._values.items() if change[:2] == (name, _SOURCES) and v]
+                for change in sources[: max(0, len(sources) - _MOST_SOURCES)]:
+                    self._tell(change, "")
+
+    def revision(self, source: str) -> str:
+        with self._lock:
+            return self._revisions.get(source, "")
+
+    def stated(self, source: str) -> dict[str, str]:
+        with self._lock:
+            others = {node: found[source] for node, found in self._sources.items() if source in found}
+            own = ((node, self._values.get((node, _SOURCES, source), "")) for node in self._mine)
+            return others | {node: revision for node, revision in own if revision}
+
+    def validated(self, uri: str, source: str, when: float) -> None:
+        field, value = _uri_field(uri), f"{source} {when:.0f}"
+        with self._lock:
+            for name in self._mine:
+                known, _, told = self._values.get((name, _SOURCES, field), "").partition(" ")
+                if known != source or when - float(told or 0) >= _TELL_AGAIN:
+                    self._tell((name, _SOURCES, field), value)
+
+    def validation(self, uri: str) -> tuple[str, float]:
+        field = _uri_field(uri)
+        with self._lock:
+            told = [found[field] for found in self._sources.values() if field in found]
+            told += [self._values.get((name, _SOURCES, field), "") for name in self._mine]
+        found = [_validation(value) for value in told]
+        return max(found, key=lambda each: each[1], default=("", 0.0))
+
+    def lost(self) -> str:
+        with self._lock:
+            if self._known:
+                return ""
+            why = f"cannot be used ({self._down})" if self._down else "has not been read yet"
+            return f"the directory at {self._where} {why}"
+
+    def wait_looked(self, seconds: float) -> None:
+        """Waits until Redis was asked for the first time, whatever came of it."""
+        self._looked.wait(seconds)
+
+    def publish(self, model: str, holding: Holding) -> None:
+        with self._lock:
+            self._mine.setdefault(holding.node, Node(holding.node))
+            self._tell((holding.node, _HELD, f"{holding.tier} {model}"), f"{holding.done} {holding.total}")
+
+    def withdraw(self, model: str, node: str, tier: str) -> None:
+        with self._lock:
+            change = node, _HELD, f"{tier} {model}"
+            if change in self._values:
+                self._tell(change, "")
+
+    def holders(self, model: str) -> list[Holding]:
+        with self._lock:
+            found = [held for held in self._held.get(model, ()) if held.node not in self._mine]
+            for (node, key, field), value in self._values.items():
+                tier, _, held = field.partition(" ")
+                if key == _HELD and held == model and value:
+                    found.append(_holding(node, tier, value))
+            return sorted(found)
+
+    def holdings(self) -> dict[str, list[Holding]]:
+        with self._lock:
+            found = {
+                model: [holding for holding in held if holding.node not in self._mine]
+                for model, held in self._held.items()
+            }
+            for (node, key, field), value in self._values.items():
+                tier, _, model = field.partition(" ")
+                if key == _HELD and value:
+                    found.setdefault(model, []).append(_holding(node, tier, value))
+            return {model: sorted(found[model]) for model in sorted(found) if found[model]}
+
+    def measured(self, node: str, tier: str, rate: float) -> None:
+        with self._lock:
+            self._mine.setdefault(node, Node(node))
+            self._tell((node, _RATES, tier), repr(float(rate)))
+
+    def bandwidth(self, node: str, tier: str) -> float:
+        with self._lock:
+            if node in self._mine:
+                return float(self._values.get((node, _RATES, tier)) or 0.0)
+            lives, rates = self._others.get(node, (None, {}))
+            return rates.get(tier, 0.0) if lives else 0.0
+
+    def _tell(self, change: Change, value: str) -> None:
+        self._values.pop(change, None)  # to the end: the dictionary's order is that of the news
+        self._values[change] = value
+        self._changed[change] = None
+        self._wake.set()
+
+    # --- claims: asked of Redis itself ----------------------------------------------------------------------------
+
+    def claim(self, name: str, owner: str, seconds: float) -> str:
+        reply = self._claims("claim", name, owner, str(max(1, round(seconds * 1000))))
+        return reply.decode(errors="replace") if isinstance(reply, bytes) else ""
+
+    def release(self, name: str, owner: str) -> bool:
+        return bool(self._claims("release", name, owner) == 1)
+
+    def _claims(self, step: str, name: str, *arguments: str) -> Any:
+        with self._lock:
+            if time.monotonic() < self._until:  # it did not answer a moment ago: nobody waits for that again
+                return None
+        return self._ask(step, [f"glowplug:claim:{name}"], *arguments)
+
+    # --- the thread -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(6 * self._timeout)
+
+    def _run(self) -> None:
+        next_beat = looked = 0.0
+        while not self._closing.is_set():
+            self._wake.wait(max(0.0, next_beat - time.monotonic()))
+            self._wake.clear()
+            now = time.monotonic()
+            due = now >= next_beat or (self._loads() and now - looked >= self._beat / 10)
+            try:
+                reached = self._exchange(full=due)
+            except Exception:  # a fault of ours must not end the thread
+                log.exception("the directory failed")
+                reached = False
+            if due or not reached:
+                looked = now
+                pause = self._beat * (0.9 + 0.2 * secrets.randbelow(1000) / 1000)
+                # Who loads wants to know at once who else does.
+                next_beat = time.monotonic() + (pause / 10 if reached and self._loads() else pause)
+            # News wakes it; a load's progress is much news, and one exchange tells what has gathered meanwhile.
+            self._closing.wait(self._beat / (30 if reached else 4))
+        with self._lock:
+            mine = list(self._mine)
+        for name in mine:
+            if self._ask("goodbye", _keys(name)[:3], self._incarnation) is None:
+                break
+        self._client.close()
+
+    def _loads(self) -> bool:
+        """A node of ours has a part of something."""
+        with self._lock:
+            parts = [value.split() for (_, key, _), value in self._values.items() if key == _HELD and value]
+        return any(done != total for done, total in parts)
+
+    def _exchange(self, *, full: bool) -> bool:
+        """Tells what is new (and that the nodes live, when `full`) and looks at the others. False: not reached."""
+        with self._lock:
+            mine = list(self._mine.values())
+            news = {change[0] for change in self._changed}
+        told = all(self._beat_for(node) for node in mine if full or node.name in news)
+        if not full:
+            return told
+        found = self._translated(self._look)  # also when nothing could be told: a full Redis can still be read
+        if found is not None:
+            self._mirror(found)
+            if told:
+                self._recovered()
+        self._looked.set()
+        return told and found is not None
+
+    def _beat_for(self, node: Node) -> bool:
+        while True:
+            with self._lock:
+                batch = [change for change in self._changed if change[0] == node.name][:_BATCH]
+                told = {change: self._values.get(change, "") for change in batch}
+            arguments = [part for (_, key, field), value in told.items() for part in (str(key), field, value)]
+            times = str(round(self._ttl * 1000)), str(round(_MEMORY * 1000))
+            info = json.dumps(node)
+            known = self._ask("beat", _keys(node.name), self._incarnation, info, *times, str(len(told)), *arguments)
+            if known is None:
+                # Whether it was carried out, and found this node unknown, nobody heard: so everything is told again.
+                with self._lock:
+                    self._forgotten(node.name)
+                return False
+            with self._lock:
+                for change, value in told.items():
+                    if self._values.get(change, "") == value:  # or it changed meanwhile, and is told with the next
+                        self._changed.pop(change, None)
+                        if not value:
+                            self._values.pop(change, None)
+                if not known:  # Redis is new, or was emptied: everything that it should know
+                    self._forgotten(node.name, but=told)
+                more = any(change[0] == node.name for change in self._changed)
+            if not more:
+                return True
+
+    def _forgotten(self, node: str, but: Container[Change] = ()) -> None:
+        self._changed |= {change: None for change in self._values if change[0] == node and change not in but}
+
+    def _mirror(self, found: list[Any]) -> None:
+        others: dict[str, tuple[Node | None, dict[str, float]]] = {}
+        held: dict[str, list[Holding]] = {}
+        revisions: dict[str, str] = {}
+        sources: dict[str, dict[str, str]] = {}
+        for raw in found:
+            try:
+                name, alive = raw[0], (raw[1] or b"").decode()
+                node = Node(*json.loads(alive.partition(" ")[2]))._replace(name=name) if alive else None
+                rates = {tier: float(rate) for tier, rate in _pairs(raw[3])}
+                holdings = [(*field.partition(" ")[::2], value) for field, value in _pairs(raw[2])]
+                parsed = [(model, _holding(name, tier, value)) for tier, model, value in holdings]
+                sources[name] = dict(_pairs(raw[4]))
+                revisions |= sources[name]
+                others[name] = node, rates
+                for model, holding in parsed if node else ():
+                    held.setdefault(model, []).append(holding)
+            except (ValueError, TypeError, AttributeError, IndexError):
+                continue  # of another version, or broken: that node is not known to this one
+        with self._lock:
+            self._others, self._held, self._sources, self._known = others, held, sources, True
+            own = {change[2]: value for change, value in self._values.items() if change[1] == _SOURCES and value}
+            self._revisions = revisions | own
+
+    def _ask(self, step: str, keys: list[str], *arguments: str) -> Any:
+        """A step's reply, or None when there is none."""
+        return self._translated(lambda: self._step(keys=keys, args=[step, *arguments]))
+
+    def _look(self) -> list[Any]:
+        """What every node wrote: (node, what is alive, then held, rates and sources as pairs)."""
+        keys = sorted(set(self._client.scan_iter("glowplug:node:*:*", count=1000)))
+        kinds = [
+            (key, *key.decode(errors="replace").removeprefix("glowplug:node:").rpartition(":")[::2]) for key in keys
+        ]
+        known = [(key, node, kind) for key, node, kind in kinds if kind in _KINDS]
+        with self._client.pipeline(transaction=False) as pipe:
+            for key, _, kind in known:
+                pipe.get(key) if kind == "alive" else pipe.hgetall(key)
+            replies = pipe.execute()
+        found: dict[str, dict[str, Any]] = {}
+        for (_, node, kind), reply in zip(known, replies, strict=True):
+            found.setdefault(node, {})[kind] = reply
+        return [(node, *(entry.get(kind) for kind in _KINDS)) for node, entry in found.items()]
+
+    def _translated(self, exchange: Callable[[], Any]) -> Any:
+        """What Redis says, or None when nothing can be had from it. The only place where its errors are known."""
+        import redis
+
+        try:
+            return exchange()
+        except (redis.RedisError, OSError, ValueError) as error:
+            self._failed(f"{type(error).__name__}: {error}")
+            return None
+
+    def _recovered(self) -> None:
+        with self._lock:
+            down, self._down, self._until = self._down, "", 0.0
+        if down:
+            log.warning("the directory at %s is there again; this node has rejoined", self._where)
+
+    def _failed(self, why: str) -> None:
+        with self._lock:
+            first, self._down = not self._down, why
+            self._until = time.monotonic() + self._beat
+            if first:
+                # What others hold cannot be told any more. Nodes in the mirror would be asked, and most are there.
+                self._lost_at = time.monotonic()
+            elif time.monotonic() - self._lost_at > self._ttl:
+                self._others, self._held, self._known = {}, {}, False
+        if first:
+            log.warning(
+                "the directory at %s cannot be used (%s); this node goes on without the others", self._where, why
+            )
+
+
+def version(url: str, password_file: Path | None = None, timeout: float = 2.0) -> str:
+    """The version of the Redis there, "" if it does not tell. Raises `BadConfig`, or `OSError` with what is wrong."""
+    import redis
+
+    client = connect(url, password_file, timeout)
+    try:
+        client.ping()
+        try:
+            return str(client.info("server").get("redis_version", ""))
+        except redis.ResponseError:  # no right to ask
+            return ""
+    except redis.RedisError as error:
+        raise OSError(str(error) or type(error).__name__) from error
+    finally:
+        client.close()
+
+
+def _uri_field(uri: str) -> str:
+    """URIs may be long, and who reads the directory need not know them."""
+    return "uri-" + hashlib.sha256(uri.encode()).hexdigest()[:40]
+
+
+def _validation(value: str) -> tuple[str, float]:
+    source, _, when = value.partition(" ")
+    try:
+        return source, float(when)
+    except ValueError:
+        return "", 0.0
+
+
+def _holding(node: str, tier: str, value: str) -> Holding:
+    done, total = value.split()
+    return Holding(node, tier, int(done), int(total))
+
+
+def _keys(node: str) -> list[str]:
+    return [f"glowplug:node:{node}:{kind}" for kind in _KINDS]
+
+
+def _pairs(table: dict[bytes, bytes] | None) -> list[tuple[str, str]]:
+    return [(field.decode(), value.decode()) for field, value in (table or {}).items()]
+
+
+def connect(url: str, password_file: Path | None, timeout: float) -> Any:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        options = redis.connection.parse_url(url)  # type: ignore[no-untyped-call]
+    except (ValueError, AttributeError) as error:
+        raise BadConfig(f"GLOWPLUG_REDIS_URL: {error}; use redis://, rediss:// or unix://") from error
+    connection = options.pop("connection_class", redis.Connection)
+    if password_file is not None:
+        _read_password(password_file)
+        user = options.pop("username", None)
+        options.pop("password", None)
+        options["credential_provider"] = _FilePassword(password_file, user)
+    pool = redis.ConnectionPool(
+        connection_class=connection,
+        **{
+            "socket_timeout": timeout,
+            "socket_connect_timeout": timeout,
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 1),  # for a connection that went stale
+            **options,
+        },
+    )
+    return redis.Redis(connection_pool=pool)
+
+
+class _FilePassword:
+    """Reads the file for every new connection, so that a password can be rotated under a running agent."""
+
+    def __init__(self, path: Path, user: str | None) -> None:
+        self._path, self._user = path, user
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = _read_password(self._path)
+        except BadConfig as error:
+            raise OSError(error.text) from error
+        return (self._user, password) if self._user else (password,)
+
+
+def _read_password(path: Path) -> str:
+    try:
+        password = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} cannot be read: {error}") from error
+    if not password:
+        raise BadConfig(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} is empty")
+    return password
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

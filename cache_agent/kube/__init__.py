@@ -1,0 +1,1 @@
+"""What the agent and its helpers have to do with Kubernetes."""

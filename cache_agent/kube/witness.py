@@ -1,0 +1,258 @@
+"""Sees that a pod of this node is about to be removed, long before its SIGTERM, and has the agent tell the function.
+
+One watch on the Kubernetes API, of this node's pods, of their metadata only: what a pod's environment holds never comes
+here. Knative sends SIGTERM 30 s after the last request arrived; a function that hears now uses that time.
+
+    list ──► watch from its version ──► … ──► the connection ends ──► watch again from the last version seen
+      ▲                                                                      │
+      └──────────────── 410: that version is forgotten ◄─────────────────────┘
+
+Losing the API server costs the early word, nothing else: SIGTERM comes all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlencode
+
+import msgspec
+
+from cache_agent.kube.api import SERVICE_ACCOUNT, Api
+
+log = logging.getLogger("glowplug.witness")
+
+_PARTIAL = "application/json;as=PartialObjectMetadata{};g=meta.k8s.io;v=v1"
+_WATCH_SECONDS = 240  # the API server ends a watch after that
+_SILENCE_SECONDS = _WATCH_SECONDS + 30.0  # and if it does not, the connection is dead
+_PAUSES = (0.2, 30.0)  # seconds between attempts: first, and at most
+_PAGE = 500
+_LONGEST_LINE = 8 << 20
+_LONGEST_LIST = 64 << 20
+_DEFAULT_GRACE = 30.0
+
+
+class Metadata(msgspec.Struct):
+    """Of a pod, or of a list of them."""
+
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    resourceVersion: str = ""  # noqa: N815  Kubernetes' names
+    deletionTimestamp: str | None = None  # noqa: N815
+    deletionGracePeriodSeconds: float | None = None  # noqa: N815
+    continue_: str = msgspec.field(default="", name="continue")
+
+
+class _Object(msgspec.Struct):
+    """A pod's metadata; in an event of type ERROR, a Status with its code."""
+
+    metadata: Metadata = msgspec.field(default_factory=Metadata)
+    code: int = 0
+    message: str = ""
+
+
+class _List(msgspec.Struct):
+    metadata: Metadata
+    items: list[_Object]
+
+
+class _Event(msgspec.Struct):
+    type: str
+    object: _Object
+
+
+class Removal(NamedTuple):
+    """A pod that is going away, in `grace` seconds."""
+
+    uid: str
+    name: str
+    grace: float
+
+
+class Watched:
+    """Which removals were announced already: each is once, whatever is seen twice. No I/O."""
+
+    def __init__(self) -> None:
+        self._announced: set[str] = set()
+
+    def listed(self, pods: list[Metadata], now: datetime) -> list[Removal]:
+        """All pods that there are."""
+        self._announced &= {pod.uid for pod in pods}
+        return [removal for pod in pods if (removal := self.changed(pod, now)) is not None]
+
+    def changed(self, pod: Metadata, now: datetime) -> Removal | None:
+        if not pod.deletionTimestamp or not pod.uid or pod.uid in self._announced:
+            return None
+        self._announced.add(pod.uid)
+        return Removal(pod.uid, f"{pod.namespace}/{pod.name}", _grace(pod, now))
+
+    def deleted(self, pod: Metadata) -> None:
+        self._announced.discard(pod.uid)
+
+
+def _grace(pod: Metadata, now: datetime) -> float:
+    """Seconds until the pod is killed: its grace, or what is left of it by this node's clock."""
+    grace = _DEFAULT_GRACE if pod.deletionGracePeriodSeconds is None else pod.deletionGracePeriodSeconds
+    try:
+        ends = datetime.fromisoformat(pod.deletionTimestamp or "")
+        left = (ends - now).total_seconds()
+    except (ValueError, TypeError):  # no time, or one without a zone
+        left = grace
+    return max(0.0, min(grace, left))
+
+
+class _Expired(Exception):
+    """The version to go on from is no longer known: list again."""
+
+
+class _Failed(Exception):
+    """The API server cannot be asked now; the text says why."""
+
+
+class Witness:
+    """Watches until `close`. `announce(removal)` is called on the witness's own thread, and may raise."""
+
+    def __init__(
+        self, url: str, node: str, announce: Callable[[Removal], object], account: Path = SERVICE_ACCOUNT
+    ) -> None:
+        """`url` of the API server; `account` holds the files `token` and `ca.crt`. Raises `BadConfig`."""
+        self._api = Api(url, account)
+        self._node = node
+        self._announce = announce
+        self._watched = Watched()
+        self._version = ""
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._said = ""
+        self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, seconds: float = 5.0) -> None:
+        self._stop.set()
+        with self._lock, contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+
+    # --- the witness's thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pause = _PAUSES[0]
+        while not self._stop.is_set():
+            try:
+                if not self._version:
+                    self._list()
+                self._watch()
+                pause = _PAUSES[0]
+            except _Expired:
+                log.debug("the watch's version has expired; listing again")
+                self._version = ""
+            except (_Failed, OSError, HTTPException, msgspec.DecodeError, UnicodeDecodeError) as error:
+                self._complain(f"the Kubernetes API cannot be watched: {error or type(error).__name__}")
+            except Exception:
+                log.exception("watching pods failed")
+                self._version = ""
+            self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  all nodes' agents lose it together
+            pause = min(_PAUSES[1], pause * 2)
+
+    def _list(self) -> None:
+        """Announces what is being removed already."""
+        pods: list[Metadata] = []
+        token = ""
+        while True:
+            query = {"fieldSelector": f"spec.nodeName={self._node}", "limit": str(_PAGE)}
+            with self._ask(query | ({"continue": token} if token else {}), _PARTIAL.format("List")) as response:
+                body = response.read(_LONGEST_LIST)
+            found = msgspec.json.decode(body, type=_List)
+            pods += [item.metadata for item in found.items]
+            token = found.metadata.continue_
+            if not token:
+                break
+        for removal in self._watched.listed(pods, datetime.now(UTC)):
+            self._tell(removal)
+        self._version = found.metadata.resourceVersion
+
+    def _watch(self) -> None:
+        """Announces removals as they come, until the API server ends the watch."""
+        query = {
+            "fieldSelector": f"spec.nodeName={self._node}",
+            "watch": "1",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": self._version,
+            "timeoutSeconds": str(_WATCH_SECONDS),
+        }
+        with self._ask(query, _PARTIAL.format("")) as response:
+            self._hear()
+            while line := response.readline(_LONGEST_LINE):
+                if not line.endswith(b"\n"):
+                    raise _Failed("an event was cut short")
+                event = msgspec.json.decode(line, type=_Event)
+                pod = event.object.metadata
+                match event.type:
+                    case "ERROR":
+                        if event.object.code == 410:
+                            raise _Expired
+                        raise _Failed(event.object.message or f"error {event.object.code}")
+                    case "ADDED" | "MODIFIED":
+                        removal = self._watched.changed(pod, datetime.now(UTC))
+                        if removal is not None:
+                            self._tell(removal)
+                    case "DELETED":
+                        self._watched.deleted(pod)
+                self._version = pod.resourceVersion or self._version
+
+    @contextlib.contextmanager
+    def _ask(self, query: dict[str, str], accept: str) -> Iterator[HTTPResponse]:
+        connection = self._api.connection()
+        try:
+            headers = self._api.headers(Accept=accept)
+            connection.connect()
+            with self._lock:
+                self._socket = connection.sock
+            if self._stop.is_set():
+                raise _Failed("the agent stops")
+            connection.sock.settimeout(_SILENCE_SECONDS)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.request("GET", self._api.path(f"/api/v1/pods?{urlencode(query)}"), headers=headers)
+            response = connection.getresponse()
+            if response.status == 410:
+                raise _Expired
+            if response.status != 200:
+                hint = {401: "; is its token mounted?", 403: "; bind the ClusterRole glowplug-agent"}
+                raise _Failed(f"it answers {response.status} {response.reason}{hint.get(response.status, '')}")
+            with response:
+                yield response
+        finally:
+            with self._lock:
+                self._socket = None
+            connection.close()
+
+    def _tell(self, removal: Removal) -> None:
+        try:
+            self._announce(removal)
+        except Exception:
+            log.exception("announcing that %s is removed failed", removal.name)
+
+    def _complain(self, text: str) -> None:
+        """Once per reason: an API server that is away for an hour is one line of the log."""
+        if text != self._said and not self._stop.is_set():
+            log.warning("%s; functions hear of their end by SIGTERM only", text)
+            self._said = text
+
+    def _hear(self) -> None:
+        if self._said:
+            log.info("the Kubernetes API is watched again")
+            self._said = ""

@@ -1,0 +1,1 @@
+"""What crosses a connection: messages, frames, fds beside them, bytes between them."""

@@ -548,6 +548,9 @@ class CuttingProxy:
                     # A reset, not an orderly end: the reader gets an exception in the middle of a body.
                     target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                     break
+        self.end(source, target)
+
+    def end(self, source: socket.socket, target: socket.socket) -> None:
         for sock in (target, source):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -581,7 +584,7 @@ def test_connections_that_break_now_and_then_are_retried(s3, start_agent, checkp
     agent = start_agent("--s3-endpoint", proxy.endpoint, "--readers", "1", env=s3.env)
     tensors = large_tensors(4)
     uri = s3.upload(s3.new_bucket(), "m", checkpoint_files(tensors))
-    proxy.cut_after(CHUNK + (1 << 20))  # connections are kept alive: the first chunk passes, the second breaks, and so on
+    proxy.cut_after(CHUNK + (1 << 20))  # connections are kept: one chunk passes, the next breaks, and so on
     with agent.client.lease(uri, deadline=soon()) as lease:
         lease.wait_ready(soon(60))
         assert proxy.cuts >= 1
@@ -742,23 +745,10 @@ def test_when_the_only_client_is_killed_the_load_still_ends_and_serves_the_next(
 
 
 class SlowStore(CuttingProxy):
-    """An S3 proxy that stops passing answers on after `limit` bytes of a connection, and does not hang up."""
+    """Passes nothing on after so many bytes of a connection, and does not hang up."""
 
-    def cut_after(self, limit: int) -> None:
-        self.limits.append(limit)
-
-    def copy(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
-        with contextlib.suppress(OSError):
-            passed = counted = 0
-            while data := source.recv(65536):
-                if counted != len(self.limits):
-                    passed, counted = 0, len(self.limits)
-                limit = self.limits[counted - 1] if answers else 0
-                target.sendall(data[: limit - passed] if limit else data)
-                passed += len(data)
-                if limit and passed > limit:
-                    self.cuts += 1
-                    return  # both sockets stay open
+    def end(self, source: socket.socket, target: socket.socket) -> None:
+        """Both sockets stay open."""
 
 
 @pytest.fixture
@@ -767,7 +757,7 @@ def stalled(s3, start_agent, checkpoint_files, eventually):
     proxy = SlowStore(s3.endpoint)
     agent = start_agent("--s3-endpoint", proxy.endpoint, env=s3.env)
     uri = s3.upload(s3.new_bucket(), "m", checkpoint_files(large_tensors(3)))
-    proxy.limit = 1 << 20
+    proxy.cut_after(1 << 20)
     yield agent, uri, lambda: eventually(lambda: proxy.cuts, what="the load stalls")
     proxy.server.close()
 

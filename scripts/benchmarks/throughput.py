@@ -25,7 +25,8 @@ from benchmarks.harness import Result, Sample, Unavailable, Variant, judged, mea
 NAME = "throughput"
 
 _PROMPT = 64
-_MOST_SEQUENTIAL = 8
+_SEQUENTIAL = (1, 8)  # it takes as long as all the rest together, and says nothing more at 4 and 16
+_HTTP_PAIRS = 9  # a few per cent are looked for, and single runs differ by ten
 _WAYS = ("glowplug", "deterministic", "generate_batch", "padded", "sequential")
 
 
@@ -41,19 +42,11 @@ def run(quick: bool, console: Console) -> Report:
     results: list[Result] = []
     for dtype in dtypes:
         for concurrent in counts:
-            # One after the other takes as long as all the rest together, and says nothing more at 16 than at 8.
-            ways = [way for way in _WAYS if way != "sequential" or concurrent <= _MOST_SEQUENTIAL]
-            if concurrent == counts[-1]:
-                ways.append("http")
+            ways = [way for way in _WAYS if way != "sequential" or concurrent in _SEQUENTIAL]
             variants = [Variant(way, _way(way, place, dtype, concurrent, new, threads)) for way in ways]
             title = f"{NAME}, {dtype}, {concurrent} at once"
             result = measure(variants, rounds, title=title, console=console)
-            case: dict[str, str | float] = {
-                "case": f"{dtype}, {concurrent} at once",
-                "threads": threads,
-                "prompt": _PROMPT,
-                "new": new,
-            }
+            case = _case(f"{dtype}, {concurrent} at once", threads, new)
             results.append(result)
             pairs = {
                 f"vs_{other}_{dtype}_{concurrent}": result.ratio("glowplug", other, "tokens_s") for other in _WAYS[1:]
@@ -63,8 +56,15 @@ def run(quick: bool, console: Console) -> Report:
                     ratios.setdefault(other, []).append(pair.median)
             headline |= {key: middle(pair) for key, pair in pairs.items()}
             rows += [*result.rows(**case), *ratio_rows(pairs, **case)]
-            if (overhead := result.ratio("http", "glowplug", "cpu_ms_per_token")) is not None:
-                headline[f"http_overhead_{dtype}"] = overhead.median - 1
+        ways = ["glowplug", "http"]
+        variants = [Variant(way, _way(way, place, dtype, counts[-1], new, threads)) for way in ways]
+        title = f"{NAME}, {dtype}, over HTTP"
+        result = measure(variants, rounds if quick else _HTTP_PAIRS, title=title, console=console)
+        case = _case(f"{dtype}, {counts[-1]} at once, over HTTP", threads, new)
+        results.append(result)
+        cost = {f"http_cost_{dtype}": result.ratio("http", "glowplug", "cpu_ms_per_token")}
+        rows += [*result.rows(**case), *ratio_rows(cost, **case)]
+        headline |= {f"http_overhead_{dtype}": found.median - 1 for found in cost.values() if found is not None}
     for other in ("generate_batch", "padded"):
         if other in ratios:
             headline[f"throughput_vs_{other}"] = statistics.median(ratios[other])
@@ -74,6 +74,10 @@ def run(quick: bool, console: Console) -> Report:
     headline["throughput_vs_sequential"] = min(eight, default=None)
     headline["http_overhead"] = max(costs, default=None)
     return judged(NAME, headline, rows, results, quick)
+
+
+def _case(case: str, threads: int, new: int) -> dict[str, str | float]:
+    return {"case": case, "threads": threads, "prompt": _PROMPT, "new": new}
 
 
 def _way(way: str, place: Path, dtype: str, concurrent: int, new: int, threads: int) -> Callable[[], Sample]:

@@ -14,7 +14,15 @@ from typing import TypeVar
 
 from cache_agent import manifest as manifests
 from cache_agent.access import credentials
-from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, LeaseLost, ProtocolError, from_wire
+from cache_agent.errors import (
+    AgentError,
+    AgentTimeout,
+    AgentUnreachable,
+    LeaseLost,
+    ProtocolError,
+    VersionMismatch,
+    from_wire,
+)
 from cache_agent.ledger import Span
 from cache_agent.manifest import Manifest
 from cache_agent.wire.fdsocket import Channel, Disconnected
@@ -312,7 +320,11 @@ class CacheClient:
         try:
             channel = dial(self._address, self._timeout) if self._address else self._dial_local()
             channel.send(Hello(VERSION, self._name, self._identity(), self._pod))
-            expect(channel, Welcome, time.monotonic() + self._timeout)
+            welcome, _ = expect(channel, Welcome, time.monotonic() + self._timeout)
+            if welcome.version != VERSION:
+                raise VersionMismatch(
+                    f"the agent speaks protocol {welcome.version}, this client {VERSION}: update the older of the two"
+                )
         except (OSError, ValueError, Disconnected) as error:
             if channel is not None:
                 channel.close()

@@ -121,7 +121,7 @@ class ProtocolError(AgentError):
 
 
 class VersionMismatch(AgentError):
-    """Client and agent speak different versions of the protocol."""
+    """Client and agent speak different versions of the protocol; a function goes on with a private agent."""
 
     code = "version"
 

@@ -10,8 +10,10 @@ worker → shim
     {"load": [turn, n]}                                 n requests are inside; turns count, as lines may overtake
     {"bytes": n}                                        memory that would be free without the worker; once it is idle
     {"spans": [[owner, name, start, end], …]}           new spans of the start's ledger (ns of CLOCK_MONOTONIC)
+    {"agent": why}                                      its agent is of no use: it asks for a private one
     {"error": [code, text]}                             why it is about to exit
 shim → worker
+    {"agent": path}                                     the private agent's socket
     {"retire": 1}                                       end, if that costs nobody anything; its end says: end at once
 
 Process tree and fds of pod mode:
@@ -24,6 +26,7 @@ Process tree and fds of pod mode:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
@@ -81,8 +84,43 @@ class Line:
             self.send(spans=rows[start : start + 100])
 
 
+class Hearing:
+    """The shim's end of one worker's line. Never blocks. `ended` once the worker has closed its own."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._lines = Lines()
+        self.ended = False
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def messages(self) -> list[dict[str, object]]:
+        """All that have come."""
+        found: list[dict[str, object]] = []
+        while not self.ended:
+            try:
+                data = self._sock.recv(64 << 10)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            self.ended = not data
+            found += self._lines.feed(data)
+        return found
+
+    def tell(self, **message: object) -> None:
+        """A worker that does not read, or is gone, is told nothing."""
+        with contextlib.suppress(OSError):
+            self._sock.send(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def close(self) -> None:
+        self._sock.close()
+
+
 class Lines:
-    """The shim's end: bytes in, messages out. Garbage is skipped: a worker's user code may have got hold of the fd."""
+    """Bytes in, messages out. Garbage is skipped: a worker's user code may have got hold of the fd."""
 
     def __init__(self) -> None:
         self._buffer = b""

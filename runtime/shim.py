@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
 
 from runtime.children import Child, become_subreaper, executed_at, reap, spawn  # noqa: E402
 from runtime.config import DEFAULT_SOCKET, FunctionConfig, from_environment  # noqa: E402
-from runtime.control import Lines, checked_spans  # noqa: E402
+from runtime.control import Hearing, checked_spans  # noqa: E402
 from runtime.crashes import Crashes, described  # noqa: E402
 from runtime.errors import BadConfig, FunctionError, WorkerCrashed  # noqa: E402
 from runtime.port import answers, open_port  # noqa: E402
+from runtime.wakeup import Wakeup  # noqa: E402
 
 if TYPE_CHECKING:
     from runtime.private_agent import PrivateAgent
@@ -62,20 +63,13 @@ class Shim:
         self._listener = open_port(config)
         self.spans.append(("shim", "listen", _T0, time.monotonic_ns()))
         self._poller = select.poll()
-        self._wake, wake = socket.socketpair()
-        for end in (self._wake, wake):
-            end.setblocking(False)
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        self._wake_end = wake
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-            signal.signal(number, lambda _number, _frame: None)  # the wakeup fd records them
+        self._signals = Wakeup(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         self._worker: Child | None = None
         self._dead_at = float("inf")
         self._born = False  # whether there ever was one
         self._turn = 0  # of the last load that it told
-        self._line: socket.socket | None = None
-        self._lines = Lines()
-        self._heard = 0.0
+        self._line: Hearing | None = None
+        self._heard = 0.0  # when it last said something
         self._crashes = Crashes()
         self._agent: PrivateAgent | None = None
         self._agent_path = ""
@@ -102,11 +96,22 @@ class Shim:
             return self.config.socket
         if answers(DEFAULT_SOCKET):
             return DEFAULT_SOCKET
+        return self._private_agent().path
+
+    def _private_agent(self) -> PrivateAgent:
         from runtime.private_agent import PrivateAgent
 
-        self._agent = PrivateAgent()
-        self._agent.start()
-        return self._agent.path
+        if self._agent is None:
+            self._agent = PrivateAgent()
+            self._agent.start()
+        return self._agent
+
+    def _use_private_agent(self, why: str) -> None:
+        """For the worker, which cannot understand the one that is there, and for whatever is started after it."""
+        _say(f"{why}; a private cache agent is asked instead")
+        self._agent_path = self._private_agent().path
+        if self._line is not None:
+            self._line.tell(agent=self._agent_path)
 
     def _find_pool(self) -> None:
         """Of the node, if there is one and it serves this container; its zygotes make the first start a fork, too."""
@@ -136,10 +141,9 @@ class Shim:
         self._parked = self._retired = self._forked = False
         self._turn = 0
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._line, self._lines = ours, Lines()
+        self._line = Hearing(ours)
         self._heard = time.monotonic()
-        self._poller.register(ours, select.POLLIN)
+        self._poller.register(self._line, select.POLLIN)
         number = 0
         if self._pod is not None:
             number = self._pod.fork(
@@ -186,7 +190,7 @@ class Shim:
 
     def run(self) -> int:
         become_subreaper()
-        self._poller.register(self._wake, select.POLLIN)
+        self._poller.register(self._signals, select.POLLIN)
         try:
             _say(f"port {self.port} is open, starting {self.config.model_uri}")
             self._agent_path = self._find_agent()
@@ -276,8 +280,7 @@ class Shim:
             self._start_worker(ahead=True)
         elif self._line is not None and self._worker is not None and now >= self._retire_at and pod.wants_drop(now):
             self._retire_at = now + _RETIRE_AGAIN
-            with contextlib.suppress(OSError):
-                self._line.send(b'{"retire":1}\n')
+            self._line.tell(retire=1)
 
     def _boot_instead(self, why: str) -> None:
         assert self._forking is not None, "it was to be forked"
@@ -287,12 +290,11 @@ class Shim:
         self._boot(line)
 
     def _take_signals(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            numbers = self._wake.recv(4096)
-            if signal.SIGTERM in numbers or signal.SIGINT in numbers:
-                if self._stopping and signal.SIGINT in numbers:
-                    self._kill_at = 0.0
-                self._begin_stop()
+        numbers = self._signals.take()
+        if signal.SIGTERM in numbers or signal.SIGINT in numbers:
+            if self._stopping and signal.SIGINT in numbers:
+                self._kill_at = 0.0
+            self._begin_stop()
 
     def _begin_stop(self) -> None:
         if self._stopping or not self._born:
@@ -305,23 +307,17 @@ class Shim:
             self._worker.signal(signal.SIGTERM)
 
     def _read_line(self) -> None:
-        while self._line is not None:
-            try:
-                data = self._line.recv(64 << 10)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._close_line()
-                return
+        if self._line is None:
+            return
+        for message in self._line.messages():
             self._heard = time.monotonic()
-            for message in self._lines.feed(data):
-                self._hear(message)
-                self.spans += checked_spans(message.get("spans"))
-                match message.get("error"):
-                    case [str(code), str(text)]:
-                        _say(f"{text} [{code}]")
+            self._hear(message)
+            self.spans += checked_spans(message.get("spans"))
+            match message.get("error"):
+                case [str(code), str(text)]:
+                    _say(f"{text} [{code}]")
+        if self._line.ended:
+            self._close_line()
 
     def _close_line(self) -> None:
         if self._line is not None:
@@ -337,7 +333,7 @@ class Shim:
                 if self.config.layers != "off" and self._pod is None:
                     from runtime.zygote.pod import Pod  # not before: the first start has to do without
 
-                    self._pod = Pod(self.config, self._agent_path, _say)
+                    self._pod = Pod(self.config, lambda: self._agent_path, _say)
                 if self._pod is not None:
                     self._pod.worker_ready(str(message.get("kind", "")), now - self._asked_at, self._forked, now)
             case {"state": "retired"}:
@@ -348,6 +344,8 @@ class Shim:
                     self._pod.load(inside, now)
             case {"bytes": int(size)} if self._pod is not None:
                 self._pod.worker_bytes(size)
+            case {"agent": str(why)}:
+                self._use_private_agent(why)
 
     def _report_ready(self) -> None:
         """The start in one line of the log, for whoever reads it at night."""
@@ -445,8 +443,7 @@ class Shim:
             agent.signal(signal.SIGTERM)
         while time.monotonic() < deadline and any(child.status is None for child in self._children()):
             self._poller.poll(50)
-            with contextlib.suppress(BlockingIOError):
-                self._wake.recv(4096)
+            self._signals.take()
             if self._pod is not None and self._worker is not None and self._worker.dead():
                 break  # how it ended was its zygote's to tell
             self._reap()
@@ -455,7 +452,7 @@ class Shim:
         if self._agent is not None:
             self._agent.close()
         self._reap()
-        signal.set_wakeup_fd(-1)
+        self._signals.close()
 
 
 def _say(text: str) -> None:

@@ -4,19 +4,17 @@ main thread     HTTP (gunicorn), from the first 150 ms until the last request is
 importer        imports torch and transformers, once HTTP is up
 starter         asks the agent for the weights, and assembles the model when it has them and the imports
 agent           listens to the lease: drain, revision
-shim            listens to the shim: retire; and ends the process when the shim is gone
+shim            listens to the shim: retire, another agent; and ends the process when the shim is gone
 drainer         waits for SIGTERM, lets requests end, ends the process
 engine          created by the engine itself
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import logging
 import os
-import random
 import signal
 import socket
 import sys
@@ -25,18 +23,18 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient, Lease
-from cache_agent.errors import AgentError, AgentTimeout
+from cache_agent.client import Lease
+from cache_agent.errors import AgentError
 from cache_agent.ledger import Ledger, Span
 from cache_agent.manifest import model_config
-from cache_agent.wire.messages import TEXT_LIMIT, Admitted, Drain, Started
-from runtime.children import private_bytes
+from cache_agent.wire.messages import Admitted, Drain
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
-from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, NotReady, WeightsUnavailable
+from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, WeightsUnavailable
 from runtime.imports import Importing
+from runtime.leasing import Leasing
 from runtime.lifecycle import Lifecycle
+from runtime.reporting import Reporting
 
 if TYPE_CHECKING:
     from runtime.handler import Handler
@@ -48,9 +46,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("glowplug.worker")
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
-_REJOIN_SECONDS = 30.0  # between two attempts to find an agent again, at most
-_REPORT_SECONDS = 2.0
-_MOST_SPANS = 256  # of a start that is reported; more are no start
 _LAST_WORDS = 2.0  # seconds in which the agent is told of what did not end in time
 _LAST_ANSWERS = 2.0  # seconds for answers at the end: of those who waited for a failed start, of the last at the port
 
@@ -73,10 +68,10 @@ class Worker:
         self._whole: Lease | None = None  # the one whose bytes are all there
         self._book: Checkpoints | None = None
         self._exit: FunctionError | None = None
-        self._start_kind: str = warm.level if warm else "cold"
-        self._reported = 0
-        self._seen_turns = self._sized_turns = -1
-        self._reporting = threading.Lock()
+        self._leasing = Leasing(config, ledger, line, self._lifecycle)
+        self._reporting = Reporting(config, ledger, line, self._lifecycle, self._leasing.client)
+        if warm is not None:
+            self._reporting.kind = warm.level
 
     def run(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket] = ()) -> int:
         for number in _STOPPING:
@@ -90,10 +85,10 @@ class Worker:
 
             self._server = HttpServer(
                 sock,
-                create_app(self._config, self._lifecycle, self._ledger, self._drain, lambda: self._start_kind),
+                create_app(self._config, self._lifecycle, self._ledger, self._drain, lambda: self._reporting.kind),
                 capacity=self._config.slots + self._config.queue,
                 parent=parent,
-                on_beat=self._beat,
+                on_beat=self._reporting.beat,
                 accepted=accepted,
             )
         threading.Thread(target=self._end, name="drainer", daemon=True).start()
@@ -125,7 +120,7 @@ class Worker:
             self._fail(FunctionError(f"the start failed: {type(error).__name__}: {error}"))
 
     def _prepare(self) -> None:
-        model = self._load(self._config.model_uri)
+        model = self._leasing.leased(self._assemble)  # torch is imported while the bytes are on their way
         handler = None
         gc.freeze()  # what is there now stays; looking through it for garbage would take a third of a second each time
         gc.enable()
@@ -135,13 +130,13 @@ class Worker:
                 handler = self._import_handler(model)
         from runtime.handoff.book import book
 
-        self._book = model.book = book(self._config, self._client, model)
+        self._book = model.book = book(self._config, self._leasing.client, model)
         self._lifecycle.phase = "serving"
         self._lifecycle.opened(model, handler)
-        self._report_spans()
+        self._reporting.spans()
         self._line.send(state="ready", kind=self._kind)
         threading.Thread(target=self._listen, args=(model,), name="agent", daemon=True).start()
-        self._report_start()
+        self._reporting.start()
 
     def _import_handler(self, model: Model) -> Handler:
         place = self._config.handler, self._config.packages, model, self._guard.scope
@@ -154,37 +149,6 @@ class Worker:
         from runtime import handler as handlers
 
         return handlers.load(*place)
-
-    def _load(self, uri: str) -> Model:
-        """Leases, retrying what can be cured by waiting, and imports torch while the bytes are on their way."""
-        client = self._client()
-        deadline = time.monotonic() + self._config.start_timeout
-        pause = 0.1
-        while True:
-            try:
-                self._lifecycle.phase = "lease"
-                with self._ledger.span("lease"):
-                    lease = client.lease(uri, start_id=self._ledger.start_id, deadline=deadline)
-                try:
-                    return self._assemble(lease, deadline)
-                except BaseException:
-                    lease.close()
-                    raise
-            except AgentError as error:
-                if isinstance(error, AgentTimeout) and time.monotonic() >= deadline:
-                    raise NotReady(f"{uri} did not arrive within {self._config.start_timeout:.0f} s") from error
-                if not error.retryable or time.monotonic() + pause >= deadline:
-                    raise
-                log.warning("%s [%s]; trying again", error.text, error.code)
-                self._lifecycle.phase = f"waiting to try again: {error.text} [{error.code}]"
-                time.sleep(pause)
-                pause = min(5.0, pause * 2)
-
-    def _client(self, timeout: float = 10.0) -> CacheClient:
-        config = self._config
-        config.token()  # a file that cannot be read is this function's mistake, and named so
-        name, identity = f"worker-{os.getpid()}", credentials.shown(config.token_file, config.identity_file)
-        return CacheClient(config.socket, name=name, identity=identity, pod=config.pod, timeout=timeout)
 
     def _assemble(self, lease: Lease, deadline: float) -> Model:
         self._lifecycle.phase = "imports"
@@ -219,7 +183,8 @@ class Worker:
         self._ledger.add(f"engine, one request at a time: {serial}" if serial else "engine", begun)
         engine.on_first_token = self._first_token
         engine.on_broken = self._broken
-        self._lease, self._guard = lease, mapped.guard
+        self._lease = self._reporting.lease = lease
+        self._guard = mapped.guard
         return Model(
             self._config.served_name,
             lease.revision,
@@ -238,9 +203,9 @@ class Worker:
         if self._warm is None or self._config.private_weights:
             return None
         parts = self._warm.parts(lease)
-        if parts is None and self._start_kind == "model":
+        if parts is None and self._reporting.kind == "model":
             log.info("the warm model is another one than the agent has now: it is put together anew")
-            self._start_kind = "lang"
+            self._reporting.kind = "lang"
         return parts
 
     def _put_together(self, lease: Lease, deadline: float) -> tuple[Weights, Loaded]:
@@ -277,7 +242,7 @@ class Worker:
         log.error("%s [%s]", error.text, error.code)
         self._lifecycle.fail(error)
         self._line.send(error=[error.code, error.text])
-        self._report_start()
+        self._reporting.start()
         self._http_up.wait()
         self._exit = error
         self._server.wait_idle(time.monotonic() + _LAST_ANSWERS)
@@ -298,61 +263,15 @@ class Worker:
                             self._drain(f"the agent says: {reason}")
             except AgentError as error:
                 log.warning("%s; this function goes on with the weights that it maps", error)
-            self._rejoin(self._lease)
-
-    def _rejoin(self, lease: Lease) -> None:
-        """Waits for an agent and offers it the weights, so that it needs no second copy of them."""
-        pause = 0.2
-        while True:
-            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  jitter, not a secret
-            pause = min(_REJOIN_SECONDS, 2 * pause)
-            try:
-                adopted = self._client().offer(self._config.model_uri, lease)
-            except (AgentError, FunctionError, OSError) as error:
-                log.debug("no agent to join yet: %s", error)
-                continue
-            log.info("joined the agent again; weights %s", "shared" if adopted.shared else f"not: {adopted.why}")
-            return
-
-    def _beat(self) -> None:
-        self._line.send(beat=1)
-        self._report_size()
-        if self._report_spans() and self._lifecycle.state != "starting":
-            threading.Thread(target=self._report_start, name="report", daemon=True).start()  # no beat waits for it
-
-    def _report_size(self) -> None:
-        """What the shim would get back without this worker, once after each time of work."""
-        turns = self._lifecycle.turns
-        if turns == self._seen_turns != self._sized_turns and not self._lifecycle.inside:
-            self._sized_turns = turns
-            self._line.send(bytes=private_bytes())
-        self._seen_turns = turns
-
-    def _report_spans(self) -> bool:
-        """Whether there was anything new to tell."""
-        with self._reporting:
-            fresh = self._ledger.since(self._reported)
-            self._reported += len(fresh)
-            if rows := [(span.owner, span.name, span.start, span.end) for span in fresh if span.owner != "shim"]:
-                self._line.spans(rows)
-            return bool(rows)
-
-    def _report_start(self) -> None:
-        """The agent keeps the ledgers of its node's starts, for those who look at it."""
-        error = self._lifecycle.error
-        failed = f"{error.text} [{error.code}]"[:TEXT_LIMIT] if error else ""
-        uri, name = self._config.model_uri, self._config.served_name[:256]
-        spans = self._ledger.spans()[:_MOST_SPANS]
-        with contextlib.suppress(AgentError, FunctionError, OSError):
-            lease = self._lease
-            tier, size = (lease.tier, lease.manifest.nbytes) if lease else ("", 0)
-            start = Started(self._ledger.start_id, name, uri, self._start_kind, spans, failed, tier, size)
-            self._client(_REPORT_SECONDS).report_start(start)
+            self._leasing.rejoin(self._lease)
 
     def _obey(self) -> None:
         for message in self._line.messages():
-            if "retire" in message:
-                self._server.retire(lambda retired: None if retired else self._line.send(state="needed"))
+            match message:
+                case {"retire": _}:
+                    self._server.retire(lambda retired: None if retired else self._line.send(state="needed"))
+                case {"agent": str(path)}:
+                    self._leasing.private_agent(path)
         log.warning("the shim is gone; the worker ends with it")
         self._server.stop(at_once=True)
 

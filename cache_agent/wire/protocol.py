@@ -47,7 +47,7 @@ Over TCP the same frames carry a function's lease without fds, and what agents s
 `error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
 then closes. One
 lease per connection: the connection *is* the lease. A higher minor feature is a new message or a new optional field;
-VERSION changes only when an old peer could misread a frame.
+VERSION changes only when an old peer could misread a frame; `hello`, `welcome` and `error` stay readable in every one.
 """
 
 from __future__ import annotations

@@ -64,9 +64,9 @@ class _Kept:
 
 
 class Pod:
-    """One container's. For the shim's thread only; `say` writes a line into its log."""
+    """One container's. For the shim's thread only; `agent()` is its agent's socket, `say` writes into its log."""
 
-    def __init__(self, config: FunctionConfig, agent: str, say: Callable[[str], None]) -> None:
+    def __init__(self, config: FunctionConfig, agent: Callable[[], str], say: Callable[[str], None]) -> None:
         self._config, self._agent, self._say = config, agent, say
         self.published = published.Published("pod", config.served_name, config.start_price)
         self.why = ""  # a pod's own zygotes are never refused as a whole, as a pool's may be
@@ -341,7 +341,7 @@ class Pod:
         try:
             name = f"layers-{os.getpid()}"
             identity = credentials.shown(self._config.token_file, self._config.identity_file)
-            client = CacheClient(self._agent, name=name, identity=identity, pod=self._config.pod)
+            client = CacheClient(self._agent(), name=name, identity=identity, pod=self._config.pod)
             deadline = time.monotonic() + _LEASE_SECONDS
             lease = client.lease(self._config.model_uri, deadline=deadline)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -285,6 +286,36 @@ line(state="ready")
     eventually(lambda: not Path(f"/proc/{orphan.read_text()}").exists(), 10, "no zombie is left")
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == 0
+
+
+def test_a_worker_that_cannot_understand_its_agent_gets_a_private_one(
+    shim: Callable[..., Shim], eventually: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It may ask again, and is given the same; so is the worker after it."""
+    seen = tmp_path / "seen"
+    worker = f"""
+for _ in range(2 if os.environ["GLOWPLUG_SOCKET"] == "/s" else 0):
+    line(agent="it speaks another version [version]")
+    with open({str(seen)!r}, "ab") as file:
+        file.write(os.read(control, 4096))
+with open({str(seen)!r}, "a") as file:
+    print(os.environ["GLOWPLUG_SOCKET"], file=file)
+with socket.socket(socket.AF_UNIX) as probe:
+    if os.environ["GLOWPLUG_SOCKET"] == "/s":
+        sys.exit(1)
+    probe.connect(os.environ["GLOWPLUG_SOCKET"])
+line(state="ready")
+{SERVE}
+""".strip()
+    running = shim(worker, socket="/s")
+    eventually(lambda: "ready after" in running.output(), 30)
+    first, second, own, theirs = seen.read_text().splitlines()
+    assert json.loads(first) == json.loads(second) == {"agent": theirs}
+    assert own == "/s"
+    assert "it speaks another version [version]; a private cache agent is asked instead" in running.output()
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end() == 0
+    assert list(running.temporary.iterdir()) == []
 
 
 def test_a_port_that_is_taken(shim: Callable[..., Shim]) -> None:

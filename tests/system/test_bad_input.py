@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import socket
 import struct
 import subprocess
@@ -17,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from cache_agent.wire.messages import ErrorReply
-from cache_agent.wire.protocol import encode
 
 COMPLETION = {"prompt": "a", "max_tokens": 1}
 
@@ -143,14 +142,46 @@ def odd_agent() -> Iterator[Callable[[bytes], Path]]:
         yield start
 
 
-def test_an_agent_of_another_version(started: Callable[..., Any], odd_agent: Callable[[bytes], Path]) -> None:
-    """An image and an agent that do not understand each other: told by name, at once."""
-    sentence = "this agent speaks version 9 of the protocol, and version 1 was asked for"
-    function = started(model="/models/any", socket=odd_agent(encode(ErrorReply("version", sentence))))
-    answer, log = _refused(function)
+@pytest.fixture
+def other_version(start_agent: Callable[..., Any], tmp_path: Path) -> Any:
+    """A real agent that speaks version 9 of the protocol."""
+    (tmp_path / "sitecustomize.py").write_text("import cache_agent.wire.protocol as p\np.VERSION = 9\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    return start_agent("--dram", "64M", env={"PYTHONPATH": path})
+
+
+SENTENCE = "the client speaks protocol 1, this agent 9: update the older of the two [version]"
+
+
+def test_an_agent_of_another_version(started: Callable[..., Any], other_version: Any, checkpoint: Path) -> None:
+    """It is as good as none: the function loads by itself, says why, and so do those that start after it."""
+    function = started(model=checkpoint, socket=other_version.socket)
+    assert function.request("/v1/completions", COMPLETION).status == 200
+    assert f"private agent: {SENTENCE}" in {span["name"] for span in function.spans()}
+    assert f"{SENTENCE}; a private cache agent is asked instead" in function.output()
+    private, worker = function.agent(), function.worker()
+    os.kill(worker, signal.SIGKILL)
+    again = function.worker(worker)
+    assert function.request("/v1/completions", COMPLETION).status == 200
+    assert not [span["name"] for span in function.spans() if span["name"].startswith("private agent")], "it was told"
+    assert (function.agent(), function.worker()) == (private, again)
+
+
+def test_neither_that_agent_nor_a_private_one(started: Callable[..., Any], other_version: Any) -> None:
+    """What a private agent cannot cure is told as ever; that there was another one is in the log."""
+    answer, log = _refused(started(model="/no/such/directory", socket=other_version.socket))
     assert (answer.status, answer.code) == (503, "weights_unavailable")
-    assert f"{sentence} [version]" in answer.text
-    assert f"{sentence} [version]" in log
+    assert SENTENCE in log
+    assert "[not_found]" in log
+
+
+def test_an_agent_that_stays_away(started: Callable[..., Any], checkpoint: Path) -> None:
+    """Its address was configured, so it is waited for: a twentieth of the time for a start, half a minute at most."""
+    function = started(model=checkpoint, socket="tcp://127.0.0.1:9", start_timeout=20)
+    assert function.request("/v1/completions", COMPLETION).status == 200
+    (span,) = [span["name"] for span in function.spans() if span["name"].startswith("private agent")]
+    assert "no cache agent answers at tcp://127.0.0.1:9" in span
+    assert span.endswith("[agent_unreachable]")
 
 
 @pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff" * 64, struct.pack("!I", 2) + b"{}"])

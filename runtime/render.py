@@ -21,11 +21,12 @@ from cache_agent.tiers.origin import parse_uri
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig
 
-Inject = Literal["policy", "fields", "none"]
+Inject = Literal["policy", "fields", "tcp", "none"]
 Objects = list[dict[str, Any]]
 
 MODEL_ANNOTATION = "glowplug.dev/model"
 INJECT_ANNOTATION = "glowplug.dev/inject"
+AGENT_ADDRESS = "tcp://glowplug-agent.glowplug-system.svc:8091"  # knative/components/peers: the agent of the pod's node
 # What Knative needs in its ConfigMap config-features before it takes what `inject="fields"` writes.
 GATED = {
     "hostPath": "kubernetes.podspec-volumes-hostpath",
@@ -49,9 +50,10 @@ _OWN |= {"PORT"}
 class Function:
     """What a developer knows. `timeout` and `start_timeout` in seconds; `memory`, `cpu` as Kubernetes quantities.
 
-    `inject` says how a Knative pod gets to its agent: by the cluster's `policy`, by `fields` of the Service, which need
-    feature flags, or not at all (`none`: it keeps an agent of its own). `retention` is how long the last replica stays
-    after its last request, "" for the platform's default. Raises `BadConfig`.
+    `inject` says how a pod gets to its agent: by the cluster's `policy`, by `fields` of the Service (Knative), which
+    need feature flags, over `tcp`, for a copy of the weights of its own, or not at all (`none`: it keeps an agent of
+    its own). `retention` is how long the last replica stays after its last request, "" for the platform's default.
+    Raises `BadConfig`.
     """
 
     name: str
@@ -90,7 +92,9 @@ class Function:
         if self.max_scale and self.max_scale < self.min_scale:
             raise BadConfig(f"--max-scale {self.max_scale} is below --min-scale {self.min_scale}")
         if self.inject not in get_args(Inject):
-            raise BadConfig(f"inject is {self.inject!r}; it can be policy, fields or none")
+            raise BadConfig(f"inject is {self.inject!r}; it can be policy, fields, tcp or none")
+        if self.inject == "tcp" and not self.token_secret:
+            raise BadConfig("--inject tcp needs --token-secret: over TCP an agent asks everybody who he is")
         for name in self.environment:
             if not _VARIABLE.fullmatch(name) or name in _OWN:
                 raise BadConfig(f"--env {name}: " + ("an option sets it" if name in _OWN else "no name of a variable"))
@@ -174,6 +178,8 @@ def openfaas(function: Function, gateway: str = "http://127.0.0.1:8080") -> Obje
     }
     if function.namespace:
         entry["namespace"] = function.namespace
+    if function.inject == "tcp":
+        environment["GLOWPLUG_SOCKET"] = AGENT_ADDRESS
     if function.token_secret:
         environment["GLOWPLUG_TOKEN_FILE"] = f"/var/openfaas/secrets/{function.token_secret}"
         entry["secrets"] = [function.token_secret]
@@ -223,6 +229,8 @@ def _container(function: Function) -> dict[str, Any]:
         "GLOWPLUG_DRAIN_LINGER": "0",
         "GLOWPLUG_DRAIN_GRACE": str(function.timeout - _LATE_SIGTERM - _MARGIN),
     }
+    if function.inject == "tcp":
+        environment["GLOWPLUG_SOCKET"] = AGENT_ADDRESS
     mounts: Objects = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108  the container's own
     if function.token_secret:
         environment["GLOWPLUG_TOKEN_FILE"] = "/etc/glowplug/token/token"  # noqa: S105

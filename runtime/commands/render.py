@@ -29,10 +29,10 @@ from runtime.config import FunctionConfig
 @click.option("--retention", default="", help="How long the last replica stays, like 10m (Knative).")
 @click.option(
     "--inject",
-    type=click.Choice(["policy", "fields", "none"]),
+    type=click.Choice(["policy", "fields", "tcp", "none"]),
     default="policy",
     show_default=True,
-    help="How a pod gets to its agent: the cluster's policy, fields of the Service (need feature flags), not at all.",
+    help="How a pod gets to its agent: the cluster's policy, fields of the Service (need flags), TCP, not at all.",
 )
 @click.option("--scheduler", default="", help="With --inject fields: the scheduler, like warm-scheduler.")
 @click.option("--token-secret", default="", help="Secret with the token that the agent asks for.")

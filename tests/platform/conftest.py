@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from manifests import build, data, schema  # noqa: F401  fixtures
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "templates" / "llm-python"

@@ -51,6 +51,8 @@ def test_the_examples_are_what_it_prints(name: str, pytestconfig: pytest.Config)
     [
         ("knative-full", "knative", {"namespace": "llm", "min_scale": 1, "max_scale": 8, "environment": {"A": "b: c"}}),
         ("knative-none", "knative", {"inject": "none", "slots": 16, "timeout": 600, "memory": "24Gi", "gpus": 2}),
+        ("knative-tcp", "knative", {"inject": "tcp", "token_secret": "token"}),
+        ("openfaas-tcp", "openfaas", {"inject": "tcp", "token_secret": "token"}),
         ("openfaas", "openfaas", {}),
         ("openfaas-full", "openfaas", {"namespace": "llm", "token_secret": "token", "max_scale": 4, "timeout": 60}),
     ],
@@ -146,7 +148,8 @@ def test_what_is_rendered_is_what_was_said() -> None:
         ({"timeout": 49}, "below 50"),
         ({"environment": {"GLOWPLUG_SLOTS": "3"}}, "an option sets it"),
         ({"environment": {"A=B C": "3"}}, "no name of a variable"),
-        ({"inject": "maybe"}, "policy, fields or none"),
+        ({"inject": "maybe"}, "policy, fields, tcp or none"),
+        ({"inject": "tcp"}, "needs --token-secret"),
     ],
 )
 def test_nonsense_is_named(options: dict[str, Any], match: str) -> None:

@@ -51,6 +51,7 @@ _SHAPES = {
         },
         {},
     ),
+    "throughput": Shape({"tokens/s": "tokens_s", "CPU, ms per token": "cpu_ms_per_token"}, {}),
     "keepalive": Shape(
         {"idle memory, GB·s": "idle_gb_s", "mean start, s": "mean_start_s", "P99, s": "p99_start_s"},
         {"trace": ("rainbowcake", "synthetic"), "rho": (None, 1.0)},

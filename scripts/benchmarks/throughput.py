@@ -20,7 +20,7 @@ from report import ROOT, Report, Row
 from rich.console import Console
 
 from benchmarks import models
-from benchmarks.harness import Result, Sample, Unavailable, Variant, judged, measure, middle, ratio_rows
+from benchmarks.harness import Result, Sample, Unavailable, Variant, judged, measure, ratio_rows
 
 NAME = "throughput"
 
@@ -39,6 +39,7 @@ def run(quick: bool, console: Console) -> Report:
     rows: list[Row] = []
     ratios: dict[str, list[float]] = {}
     headline: dict[str, float | None] = {}
+    eight: list[float] = []
     results: list[Result] = []
     for dtype in dtypes:
         for concurrent in counts:
@@ -54,7 +55,8 @@ def run(quick: bool, console: Console) -> Report:
             for other, pair in zip(_WAYS[1:], pairs.values(), strict=True):
                 if pair is not None:
                     ratios.setdefault(other, []).append(pair.median)
-            headline |= {key: middle(pair) for key, pair in pairs.items()}
+            if concurrent == _SEQUENTIAL[-1] and (pair := pairs[f"vs_sequential_{dtype}_{concurrent}"]) is not None:
+                eight.append(pair.median)
             rows += [*result.rows(**case), *ratio_rows(pairs, **case)]
         ways = ["glowplug", "http"]
         variants = [Variant(way, _way(way, place, dtype, counts[-1], new, threads)) for way in ways]
@@ -66,12 +68,11 @@ def run(quick: bool, console: Console) -> Report:
         rows += [*result.rows(**case), *ratio_rows(cost, **case)]
         headline |= {f"http_overhead_{dtype}": found.median - 1 for found in cost.values() if found is not None}
     for other in ("generate_batch", "padded"):
-        if other in ratios:
-            headline[f"throughput_vs_{other}"] = statistics.median(ratios[other])
-    known = {key: value for key, value in headline.items() if value is not None}
-    eight = [value for key, value in known.items() if key.startswith("vs_sequential") and key.endswith("_8")]
-    costs = [value for key, value in known.items() if key.startswith("http_overhead_")]
+        headline[f"throughput_vs_{other}"] = statistics.median(ratios[other]) if other in ratios else None
     headline["throughput_vs_sequential"] = min(eight, default=None)
+    if "deterministic" in ratios:
+        headline["deterministic_cost"] = statistics.median(ratios["deterministic"])
+    costs = [value for key, value in headline.items() if key.startswith("http_overhead_") and value is not None]
     headline["http_overhead"] = max(costs, default=None)
     return judged(NAME, headline, rows, results, quick)
 

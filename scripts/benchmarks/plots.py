@@ -35,9 +35,10 @@ def draw(report: Report, path: Path) -> None:
             [max(0.0, middle - _number(row["q1"])) for middle, row in zip(middles, shown, strict=True)],
             [max(0.0, _number(row["q3"]) - middle) for middle, row in zip(middles, shown, strict=True)],
         ]
-        axis.barh(range(len(shown)), middles, xerr=whiskers, color="0.75", ecolor="0.3", capsize=2, height=0.7)
+        shades = ["0.45" if f"{row['variant']}".startswith("glowplug") else "0.8" for row in shown]
+        axis.barh(range(len(shown)), middles, xerr=whiskers, color=shades, ecolor="0.2", capsize=2, height=0.7)
         for place, middle in enumerate(middles):
-            axis.text(middle + whiskers[1][place], place, f" {middle:.3g}", va="center", fontsize=8)
+            axis.text(middle + whiskers[1][place], place, f" {_short(middle)}", va="center", fontsize=8)
         axis.set_yticks(range(len(shown)), [_name(row, rows) for row in shown], fontsize=8)
         axis.set_xlim(left=0)
         unit = next((text for suffix, text in _UNITS.items() if metric.endswith(suffix)), "")
@@ -61,6 +62,10 @@ def _name(row: Row, rows: list[Row]) -> str:
     keys = [key for key in row if key not in _FIGURES]
     telling = [key for key in keys if key == "variant" or len({other.get(key) for other in rows}) > 1]
     return ", ".join(f"{row[key]}" if key == "variant" else f"{row[key]} {key}" for key in telling)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _number(value: object) -> float:

@@ -1,4 +1,4 @@
-"""Writes the README's tables from committed results, so that no figure there was typed by hand.
+"""Writes the README's tables, and the plots beside them, from committed results: no figure there was typed by hand.
 
 Between `<!-- bench: NAME -->` and `<!-- bench: end -->` stands what `results/NAME.json` says, and nothing else. A
 result that is not to be quoted is refused.
@@ -7,14 +7,17 @@ result that is not to be quoted is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import report
 from report import Report, Row
 
+from benchmarks import NAMES
+
 README = report.ROOT / "README.md"
+PLOTS = report.ROOT / ".github" / "plots"
 RESULTS = report.ROOT / report.RESULTS
 _PLACE = re.compile(r"(<!-- bench: (?!end)(?P<name>[\w-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 _NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "min", "max", "runs")
@@ -60,9 +63,15 @@ _SHAPES = {
 
 
 def write() -> list[str]:
-    """Renews the README; which files it looked after."""
+    """Renews the README and the plots; which files it looked after."""
+    from benchmarks import plots
+
     README.write_text(rendered(README.read_text(), RESULTS))
-    return [README.name]
+    PLOTS.mkdir(exist_ok=True)
+    drawn = [path for path in sorted(RESULTS.glob("*.json")) if path.stem in NAMES]
+    for path in drawn:
+        plots.draw(_tabled(report.read(path)), PLOTS / f"{path.stem}.png")
+    return [README.name, *(f"{PLOTS.relative_to(report.ROOT)}/{path.stem}.png" for path in drawn)]
 
 
 def rendered(text: str, results: Path) -> str:
@@ -90,11 +99,34 @@ def _table(found: Report) -> str:
     return "\n".join([*blocks, _origin_of(found)])
 
 
+def _tabled(found: Report) -> Report:
+    """What a plot shows beside the table: its rows, and the ratios of the headline."""
+    shape = _SHAPES.get(found.name)
+    if shape is None:
+        return found
+    rows = [row for row in _picked(found.rows, shape) if row.get("metric") in shape.columns.values()]
+    return replace(found, rows=[*rows, *(row for key, row in _spreads(found).items() if key in found.headline)])
+
+
+def _spreads(found: Report) -> dict[str, Row]:
+    """What is behind each ratio of the headline: the first case has the plain name."""
+    spreads: dict[str, Row] = {}
+    for row in found.rows:
+        if row["variant"] == "(ratio)":
+            spreads.setdefault(f"{row['metric']}", row)
+    return spreads
+
+
+def _picked(rows: Sequence[Row], shape: Shape) -> list[Row]:
+    case = {key: value if isinstance(value, tuple) else (value,) for key, value in shape.case.items()}
+    variants = [row for row in rows if not f"{row['variant']}".startswith("(")]
+    return [row for row in variants if all(row.get(key) in values for key, values in case.items())]
+
+
 def _variants(found: Report, shape: Shape) -> str:
     """A line per variant and case, a column per metric: medians."""
     rows = [row for row in found.rows if not f"{row['variant']}".startswith("(")]
-    case = {key: value if isinstance(value, tuple) else (value,) for key, value in shape.case.items()}
-    picked = [row for row in rows if all(row.get(key) in values for key, values in case.items())]
+    picked = _picked(rows, shape)
     reasons = [f"- {row['variant']}: {row['reason']}" for row in rows if row.get("reason")]
     varying = [key for key in _case(picked) if len({row.get(key) for row in picked if "metric" in row}) > 1]
     lines: dict[tuple[str, ...], dict[str, str]] = {}
@@ -116,10 +148,7 @@ def _variants(found: Report, shape: Shape) -> str:
 
 def _figures(found: Report) -> str:
     """The headline: each figure, and the quartiles of those that are ratios taken round by round."""
-    spreads: dict[str, Row] = {}
-    for row in found.rows:
-        if row["variant"] == "(ratio)":
-            spreads.setdefault(f"{row['metric']}", row)
+    spreads = _spreads(found)
     lines = [_line(["figure", "median", "quartiles"]), "|---|---:|---:|"]
     for key, value in found.headline.items():
         quartiles = f"{_number(spreads[key]['q1'])} … {_number(spreads[key]['q3'])}" if key in spreads else ""
@@ -129,7 +158,8 @@ def _figures(found: Report) -> str:
 
 def _origin_of(found: Report) -> str:
     m = found.machine
-    return (
+    plot = f"[Plot]({PLOTS.relative_to(report.ROOT)}/{found.name}.png). " if found.name in NAMES else ""
+    return plot + (
         f"Commit {found.commit}; {m['cpus']} × {m['processor']}, {m['memory_gib']} GiB, Linux {m['kernel']}, "
         f"Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}.\n"
     )

@@ -204,6 +204,8 @@ def test_the_readme_says_what_the_results_say() -> None:
     assert tables.rendered(text, tables.RESULTS) == text, "run scripts/bench tables"
     for name in NAMES:
         assert (f"<!-- bench: {name} -->" in text) == built(name), f"the README has a place for {name}, and it is built"
+        plot = (tables.PLOTS / f"{name}.png").relative_to(tables.README.parent)
+        assert (f"({plot})" in text) == (tables.README.parent / plot).exists(), "run scripts/bench tables"
 
 
 PLACES = [("sample", "| stale | 9 |\n"), ("load", "")]

@@ -2,7 +2,8 @@
 
 herd    50 clients at once on a function whose worker does not exist yet: nobody may be refused, one load may happen
 flood   ten times the rate it can sustain: only 200 and 429, whoever is let in is served in bounded time, memory is flat
-trace   the Azure LLM trace, scaled to the machine: time to the first token, time per token
+trace   the Azure LLM trace, scaled to the machine, bursts and all: time to the first token, time per token, and how many
+        were told to come back later
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ NAME = "overload"
 
 _HERD = 50
 _PROMPT, _NEW = 64, 32
+_BUSY = 429
 _LOAD = 0.6  # share of the measured tokens per second that the trace asks for
 _SCALE = 0.1  # of the trace's lengths: its prompts have 2000 tokens, this machine two processors
 
@@ -162,7 +164,9 @@ def run(quick: bool, console: Console) -> Report:
             console.print(f"[dim]{len(trace)} requests of the Azure trace[/]")
             probes.probes.append(machine.probe())
             replayed = clients(tested.port, trace)
-            headline["trace_errors"] = float(sum(one["status"] != 200 for one in replayed))
+            headline["trace_requests"] = float(len(replayed))
+            headline["trace_refused"] = float(sum(one["status"] == _BUSY for one in replayed))
+            headline["trace_errors"] = float(sum(one["status"] not in (200, _BUSY) for one in replayed))
             rows += _times("trace", replayed)
             for row in rows:
                 if row["variant"] == "trace" and row["metric"] in ("first_ms", "per_token_ms"):
@@ -203,7 +207,7 @@ def _flood(results: list[Result], tested: Function) -> dict[str, float]:
     return {
         "flood_requests": float(len(results)),
         "flood_accepted": float(len(accepted)),
-        "flood_odd_statuses": float(sum(one["status"] not in (200, 429) for one in results)),
+        "flood_odd_statuses": float(sum(one["status"] not in (200, _BUSY) for one in results)),
         "flood_latency_p99_s": round(percentiles(accepted)["p99"], 2),
         # The first half fills slots and kept rows; after it nothing may grow.
         "flood_memory_growth": round(max(sizes[half:]) / max(sizes[:half]), 3) if half else 1.0,

@@ -2,8 +2,7 @@
 
 herd    50 clients at once on a function whose worker does not exist yet: nobody may be refused, one load may happen
 flood   ten times the rate it can sustain: only 200 and 429, whoever is let in is served in bounded time, memory is flat
-trace   the Azure LLM trace, scaled to the machine, bursts and all: time to the first token, time per token, and how many
-        were told to come back later
+trace   the Azure LLM trace, scaled to the machine, bursts and all: time to the first token, time per token, refusals
 """
 
 from __future__ import annotations

@@ -91,6 +91,14 @@ class WorkerCrashed(FunctionError):
     exit_code = 69
 
 
+class StaleLayer(FunctionError):
+    """The layer that this worker was forked from has another model than the agent lends it."""
+
+    code = "stale_layer"
+    exit_code = 73
+    status = 503
+
+
 class BadRequest(FunctionError):
     """The request cannot be served as it stands."""
 

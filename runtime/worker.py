@@ -30,7 +30,7 @@ from cache_agent.manifest import model_config
 from cache_agent.wire.messages import Admitted, Drain
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
-from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, WeightsUnavailable
+from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, StaleLayer, WeightsUnavailable
 from runtime.imports import Importing
 from runtime.leasing import Leasing
 from runtime.lifecycle import Lifecycle
@@ -204,6 +204,8 @@ class Worker:
             return None
         parts = self._warm.parts(lease)
         if parts is None and self._reporting.kind == "model":
+            if self._warm.shared:  # whoever may not have that model must not find it in memory, either
+                raise StaleLayer("the pool's model is another one than the agent has now; another worker starts")
             log.info("the warm model is another one than the agent has now: it is put together anew")
             self._reporting.kind = "lang"
         return parts
@@ -338,7 +340,8 @@ def serve(
 def _ledger(start_id: str, spans: str, name: str, born: int) -> Ledger:
     ledger = Ledger("worker", start_id)
     ledger.extend(Span(*row) for row in json.loads(spans))
-    ledger.add(name, max((span.end for span in ledger.spans()), default=born), born)
+    asked = max((span.end for span in ledger.spans() if span.owner == "shim"), default=born)
+    ledger.add(name, min(asked, born), born)
     return ledger
 
 

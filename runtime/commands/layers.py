@@ -45,6 +45,8 @@ def layers(why: bool, place: Path | None, as_json: bool) -> None:
             click.echo(_line((layer["level"], layer["state"], idle, memory, _left(layer, age))))
             if why:
                 click.echo(f"          {_reason(layer)}")
+            if model := layer.get("model"):
+                click.echo(f"          of {model}")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -10,8 +10,10 @@ import sys
 import click
 
 from runtime.commands.output import json_option, print_json
-from runtime.config import FunctionConfig
+from runtime.config import DEFAULT_SOCKET, FunctionConfig, from_environment
 from runtime.errors import BadConfig
+
+COUNT = click.IntRange(min=0)
 
 
 @click.command()
@@ -20,13 +22,27 @@ from runtime.errors import BadConfig
 )
 @click.option("--kind", "kinds", multiple=True, help="Model type whose code is imported, like llama; repeatable.")
 @click.option("--domain", default="", help="Name of the trust domain that this pool is for.")
+@click.option(
+    "--agent", default=DEFAULT_SOCKET, show_default=True, help="The agent's socket, for models.", metavar="PATH"
+)
+@click.option("--models", default=8, show_default=True, help="How many models are held ready at once.", type=COUNT)
+@click.option("--spares", default=32, show_default=True, help="How many processes wait in containers.", type=COUNT)
 @click.option("--seccomp", default="", help="Compiled filter for workers of filtered containers.", metavar="PATH")
 @json_option
-def pool(path: str, kinds: tuple[str, ...], domain: str, seccomp: str, as_json: bool) -> None:
+def pool(
+    path: str,
+    kinds: tuple[str, ...],
+    domain: str,
+    agent: str,
+    models: int,
+    spares: int,
+    seccomp: str,
+    as_json: bool,
+) -> None:
     """Keep warm processes for all containers of this node.
 
     Needs root, Linux 6.5 and the node's pid namespace. Containers that it serves share the imported libraries' memory,
-    and trust this process.
+    and trust this process. How long models and waiting processes are held follows from GLOWPLUG_START_PRICE.
     """
     from runtime.zygote import own
     from runtime.zygote.pool import Pool
@@ -47,4 +63,7 @@ def pool(path: str, kinds: tuple[str, ...], domain: str, seccomp: str, as_json: 
 
     made_of = dataclasses.replace(own.needs(), domain=domain, preload=kinds)
     spec = Spec(key=json.dumps(dataclasses.asdict(made_of)), kinds=kinds)
-    sys.exit(Pool(path, spec, say=say, seccomp=seccomp).run())
+    made = Pool(
+        path, spec, made_of, from_environment(), agent=agent, models=models, spares=spares, seccomp=seccomp, say=say
+    )
+    sys.exit(made.run())

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from runtime.children import private_bytes, reap
+from runtime.wakeup import Wakeup
+from runtime.zygote import kernel
 from runtime.zygote.spawn import Spec
 from runtime.zygote.warm import Warm
 from runtime.zygote.wire import Gone, Wire
@@ -36,7 +38,7 @@ from runtime.zygote.wire import Gone, Wire
 BEAT = 0.25
 Fork: TypeAlias = Callable[[dict[str, Any], list[int]], int]
 Enter: TypeAlias = Callable[[dict[str, Any], list[int]], None]
-_PR_SET_DUMPABLE, _PR_SET_NAME = 4, 15
+_PR_SET_NAME = 15
 _BLOCKED = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -63,12 +65,8 @@ class ForkServer:
     def run(self, since: int) -> None:
         """`since` is when building began, in ns of CLOCK_MONOTONIC."""
         seal()
-        wake, end = socket.socketpair()
-        for each in (wake, end):
-            each.setblocking(False)
-        signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-        self._own = {self._wire.fileno(), wake.fileno(), end.fileno()}
+        wake = Wakeup(signal.SIGCHLD)
+        self._own = {self._wire.fileno(), *wake.fds}
         try:
             if why := self.unfit():
                 raise Unfit(why)
@@ -91,8 +89,7 @@ class ForkServer:
             while True:
                 poller.register(self._wire, select.POLLIN | (select.POLLOUT if self._wire.waiting else 0))
                 poller.poll(BEAT * 1000)
-                with contextlib.suppress(BlockingIOError):
-                    wake.recv(4096)
+                wake.take()
                 self._reap()
                 while (received := self._wire.receive()) is not None:
                     self._take(*received)
@@ -229,7 +226,7 @@ def build(
 ) -> int:
     """Builds a layer, and serves it until its supervisor is gone; the exit code."""
     since = time.monotonic_ns()
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user may look into it
+    kernel.dumpable(False)  # nobody of the same user may look into it
     signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     name_process("zygote")
     try:

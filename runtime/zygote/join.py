@@ -3,10 +3,11 @@
 The pool: `look` takes a pidfd of the container's first process and says what a worker there has to be, or refuses. The
 zygote: `fork_into` forks into the container's pid namespace. The child, before it runs anybody's code: `enter`.
 
-    nobody may look into it → the shim's stdio → cgroups → the copied runtime → namespaces, all at once → root
+    nobody may look into it → cgroups → the copied runtime → namespaces, all at once → root
     → the runtime's place → limits → ids, no capability, no new privileges, the filter
 
-Each step needs what later ones take away. The pid namespace comes first of all, because only a child is in it.
+Each step needs what later ones take away. The pid namespace comes first of all, because only a child is in it. Moving
+into a cgroup costs more than all the rest, a grace period of the kernel's, so that none is entered twice.
 Standard library only.
 """
 
@@ -17,6 +18,7 @@ import os
 import re
 import resource
 import select
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class Place:
     uid: int
     gid: int
     groups: tuple[int, ...]
-    cgroups: tuple[str, ...]  # files to write oneself into
+    cgroups: tuple[str, ...]  # files to write oneself into: of those in which the pool is not
     limits: tuple[tuple[int, int, int], ...]  # which, soft, hard
     umask: int
     oom: int
@@ -72,7 +74,7 @@ def look(pidfd: int) -> Place:
         spaces = {name: os.stat(base / "ns" / name).st_ino for name in ("pid", "user", "mnt")}
         own = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name in spaces}
         label, own_label = (_label(each) for each in (base, Path("/proc/self")))
-        cgroups = _cgroups((base / "cgroup").read_text())
+        cgroups = _cgroups((base / "cgroup").read_text(), Path("/proc/self/cgroup").read_text())
         oom = int((base / "oom_score_adj").read_text())
         limits = _limits((base / "limits").read_text())
     except (OSError, ValueError, KeyError) as error:
@@ -122,20 +124,19 @@ def enter(
     *,
     pidfd: int,
     root: int,
-    stdio: tuple[int, int, int],
     prefixes: tuple[str, ...],
     seccomp: bytes = b"",
-) -> None:
+) -> int:
     """Called in the forked child; afterwards it is a process of the container. Raises `OSError` for what failed.
 
     `root` is an fd of the container's root directory. `prefixes` are directories with the runtime that the pool runs,
-    which must lie in the container at the same path: modules that are imported later come from there.
+    which must lie in the container at the same path: modules that are imported later come from there. Returns when it
+    was in the cgroups, in ns of CLOCK_MONOTONIC.
     """
     kernel.dumpable(False)
-    for target, fd in enumerate(stdio):
-        os.dup2(fd, target)
     for file in place["cgroups"]:
         _write(file, "0")
+    charged = time.monotonic_ns()
     _write("/proc/self/oom_score_adj", str(place["oom"]), needed=False)
     trees = [(prefix, os.stat(prefix), kernel.open_tree(prefix)) for prefix in prefixes]
     kernel.setns(pidfd, _NAMESPACES)
@@ -149,6 +150,7 @@ def enter(
         with contextlib.suppress(ValueError, OSError):  # raising one needs a right that the pool may not have
             resource.setrlimit(which, (soft, hard))
     kernel.drop_privileges(place["uid"], place["gid"], list(place["groups"]), seccomp)
+    return charged
 
 
 def _graft(prefix: str, ours: os.stat_result, tree: int) -> None:
@@ -194,10 +196,10 @@ def _limits(text: str) -> tuple[tuple[int, int, int], ...]:
     return tuple((_LIMITS[name], soft, hard) for name, soft, hard in ends if name in _LIMITS)
 
 
-def _cgroups(text: str) -> tuple[str, ...]:
+def _cgroups(text: str, own: str) -> tuple[str, ...]:
     """The files by which a process moves itself where this one is: of the unified hierarchy, and of each old one."""
     found = []
-    for line in text.splitlines():
+    for line in sorted({*text.splitlines()} - {*own.splitlines()}):
         _, controllers, path = line.split(":", 2)
         relative = path.lstrip("/")
         if not controllers:

@@ -7,9 +7,9 @@ shim goes on as if there was none, and its ledger has the reason.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
 import select
 import socket
 import time
@@ -22,7 +22,7 @@ from runtime.zygote import layers, own, published
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Zygote
 from runtime.zygote.wire import Gone, Wire
 
-NOT_PLACED = 73  # exit code of a worker that could not enter the container
+NO_ENTRY = "it could not enter the container"  # how the pool begins its reason not to be asked again
 _ANSWER = 1.0  # seconds that the pool may take to say whether it serves this container
 _GUESSED = keepalive.Layer("user", 0.3, 100 << 20)
 
@@ -55,6 +55,8 @@ class Node:
             self.why = f"no pool answers at {self._config.pool} ({error.strerror or error})"
             return False
         pool = Zygote(Wire(sock), 0, -1, "")
+        with contextlib.suppress(Gone):  # if it has gone, what it said before it did is read below
+            pool.wire.send(self._wants())
         poller = select.poll()
         poller.register(pool.wire, select.POLLIN)
         deadline = time.monotonic() + _ANSWER
@@ -75,6 +77,11 @@ class Node:
                         return False
         pool.close()
         return False
+
+    def _wants(self) -> dict[str, Any]:
+        """So that the pool can begin before it is asked for a worker."""
+        shared = self._config.layers == "model" and not self._config.private_weights
+        return {"wants": self._config.model_uri if shared else ""}
 
     # --- what the shim tells --------------------------------------------------------------------------------------
 
@@ -112,11 +119,11 @@ class Node:
         self._serving, self._inside = True, 0
         if not ahead:
             self._history.used(now)
-        if self._pool is None and (self.why.startswith("it could not enter") or not self.connect()):
+        if self._pool is None and (self.why.startswith(NO_ENTRY) or not self.connect()):
             return 0
         assert self._pool is not None, "it was connected"
         self._number += 1
-        request = {"fork": self._number, "kind": "worker", "environment": dict(environment), "why": "", **more}
+        request = {"fork": self._number, "environment": dict(environment), **more}
         try:
             self._pool.wire.send(request, [listener, line, *connections, 0, 1, 2])
         except (Gone, ValueError) as error:
@@ -136,14 +143,12 @@ class Node:
         for event in self._pool.read():
             match event:
                 case Lost(why):
-                    self._lose(f"the pool is gone: {why}")
+                    self._lose(why if why.startswith(NO_ENTRY) else f"the pool is gone: {why}")
                 case Forked() | Refused():
                     self._asked = 0
                     events.append(event)
-                case Ended(_, status):
+                case Ended():
                     events.append(event)
-                    if os.waitstatus_to_exitcode(status) == NOT_PLACED:
-                        self._lose("it could not enter the container, whose log says why")
         if self._pool is not None and (why := self._pool.overdue(now)):
             self._lose(f"the pool {why.removeprefix('it ')}")
         if self._pool is None and self._asked:

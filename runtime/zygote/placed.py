@@ -1,54 +1,106 @@
-"""Owns a pool's zygote: a fork server whose children enter the container that they were asked for.
+"""Owns the zygotes of a pool: forkserver.py's, whose workers enter the container that they are for.
 
     python -m runtime.zygote.placed FD SPEC
 
-A request to fork has, besides what forkserver.py says, a `place` (see join.py) and five fds more at the end: the
-worker's standard input, output and error, a pidfd of the container's first process, and its root directory.
+A request to fork has a `place` (see join.py), and as fds a wire, a pidfd of the container's first process, and its root
+directory. The child goes there at once, and waits at its wire for what forkserver.py says of a worker, with standard
+input, output and error as the last fds: it is a spare until then. One whose wire is closed ends.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import socket
 import sys
 import sysconfig
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from runtime.children import private_bytes
 from runtime.zygote import forkserver, join
-from runtime.zygote.node import NOT_PLACED
+from runtime.zygote.node import NO_ENTRY
 from runtime.zygote.spawn import Spec
 from runtime.zygote.warm import Warm
-from runtime.zygote.wire import Wire
+from runtime.zygote.wire import Gone, Wire
+
+_AT_ONCE = 200  # ms in which the order comes if somebody waits; only after that it looks how large it is
+_STDIO = 3
+_NOT_PLACED = 74  # exit code of one that could not enter
 
 
 class Entering:
     """How this zygote forks, and what its children do first."""
 
     def __init__(self, seccomp: bytes = b"") -> None:
-        self._home = os.pidfd_open(os.getpid())
         self._prefixes = runtime_directories()
         self._seccomp = seccomp
 
     def fork(self, request: dict[str, Any], fds: list[int]) -> int:
-        return join.fork_into(fds[-2], self._home) if "place" in request else os.fork()
+        if "place" not in request:
+            return os.fork()
+        home = os.pidfd_open(os.getpid())
+        try:
+            return join.fork_into(fds[1], home)
+        finally:
+            os.close(home)
 
     def enter(self, request: dict[str, Any], fds: list[int]) -> None:
-        """Leaves in `fds` what is for the worker."""
+        """Becomes a process of the container, and leaves in `request` and `fds` what its worker is told."""
         if "place" not in request:
             return
-        forkserver.keep_only({0, 1, 2, *fds})
-        *_, stdin, stdout, stderr, pidfd, root = fds
-        streams = stdin, stdout, stderr
+        born = time.monotonic_ns()
+        wire, pidfd, root = fds
+        forkserver.name_process("spare")
+        forkserver.keep_only(set(fds))
+        for _ in range(_STDIO):  # the pool's are nothing for a container
+            os.open(os.devnull, os.O_RDWR)
         try:
-            join.enter(
-                request["place"], pidfd=pidfd, root=root, stdio=streams, prefixes=self._prefixes, seccomp=self._seccomp
+            charged = join.enter(
+                request["place"], pidfd=pidfd, root=root, prefixes=self._prefixes, seccomp=self._seccomp
             )
         except OSError as error:
-            # Half inside, it must not go on, and nobody's code has run yet.
-            os.write(2, f"glowplug: the pool's worker could not enter the container: {error}\n".encode())
-            os._exit(NOT_PLACED)
-        del fds[-5:]
+            _leave(Wire(socket.socket(fileno=wire)), f"{NO_ENTRY}: {error}")
+        os.close(pidfd)
+        os.close(root)
+        joined = time.monotonic_ns()
+        steps = [("fork", request["asked"], born), ("cgroup", born, charged), ("join", charged, joined)]
+        order, fds[:] = _ordered(Wire(socket.socket(fileno=wire)), (joined - request["asked"]) / 1e9)
+        for target, fd in enumerate(fds[-_STDIO:]):
+            os.dup2(fd, target)
+        del fds[-_STDIO:]
+        spans = json.loads(order["spans"])
+        since = min((start for _, _, start, _ in spans), default=0)  # what was done before is no part of this start
+        spans += [("pool", name, start, end) for name, start, end in steps if start >= since]
+        request.update(order, spans=json.dumps(spans))
+
+
+def _leave(wire: Wire, why: str) -> NoReturn:
+    """Half inside, it must not go on, and nobody's code has run yet."""
+    try:
+        wire.send({"failed": why})
+    finally:
+        os._exit(_NOT_PLACED)
+
+
+def _ordered(wire: Wire, seconds: float) -> tuple[dict[str, Any], list[int]]:
+    """What to do, and its fds; it took `seconds` to come here.
+
+    There is no deadline: the pool drops it when it is not worth its memory, and the end of the container is its own.
+    """
+    poller = select.poll()
+    poller.register(wire, select.POLLIN)
+    try:
+        if not poller.poll(_AT_ONCE):
+            wire.send({"parked": private_bytes(), "seconds": seconds})
+        while (received := wire.receive()) is None:
+            poller.poll()
+    except Gone:
+        os._exit(0)
+    wire.close()
+    return received
 
 
 def runtime_directories() -> tuple[str, ...]:
@@ -65,7 +117,11 @@ def main(arguments: list[str]) -> int:
     wire = Wire(socket.socket(fileno=int(arguments[0])))
     filter_file = os.environ.pop("GLOWPLUG_POOL_SECCOMP", "")
     entering = Entering(Path(filter_file).read_bytes() if filter_file else b"")
-    return forkserver.build(wire, spec, lambda: Warm.lang(spec.kinds, lean=spec.lean), entering.fork, entering.enter)
+
+    def make() -> Warm:
+        return Warm.lang(spec.kinds, lean=spec.lean, shared=True)
+
+    return forkserver.build(wire, spec, make, entering.fork, entering.enter)
 
 
 if __name__ == "__main__":

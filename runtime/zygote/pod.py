@@ -12,11 +12,6 @@ as long as a request is served, because a container may have but one processor a
 
 from __future__ import annotations
 
-import contextlib
-import os
-import queue
-import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cache_agent.limits import available_bytes
 from cache_agent.policy import keepalive
 from runtime.config import FunctionConfig
-from runtime.zygote import layers, own, published, spawn
+from runtime.zygote import layers, leasing, own, published, spawn
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote
 from runtime.zygote.wire import Gone
 
@@ -37,7 +32,6 @@ Kept = Literal["user", "model", "lang"]
 
 _SETTLED = 2.0  # seconds of idleness after which there is time for building
 _RETRY = 30.0  # seconds after which a layer that could not be built is tried again; doubles each time
-_LEASE_SECONDS = 10.0
 # What building and memory are taken for until they were measured.
 _GUESSED: Mapping[Kept, keepalive.Layer] = {
     "user": keepalive.Layer("user", 0.3, 100 << 20),
@@ -67,7 +61,7 @@ class Pod:
     """One container's. For the shim's thread only; `agent()` is its agent's socket, `say` writes into its log."""
 
     def __init__(self, config: FunctionConfig, agent: Callable[[], str], say: Callable[[str], None]) -> None:
-        self._config, self._agent, self._say = config, agent, say
+        self._config, self._say = config, say
         self.published = published.Published("pod", config.served_name, config.start_price)
         self.why = ""  # a pod's own zygotes are never refused as a whole, as a pool's may be
         self._kept: dict[Kept, _Kept] = {level: _Kept(level) for level in ("user", "model", "lang")}
@@ -81,11 +75,8 @@ class Pod:
         self._inside = 0
         self._pending_model: tuple[int, Any, Lease] | None = None
         self._leasing = False
-        self._leases: queue.SimpleQueue[Lease | str] = queue.SimpleQueue()
+        self._leases = leasing.Leasing(config, agent, "layers")
         self._lease: Lease | None = None
-        self._wake, self._waker = socket.socketpair()
-        for end in (self._wake, self._waker):
-            end.setblocking(False)
 
     # --- what the shim tells --------------------------------------------------------------------------------------
 
@@ -160,7 +151,7 @@ class Pod:
 
     def fds(self) -> list[int]:
         zygotes = [kept.zygote for kept in self._kept.values() if kept.zygote is not None]
-        found = [self._wake.fileno(), *(each.wire.fileno() for each in zygotes if each.state != "gone")]
+        found = [self._leases.fileno(), *(each.wire.fileno() for each in zygotes if each.state != "gone")]
         if self._lease is not None:
             found.append(self._lease.fileno())
         return found
@@ -295,7 +286,7 @@ class Pod:
             and self._wanted("model", now)
         ):
             self._leasing = True
-            threading.Thread(target=self._find_lease, name="lease", daemon=True).start()
+            self._leases.ask(self._config.model_uri)
 
     def _postpone(self, kept: _Kept, why: str, now: float) -> None:
         self._say(f"layer {kept.level} is not built: {why}; tried again after {kept.pause:.0f} s")
@@ -316,55 +307,20 @@ class Pod:
         for kept in self._kept.values():
             if kept.zygote is not None and (why := kept.zygote.overdue(now)):
                 self._lost(kept, f"its zygote {why.removeprefix('it ')} and was killed", now)
-        if self._lease is not None:
-            from cache_agent.errors import AgentError
-
-            try:
-                while self._lease.next_event(0.0) is not None:
-                    pass
-            except AgentError as error:
-                model = self._kept["model"]
-                if model.zygote is not None:
-                    self._end(model)
-                self._drop_lease()
-                self._postpone(model, error.text, now)
+        if self._lease is not None and (why := leasing.lost(self._lease)):
+            model = self._kept["model"]
+            if model.zygote is not None:
+                self._end(model)
+            self._drop_lease()
+            self._postpone(model, why, now)
 
     # --- the model's lease ----------------------------------------------------------------------------------------
 
-    def _find_lease(self) -> None:
-        """In a thread of its own: the agent may take its time, or be gone."""
-        from cache_agent.access import credentials
-        from cache_agent.client import CacheClient
-        from cache_agent.errors import AgentError
-
-        found: Lease | str
-        try:
-            name = f"layers-{os.getpid()}"
-            identity = credentials.shown(self._config.token_file, self._config.identity_file)
-            client = CacheClient(self._agent(), name=name, identity=identity, pod=self._config.pod)
-            deadline = time.monotonic() + _LEASE_SECONDS
-            lease = client.lease(self._config.model_uri, deadline=deadline)
-            try:
-                lease.wait_ready(deadline)
-            except BaseException:
-                lease.close()
-                raise
-            found = lease
-        except AgentError as error:
-            found = error.text
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        self._leases.put(found)
-        with contextlib.suppress(OSError):
-            self._waker.send(b"\0")
-
     def _take_lease(self, now: float) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake.recv(4096)
-        try:
-            found = self._leases.get_nowait()
-        except queue.Empty:
-            return
+        for _, found in self._leases.take():
+            self._leased(found, now)
+
+    def _leased(self, found: Lease | str, now: float) -> None:
         self._leasing = False
         lang, model = self._kept["lang"], self._kept["model"]
         if isinstance(found, str):

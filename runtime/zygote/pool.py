@@ -1,8 +1,10 @@
-"""Owns the zygotes of a node, and serves containers that connect to its socket: a supervisor for all of them.
+"""Owns the lang zygote of a node, and serves containers that connect to its socket: a supervisor for all of them.
 
 To a container's shim the pool looks like a zygote (see wire.py): it says `ready`, beats, forks on request, and tells
 how what it forked has ended. Who asks is known by the pidfd that the kernel gives of it (`SO_PEERPIDFD`), not by what
 it says: only the first process of a container is served, one worker at a time, and always into that very container.
+
+What there is of each container is in tenants.py, the layers above lang in models.py; here they are brought together.
 
 It is a subreaper, so that workers whose zygote died are its own, and nothing that it waits for can keep it from
 reaping: a container only terminates once the last of its processes has been.
@@ -11,7 +13,7 @@ reaping: a container only terminates once the last of its processes has been.
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import itertools
 import os
 import select
 import signal
@@ -19,105 +21,101 @@ import socket
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.children import reap
-from runtime.zygote import join, kernel
+from runtime.children import become_subreaper, reap
+from runtime.config import FunctionConfig
+from runtime.errors import StaleLayer
+from runtime.wakeup import Wakeup
+from runtime.zygote import join, kernel, layers
 from runtime.zygote.forkserver import BEAT
-from runtime.zygote.join import Place
+from runtime.zygote.models import Models
 from runtime.zygote.published import Published
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote, boot
+from runtime.zygote.tenants import Tenant
 from runtime.zygote.wire import Gone, Wire
 
 PROGRAM = ("-m", "runtime.zygote.placed")
-_PR_SET_CHILD_SUBREAPER = 36
 _REBUILD = 5.0  # seconds before a zygote that was lost is built again
 _BACKLOG = 256
-_CLIENTS = 1024
+_TENANTS = 1024
 _STDIO = 3
 
 
-@dataclass(slots=True, eq=False)
-class Client:
-    """A container's shim. `worker` is the pid of its worker outside, 0 while it has none."""
-
-    wire: Wire
-    pidfd: int
-    place: Place
-    asked: int | None = None  # the number of its request that is under way
-    worker: int = 0
-    inner: int = 0  # the worker's pid as the container sees it
-    worker_pidfd: int = -1
-    greeted: bool = False
-    since: float = field(default_factory=time.monotonic)
-
-
 class Pool:
-    """`run()` serves until SIGTERM."""
+    """`run()` serves until SIGTERM. `spares` and `models` are how many of each there may be at the same time."""
 
-    def __init__(self, path: str, spec: Spec, *, say: Callable[[str], None], seccomp: str = "") -> None:
-        self._path, self._spec, self._say, self._seccomp = path, spec, say, seccomp
-        self._zygote: Zygote | None = None
+    def __init__(
+        self,
+        path: str,
+        spec: Spec,
+        made_of: layers.Needs,
+        config: FunctionConfig,
+        *,
+        agent: str,
+        spares: int,
+        models: int,
+        seccomp: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self._path, self._spec, self._config = path, spec, config
+        self._spares, self._seccomp, self._say = spares, seccomp, say
+        self._lang: Zygote | None = None
         self._ready: Ready | None = None
         self._rebuild_at = 0.0
-        self._clients: dict[int, Client] = {}  # by fd
-        self._requests: dict[int, Client] = {}  # by the number that the zygote knows
-        self._number = 0
-        self._stopping = False
-        self._published = Published("pool", path, 0.0)
+        self._number = itertools.count(1).__next__
+        self._models = Models(config, agent, made_of, models, self._number, say)
+        self._tenants: dict[int, Tenant] = {}  # by fd
+        self._forks: dict[int, Tenant] = {}  # by the number that a zygote knows
+        self._published = Published("pool", path, config.start_price)
 
     def run(self) -> int:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        become_subreaper()
         kernel.dumpable(False)
         listener = self._listen()
-        wake, end = socket.socketpair()
-        for each in (wake, end):
-            each.setblocking(False)
-        signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        wake = Wakeup(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         beat_at = 0.0
         try:
-            while not self._stopping:
-                poller = select.poll()
-                poller.register(wake, select.POLLIN)
-                if len(self._clients) < _CLIENTS:
-                    poller.register(listener, select.POLLIN)
-                for fd, client in self._clients.items():
-                    poller.register(fd, select.POLLIN | (select.POLLOUT if client.wire.waiting else 0))
-                if self._zygote is not None:
-                    poller.register(self._zygote.wire, select.POLLIN)
-                ready = {fd for fd, _ in poller.poll(BEAT * 1000)}
-                with contextlib.suppress(BlockingIOError):
-                    wake.recv(4096)
-                self._reap()
-                self._tend(time.monotonic())
-                self._published.write(self._report(), time.monotonic())
+            while True:
+                ready = self._wait(listener, wake)
+                if {signal.SIGTERM, signal.SIGINT} & set(wake.take()):
+                    return 0
+                now = time.monotonic()
+                self._reap(now)
+                self._tend(now)
                 if listener.fileno() in ready:
                     self._accept(listener)
-                for fd in ready & self._clients.keys():
-                    self._hear(self._clients[fd])
-                if time.monotonic() >= beat_at:
-                    beat_at = time.monotonic() + BEAT
-                    for client in list(self._clients.values()):
-                        self._tell(client, {"beat": 1})
+                for tenant in [self._tenants[fd] for fd in ready & self._tenants.keys()]:
+                    self._hear(tenant, now)
+                self._tend_spares(now)
+                self._published.write(self._report(), now)
+                if now >= beat_at:
+                    beat_at = now + BEAT
+                    for tenant in list(self._tenants.values()):
+                        self._tell(tenant, {"beat": 1})
         finally:
             self._published.close()
             listener.close()
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
-            for client in list(self._clients.values()):
-                self._forget(
-                    client, ended=False
-                )  # workers go on; a pool that comes after this one serves the next start
-            if self._zygote is not None:
-                self._zygote.kill()
-        return 0
+            for tenant in list(self._tenants.values()):
+                self._forget(tenant, ended=False)  # workers go on; the next pool serves their next start
+            self._models.close()
+            if self._lang is not None:
+                self._lang.kill()
 
-    def _stop(self, _number: int, _frame: object) -> None:
-        self._stopping = True
+    def _wait(self, listener: socket.socket, wake: Wakeup) -> set[int]:
+        poller = select.poll()
+        poller.register(wake, select.POLLIN)
+        if len(self._tenants) < _TENANTS:
+            poller.register(listener, select.POLLIN)
+        for fd, tenant in self._tenants.items():
+            poller.register(fd, select.POLLIN | (select.POLLOUT if tenant.wire.waiting else 0))
+        if self._lang is not None:
+            poller.register(self._lang.wire, select.POLLIN)
+        for fd in self._models.fds():
+            poller.register(fd, select.POLLIN)
+        return {fd for fd, _ in poller.poll(BEAT * 1000)}
 
     def _listen(self) -> socket.socket:
         """Everybody on the node may connect; who is served is decided by who connects."""
@@ -134,79 +132,149 @@ class Pool:
     # --- zygotes --------------------------------------------------------------------------------------------------
 
     def _tend(self, now: float) -> None:
-        """Has a zygote, and hears what it says."""
-        if self._zygote is None:
-            if now >= self._rebuild_at:
-                variables = {**os.environ, "GLOWPLUG_POOL_SECCOMP": self._seccomp}
-                self._zygote = boot(self._spec, environment=variables, program=PROGRAM)
-            return
-        zygote = self._zygote
-        if why := zygote.overdue(now):
-            zygote.kill()
-            self._lost(f"{why} and was killed")
-            return
-        for event in zygote.read():
-            match event:
-                case Ready():
-                    self._ready = event
-                    self._say(f"the {event.level} layer is ready: {event.seconds:.2f} s, {event.bytes / 1e6:.0f} MB")
-                    for client in list(self._clients.values()):
-                        self._greet(client)
-                case Forked():
-                    self._forked(event)
-                case Refused():
-                    if (asking := self._requests.pop(event.number, None)) is not None:
-                        self._refuse(asking, event.why)
-                case Ended():
-                    self._ended(event.pid, event.status)
-                case Lost():
-                    self._lost(event.why)
-                    return
+        """Has a lang layer, hears what all zygotes say, and lets those of models come and go."""
+        if self._lang is None and now >= self._rebuild_at:
+            variables = {**os.environ, "GLOWPLUG_POOL_SECCOMP": self._seccomp}
+            self._lang = boot(self._spec, environment=variables, program=PROGRAM)
+        if self._lang is not None:
+            if why := self._lang.overdue(now):
+                self._lang.kill()
+                self._lost(f"{why} and was killed", now)
+            else:
+                for event in self._lang.read():
+                    match event:
+                        case Ready():
+                            self._is_ready(event)
+                        case Lost():
+                            self._lost(event.why, now)
+                            break
+                        case _ if not self._models.takes(event, now):
+                            self._take(event, now)
+        for event in self._models.step(now, None if self._ready is None else self._lang):
+            self._take(event, now)
+        for number, tenant in list(self._forks.items()):
+            if tenant.spare is not None and tenant.spare.zygote.state == "gone":
+                self._unforked(number, "the pool's zygote was lost", now)
 
-    def _lost(self, why: str) -> None:
+    def _is_ready(self, ready: Ready) -> None:
+        self._ready = ready
+        self._say(f"the {ready.level} layer is ready: {ready.seconds:.2f} s, {ready.bytes / 1e6:.0f} MB")
+        for tenant in list(self._tenants.values()):
+            self._greet(tenant)
+
+    def _lost(self, why: str, now: float) -> None:
         self._say(f"a zygote was lost: {why}; another is built in {_REBUILD:.0f} s")
-        if self._zygote is not None:
-            self._zygote.close()
-        self._zygote, self._ready = None, None
-        self._rebuild_at = time.monotonic() + _REBUILD
-        for client in self._requests.values():
-            self._refuse(client, f"the pool's zygote was lost: {why}")
-        self._requests.clear()
+        if self._lang is not None:
+            self._lang.close()
+        self._lang, self._ready = None, None
+        self._rebuild_at = now + _REBUILD
 
-    def _reap(self) -> None:
+    def _reap(self, now: float) -> None:
         """Zygotes, and workers whose zygote has died."""
         for pid, status in reap().items():
-            self._ended(pid, status)
+            self._ended(pid, status, now)
 
-    def _forked(self, event: Forked) -> None:
-        client = self._requests.pop(event.number, None)
-        if client is None or client.wire.fileno() not in self._clients:
+    def _take(self, event: Forked | Refused | Ended, now: float) -> None:
+        match event:
+            case Forked():
+                self._forked(event, now)
+            case Refused(number, why):
+                self._unforked(number, why, now)
+            case Ended(pid, status):
+                self._ended(pid, status, now)
+
+    # --- processes in containers ----------------------------------------------------------------------------------
+
+    def _forked(self, event: Forked, now: float) -> None:
+        tenant = self._forks.pop(event.number, None)
+        placed = None if tenant is None else tenant.spare
+        if tenant is None or placed is None or placed.number != event.number:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(event.pidfd, signal.SIGKILL)  # whoever asked for it is gone
+                signal.pidfd_send_signal(event.pidfd, signal.SIGKILL)  # whoever it was for is gone
             os.close(event.pidfd)
             return
-        client.worker, client.worker_pidfd, client.inner = event.pid, event.pidfd, _inner(event.pid)
-        self._tell(client, {"forked": client.asked, "pid": client.inner}, [event.pidfd])
-        client.asked = None
+        placed.forked(event.pid, event.pidfd)
+        if tenant.asked is not None:
+            self._promote(tenant, now)
 
-    def _ended(self, pid: int, status: int) -> None:
-        for client in self._clients.values():
-            if client.worker == pid:
-                inner = client.inner
-                os.close(client.worker_pidfd)
-                client.worker, client.inner, client.worker_pidfd = 0, 0, -1
-                self._tell(client, {"ended": inner, "status": status})
+    def _unforked(self, number: int, why: str, now: float) -> None:
+        tenant = self._forks.pop(number, None)
+        if tenant is None or tenant.spare is None or tenant.spare.number != number:
+            return
+        tenant.drop_spare()
+        tenant.broken = why
+        if tenant.asked is not None:
+            self._refuse(tenant, tenant.asked, why, now)
+
+    def _promote(self, tenant: Tenant, now: float) -> None:
+        """What was told to serve is there."""
+        worker, number = tenant.promote(), tenant.asked
+        tenant.asked = None
+        self._models.began(tenant.wants, now)
+        self._tell(tenant, {"forked": number, "pid": worker.inner}, [worker.pidfd])
+
+    def _ended(self, pid: int, status: int, now: float) -> None:
+        for tenant in self._tenants.values():
+            if (worker := tenant.worker) is not None and worker.pid == pid:
+                why = tenant.hear()
+                tenant.worker = None
+                worker.close()
+                tenant.history.idle(now)
+                self._models.ended(tenant.wants, now)
+                if worker.layer is not None and os.waitstatus_to_exitcode(status) == StaleLayer.exit_code:
+                    self._models.stale(worker.layer, now)
+                self._tell(tenant, {"ended": worker.inner, "status": status})
+                if why:
+                    self._dismiss(tenant, why)
                 return
+            if tenant.spare is not None and tenant.spare.pid == pid:
+                tenant.broken = tenant.hear() or "its spare was killed"
+                tenant.drop_spare()
+                return
+
+    def _prepare(self, tenant: Tenant) -> str:
+        """Has a spare forked from the deepest layer; why not, or ""."""
+        layer, why = self._models.deepest(tenant.wants)
+        zygote = self._lang if layer is None else layer.zygote
+        if zygote is None or self._ready is None:
+            return "no zygote of the pool is ready"
+        number = self._number()
+        try:
+            if refused := tenant.prepare(zygote, number, layer, why):
+                return refused
+        except Gone:
+            return "the pool's zygote is gone"
+        self._forks[number] = tenant
+        return ""
+
+    def _tend_spares(self, now: float) -> None:
+        """One for every container that it is worth it for; none that stands on less, or more, than there is."""
+        count = sum(tenant.spare is not None for tenant in self._tenants.values())
+        for tenant in list(self._tenants.values()):
+            if tenant.asked is not None or not tenant.greeted or tenant.worker is not None:
+                continue
+            if tenant.spare is not None:
+                if why := tenant.hear():
+                    self._dismiss(tenant, why)
+                    continue
+                deeper = self._models.deepest(tenant.wants)[0] is not tenant.spare.layer
+                if not deeper and tenant.wanted(now, self._config.start_price):
+                    continue
+                tenant.drop_spare()
+                count -= 1
+            if count < self._spares and tenant.wanted(now, self._config.start_price):
+                count += not self._prepare(tenant)
 
     def _report(self) -> list[dict[str, Any]]:
         """For people; see published.py."""
-        workers = sum(bool(client.worker) for client in self._clients.values())
+        workers = sum(tenant.worker is not None for tenant in self._tenants.values())
+        spares = sum(tenant.spare is not None for tenant in self._tenants.values())
         if self._ready is None:
-            return [{"level": "lang", "state": "building", "since": None}]
-        ready = self._ready
-        why = f"held for all containers of the node: {len(self._clients)} are connected, {workers} have a worker"
-        held = {"level": ready.level, "state": "used" if workers else "idle", "since": None}
-        return [{**held, "seconds": ready.seconds, "bytes": ready.bytes, "why": why}]
+            return [{"level": "lang", "state": "building", "since": None}, *self._models.report()]
+        why = f"held for all containers of the node: {len(self._tenants)} are connected, {workers} have a worker"
+        why += f", {spares} a spare"
+        held = {"level": self._ready.level, "state": "used" if workers else "idle", "since": None, "why": why}
+        return [{**held, "seconds": self._ready.seconds, "bytes": self._ready.bytes}, *self._models.report()]
 
     # --- containers -----------------------------------------------------------------------------------------------
 
@@ -217,112 +285,102 @@ class Pool:
             try:
                 pidfd = sock.getsockopt(socket.SOL_SOCKET, kernel.SO_PEERPIDFD)
             except OSError:
-                self._deny(wire, "this kernel does not say who connects (SO_PEERPIDFD, Linux 6.5)")
+                wire.dismiss({"failed": "this kernel does not say who connects (SO_PEERPIDFD, Linux 6.5)"})
                 return
             try:
                 place = join.look(pidfd)
                 if place.filtered and not self._seccomp:
                     raise join.Refused("its container has a seccomp filter, and the pool was given none")
-                if any(other.place.container == place.container for other in self._clients.values()):
+                if any(other.place.container == place.container for other in self._tenants.values()):
                     raise join.Refused("its container is served already")
             except join.Refused as refused:
                 os.close(pidfd)
-                self._deny(wire, str(refused))
+                wire.dismiss({"failed": str(refused)})
                 return
-            client = Client(wire, pidfd, place)
-            self._clients[wire.fileno()] = client
-            self._greet(client)
+            tenant = Tenant(wire, pidfd, place)
+            self._tenants[wire.fileno()] = tenant
+            self._greet(tenant)
 
-    def _deny(self, wire: Wire, why: str) -> None:
-        with contextlib.suppress(Gone):
-            wire.send({"failed": why})
-        wire.close()
-
-    def _greet(self, client: Client) -> None:
-        if self._ready is not None and not client.greeted:
-            client.greeted = True
+    def _greet(self, tenant: Tenant) -> None:
+        if self._ready is not None and not tenant.greeted:
+            tenant.greeted = True
             ready = self._ready
-            self._tell(client, {"ready": ready.level, "key": ready.key, "seconds": ready.seconds, "bytes": ready.bytes})
+            self._tell(tenant, {"ready": ready.level, "key": ready.key, "seconds": ready.seconds, "bytes": ready.bytes})
 
-    def _hear(self, client: Client) -> None:
+    def _hear(self, tenant: Tenant, now: float) -> None:
         try:
-            client.wire.flush()
-            while (received := client.wire.receive()) is not None:
+            tenant.wire.flush()
+            while (received := tenant.wire.receive()) is not None:
                 message, fds = received
                 try:
-                    self._ask(client, message, fds)
+                    self._answer(tenant, message, fds, now)
                 finally:
                     for fd in fds:
                         os.close(fd)
         except Gone:
-            self._forget(client)
+            self._forget(tenant)
 
-    def _ask(self, client: Client, message: dict[str, Any], fds: list[int]) -> None:
-        """Passes a request on, if it is one that a shim may make. Whatever else it says is not passed on."""
+    def _answer(self, tenant: Tenant, message: dict[str, Any], fds: list[int], now: float) -> None:
+        """Does what a shim may ask for. Whatever else is said is not passed on."""
         match message:
+            case {"wants": str(uri)} if tenant.worker is None and tenant.asked is None:
+                tenant.wants = uri if self._config.layers == "model" else ""
+                tenant.history.idle(now)
             case {
-                "fork": int(number), "kind": "worker", "environment": dict(environment), "cwd": str(cwd),
-                "start_id": str(start_id), "spans": str(spans), "why": str(why),
+                "fork": int(number), "environment": dict(environment), "cwd": str(cwd), "start_id": str(start_id),
+                "spans": str(spans),
             } if len(fds) >= 2 + _STDIO:  # fmt: skip
-                pass
+                order = {"environment": environment, "cwd": cwd, "start_id": start_id, "spans": spans}
+                if tenant.worker is not None or tenant.asked is not None:
+                    self._tell(tenant, {"refused": number, "why": "its container has a worker"})
+                elif why := self._order(tenant, number, order, fds, now):
+                    self._refuse(tenant, number, why, now)
             case _:
                 raise Gone("no request that a shim makes")
-        if client.worker or client.asked is not None:
-            self._tell(client, {"refused": number, "why": "its container has a worker"})
-            return
-        if self._zygote is None or self._ready is None:
-            self._tell(client, {"refused": number, "why": "no zygote of the pool is ready"})
-            return
-        try:
-            root = os.open(f"/proc/{client.place.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            self._tell(client, {"refused": number, "why": f"its root cannot be opened ({error.strerror})"})
-            return
-        try:
-            if not join.lives(client.pidfd):
+
+    def _order(self, tenant: Tenant, number: int, order: dict[str, Any], fds: list[int], now: float) -> str:
+        """Tells the container's spare to serve, or has another one forked that will; why not, or ""."""
+        tenant.history.used(now)
+        self._models.asked(tenant.wants, now)
+        for _ in range(2):  # a spare may be gone, and it is not known yet
+            if tenant.spare is None and (why := self._prepare(tenant)):
+                return why
+            if not join.lives(tenant.pidfd):
                 raise Gone("it has ended")
-            self._number += 1
-            self._requests[self._number] = client
-            client.asked = number
-            request = {
-                "fork": self._number, "kind": "worker", "environment": environment, "cwd": cwd, "start_id": start_id,
-                "spans": spans, "why": why, "place": client.place.dump(),
-            }  # fmt: skip
             try:
-                self._zygote.wire.send(request, [*fds, client.pidfd, root])
+                tenant.order(order, fds)
             except Gone:
-                self._lost("it went away")
-        finally:
-            os.close(root)
+                tenant.drop_spare()
+                continue
+            tenant.asked = number
+            if tenant.spare is not None and tenant.spare.pid:
+                self._promote(tenant, now)
+            return ""
+        return "what was forked for it does not answer"
 
-    def _refuse(self, client: Client, why: str) -> None:
-        number, client.asked = client.asked, None
-        if client.wire.fileno() in self._clients:
-            self._tell(client, {"refused": number, "why": why})
+    def _refuse(self, tenant: Tenant, number: int, why: str, now: float) -> None:
+        tenant.asked = None
+        self._models.refused(tenant.wants, now)
+        self._tell(tenant, {"refused": number, "why": why})
 
-    def _tell(self, client: Client, message: dict[str, Any], fds: list[int] | None = None) -> None:
+    def _tell(self, tenant: Tenant, message: dict[str, Any], fds: list[int] | None = None) -> None:
         try:
-            client.wire.send(message, fds or [])
+            tenant.wire.send(message, fds or [])
         except Gone:
-            self._forget(client)
+            self._forget(tenant)
 
-    def _forget(self, client: Client, *, ended: bool = True) -> None:
-        """Its shim has `ended`, and so will the container; a worker that is left has nobody to serve for."""
-        if self._clients.pop(client.wire.fileno(), None) is None:
+    def _dismiss(self, tenant: Tenant, why: str) -> None:
+        """It is not served any more; `why`."""
+        self._say(f"the container of process {tenant.place.pid} is not served: {why}")
+        fd = tenant.wire.fileno()
+        if self._tenants.get(fd) is tenant:
+            tenant.wire.dismiss({"failed": why})
+            self._forget(tenant, fd=fd)
+
+    def _forget(self, tenant: Tenant, *, ended: bool = True, fd: int = -1) -> None:
+        """Its shim has `ended`, or left; what it has in the container goes with it, unless it is the pool that ends."""
+        if self._tenants.pop(tenant.wire.fileno() if fd < 0 else fd, None) is None:
             return
-        if client.worker_pidfd >= 0:
-            if ended:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(client.worker_pidfd, signal.SIGKILL)
-            os.close(client.worker_pidfd)
-        client.wire.close()
-        os.close(client.pidfd)
-
-
-def _inner(pid: int) -> int:
-    """A process's number in its own pid namespace."""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    return pid
+        if tenant.worker is not None:
+            self._models.ended(tenant.wants, time.monotonic())
+        tenant.close(ended=ended)

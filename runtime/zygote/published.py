@@ -1,12 +1,13 @@
 """Owns what a supervisor lets people know of its layers: a file of its own, written anew when they change.
 
     {"pid": …, "mode": "pod" | "node" | "pool", "name": …, "rho": …, "layers": [
-        {"level": "lang", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …, "rebuild": …, "until": …,
-         "why": …}]}
+        {"level": "lang", "model": "", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …, "rebuild": …,
+         "until": …, "why": …}]}
 
-`state` is `building`, `used` (something runs, or stands on it), `idle` or `absent`; `since` is when it became idle, in
-seconds of CLOCK_MONOTONIC, null while it is used; `hold`, `rebuild` and `until` are seconds of idleness as in
-`Decision`, null for never. The file is gone when its supervisor ends; one that was left behind is known by its pid.
+`model` is the URI of one of the models that a pool holds, "" in a pod; `state` is `building`, `used` (something runs,
+or stands on it), `idle` or `absent`; `since` is when it became idle, in seconds of CLOCK_MONOTONIC, null while it is
+used; `hold`, `rebuild` and `until` are seconds of idleness as in `Decision`, null for never. The file is gone when its
+supervisor ends; one that was left behind is known by its pid.
 Standard library only.
 """
 
@@ -28,11 +29,12 @@ _PREFIX = "glowplug-layers-"
 _APART = 1.0  # seconds between two writes: requests come oftener than anybody looks
 
 
-def entry(level: str, state: State, since: float | None, decision: Decision) -> dict[str, Any]:
+def entry(level: str, state: State, since: float | None, decision: Decision, model: str = "") -> dict[str, Any]:
     """One layer, and what is decided for it."""
     ends = {"hold": decision.hold, "rebuild": decision.rebuild, "until": decision.until}
     return {
         "level": level,
+        "model": model,
         "state": state,
         "since": since,
         "seconds": decision.layer.seconds,

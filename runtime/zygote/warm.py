@@ -10,7 +10,7 @@ import gc
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime import imports
@@ -30,15 +30,19 @@ class _Lent:
 
 @dataclass(frozen=True, slots=True)
 class Warm:
-    """A layer as its children find it. `inodes` are those of the segments that `weights` maps."""
+    """A layer as its children find it. `files` are the segments that `weights` maps, by device and inode.
+
+    Children of one that is `shared` belong to several containers, whose functions may not all have its model.
+    """
 
     level: Level
     weights: Weights | None = None
     loaded: Loaded | None = None
-    inodes: tuple[int, ...] = ()
+    files: tuple[tuple[int, int], ...] = ()
+    shared: bool = False
 
     @classmethod
-    def lang(cls, kinds: Sequence[str], *, lean: bool = True) -> Warm:
+    def lang(cls, kinds: Sequence[str], *, lean: bool = True, shared: bool = False) -> Warm:
         """Imports everything that a worker does, and the code of models of these kinds. One thread in all of it."""
         _one_thread()
 
@@ -57,7 +61,7 @@ class Warm:
 
         _ask_once()
         _lay_out_once()
-        return cls("lang")
+        return cls("lang", shared=shared)
 
     def with_model(self, size: int, manifest: int, *segments: int) -> Warm:
         """The layer on top: the model of this manifest (an fd, and its size in bytes) on these segments.
@@ -67,22 +71,26 @@ class Warm:
         from cache_agent.client import read_manifest
         from runtime.weights import Weights, assemble
 
-        inodes = tuple(os.fstat(fd).st_ino for fd in segments)
+        files = _files(segments)
         weights = Weights(_Lent(read_manifest(manifest, size), segments))
         for fd in (manifest, *segments):
             os.close(fd)
         loaded = assemble(weights)
         _forward_once(loaded.model)
-        return Warm("model", weights, loaded, inodes)
+        return replace(self, level="model", weights=weights, loaded=loaded, files=files)
 
     def parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
         """The model that is ready, if its bytes are the very ones of this lease."""
         if self.weights is None or self.loaded is None:
             return None
         same = self.weights.manifest.source == lease.manifest.source
-        if not same or self.inodes != tuple(os.fstat(fd).st_ino for fd in lease.segments):
+        if not same or self.files != _files(lease.segments):
             return None
         return self.weights, self.loaded
+
+
+def _files(fds: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((found.st_dev, found.st_ino) for found in map(os.fstat, fds))
 
 
 def _one_thread() -> None:

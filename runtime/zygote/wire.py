@@ -1,7 +1,8 @@
 """Owns a socket between a supervisor and a zygote: one JSON object per packet, with the fds that it names.
 
     supervisor → zygote
-        {"fork": id, "kind": "worker" | "zygote", "arguments": […], "environment": {…}}     fds: see forkserver.py
+        {"fork": id, "kind": "worker" | "zygote", "environment": {…}, …}                     fds: see forkserver.py
+        {"fork": id, "kind": "spare", "place": {…}, "asked": ns}                            fds: see placed.py
     zygote → supervisor
         {"beat": 1}                                                 it turns; also while it is being built
         {"ready": level, "key": …, "seconds": …, "bytes": …}         it may be forked from now on
@@ -9,6 +10,14 @@
         {"forked": id, "pid": pid}                                  fd: a pidfd of the child
         {"refused": id, "why": text}                                nothing was forked
         {"ended": pid, "status": status}                            as waitpid gave it
+    shim → pool
+        {"wants": uri}                      the model that it will ask a worker for; "" for none of the pool's
+        {"fork": id, "environment": {…}, "cwd": …, "start_id": …, "spans": …}               fds: a worker's, and stdio
+    pool → spare
+        {"environment": {…}, "cwd": …, "start_id": …, "spans": …, "why": …}                  fds: the same
+    spare → pool
+        {"parked": bytes, "seconds": …}                             it is where it should be, and what that took
+        {"failed": text}                                            it could not go there, and ends
 
 A packet is whole or not there at all, so that neither side ever waits for the rest of one. Standard library only.
 """
@@ -104,6 +113,16 @@ class Wire:
                 raise
             raise Gone("it sent something that is no message") from None
         return message, list(fds)
+
+    def dismiss(self, message: dict[str, Any]) -> None:
+        """Says a last thing, so that it is heard whatever the other side has said meanwhile, and closes."""
+        with contextlib.suppress(Gone, OSError):
+            self.send(message)
+            self.sock.shutdown(socket.SHUT_RD)
+            while (received := self.receive()) is not None:  # closing on unread data would be a reset there
+                for fd in received[1]:
+                    os.close(fd)
+        self.close()
 
     def close(self) -> None:
         while self._waiting:

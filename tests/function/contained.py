@@ -1,5 +1,6 @@
 """The first process of a container that a test makes: it takes orders as JSON lines, and says what came of them.
 
+    {"wants": ""}            tells the pool that it will ask for a worker without a model
     {"ask": 1}               asks the pool for a worker
     {"attack": "source"}     runs Python in a child, as an attacker in the container would
 
@@ -114,10 +115,12 @@ def obey(order: dict[str, Any], wire: Any, fds: list[int], options: dict[str, An
     match order:
         case {"ask": number}:
             environment = {**options["environment"], "PATH": os.environ["PATH"]}
-            request = {"fork": number, "kind": "worker", "environment": environment, "cwd": "/"}
+            request = {"fork": number, "environment": environment, "cwd": "/"}
             with open(os.devnull) as nothing:
                 fds = [*fds[:2], nothing.fileno(), 2, 2]
-                wire.send({**request, "start_id": "0" * 16, "spans": "[]", "why": ""}, fds)
+                wire.send({**request, "start_id": "0" * 16, "spans": "[]"}, fds)
+        case {"wants": _}:
+            wire.send(order)
         case {"attack": str(source)}:
             done = subprocess.run(
                 [sys.executable, "-P", "-c", source], capture_output=True, text=True, stdin=subprocess.DEVNULL

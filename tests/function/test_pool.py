@@ -60,8 +60,18 @@ class Pool:
         wait(lambda: self.socket.exists(), "the pool listens", self.log)
 
     def children(self) -> list[int]:
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+        return children(self.process.pid)
+
+    def grandchildren(self, name: str) -> list[int]:
+        """What its zygotes have forked, by name."""
+        return [each for child in self.children() for each in children(child) if comm(each) == name]
+
+    def layers(self) -> list[dict[str, Any]]:
+        """As it publishes them."""
+        from runtime.zygote import published
+
+        (found,) = [each for each in published.read() if each["pid"] == self.process.pid]
+        return list(found["layers"])
 
     def close(self) -> None:
         self.process.terminate()
@@ -150,12 +160,17 @@ class Container:
         (first,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return os.stat(process / "ns/pid").st_ino == os.stat(f"/proc/{first}/ns/pid").st_ino
 
-    def holds(self, pid: int, name: str) -> bool:
-        """Whether this is a process of the container with that name."""
-        with contextlib.suppress(OSError):
-            process = Path(f"/proc/{pid}")
-            return self._mine(process) and (process / "comm").read_text().strip() == name
-        return False
+    def named(self, name: str) -> int:
+        """The number outside of the container's process with this name, once there is one."""
+
+        def found() -> int:
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if comm(int(process.name)) == name and self._mine(process):
+                        return int(process.name)
+            return 0
+
+        return int(wait(found, f"there is a {name}", self.log))
 
     def first(self) -> int:
         return self.outside(1)
@@ -166,11 +181,25 @@ class Container:
         self.process.wait(SECONDS)
 
 
-def wait(condition: Callable[[], Any], what: str, log: Path | None = None) -> None:
+def wait(condition: Callable[[], Any], what: str, log: Path | None = None) -> Any:
+    """What the condition gave, once that is something."""
     deadline = time.monotonic() + SECONDS
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {SECONDS:.0f} s; {log.read_text() if log else ''}"
         time.sleep(0.02)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def comm(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def ended(pid: int) -> bool:
@@ -178,8 +207,14 @@ def ended(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    made = Pool(tmp_path_factory.mktemp("pool"))
+def agent(agent_process: Callable[..., Any]) -> Iterator[Any]:
+    with agent_process("--socket-mode", "666", "--file-root", str(ROOT)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, agent: Any) -> Iterator[Pool]:
+    made = Pool(tmp_path_factory.mktemp("pool"), "--agent", str(agent.socket))
     yield made
     made.close()
 
@@ -333,6 +368,40 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
     assert found == {"failed": "only the first process of a container is served"}
 
 
+def test_a_spare_waits_for_the_request_and_goes_with_its_container(
+    pool: Pool, container: Callable[..., Container]
+) -> None:
+    """It is confined as its worker will be before anybody asks, and it is that worker then."""
+    place = container()
+    place.hear("ready")
+    place.order(wants="")
+    spare = place.named("glowplug-spare")
+    wait(lambda: status(spare)["NoNewPrivs"] == "1", "it has entered the container", place.log)
+    ours, theirs = status(spare), status(place.first())
+    assert [ours[name] for name in ("Uid", "Gid", "Groups")] == [theirs[name] for name in ("Uid", "Gid", "Groups")]
+    assert os.stat(f"/proc/{spare}/root/").st_ino == os.stat(f"/proc/{place.first()}/root/").st_ino
+    assert {os.readlink(fd).split(":")[0] for fd in Path(f"/proc/{spare}/fd").iterdir()} == {"/dev/null", "socket"}
+    found = place.attack(ATTACK.format(pid=int(ours["NSpid"].split()[-1])))
+    assert {name: result for name, result in found.items() if result not in (1, 13)} == {}
+    place.order(ask=1)
+    assert place.hear("forked", "refused")["pid"] == int(ours["NSpid"].split()[-1])
+    wait(lambda: comm(spare) == "glowplug-worker", "it is the worker")
+
+    os.kill(spare, signal.SIGKILL)
+    place.hear("ended")
+    another = place.named("glowplug-spare")
+    os.kill(another, signal.SIGKILL)  # somebody in the container has done that
+    wait(lambda: ended(another), "it is reaped")
+    place.order(ask=2)
+    assert "forked" in place.hear("forked", "refused")
+    os.kill(place.named("glowplug-worker"), signal.SIGKILL)
+    place.hear("ended")
+    last = place.named("glowplug-spare")
+    place.close()
+    wait(lambda: ended(last), "nothing of the container is left")
+    assert pool.process.poll() is None
+
+
 def test_who_is_no_container_is_refused(pool: Pool) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
         asking.connect(str(pool.socket))
@@ -443,10 +512,11 @@ def test_a_stopped_zygote_is_replaced(tmp_path: Path, container: Callable[..., C
 
 
 class Function:
-    """A function's shim in a container, with an agent; the pool is where it is by default."""
+    """A function's shim in a container, with an agent; the pool is where it is by default, and has no model for it."""
 
     def __init__(self, container: Callable[..., Container], agent: Path, **environment: str) -> None:
         agent.parent.chmod(0o755)
+        environment = {"GLOWPLUG_LAYERS": "lang", **environment}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -469,10 +539,27 @@ class Function:
         wait(asked, "the function is ready", self.container.log)
         return dict(self.get("/_/ledger"))
 
+    def answer(self) -> str:
+        body = json.dumps({"prompt": "What is a lease?", "max_tokens": 8, "temperature": 0}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", body)
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            return str(json.loads(answer.read())["choices"][0]["text"])
+
+    def crash(self) -> dict[str, Any]:
+        """Of its worker; the ledger of the next one."""
+        first = self.ready()
+        os.kill(self.container.named("glowplug-worker"), signal.SIGSEGV)
+        wait(lambda: self.ready()["start_id"] != first["start_id"], "another start", self.container.log)
+        return self.ready()
+
+
+def names(ledger: dict[str, Any], owner: str) -> list[str]:
+    return [span["name"] for span in ledger["spans"] if span["owner"] == owner]
+
 
 @pytest.fixture
-def function(container: Callable[..., Container], start_agent: Callable[..., Any]) -> Callable[..., Function]:
-    agent = start_agent("--socket-mode", "666", "--file-root", str(ROOT))
+def function(container: Callable[..., Container], agent: Any) -> Callable[..., Function]:
     return lambda **environment: Function(container, agent.socket, **environment)
 
 
@@ -480,27 +567,50 @@ def test_a_functions_first_start_is_a_fork(function: Callable[..., Function]) ->
     served = function()
     ledger = served.ready()
     assert ledger["start"] == "lang"
-    assert "fork from lang" in [span["name"] for span in ledger["spans"]]
-    body = json.dumps({"prompt": "What is a lease?", "max_tokens": 8}).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{served.port}/v1/completions", body)
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-        assert json.loads(answer.read())["choices"][0]["text"]
+    assert "fork from lang" in names(ledger, "worker")
+    assert names(ledger, "pool") == ["fork", "cgroup", "join"]
+    assert served.answer()
+    assert served.crash()["start"] == "lang"
     os.kill(served.container.first(), signal.SIGTERM)
     assert served.container.process.wait(SECONDS) == 0, served.container.log.read_text()
 
 
-def test_a_crashed_worker_is_forked_anew(function: Callable[..., Function]) -> None:
-    served = function()
+def test_a_model_that_was_used_is_forked_from(
+    pool: Pool,
+    container: Callable[..., Container],
+    function: Callable[..., Function],
+    start_agent: Callable[..., Any],
+) -> None:
+    """Built on the pool's own lease, once somebody had it; never for those to whom the agent lends something else."""
+    served = function(GLOWPLUG_LAYERS="model")
     first = served.ready()
-    worker = next(
-        pid
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-        if served.container.holds(pid, "glowplug-worker")
-    )
-    os.kill(worker, signal.SIGSEGV)
-    wait(lambda: served.ready()["start_id"] != first["start_id"], "another start", served.container.log)
-    assert served.ready()["start"] == "lang"
+    (name,) = [name for name in names(first, "worker") if name.startswith("fork from ")]
+    assert name == "fork from lang, model: no model layer is there"
+    told = served.answer()
+    wait(lambda: "model layer of file://" in pool.log.read_text(), "the model is held", pool.log)
+    assert served.crash()["start"] == "model"
+    assert served.answer() == told
+    (held,) = [layer for layer in pool.layers() if layer["level"] == "model"]
+    assert held["model"].endswith("llm-python/model")
+    assert held["bytes"] > 3_000_000, "its pages, and the weights that the agent cannot give up"
+
+    other = start_agent("--socket-mode", "666", "--file-root", str(ROOT))
+    stranger = Function(container, other.socket, GLOWPLUG_LAYERS="model")
+    assert stranger.ready()["start"] == "lang"
+    assert "stale_layer" in stranger.container.log.read_text()
+    assert stranger.answer() == told
+    wait(lambda: "the agent has another revision" in pool.log.read_text(), "it is given up", pool.log)
+
+
+def test_a_model_layer_that_is_killed_takes_nothing_with_it(pool: Pool, function: Callable[..., Function]) -> None:
+    served = function(GLOWPLUG_LAYERS="model")
+    served.ready()
+    (zygote,) = wait(lambda: pool.grandchildren("glowplug-zygote"), "the model is held", pool.log)
+    wait(lambda: served.crash()["start"] == "model", "a worker stands on it", pool.log)
+    os.kill(zygote, signal.SIGKILL)
+    wait(lambda: "its zygote was lost" in pool.log.read_text(), "it is missed", pool.log)
+    assert served.answer()
+    assert served.crash()["start"] == "lang"
 
 
 def test_without_the_pool_a_function_starts_alone_and_says_why(function: Callable[..., Function]) -> None:

@@ -41,7 +41,9 @@ COMBINATIONS = (
     ("token", "redis", "peers"),
     ("rights", "redis", "peers", "metrics"),
     ("token", "metrics"),
+    ("pool",),
 )
+POOL = "glowplug-pool"  # the one part that is privileged, and opt-in for that reason
 TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),

@@ -20,6 +20,7 @@ from manifests import (
     KUSTOMIZATIONS,
     OBJECTS,
     OVERLAYS,
+    POOL,
     ROOT,
     Schema,
     containers,
@@ -31,7 +32,8 @@ from cache_agent.access import rights
 from cache_agent.cli import main
 from cache_agent.config import AgentConfig, from_environment, parse_size
 from cache_agent.policy.rights import Caller
-from runtime.config import FunctionConfig
+from runtime.commands.pool import pool
+from runtime.config import DEFAULT_SOCKET, FunctionConfig
 
 
 @pytest.fixture(params=[overlay.name for overlay in OVERLAYS])
@@ -128,6 +130,8 @@ def test_every_gated_field_has_its_flag(path: Path, schema: Callable[[str, str],
 
 def test_nothing_is_privileged(combined: list[dict[str, Any]]) -> None:
     for name, pod in pods(combined):
+        if name == POOL:
+            continue
         spec = pod["spec"]
         assert not {"hostNetwork", "hostPID", "hostIPC", "hostUsers"} & spec.keys(), name
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -141,6 +145,32 @@ def test_nothing_is_privileged(combined: list[dict[str, Any]]) -> None:
             assert (context.get("runAsUser") == 0) == (container["name"] == "directories")
         paths = {volume["hostPath"]["path"] for volume in spec["volumes"] if "hostPath" in volume}
         assert paths == ({"/run/glowplug", "/var/lib/glowplug"} if name == "glowplug-agent" else set())
+
+
+def test_the_pool_is_as_privileged_as_it_must_be_and_no_more(build: Callable[..., list[dict[str, Any]]]) -> None:
+    objects = build("cpu", "pool")
+    (pod,) = [pod for name, pod in pods(objects) if name == POOL]
+    spec = pod["spec"]
+    (container,) = containers(pod)
+    assert spec["hostPID"]
+    assert not {"hostNetwork", "hostIPC"} & spec.keys()
+    assert container["securityContext"] == {"privileged": True, "runAsUser": 0, "readOnlyRootFilesystem": True}
+    assert spec["nodeSelector"], "only on nodes that were chosen"
+    (policy,) = [item for item in objects if item["kind"] == "NetworkPolicy" and item["metadata"]["name"] == POOL]
+    assert (policy["spec"]["ingress"], policy["spec"]["egress"]) == ([], [])
+    # Its socket, and the agent's, are where both are looked for.
+    assert {str(Path(FunctionConfig.pool).parent), str(Path(DEFAULT_SOCKET).parent)} <= {
+        mount["mountPath"] for mount in container["volumeMounts"]
+    }
+    program, command, *_ = container["command"]
+    assert (program, command) == ("glowplug", "pool")
+    parsed = pool.make_context("pool", list(container["args"])).params
+    assert parsed["kinds"] == ("llama", "qwen2")
+    assert (parsed["path"], parsed["agent"]) == (FunctionConfig.pool, DEFAULT_SOCKET)
+    # Both images have it, and what is imported by different settings is not shared.
+    images = (ROOT / "templates/llm-python/Dockerfile", KNATIVE / "images/function.Dockerfile")
+    for variable in container["env"]:
+        assert all(f"{variable['name']}={variable['value']} " in image.read_text() for image in images)
 
 
 def test_every_container_has_bounds(combined: list[dict[str, Any]]) -> None:
@@ -166,8 +196,8 @@ def test_memory_covers_the_weights(overlay: list[dict[str, Any]]) -> None:
 
 def test_settings_exist(combined: list[dict[str, Any]]) -> None:
     agent = {f"GLOWPLUG_{field.name.upper()}" for field in dataclasses.fields(AgentConfig)}
-    for _, pod in pods(combined):
-        for container in containers(pod):
+    for part, pod in pods(combined):
+        for container in containers(pod) if part != POOL else ():  # its variables are a function's
             variables = {variable["name"]: variable.get("value", "") for variable in container.get("env", ())}
             referred = {name for value in variables.values() for name in re.findall(r"\$\((\w+)\)", value)}
             assert variables.keys() - referred <= agent

@@ -156,13 +156,13 @@ def enter(
 def _graft(prefix: str, ours: os.stat_result, tree: int) -> None:
     """The runtime's directory as the pool has it, read-only, unless the container has that very one."""
     try:
+        if not os.path.isdir(prefix):
+            os.makedirs(prefix, 0o755)
         theirs = os.stat(prefix)
-        if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino):
-            return
-    except FileNotFoundError:
-        os.makedirs(prefix, 0o755)
-    kernel.move_mount(tree, prefix)
-    os.close(tree)
+        if (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino):
+            kernel.move_mount(tree, prefix)
+    finally:
+        os.close(tree)
 
 
 def _pid(pidfd: int) -> int:

@@ -380,7 +380,11 @@ def test_a_spare_waits_for_the_request_and_goes_with_its_container(
     ours, theirs = status(spare), status(place.first())
     assert [ours[name] for name in ("Uid", "Gid", "Groups")] == [theirs[name] for name in ("Uid", "Gid", "Groups")]
     assert os.stat(f"/proc/{spare}/root/").st_ino == os.stat(f"/proc/{place.first()}/root/").st_ino
-    assert {os.readlink(fd).split(":")[0] for fd in Path(f"/proc/{spare}/fd").iterdir()} == {"/dev/null", "socket"}
+
+    def held() -> set[str]:
+        return {os.readlink(fd).split(":")[0] for fd in Path(f"/proc/{spare}/fd").iterdir()}
+
+    wait(lambda: held() == {"/dev/null", "socket"}, "it has nothing open of the pool's", place.log)
     found = place.attack(ATTACK.format(pid=int(ours["NSpid"].split()[-1])))
     assert {name: result for name, result in found.items() if result not in (1, 13)} == {}
     place.order(ask=1)

@@ -6,8 +6,9 @@ zygote: `fork_into` forks into the container's pid namespace. The child, before 
     nobody may look into it → cgroups → the copied runtime → namespaces, all at once → root
     → the runtime's place → limits → ids, no capability, no new privileges, the filter
 
-Each step needs what later ones take away. The pid namespace comes first of all, because only a child is in it. Moving
-into a cgroup costs more than all the rest, a grace period of the kernel's, so that none is entered twice.
+Each step needs what later ones take away. The pid namespace comes first of all, because only a child is in it; so does
+the cgroup of version 2, in which a child can begin. Moving a process (`cgroup.procs`) would cost more than all the
+rest, a grace period of the kernel's; moving a thread (`tasks`, version 1), the only one that there is, does not.
 Standard library only.
 """
 
@@ -54,7 +55,8 @@ class Place:
     uid: int
     gid: int
     groups: tuple[int, ...]
-    cgroups: tuple[str, ...]  # files to write oneself into: of those in which the pool is not
+    cgroup: str  # of version 2, its directory; "" if the pool is in the same
+    cgroups: tuple[str, ...]  # of version 1, where the pool is in another: files to write oneself into
     limits: tuple[tuple[int, int, int], ...]  # which, soft, hard
     umask: int
     oom: int
@@ -74,7 +76,7 @@ def look(pidfd: int) -> Place:
         spaces = {name: os.stat(base / "ns" / name).st_ino for name in ("pid", "user", "mnt")}
         own = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name in spaces}
         label, own_label = (_label(each) for each in (base, Path("/proc/self")))
-        cgroups = _cgroups((base / "cgroup").read_text(), Path("/proc/self/cgroup").read_text())
+        cgroup, cgroups = _cgroups((base / "cgroup").read_text(), Path("/proc/self/cgroup").read_text())
         oom = int((base / "oom_score_adj").read_text())
         limits = _limits((base / "limits").read_text())
     except (OSError, ValueError, KeyError) as error:
@@ -99,6 +101,7 @@ def look(pidfd: int) -> Place:
         uid=uid,
         gid=gid,
         groups=tuple(int(group) for group in status["Groups"].split()),
+        cgroup=cgroup,
         cgroups=cgroups,
         limits=limits,
         umask=int(status["Umask"], 8),
@@ -107,16 +110,34 @@ def look(pidfd: int) -> Place:
     )
 
 
-def fork_into(pidfd: int, home: int) -> int:
-    """Forks a child whose pid namespace is that of the process; `home` is a pidfd of the caller. Raises `OSError`."""
+def fork_into(place: dict[str, Any], pidfd: int, home: int) -> int:
+    """Forks a child whose pid namespace is that of the process; `home` is a pidfd of the caller. Raises `OSError`.
+
+    If it begins in the place's cgroup of version 2, none is left there for it to `enter`.
+    """
     kernel.setns(pidfd, kernel.CLONE_NEWPID)
     child = -1
     try:
-        child = os.fork()
+        child = _fork(place)
         return child
     finally:
         if child:  # not in the child: what it forks must be where it is
             kernel.setns(home, kernel.CLONE_NEWPID)
+
+
+def _fork(place: dict[str, Any]) -> int:
+    if not place["cgroup"]:
+        return os.fork()
+    cgroup = os.open(place["cgroup"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        child = kernel.fork_into_cgroup(cgroup)
+    except OSError:
+        return os.fork()  # it says what is wrong with the cgroup when it cannot move there, either
+    finally:
+        os.close(cgroup)
+    if child == 0:
+        place["cgroup"] = ""
+    return child
 
 
 def enter(
@@ -134,7 +155,7 @@ def enter(
     was in the cgroups, in ns of CLOCK_MONOTONIC.
     """
     kernel.dumpable(False)
-    for file in place["cgroups"]:
+    for file in (*place["cgroups"], *(f"{each}/cgroup.procs" for each in [place["cgroup"]] if each)):
         _write(file, "0")
     charged = time.monotonic_ns()
     _write("/proc/self/oom_score_adj", str(place["oom"]), needed=False)
@@ -196,17 +217,19 @@ def _limits(text: str) -> tuple[tuple[int, int, int], ...]:
     return tuple((_LIMITS[name], soft, hard) for name, soft, hard in ends if name in _LIMITS)
 
 
-def _cgroups(text: str, own: str) -> tuple[str, ...]:
-    """The files by which a process moves itself where this one is: of the unified hierarchy, and of each old one."""
-    found = []
+def _cgroups(text: str, own: str) -> tuple[str, tuple[str, ...]]:
+    """The directory of the unified hierarchy where this process is, and the files by which one moves itself to where it
+    is in the old ones; without those in which we are.
+    """
+    unified, found = "", []
     for line in sorted({*text.splitlines()} - {*own.splitlines()}):
         _, controllers, path = line.split(":", 2)
         relative = path.lstrip("/")
         if not controllers:
-            unified = _CGROUPS / "unified" if (_CGROUPS / "unified").is_dir() else _CGROUPS
-            found.append(unified / relative / "cgroup.procs")
-        found += [_CGROUPS / each / relative / "cgroup.procs" for each in controllers.split(",") if each in _V1]
-    return tuple(str(file) for file in dict.fromkeys(found) if file.exists())
+            root = _CGROUPS / "unified" if (_CGROUPS / "unified").is_dir() else _CGROUPS
+            unified = str(root / relative) if (root / relative / "cgroup.procs").exists() else ""
+        found += [_CGROUPS / each / relative / "tasks" for each in controllers.split(",") if each in _V1]
+    return unified, tuple(str(file) for file in dict.fromkeys(found) if file.exists())
 
 
 def _write(file: str, text: str, *, needed: bool = True) -> None:

@@ -43,7 +43,7 @@ class Entering:
             return os.fork()
         home = os.pidfd_open(os.getpid())
         try:
-            return join.fork_into(fds[1], home)
+            return join.fork_into(request["place"], fds[1], home)
         finally:
             os.close(home)
 

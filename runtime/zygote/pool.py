@@ -36,7 +36,8 @@ from runtime.zygote.tenants import Tenant
 from runtime.zygote.wire import Gone, Wire
 
 PROGRAM = ("-m", "runtime.zygote.placed")
-_REBUILD = 5.0  # seconds before a zygote that was lost is built again
+_REBUILD = 1.0  # seconds before a zygote that was lost is built again; doubles each time, up to a minute
+_REBUILD_MOST = 60.0
 _BACKLOG = 256
 _TENANTS = 1024
 _STDIO = 3
@@ -62,7 +63,7 @@ class Pool:
         self._spares, self._seccomp, self._say = spares, seccomp, say
         self._lang: Zygote | None = None
         self._ready: Ready | None = None
-        self._rebuild_at = 0.0
+        self._rebuild_at, self._pause = 0.0, _REBUILD
         self._number = itertools.count(1).__next__
         self._models = Models(config, agent, made_of, models, self._number, say)
         self._tenants: dict[int, Tenant] = {}  # by fd
@@ -157,17 +158,18 @@ class Pool:
                 self._unforked(number, "the pool's zygote was lost", now)
 
     def _is_ready(self, ready: Ready) -> None:
-        self._ready = ready
+        self._ready, self._pause = ready, _REBUILD
         self._say(f"the {ready.level} layer is ready: {ready.seconds:.2f} s, {ready.bytes / 1e6:.0f} MB")
         for tenant in list(self._tenants.values()):
             self._greet(tenant)
 
     def _lost(self, why: str, now: float) -> None:
-        self._say(f"a zygote was lost: {why}; another is built in {_REBUILD:.0f} s")
+        self._say(f"a zygote was lost: {why}; another is built in {self._pause:.0f} s")
         if self._lang is not None:
             self._lang.close()
         self._lang, self._ready = None, None
-        self._rebuild_at = now + _REBUILD
+        self._rebuild_at = now + self._pause
+        self._pause = min(_REBUILD_MOST, 2 * self._pause)
 
     def _reap(self, now: float) -> None:
         """Zygotes, and workers whose zygote has died."""

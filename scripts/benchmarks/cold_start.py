@@ -4,21 +4,23 @@ All variants are the same function with the same 32-token prompt and one token o
 has processors. `warm` and `cold` are the state of the page cache, libraries included. `warm token` is what the same
 worker needs for its next first token: no cold start can be shorter. `pod` is a function whose container is there, and
 whose idle worker was dropped to a layer: from the request to its first token. `node` is a container's first start,
-forked by a pool; `charged_mb` is what its memory cgroup is charged once it has answered.
+forked by a pool from this layer; `fork_join_ms` is that fork with the cgroup and the container that it entered,
+`charged_mb` what the container's memory cgroup is charged once it has answered. `node, spare` is a container there
+whose idle worker was dropped: what it asks for waits in it.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from report import Report, Row
 from rich.console import Console
 
-from benchmarks import containers, functions, machine, models
+from benchmarks import containers, functions, machine, models, nodes
 from benchmarks.agents import Running, agent
 from benchmarks.functions import Function
 from benchmarks.harness import Result, Sample, Unavailable, Variant, judged, measure, middle, ratio_rows
@@ -31,9 +33,7 @@ def run(quick: bool, console: Console) -> Report:
     rounds = 2 if quick else 5
     threads = len(os.sched_getaffinity(0))
     headline: dict[str, float | None] = {}
-    rows: list[Row] = [
-        {"variant": "glowplug node, model", "reason": "a pool holds no models that are put together yet"}
-    ]
+    rows: list[Row] = []
     results = []
     for size in ("125m",) if quick else ("125m", "1.1b"):
         place = models.checkpoint("125m" if size == "125m" else "1.1b", console)
@@ -61,7 +61,18 @@ def run(quick: bool, console: Console) -> Report:
             f"pod_model_vs_warm_worker{suffix}": result.ratio(
                 "glowplug pod, model", "glowplug pod, model", "first_token_ms", "warm_token_ms"
             ),
-            f"ready_speedup_lang{suffix}": result.ratio("plain, warm", "glowplug node, lang", "http_ready_ms"),
+            f"first_token_vs_warm_worker{suffix}": result.ratio(
+                "glowplug node, model", "glowplug node, model", "first_token_ms", "warm_token_ms"
+            ),
+            f"node_spare_vs_warm_worker{suffix}": result.ratio(
+                "glowplug node, spare", "glowplug node, spare", "first_token_ms", "warm_token_ms"
+            ),
+            **{
+                f"ready_speedup_{layer}{suffix}": result.ratio(
+                    "plain, warm", f"glowplug node, {layer}", "http_ready_ms"
+                )
+                for layer in ("lang", "model")
+            },
             f"node_lang_vs_plain{suffix}": result.ratio("glowplug node, lang", "plain, warm", "first_token_ms"),
             f"node_lang_vs_warm_worker{suffix}": result.ratio(
                 "glowplug node, lang", "glowplug node, lang", "first_token_ms", "warm_token_ms"
@@ -104,7 +115,11 @@ def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
             for name, start in starts.items()
             for cache, prepare in (("warm", warm(start)), ("cold", cold))
         ),
-        Variant("glowplug node, lang", lambda: _place(uri, running, threads)),
+        *(
+            Variant(f"glowplug node, {layer}", lambda layer=layer: _place(uri, running, threads, layer))  # type: ignore[misc]
+            for layer in ("lang", "model")
+        ),
+        Variant("glowplug node, spare", lambda: _wake(lambda: _spare(uri, running, threads))),
         *(Variant(f"glowplug pod, {layer}", lambda start=start: _wake(start)) for layer, start in pods.items()),  # type: ignore[misc]
     ]
 
@@ -119,29 +134,25 @@ def _start(start: Callable[[], AbstractContextManager[Function]]) -> Sample:
         return {**sample, **function.phases()}
 
 
-def _place(uri: str, running: Running, threads: int) -> Sample:
-    """In a container with a memory limit, beside a pool that was there before."""
-    with functions.pool("llama") as socket, containers.MemoryCgroup("node", 8 << 30) as cgroup:
-        settings = {"GLOWPLUG_POOL": str(socket)}
+def _place(model: str, running: Running, threads: int, layer: nodes.Layer) -> Sample:
+    with nodes.node(model, agent=running.socket, threads=threads, layer=layer) as node, node.start() as function:
+        charged = node.cgroup.usage() / 1e6
+        sample = {
+            "first_token_ms": function.first_token,
+            "http_ready_ms": function.http_ready,
+            "warm_token_ms": statistics.median(function.ask() for _ in range(_WARM_TOKENS)),
+            "charged_mb": charged,
+        }
+        return {**sample, **node.joined(function)}
 
-        def start() -> AbstractContextManager[Function]:
-            return functions.glowplug(uri, agent=running.socket, threads=threads, cgroup=cgroup, settings=settings)
 
-        with start():  # a runtime's files that a worker reads are in the page cache, as on a node with other functions
-            pass
-        with start() as function:
-            charged = cgroup.usage() / 1e6
-            sample = {
-                "first_token_ms": function.first_token,
-                "http_ready_ms": function.http_ready,
-                "warm_token_ms": statistics.median(function.ask() for _ in range(_WARM_TOKENS)),
-                "charged_mb": charged,
-            }
-            phases = function.phases()
-            forked = phases.get("worker: fork from lang ms")
-            if forked is None:
-                raise Unavailable(f"the pool did not fork it: {', '.join(phases)}")
-            return {**sample, "fork_join_ms": forked, **phases}
+@contextmanager
+def _spare(model: str, running: Running, threads: int) -> Iterator[Function]:
+    with (
+        nodes.node(model, agent=running.socket, threads=threads, layer="model") as node,
+        node.parked() as function,
+    ):
+        yield function
 
 
 def _wake(start: Callable[[], AbstractContextManager[Function]]) -> Sample:
@@ -157,8 +168,12 @@ def _absolute(result: Result, suffix: str) -> dict[str, float | None]:
         key = variant.replace(", ", "_").replace(" ", "_") + suffix
         for metric in ("first_token_ms", "http_ready_ms"):
             found[f"{metric}_{key}"] = result.median(variant, metric)
-    for metric in ("fork_join_ms", "charged_mb", "first_token_ms", "http_ready_ms"):
-        found[f"node_{metric}{suffix}"] = result.median("glowplug node, lang", metric)
+    for metric in ("fork_join_ms", "charged_mb"):
+        found[f"{metric}{suffix}"] = result.median("glowplug node, model", metric)
+    for layer in ("lang", "model"):
+        for metric in ("fork_join_ms", "charged_mb", "first_token_ms", "http_ready_ms"):
+            found[f"node_{layer}_{metric}{suffix}"] = result.median(f"glowplug node, {layer}", metric)
+    found[f"node_spare_ms{suffix}"] = result.median("glowplug node, spare", "first_token_ms")
     found[f"pod_rewarm_ms{suffix}"] = result.median("glowplug pod, lang", "first_token_ms")
     found[f"pod_rewarm_model_ms{suffix}"] = result.median("glowplug pod, model", "first_token_ms")
     found[f"warm_worker_first_token_ms{suffix}"] = result.median("glowplug agent, warm", "warm_token_ms")

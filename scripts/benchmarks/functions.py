@@ -165,13 +165,16 @@ def parked(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Fun
 
 
 @contextlib.contextmanager
-def pool(kind: str) -> Iterator[Path]:
-    """The socket of a pool whose zygote is ready, with what a function has in its environment. Needs root."""
+def pool(kind: str, *options: str) -> Iterator[Path]:
+    """The socket of a pool whose zygote is ready, with what a function has in its environment; its log lies beside it.
+
+    Needs root. `options` are those of `glowplug pool`.
+    """
     if not NAMESPACES:
         raise Unavailable("placing processes in containers takes root, and unshare")
     with tempfile.TemporaryDirectory(prefix="gp-pool-") as place:
         path, log = Path(place) / "pool.sock", Path(place) / "log"
-        command = [sys.executable, "-c", "from runtime.cli import main; main()", "pool", "--kind", kind]
+        command = [sys.executable, "-c", "from runtime.cli import main; main()", "pool", "--kind", kind, *options]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*command, "--socket", str(path)],

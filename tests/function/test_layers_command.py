@@ -93,6 +93,31 @@ def test_an_unwritable_place_hurts_nobody(monkeypatch: pytest.MonkeyPatch) -> No
     published.Published("pod", "chat", 60.0).write([{"level": "lang"}])
 
 
+def test_a_pod_has_a_worker_before_the_call_that_is_due() -> None:
+    """The whole of a pod's bookkeeping, on a clock of the test's: calls every ten minutes, on the dot."""
+    pod = Pod(FunctionConfig(model="/m/chat", layers="off"), "/no/agent", lambda _text: None)
+    try:
+        now, period = 1000.0, 600.0
+        pod.worker_ready("llama", 3.0, False, now)
+        pod.worker_bytes(1_000_000_000)
+        for _ in range(8):
+            now += period
+            pod.load(1, now)
+            pod.load(0, now)
+        assert pod.wants_drop(now + 1.0), "holding it for ten minutes costs more than a start"
+        pod.worker_gone(now + 1.0)
+        assert not pod.wants_worker(now + 300.0)
+        due = pod._decide("user").rebuild
+        assert period - 30.0 < due < period - 2.0, "early enough for a start of three seconds"
+        assert pod.seconds(now + due - 0.5) <= 0.6, "the shim looks again when it is due"
+        assert pod.wants_worker(now + due + 0.1)
+        pod.worker_ready("llama", 3.0, False, now + due + 3.0)
+        assert not pod.wants_drop(now + period)
+        assert pod.wants_drop(now + period + 60.0), "it did not come"
+    finally:
+        pod.close()
+
+
 def test_a_pod_publishes_what_becomes_of_its_worker() -> None:
     pod = Pod(FunctionConfig(model="/m/chat", layers="off", hold="user=5"), "/no/agent", lambda _text: None)
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import os
 import signal
 import time
@@ -23,6 +25,9 @@ HANDLER = """
 
     import numpy
 
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    libc.signal.restype = ctypes.c_void_p
     hooks = []
     drawn = random.random(), float(numpy.random.rand()), os.urandom(8).hex()
 
@@ -51,6 +56,12 @@ HANDLER = """
                 if not os.fork():
                     os._exit(0)
                 os.wait()
+            case "/hoard":
+                hoard = []
+                while True:
+                    hoard.append(b"1" * (16 << 20))
+            case "/deaf":
+                libc.signal(15, ctypes.c_void_p(1))  # SIG_IGN, as only C code can set it outside of the main thread
             case "/threads":
                 threading.Thread(target=time.sleep, args=(600,)).start()
         return "done"
@@ -68,8 +79,8 @@ def _gone(function: Any, times: int = 1) -> None:
 @pytest.fixture(scope="module")
 def pod(serving: Callable[..., Any], checkpoint: Path) -> Iterator[Any]:
     """A function whose workers go half a second after their last request, and whose zygotes stay."""
-    hold = "user=0.5,model=inf,lang=inf"
-    with serving(handler=HANDLER, model=checkpoint, layers="model", hold=hold, dram="64M") as function:
+    settings = {"layers": "model", "hold": "user=0.5,model=inf,lang=inf", "drain_linger": 1}
+    with serving(handler=HANDLER, model=checkpoint, dram="64M", **settings) as function:
         function.first = function.request("/generate")
         _gone(function)
         _layer(function, "model")
@@ -143,24 +154,87 @@ def test_a_crashed_worker_is_replaced_by_a_fork(pod: Any) -> None:
         assert pod.request("/threads").body == b"done"
 
 
-def test_zygotes_that_hang_or_die_are_replaced(serving: Callable[..., Any], checkpoint: Path) -> None:
-    """The one that is stopped is killed after a second; the worker it forked goes on serving."""
-    settings = {"layers": "lang", "hold": "user=inf,lang=inf"}
+def test_a_handler_that_takes_all_memory_ends_its_worker_only(pod: Any, memory_limit: Callable[..., None]) -> None:
+    """The container's limit: what was there before the test counts where it was."""
+    memory_limit(400 << 20, pod.alive())
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        pod.request("/hoard")
+    answer = pod.request("/generate")
+    assert (answer.status, answer.headers["X-Glowplug-Start"]) == (200, "model")
+    assert "killed by SIGKILL (if nobody sent it, the container's memory limit is too small)" in pod.output()
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Callable[[int, list[int]], None]]:
+    """Puts processes into a memory cgroup of their own, and back at the end."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    root = v1 if v1.is_dir() else Path("/sys/fs/cgroup")
+    line = next(
+        line
+        for line in Path("/proc/self/cgroup").read_text().splitlines()
+        if (":memory:" in line if v1.is_dir() else line.startswith("0::"))
+    )
+    own = root / line.split(":", 2)[2].lstrip("/")
+    place = root / f"glowplug-test-{os.getpid()}"
+    try:
+        place.mkdir()
+        limit = place / ("memory.limit_in_bytes" if v1.is_dir() else "memory.max")
+        limit.read_text()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+
+    def move(group: Path, pids: list[int]) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                (group / "cgroup.procs").write_text(str(pid))
+
+    def limited(size: int, pids: list[int]) -> None:
+        limit.write_text(str(size))
+        move(place, pids)
+
+    yield limited
+    deadline = time.monotonic() + 30
+    while left := (place / "cgroup.procs").read_text().split():
+        assert time.monotonic() < deadline, left
+        move(own, [int(pid) for pid in left])
+    place.rmdir()
+
+
+@pytest.fixture(scope="module")
+def lang_pod(serving: Callable[..., Any], checkpoint: Path) -> Iterator[Any]:
+    """One whose workers go soon, and whose lang layer stays."""
+    settings = {"layers": "lang", "hold": "user=0.3,lang=inf", "drain_grace": 0}
     with serving(handler=HANDLER, model=checkpoint, **settings) as function:
         function.request("/about")
         _layer(function, "lang")
-        booted = function.worker()
-        os.kill(booted, signal.SIGKILL)
-        function.until(lambda: booted not in function.descendants(), "the first worker is gone")
-        before = function.request("/about")
+        yield function
+
+
+def test_zygotes_that_hang_or_die_are_replaced(lang_pod: Any) -> None:
+    """The one that is stopped is killed after a second; the worker it forked goes on serving."""
+    _wait_parked(lang_pod)
+    with contextlib.closing(lang_pod.connect()) as connection:  # as long as it is there, the worker stays
+        connection.request("GET", "/about")
+        before = connection.getresponse()
+        pid = json.loads(before.read())["pid"]
         assert before.headers["X-Glowplug-Start"] == "lang"
-        zygote = next(pid for pid, name in function.descendants().items() if name == "glowplug-zygote")
+        zygote = next(pid for pid, name in lang_pod.descendants().items() if name == "glowplug-zygote")
         os.kill(zygote, signal.SIGSTOP)
-        function.says("its zygote was silent for 1 s and was killed")
-        assert function.request("/about").json["pid"] == before.json["pid"]
-        os.kill(before.json["pid"], signal.SIGKILL)
-        answer = function.request("/about")
-        assert (answer.status, answer.headers["X-Glowplug-Start"]) == (200, "cold")
+        lang_pod.says("its zygote was silent for 1 s and was killed")
+        assert lang_pod.request("/about").json["pid"] == pid
+        os.kill(pid, signal.SIGKILL)
+    answer = lang_pod.request("/about")
+    assert (answer.status, answer.headers["X-Glowplug-Start"]) == (200, "cold")
+
+
+def test_a_worker_that_ignores_sigterm_is_killed_when_the_grace_is_over(lang_pod: Any) -> None:
+    with contextlib.closing(lang_pod.connect()) as connection:
+        connection.request("GET", "/deaf")
+        assert connection.getresponse().read() == b"done"
+        assert lang_pod.stop() == 128 + signal.SIGKILL
+    assert "the worker did not stop in time and is killed" in lang_pod.output()
 
 
 def test_dropped_layers_give_their_memory_back(serving: Callable[..., Any], checkpoint: Path) -> None:
@@ -185,27 +259,17 @@ def test_an_agent_that_restarts_costs_the_model_layer_and_no_answer(pod: Any) ->
         assert (answer.status, answer.body) == (200, pod.first.body)
 
 
-def test_sigterm_ends_a_parked_function_with_zero(serving: Callable[..., Any], checkpoint: Path) -> None:
-    hold = "user=0.2,lang=inf"
-    with serving(handler=HANDLER, model=checkpoint, layers="lang", hold=hold, drain_linger=1) as function:
-        function.request("/about")
-        _layer(function, "lang")
-        _wait_parked(function)
-        function.process.send_signal(signal.SIGTERM)
-        answer = function.request("/about")  # the platform goes on routing for a while
-        assert answer.headers["X-Glowplug-Start"] == "lang"
-        assert function.wait() == 0
-
-
 def test_a_container_that_is_killed_leaves_nothing(serving: Callable[..., Any], checkpoint: Path) -> None:
-    hold = "user=inf,model=inf,lang=inf"
+    hold = "user=0.3,model=inf,lang=inf"
     with serving(handler=HANDLER, model=checkpoint, layers="model", hold=hold) as function:
         function.request("/about")
         _layer(function, "model")
-        os.kill(function.worker(), signal.SIGKILL)
-        function.until(lambda: function.request("/about").status == 200, "a forked worker serves")
-        os.kill(function.pid, signal.SIGKILL)
-        function.wait()
+        _wait_parked(function)
+        with contextlib.closing(function.connect()) as connection:
+            connection.request("GET", "/about")
+            assert connection.getresponse().status == 200, "a forked worker serves"
+            os.kill(function.pid, signal.SIGKILL)
+            function.wait()
         function.until(lambda: not function.alive(), f"its processes end, and not {function.descendants()}", 15)
         for left in function.temporary.iterdir():
             if left.name.startswith(
@@ -217,3 +281,33 @@ def test_a_container_that_is_killed_leaves_nothing(serving: Callable[..., Any], 
             for path in sorted(left.rglob("*"), reverse=True):
                 path.unlink()
             left.rmdir()
+
+
+def test_sigterm_ends_a_parked_function_with_zero(pod: Any) -> None:
+    """The last of the tests with this function."""
+    _wait_parked(pod)
+    pod.process.send_signal(signal.SIGTERM)
+    answer = pod.request("/about")  # the platform goes on routing for a while
+    assert answer.headers["X-Glowplug-Start"] in ("model", "lang")  # the agent restarted before
+    assert pod.wait() == 0
+
+
+@pytest.mark.soak
+def test_what_is_called_periodically_is_there_before_the_call(serving: Callable[..., Any], checkpoint: Path) -> None:
+    """Built ahead: between the calls nothing is held, and the next one finds a worker that nobody had asked for."""
+    period = 6.0
+    settings = {"layers": "lang", "hold": "lang=inf", "start_price": 4}
+    with serving(handler=HANDLER, model=checkpoint, **settings) as function:
+        function.request("/about")
+        _layer(function, "lang")
+        due, ahead = time.monotonic() + period, 0
+        for _ in range(14):
+            before = set[int]()
+            while time.monotonic() < due:
+                before = {pid for pid, name in function.descendants().items() if name == "glowplug-worker"}
+                time.sleep(0.05)
+            about = function.request("/about").json
+            ahead = ahead + 1 if about["pid"] in before else 0
+            due += period
+        assert "the worker was idle and is gone" in function.output(), "it is not just kept"
+        assert ahead >= 3, "each of the last calls found a worker"

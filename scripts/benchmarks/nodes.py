@@ -1,0 +1,85 @@
+"""Owns a node in node mode: a pool that was there before, with its layers, and containers with a memory limit."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks import containers, functions
+from benchmarks.containers import MemoryCgroup
+from benchmarks.functions import Function
+from benchmarks.harness import Sample, Unavailable
+
+Layer = Literal["lang", "model"]
+_SECONDS = 60.0
+_STEPS = ("pool: fork ms", "pool: cgroup ms", "pool: join ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One model on it, one container at a time."""
+
+    model: str
+    agent: Path
+    threads: int
+    layer: Layer
+    pool: Path
+    cgroup: MemoryCgroup
+
+    def start(self, **settings: str) -> AbstractContextManager[Function]:
+        """A container's first start, which has answered."""
+        variables = {"GLOWPLUG_POOL": str(self.pool), "GLOWPLUG_LAYERS": self.layer, **settings}
+        return functions.glowplug(
+            self.model, agent=self.agent, threads=self.threads, cgroup=self.cgroup, settings=variables
+        )
+
+    @contextlib.contextmanager
+    def parked(self) -> Iterator[Function]:
+        """One whose idle worker has gone, and whose next one waits in it."""
+        with self.start(GLOWPLUG_HOLD="user=1") as function:
+            _until(lambda: b"parked" in function.request("GET", "/_/ready"), "it was not parked", function)
+            _until(lambda: _waits(function), "no spare waits in it", function)
+            yield function
+
+    def joined(self, function: Function) -> Sample:
+        """How long its worker took to be forked and placed. Raises `Unavailable` if it was not."""
+        phases = function.phases()
+        if not phases.keys() >= {*_STEPS}:
+            raise Unavailable(f"the pool did not fork it: {', '.join(phases)}")
+        return {"fork_join_ms": sum(phases[step] for step in _STEPS), **phases}
+
+
+@contextlib.contextmanager
+def node(model: str, *, agent: Path, threads: int, layer: Layer) -> Iterator[Node]:
+    """Needs root."""
+    with (
+        functions.pool("llama", "--agent", str(agent)) as pool,
+        containers.MemoryCgroup("node", 8 << 30) as cgroup,
+    ):
+        made = Node(model, agent, threads, layer, pool, cgroup)
+        with made.start() as first:  # what a worker reads of the runtime's files is in the page cache afterwards, too
+            if layer == "model":
+                log = pool.with_name("log")
+                _until(lambda: f"model layer of {model} is ready" in log.read_text(), "the pool has no model", first)
+        yield made
+
+
+def _waits(function: Function) -> bool:
+    for pid in function.container.pids():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "glowplug-spare":
+                return True
+    return False
+
+
+def _until(condition: Callable[[], bool], what: str, function: Function) -> None:
+    deadline = time.monotonic() + _SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Unavailable(f"{what}: {function.container.output()[-500:]}")
+        time.sleep(0.02)

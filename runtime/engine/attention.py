@@ -28,6 +28,7 @@ _PACK = "glowplug"  # the keyword that brings a `Pack` through the model's forwa
 # A mask that is four-dimensional already is passed on as it is: no time is spent on making one that nobody reads.
 _NO_MASK = torch.empty(1, 1, 0, 0)
 
+_INSTALLED = "_glowplug_shape"  # of a model: what `install` has found
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -157,12 +158,16 @@ def install(model: Any) -> Shape:
     """Makes `attend` the attention of `model` and returns what its layers leave behind per token.
 
     Whether the model obeys is tried on an empty copy of it, with a layer of each kind. Raises `Unbatchable`; the model
-    is then as it was.
+    is then as it was. It is tried once: a layer that has the model ready has done that for all who are forked from it.
     """
+    known = model.__dict__.get(_INSTALLED)
+    if isinstance(known, Shape) and (known.dtype, known.device) == (model.dtype, model.device):
+        return known
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # for direct calls, as in `attend`
     shape = _try(model)
     model.set_attn_implementation(NAME)
+    model.__dict__[_INSTALLED] = shape
     return shape
 
 

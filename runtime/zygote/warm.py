@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from runtime.weights import Loaded, Weights
 
 
+_PROMPT = 32  # tokens
+
+
 @dataclass(frozen=True, slots=True)
 class _Lent:
     manifest: Manifest
@@ -130,11 +133,22 @@ def _lay_out_once() -> None:
 
 
 def _forward_once(model: Any) -> None:
-    """Two passes, a prompt's and one token's, as far as the model lets itself be asked this way."""
+    """Two passes, a prompt's and one token's, as the worker's engine will make them."""
     import torch
 
+    from runtime.engine.attention import Pack, Unbatchable, forward, install
+    from runtime.engine.rows import Rows
+
     torch.set_num_threads(1)
-    for count in (8, 1):
-        ids = torch.zeros((1, count), dtype=torch.long)
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
+    with torch.inference_mode():
+        try:
+            rows = Rows(install(model), _PROMPT + 1)
+        except Unbatchable:  # the worker finds that, too, and says why
+            for count in (_PROMPT, 1):
+                model(input_ids=torch.zeros((1, count), dtype=torch.long), use_cache=False)
+            return
+        for count in (_PROMPT, 1):
+            pack = Pack([(rows, count)])
+            forward(
+                model, [0] * count, range(rows.fed, rows.fed + count), pack, logits_to_keep=torch.tensor([count - 1])
+            )

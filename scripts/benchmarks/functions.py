@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import socket
@@ -25,10 +26,17 @@ from typing import Any
 from benchmarks.containers import NAMESPACES, Container, MemoryCgroup, container
 from benchmarks.harness import Sample, Unavailable
 
-PROMPT = "0123456789" * 3 + "01"
 PROMPT_TOKENS = 32  # the checkpoints' tokenizer merges letters only: every digit is a token
 _FOLDER = Path(__file__).parent / "function"
 _SECONDS = 300.0
+
+
+def prompt() -> str:
+    """Another one each time: what a function may have kept of the last is no help with the next."""
+    return f"{next(_number):0{PROMPT_TOKENS}}"[::-1]
+
+
+_number = itertools.count(1)
 
 
 @dataclass(slots=True)
@@ -47,7 +55,7 @@ class Function:
         self.container.start()
 
         def ask() -> None:
-            self._retry("POST", "/", PROMPT)
+            self._retry("POST", "/", prompt())
             self.first_token = (time.monotonic_ns() - self.container.started) / 1e6
 
         def probe() -> None:
@@ -68,7 +76,7 @@ class Function:
     def ask(self) -> float:
         """ms of one more first token."""
         start = time.monotonic_ns()
-        self.request("POST", "/", PROMPT)
+        self.request("POST", "/", prompt())
         return (time.monotonic_ns() - start) / 1e6
 
     def request(self, method: str, path: str, body: str | None = None) -> bytes:

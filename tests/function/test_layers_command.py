@@ -95,7 +95,7 @@ def test_an_unwritable_place_hurts_nobody(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_pod_has_a_worker_before_the_call_that_is_due() -> None:
     """The whole of a pod's bookkeeping, on a clock of the test's: calls every ten minutes, on the dot."""
-    pod = Pod(FunctionConfig(model="/m/chat", layers="off"), "/no/agent", lambda _text: None)
+    pod = Pod(FunctionConfig(model="/m/chat", layers="off"), lambda: "/no/agent", lambda _text: None)
     try:
         now, period = 1000.0, 600.0
         pod.worker_ready("llama", 3.0, False, now)
@@ -119,7 +119,7 @@ def test_a_pod_has_a_worker_before_the_call_that_is_due() -> None:
 
 
 def test_a_pod_publishes_what_becomes_of_its_worker() -> None:
-    pod = Pod(FunctionConfig(model="/m/chat", layers="off", hold="user=5"), "/no/agent", lambda _text: None)
+    pod = Pod(FunctionConfig(model="/m/chat", layers="off", hold="user=5"), lambda: "/no/agent", lambda _text: None)
     try:
         pod.worker_ready("llama", 3.0, False, 100.0)
         pod.step(100.0)

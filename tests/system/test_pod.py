@@ -154,16 +154,6 @@ def test_a_crashed_worker_is_replaced_by_a_fork(pod: Any) -> None:
         assert pod.request("/threads").body == b"done"
 
 
-def test_a_handler_that_takes_all_memory_ends_its_worker_only(pod: Any, memory_limit: Callable[..., None]) -> None:
-    """The container's limit: what was there before the test counts where it was."""
-    memory_limit(400 << 20, pod.alive())
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        pod.request("/hoard")
-    answer = pod.request("/generate")
-    assert (answer.status, answer.headers["X-Glowplug-Start"]) == (200, "model")
-    assert "killed by SIGKILL (if nobody sent it, the container's memory limit is too small)" in pod.output()
-
-
 @pytest.fixture
 def memory_limit() -> Iterator[Callable[[int, list[int]], None]]:
     """Puts processes into a memory cgroup of their own, and back at the end."""
@@ -210,6 +200,17 @@ def lang_pod(serving: Callable[..., Any], checkpoint: Path) -> Iterator[Any]:
         function.request("/about")
         _layer(function, "lang")
         yield function
+
+
+def test_a_handler_that_takes_all_memory_ends_its_worker_only(lang_pod: Any, memory_limit: Callable[..., None]) -> None:
+    """The container's limit: what was there before the test counts where it was."""
+    _wait_parked(lang_pod)
+    memory_limit(400 << 20, lang_pod.alive())
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        lang_pod.request("/hoard")
+    answer = lang_pod.request("/generate")
+    assert (answer.status, answer.headers["X-Glowplug-Start"]) == (200, "lang")
+    assert "killed by SIGKILL (if nobody sent it, the container's memory limit is too small)" in lang_pod.output()
 
 
 def test_zygotes_that_hang_or_die_are_replaced(lang_pod: Any) -> None:

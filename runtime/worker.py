@@ -6,6 +6,7 @@ starter         asks the agent for the weights, and assembles the model when it 
 agent           listens to the lease: drain, revision
 shim            listens to the shim: retire, another agent; and ends the process when the shim is gone
 drainer         waits for SIGTERM, lets requests end, ends the process
+pages           enters the weights' pages into this process's tables, while the rest of the start goes on
 engine          created by the engine itself
 """
 
@@ -173,6 +174,8 @@ class Worker:
             # The weights are still on their way; the model needs to know only where they will be.
             mapped, loaded = self._ready_parts(lease) or self._put_together(lease, deadline)
         self._await_weights(lease, deadline)
+        if not self._config.private_weights:
+            threading.Thread(target=mapped.populate, name="pages", daemon=True).start()
         self._lifecycle.phase = "engine"
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
         begun = time.monotonic_ns()

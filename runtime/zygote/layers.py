@@ -12,7 +12,6 @@ own, so that a layer fits exactly if its key is the beginning of the other's.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
@@ -72,11 +71,15 @@ def relevant(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 def key(level: Level, needs: Needs) -> str:
     """A digest for each level down to `level`, joined by dots: the key of a layer begins with that of its parent."""
-    parts = []
-    for each in LEVELS[: LEVELS.index(level) + 1]:
-        text = "\n".join(f"{name}={getattr(needs, name)!r}" for name in _AT[each])
-        parts.append(hashlib.sha256(text.encode()).hexdigest()[:16])
-    return ".".join(parts)
+    import hashlib  # comparing needs none, and a shim that asks for a worker should not wait for it
+
+    texts = ["\n".join(f"{name}={value!r}" for name, value in part) for part in _parts(level, needs)]
+    return ".".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+
+
+def _parts(level: Level, needs: Needs) -> list[list[tuple[str, object]]]:
+    """What a key is made of, level by level."""
+    return [[(name, getattr(needs, name)) for name in _AT[each]] for each in LEVELS[: LEVELS.index(level) + 1]]
 
 
 def deepest(wanted: Needs, there: Iterable[tuple[str, Level, Needs]]) -> Found:
@@ -89,7 +92,7 @@ def deepest(wanted: Needs, there: Iterable[tuple[str, Level, Needs]]) -> Found:
     for level in ("model", "lang", "bare"):
         candidates = [(name, needs) for name, at, needs in layers if at == level]
         for name, needs in candidates:
-            if key(level, wanted) == key(level, needs):
+            if _parts(level, wanted) == _parts(level, needs):
                 return Found(name, level, "; ".join(reasons))
         reasons.append(
             f"{level}: {'; '.join(_difference(level, wanted, needs) for _, needs in candidates)}"

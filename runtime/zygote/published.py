@@ -17,12 +17,13 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cache_agent.policy.keepalive import Decision
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 State = Literal["building", "used", "idle", "absent"]
 _PREFIX = "glowplug-layers-"
@@ -44,8 +45,10 @@ def entry(level: str, state: State, since: float | None, decision: Decision, mod
     }
 
 
-def directory() -> Path:
-    return Path(tempfile.gettempdir())
+def directory() -> str:
+    import tempfile  # not while a request waits for the shim that has imported this module
+
+    return tempfile.gettempdir()
 
 
 class Published:
@@ -53,7 +56,7 @@ class Published:
 
     def __init__(self, mode: Literal["pod", "node", "pool"], name: str, rho: float) -> None:
         self._head = {"pid": os.getpid(), "mode": mode, "name": name, "rho": rho}
-        self._path = directory() / f"{_PREFIX}{os.getpid()}.json"
+        self._path = ""
         self._last: Sequence[dict[str, Any]] | None = None
         self._at = -math.inf
 
@@ -62,7 +65,8 @@ class Published:
         if layers == self._last or now - self._at < _APART:
             return
         self._last, self._at = layers, now
-        new = self._path.with_suffix(".new")
+        self._path = self._path or os.path.join(directory(), f"{_PREFIX}{os.getpid()}.json")
+        new = f"{self._path.removesuffix('.json')}.new"
         with contextlib.suppress(OSError):
             # Others may write to this directory, too: never through a link that somebody has laid there.
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -72,12 +76,14 @@ class Published:
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self._path.unlink()
+            os.unlink(self._path)
 
 
 def read(place: Path | None = None) -> Iterator[dict[str, Any]]:
     """What the supervisors that live say. A file that is no such thing is passed over: anybody may write there."""
-    for path in sorted((place or directory()).glob(f"{_PREFIX}*.json")):
+    from pathlib import Path
+
+    for path in sorted((place or Path(directory())).glob(f"{_PREFIX}*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             found = json.loads(path.read_text())
             if path.name == f"{_PREFIX}{found['pid']}.json" and os.path.exists(f"/proc/{int(found['pid'])}"):

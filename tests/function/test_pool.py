@@ -225,7 +225,7 @@ def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     place = tmp_path_factory.mktemp("doomed")
     program = place / "filter.bpf"
     program.write_bytes(bytes.fromhex("0600000000 00ff7f"))
-    made = Pool(place, "--seccomp", str(program))
+    made = Pool(place, "--seccomp", str(program), "--spares", "1")
     yield made
     made.close()
 
@@ -494,11 +494,17 @@ def test_workers_outlive_a_zygote_that_hangs(doomed: Pool, container: Callable[.
 
 def test_workers_outlive_their_pool_and_spares_do_not(doomed: Pool, container: Callable[..., Container]) -> None:
     """Otherwise an update of the pool would end all functions of its node."""
-    place, waiting = container(which=doomed), container(which=doomed)
+    place, waiting, third = (container(which=doomed) for _ in range(3))
     worker = place.outside(place.worker())
     waiting.hear("ready")
     waiting.order(wants="")
     spare = waiting.named("glowplug-spare")
+    third.hear("ready")
+    third.order(wants="")
+    third.order(ask=1)
+    assert "forked" in third.hear("forked", "refused"), "whoever asks gets a worker"
+    assert doomed.grandchildren("glowplug-spare") == [spare], "one is as many as may wait"
+    third.close()
     doomed.close()
     assert doomed.process.returncode == 0, doomed.log.read_text()
     assert place.hear("closed")

@@ -503,6 +503,7 @@ def test_workers_outlive_their_pool_and_spares_do_not(doomed: Pool, container: C
     third.order(wants="")
     third.order(ask=1)
     assert "forked" in third.hear("forked", "refused"), "whoever asks gets a worker"
+    third.named("glowplug-worker")
     assert doomed.grandchildren("glowplug-spare") == [spare], "one is as many as may wait"
     third.close()
     doomed.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from pathlib import Path
 
 import pytest
+from documented import DOCUMENTS, ROOT
 
 import cache_agent.errors
 import runtime.errors
@@ -16,8 +16,6 @@ from cache_agent.wire import messages, protocol
 from runtime import cli
 from runtime.config import FunctionConfig
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "templates/llm-python/README.md", "knative/README.md")
 README = (ROOT / "README.md").read_text()
 TEMPLATE = (ROOT / "templates" / "llm-python" / "README.md").read_text()
 ROWS = re.findall(r"^\| `([A-Za-z0-9_]+)`.*$", README, re.MULTILINE)

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,20 @@ class Schema:
     def flags(self, value: object) -> set[str]:
         """The Knative feature flags that the fields of a value need, by the fields' own descriptions."""
         return set(self._flags(value, self.root))
+
+    def along(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
+        """The schemas of a field, and of all that it lies in; a list's items are passed through."""
+        found, schema = [], self.root
+        for name in names:
+            schema = self._plain(self._plain(schema)["properties"][name])
+            found += [schema, self._plain(schema["items"])] if "items" in schema else [schema]
+            schema = found[-1]
+        return found
+
+    def _plain(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a schema refers to, with what stands beside the reference."""
+        name = schema.get("$ref", "").rpartition("/")[2]
+        return {**self.definitions[name], **schema} if name else schema
 
     def _flags(self, value: object, schema: Mapping[str, Any]) -> Iterator[str]:
         if found := re.search(r"behind a feature flag - (\S+)", schema.get("description", "")):

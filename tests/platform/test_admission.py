@@ -40,24 +40,39 @@ MOUNTS = [
 
 
 class Policy:
-    """A MutatingAdmissionPolicy, carried out: conditions and apply configuration by a CEL interpreter."""
+    """A MutatingAdmissionPolicy, carried out: conditions, variables and its one mutation by a CEL interpreter.
+
+    What a real API server makes of it is test_kubernetes.py's.
+    """
 
     def __init__(self, path: Path) -> None:
         spec = yaml.safe_load(path.read_text())["spec"]
         (mutation,) = spec["mutations"]
-        assert mutation["patchType"] == "ApplyConfiguration"
-        # Object literals of the admission library, as the maps that they stand for.
-        maps = re.sub(r"\bObject(\.\w+)*\s*\{", "{", mutation["applyConfiguration"]["expression"])
-        maps = re.sub(r"(?<=[{,\s])(\w+):\s", r'"\1": ', maps)
+        self._patches = mutation["patchType"] == "JSONPatch"
+        text = mutation["jsonPatch" if self._patches else "applyConfiguration"]["expression"]
         self._conditions = [_program(condition["expression"]) for condition in spec["matchConditions"]]
-        self._change = _program(maps)
+        self._variables = {each["name"]: _program(each["expression"]) for each in spec.get("variables", ())}
+        self._change = _program(_as_maps(text))
 
     def apply(self, pod: Mapping[str, Any]) -> dict[str, Any]:
         result = copy.deepcopy(dict(pod))
         given = {"object": json_to_cel(result)}
         if all(condition.evaluate(given) for condition in self._conditions):
-            merge(result, json.loads(json.dumps(self._change.evaluate(given), cls=celpy.CELJSONEncoder)))
+            found = {name: program.evaluate(given) for name, program in self._variables.items()}
+            given["variables"] = json_to_cel({name: _plain(value) for name, value in found.items()})
+            change = _plain(self._change.evaluate(given))
+            patch(result, change) if self._patches else merge(result, change)
         return result
+
+
+def _as_maps(expression: str) -> str:
+    """Object literals of the admission library, as the maps that they stand for."""
+    maps = re.sub(r"\b(JSONPatch|Object(\.\w+)*)\s*\{", "{", expression)
+    return re.sub(r"(?<=[{,\s])(\w+):\s", r'"\1": ', maps)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, cls=celpy.CELJSONEncoder))
 
 
 def _program(expression: str) -> Any:
@@ -88,10 +103,16 @@ def patched(pod: Mapping[str, Any], scheduler: str = "") -> dict[str, Any]:
     response = admission.review(body, scheduler)["response"]
     assert (response["uid"], response["allowed"]) == ("1", True)
     result = copy.deepcopy(dict(pod))
-    for operation in json.loads(base64.b64decode(response.get("patch", "W10="))):
+    patch(result, json.loads(base64.b64decode(response.get("patch", "W10="))))
+    return result
+
+
+def patch(target: dict[str, Any], operations: list[dict[str, Any]]) -> None:
+    """Carries out a JSON patch that only adds."""
+    for operation in operations:
         assert operation["op"] == "add"
         *parents, last = operation["path"].split("/")[1:]
-        place: Any = result
+        place: Any = target
         for part in parents:
             place = place[int(part)] if isinstance(place, list) else place[part]
         if isinstance(place, list):
@@ -99,7 +120,6 @@ def patched(pod: Mapping[str, Any], scheduler: str = "") -> dict[str, Any]:
             place.append(operation["value"])
         else:
             place[last] = operation["value"]
-    return result
 
 
 def pod(annotations: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:

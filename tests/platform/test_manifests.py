@@ -27,6 +27,8 @@ from manifests import (
     load,
     pods,
 )
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cache_agent.access import rights
 from cache_agent.cli import main
@@ -312,6 +314,31 @@ def test_what_is_down_or_slow_holds_no_pod_up(combined: list[dict[str, Any]]) ->
             assert webhook["namespaceSelector"] == {"matchLabels": {"glowplug.dev/inject": "enabled"}}, "ours only"
 
 
+def test_no_apply_configuration_sets_what_is_atomic(schema: Callable[[str, str], Schema]) -> None:
+    """The API server takes such a policy, and then carries it out for no pod: an error, where failing is ignored."""
+    paths = set()
+    for policy in [load(path) for path in OBJECTS if path.name in ("policy.yaml", "inject-policy.yaml")]:
+        assert policy["kind"] == "MutatingAdmissionPolicy"
+        for mutation in policy["spec"]["mutations"]:
+            text = mutation.get("applyConfiguration", {}).get("expression", "")
+            paths |= set(re.findall(r"\bObject((?:\.\w+)*)\s*\{", text))
+            paths |= {f".spec.{name}" for name in re.findall(r"Object\.spec\{(\w+):", text)}
+    assert paths, "there is one"
+    pod = schema("v1", "Pod")
+    for place in paths:
+        for part in pod.along(list(filter(None, place.split(".")))):
+            kinds = {part.get(f"x-kubernetes-{kind}-type") for kind in ("list", "map")}
+            assert "atomic" not in kinds, place
+
+
+def test_the_injection_is_not_one(schema: Callable[[str, str], Schema]) -> None:
+    """The judge of the test above: what a function needs could not be had by an apply configuration."""
+    pod = schema("v1", "Pod")
+    for place in ("spec.volumes.projected.sources", "spec.containers.env.valueFrom.fieldRef"):
+        found = pod.along(place.split("."))
+        assert "atomic" in {part.get(f"x-kubernetes-{kind}-type") for part in found for kind in ("list", "map")}
+
+
 def test_commands_take_their_arguments(combined: list[dict[str, Any]]) -> None:
     """Arguments and probes of our own image, as its command line understands them."""
     for name, pod in pods(combined):
@@ -375,6 +402,7 @@ def roles(redis_roles: Callable[[str], tuple[str, Path]]) -> Iterator[Callable[[
             url, path = redis_roles(user or "agent")
             word = path.read_text().strip() if password is None and path.exists() else password
             options = {"username": user or None, "password": word or None, "decode_responses": True}
+            options["retry"] = Retry(NoBackoff(), 0)  # a refusal is what is looked for
             return stack.enter_context(redis.Redis(unix_socket_path=url.partition("@")[2], **options))
 
         yield client

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documented import DOCUMENTS, ROOT, commands
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.prefix) / "bin"
 MODEL = ROOT / "templates" / "llm-python" / "model"
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "templates/llm-python/README.md", "knative/README.md")
 SECONDS = 120.0
 
 # What is not run here, by its beginning.
@@ -38,18 +36,12 @@ ELSEWHERE = {
     "faas-cli up": "it needs a registry and a gateway",
     "curl": "it asks a function behind a gateway; test_watchdog.py does where OF_WATCHDOG names the binary",
     "docker build": "it needs a container engine; test_images.py replays the steps",
-    "kubectl apply": "it needs a cluster; test_manifests.py checks the objects",
-    "kubectl label": "it needs a cluster",
+    "kubectl apply": "it needs a cluster; test_kubernetes.py runs it where ETCD and KUBE_APISERVER name the binaries",
+    "kubectl label": "it needs a cluster; test_kubernetes.py runs it where ETCD and KUBE_APISERVER name the binaries",
+    "kubectl -n glowplug-system get": "it needs a cluster; test_kubernetes.py runs it in one",
+    "kubectl -n glowplug-system port-forward": "it needs a node that runs the agent's pod",
     "glowplug place": "it asks agents that share a Redis; test_place.py starts some and runs it",
 }
-
-
-def commands(document: str) -> list[str]:
-    """Of the blocks marked `console`, without prompt, continuation and remark."""
-    blocks = re.findall(r"^ *```console\n(.*?)^ *```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
-    text = "".join(blocks).replace("\\\n", " ")
-    found = re.findall(r"^\$ (.*)$", text, re.MULTILINE)
-    return [" ".join(re.sub(r"\s+#.*$", "", line).split()) for line in found]
 
 
 ALL = [(document, command) for document in DOCUMENTS for command in commands(document)]

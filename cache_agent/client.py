@@ -190,6 +190,7 @@ class CacheClient:
         self.path: Path | str = text if self._address else Path(path)
         self._name, self._identity, self._pod = name[:256], identity, pod[:256]
         self._timeout = timeout
+        self.node = ""  # as the agent calls the node; known once it has answered
 
     def lease(self, model: str, *, start_id: str = "", deadline: float | None = None) -> Lease:
         """Returns as soon as memory is reserved and mapped into the reply; the bytes may still be on their way.
@@ -325,6 +326,7 @@ class CacheClient:
                 raise VersionMismatch(
                     f"the agent speaks protocol {welcome.version}, this client {VERSION}: update the older of the two"
                 )
+            self.node = welcome.node
         except (OSError, ValueError, Disconnected) as error:
             if channel is not None:
                 channel.close()

@@ -24,11 +24,12 @@ class Span:
 
 
 class Ledger:
-    """Collects the spans of one start; safe to use from several threads."""
+    """Collects the spans of one start; safe to use from several threads. `node` is its node, "" until that is known."""
 
     def __init__(self, owner: str, start_id: str = "") -> None:
         self.owner = owner
         self.start_id = start_id
+        self.node = ""
         self._spans: list[Span] = []
         self._lock = Lock()
 

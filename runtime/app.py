@@ -68,7 +68,8 @@ def create_app(
             {"owner": span.owner, "name": span.name, "start_ns": span.start, "end_ns": span.end}
             for span in ledger.spans()
         ]
-        return jsonify(start_id=ledger.start_id, start=start_kind(), state=lifecycle.state, spans=spans)
+        start = {"start_id": ledger.start_id, "node": ledger.node, "start": start_kind(), "state": lifecycle.state}
+        return jsonify(**start, spans=spans)
 
     @app.post("/_/drain")
     def begin_drain() -> tuple[Response, int]:

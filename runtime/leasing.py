@@ -63,7 +63,9 @@ class Leasing:
             try:
                 self._lifecycle.phase = "lease"
                 with self._ledger.span("lease"):
-                    lease = self.client().lease(uri, start_id=self._ledger.start_id, deadline=deadline)
+                    client = self.client()
+                    lease = client.lease(uri, start_id=self._ledger.start_id, deadline=deadline)
+                    self._ledger.node = client.node
                 try:
                     return use(lease, deadline)
                 except BaseException:

@@ -9,14 +9,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
-from runtime.commands.output import json_option, print_json
+from runtime.commands.output import json_option, place_of, print_json
 from runtime.sse import EventParser
 
 _LARGEST_ERROR = 4096
+_HERE = {"127.0.0.1", "localhost", "::1"}
+_OPENING_SECONDS = 1.5  # what `glowplug serve` takes, at most, until it has opened its port
 
 
 @dataclass
@@ -121,17 +122,19 @@ def _request(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _send(url: str, path: str, body: bytes, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
     """The response of a function that can answer; one that says that it is starting is asked again."""
-    place = urlsplit(url if "://" in url else f"http://{url}")
-    if place.scheme not in ("http", "https") or not place.hostname:
-        raise click.UsageError(f"--url is {url!r}; use http://HOST:PORT, or http://GATEWAY/function/NAME")
-    secure = place.scheme == "https"
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    place = place_of(url)
+    assert place.hostname, "it has been looked at"
+    kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
     deadline = time.monotonic() + timeout
+    patience = time.monotonic() + (_OPENING_SECONDS if place.hostname in _HERE else 0.0)
     while True:
         connection = kind(place.hostname, place.port, timeout=timeout)
         try:
             connection.connect()
         except OSError as error:
+            if isinstance(error, ConnectionRefusedError) and time.monotonic() < patience:
+                time.sleep(0.05)  # somebody has typed `glowplug serve` just now
+                continue
             raise click.ClickException(
                 f"nobody answers at {url} ({error}); start a function with glowplug serve FOLDER --model URI, or say "
                 "with --url where one is"

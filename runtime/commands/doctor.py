@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
-from runtime.commands.output import agent, json_option, megabytes, print_json, socket_option
+from runtime.commands.output import agent, json_option, megabytes, place_of, print_json, socket_option
 
 if TYPE_CHECKING:
     from cache_agent.config import AgentConfig
@@ -51,6 +51,7 @@ def doctor(ctx: click.Context, url: str, model: str | None, socket: Path | None,
     """
     from cache_agent import config
 
+    url = place_of(url).geturl()
     settings = config.from_environment()
     findings = [*_machine(settings), *_stores(settings)]
     status, starts, found = _agent(socket or settings.socket)
@@ -78,7 +79,7 @@ def _machine(settings: AgentConfig) -> Iterator[Finding]:
     yield _base()
     limit, free = limits.memory_limit(), limits.available_bytes()
     budget = settings.capacity
-    text = f"{megabytes(limit)} may be used, {megabytes(free)} are free; the agent's budget is {megabytes(budget)}"
+    text = f"{megabytes(limit)} may be used, {megabytes(free)} are free; an agent started here has {megabytes(budget)}"
     huge = limits.free_huge_bytes()
     if budget > limit + huge:
         yield Finding("memory", "warning", text, "lower GLOWPLUG_DRAM, or the kernel ends the agent before it is full")

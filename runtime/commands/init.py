@@ -10,7 +10,7 @@ import click
 
 from runtime.commands.output import json_option, print_json
 
-FILES = ("handler.py", "handler_test.py", "requirements.txt")
+FILES = ("handler.py", "handler_test.py", "pytest.ini", "requirements.txt")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 import click
 
@@ -22,6 +23,14 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for programs instead of text for people."
 )
 socket_option = click.option("--socket", type=Path, help="The agent's socket [env: GLOWPLUG_SOCKET].", metavar="PATH")
+
+
+def place_of(url: str) -> SplitResult:
+    """Where a function is served; `http://` may be left out. Raises `UsageError`."""
+    place = urlsplit(url if "://" in url else f"http://{url}")
+    if place.scheme not in ("http", "https") or not place.hostname:
+        raise click.UsageError(f"--url is {url!r}; use http://HOST:PORT, or http://GATEWAY/function/NAME")
+    return place
 
 
 def print_json(value: msgspec.Struct | list[Any] | dict[str, Any]) -> None:

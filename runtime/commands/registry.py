@@ -71,6 +71,9 @@ def _told(error: Exception) -> int | None:
     from runtime.errors import FunctionError
 
     match error:
+        case click.exceptions.NoArgsIsHelpError():
+            click.echo(error.format_message())
+            return 0
         case click.UsageError():
             where = error.ctx.command_path if error.ctx else "glowplug"
             sentence = " ".join(error.format_message().split()).removesuffix(".")

@@ -91,10 +91,7 @@ class Page:
         self._session = browser.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
             self.ask(f"{domain}.enable")
-        self.resize(width, height)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        still = {"name": "prefers-reduced-motion", "value": "reduce"}
-        self.ask("Emulation.setEmulatedMedia", features=[scheme, still])
+        self.look(width, height, dark=dark)
         self.ask("Emulation.setTimezoneOverride", timezoneId="UTC")
         if token:
             source = f"sessionStorage.setItem('glowplug-token', {json.dumps(token)})"
@@ -104,7 +101,11 @@ class Page:
     def ask(self, method: str, **parameters: Any) -> Any:
         return self._browser.ask(method, self._session, **parameters)
 
-    def resize(self, width: int, height: int) -> None:
+    def look(self, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """As on a screen of this size, in this colour scheme, without motion."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.ask("Emulation.setEmulatedMedia", features=[scheme, still])
         self.ask(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )

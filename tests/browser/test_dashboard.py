@@ -17,6 +17,7 @@ from cache_agent.ledger import Span
 from cache_agent.wire.messages import Started
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\">"
+LOOK = "document.dispatchEvent(new Event('visibilitychange'))"  # a page asks again at once when it is looked at
 THERE = "document.getElementById('main')?.getAttribute('aria-busy') === 'false'"
 
 
@@ -63,9 +64,19 @@ def node(
 
 
 @pytest.fixture
-def page(opened: Callable[..., Any], node: Any) -> Any:
+def fresh(opened: Callable[..., Any], node: Any) -> Any:
+    """A page of its own, for a test that does something to it, or looks at how it came to be."""
     page = opened(node.url)
     page.until(THERE, "the page has its data")
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any, node: Any) -> Any:
+    """One page, for all who only look at it."""
+    page = browser.page(node.url)
+    page.until(THERE, "the page has its data")
+    page.until("document.querySelectorAll('#events li').length > 2", "events")
     return page
 
 
@@ -111,60 +122,64 @@ def test_what_comes_from_outside_is_text(page: Any) -> None:
     assert page.js("document.title") == "node-a · Glowplug"
 
 
-def test_it_loads_nothing_from_elsewhere_and_breaks_no_policy(page: Any, node: Any) -> None:
-    page.until("document.querySelectorAll('#events li').length > 2", "events")
-    assert page.errors() == []
-    assert all(url.startswith((f"http://127.0.0.1:{node.port}/", "data:")) for url in page.requests())
+def test_it_loads_nothing_from_elsewhere_and_breaks_no_policy(fresh: Any, node: Any) -> None:
+    fresh.until("document.querySelectorAll('#events li').length > 2", "events")
+    assert fresh.errors() == []
+    assert all(url.startswith((f"http://127.0.0.1:{node.port}/", "data:")) for url in fresh.requests())
     with urllib.request.urlopen(node.url, timeout=10) as response:
         policy = response.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     inline = "const s = document.createElement('script'); s.textContent = 'window.broken = 1'; document.body.append(s)"
-    page.js(inline)
-    assert page.js("window.broken === undefined"), "the policy holds"
+    fresh.js(inline)
+    assert fresh.js("window.broken === undefined"), "the policy holds"
 
 
-def test_events_arrive_as_they_happen(page: Any, node: Any) -> None:
-    page.until("document.querySelectorAll('#events li').length > 2", "events")
+def test_events_arrive_as_they_happen(fresh: Any, node: Any) -> None:
+    fresh.until("document.querySelectorAll('#events li').length > 2", "events")
     with node.agent.client.lease(node.models[2]) as lease:
         lease.wait_ready(time.monotonic() + 30)
-        page.until(
+        fresh.until(
             "document.getElementById('models').innerText.includes('three')",
             "the model is there",
         )
-        page.until("document.querySelector('#events .text').innerText.includes('three')", "its event is the newest")
+        fresh.until("document.querySelector('#events .text').innerText.includes('three')", "its event is the newest")
     node.agent.client.evict(node.models[2])
-    page.until("document.querySelector('#events li').innerText.includes('evicted')", "the eviction is the newest")
+    fresh.until("document.querySelector('#events li').innerText.includes('evicted')", "the eviction is the newest")
 
 
-def test_events_can_be_chosen_by_kind(page: Any) -> None:
-    page.until("[...document.getElementById('kind').options].some(each => each.value === 'evicted')", "kinds")
-    page.js(
+def test_events_can_be_chosen_by_kind(fresh: Any) -> None:
+    fresh.until("[...document.getElementById('kind').options].some(each => each.value === 'evicted')", "kinds")
+    fresh.js(
         "(kind => { kind.value = 'evicted'; kind.dispatchEvent(new Event('change')) })(document.getElementById('kind'))"
     )
-    kinds = page.js("[...document.querySelectorAll('#events .chip')].map(chip => chip.textContent)")
+    kinds = fresh.js("[...document.querySelectorAll('#events .chip')].map(chip => chip.textContent)")
     assert set(kinds) == {"evicted"}
 
 
+@pytest.fixture
+def looked_at(page: Any) -> Iterator[Callable[..., None]]:
+    """`looked_at(width, dark=False)`: the page on another screen, until the end of the test."""
+    yield page.look
+    page.look(1440)
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1440, False), (1440, True), (390, False), (320, True)])
-def test_nothing_is_cut_off(width: int, dark: bool, opened: Callable[..., Any], node: Any) -> None:
-    page = opened(node.url, width=width, height=800, dark=dark)
-    page.until(THERE, "the page has its data")
+def test_nothing_is_cut_off(width: int, dark: bool, page: Any, looked_at: Callable[..., None]) -> None:
+    looked_at(width, 800, dark=dark)
     assert page.js("document.documentElement.scrollWidth") <= width
     outside = page.js(
         "[...document.querySelectorAll('main *')].filter(each => each.getBoundingClientRect().right > innerWidth + 1 &&"
         " !each.closest('thead')).map(each => each.outerHTML.slice(0, 200))"
     )
     assert outside == []
-    picture = page.picture()
-    assert struct.unpack(">II", picture[16:24])[0] == width
+    assert struct.unpack(">II", page.picture()[16:24])[0] == width
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_has_contrast(dark: bool, opened: Callable[..., Any], node: Any) -> None:
+def test_text_has_contrast(dark: bool, page: Any, looked_at: Callable[..., None]) -> None:
     """WCAG 2: 4.5 to 1 between each text's colour and the nearest background that is painted."""
-    page = opened(node.url, dark=dark)
-    page.until(THERE, "the page has its data")
+    looked_at(1440, dark=dark)
     poor = page.js(
         """(() => {
           const channel = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
@@ -205,16 +220,16 @@ def test_it_can_be_read_without_colour(page: Any) -> None:
     assert all(name.split()[0] in patterns for name in names)
 
 
-def test_it_works_with_the_keyboard(page: Any) -> None:
-    page.press("Tab", 9)
-    assert page.js("document.activeElement.className") == "skip"
-    page.press("Enter", 13)
-    page.until("location.hash === '#starts'", "the link was followed")
-    page.press("Tab", 9)
-    assert page.js("document.activeElement.tagName") == "SUMMARY"
-    assert page.js("getComputedStyle(document.activeElement).outlineStyle") == "solid", "one sees where one is"
-    page.press("Enter", 13)
-    page.until("!document.querySelector('#start-list details').open", "it was closed")
+def test_it_works_with_the_keyboard(fresh: Any) -> None:
+    fresh.press("Tab", 9)
+    assert fresh.js("document.activeElement.className") == "skip"
+    fresh.press("Enter", 13)
+    fresh.until("location.hash === '#starts'", "the link was followed")
+    fresh.press("Tab", 9)
+    assert fresh.js("document.activeElement.tagName") == "SUMMARY"
+    assert fresh.js("getComputedStyle(document.activeElement).outlineStyle") == "solid", "one sees where one is"
+    fresh.press("Enter", 13)
+    fresh.until("!document.querySelector('#start-list details').open", "it was closed")
 
 
 def test_those_who_do_not_see_it_are_told(page: Any) -> None:
@@ -242,8 +257,10 @@ def test_an_agent_that_is_away_is_missed(
         agent.client.evict(early)
     page.until("document.querySelectorAll('#events li').length > 3", "events")
     agent.stop()
+    page.js(LOOK)
     page.until("document.getElementById('live').textContent.startsWith('no answer')", "it says so")
     agent.start()
+    page.js(LOOK)
     page.until("document.getElementById('live').textContent === 'live'", "it is there again")
     with agent.client.lease(late) as lease:
         lease.wait_ready(time.monotonic() + 30)

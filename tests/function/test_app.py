@@ -130,6 +130,7 @@ def test_ready_tells_why_a_start_failed(make: Callable[..., App]) -> None:
 def test_the_ledger(make: Callable[..., App]) -> None:
     assert make().get("/_/ledger").json == {
         "start_id": "0123456789abcdef",
+        "node": "",
         "start": "cold",
         "state": "starting",
         "spans": [{"owner": "worker", "name": "http", "start_ns": 1_000_000, "end_ns": 3_500_000}],

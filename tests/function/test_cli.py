@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +140,48 @@ def test_the_list_of_commands_imports_none_of_them() -> None:
     assert not loaded & {"rich", "msgspec", "requests", "boto3", "flask", "yaml", "cache_agent.daemon"}
 
 
+def test_alone_it_says_what_it_can_do(run: Callable[..., Any]) -> None:
+    result, _ = run()
+    assert result.exit_code == 0
+    assert "\n  doctor      Check this machine" in result.output
+
+
+def test_ask_waits_for_a_port_that_is_being_opened(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever types `glowplug serve` in one terminal and asks in another is quicker than Python starts."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    servers: list[ThreadingHTTPServer] = []
+
+    def opened(_seconds: float) -> None:
+        if not servers:
+            servers.append(ThreadingHTTPServer(("127.0.0.1", port), Handled))
+            threading.Thread(target=servers[0].serve_forever, daemon=True).start()
+
+    monkeypatch.setattr(ask.time, "sleep", opened)
+    result, _ = run("ask", "--handler", "hi", "--url", f"127.0.0.1:{port}")
+    assert (result.exit_code, "answered" in result.output) == (0, True), result.output
+    servers[0].shutdown()
+    servers[0].server_close()
+
+
+class Handled(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "8")
+        self.end_headers()
+        self.wfile.write(b"answered")
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
 def test_init_makes_what_the_template_has(run: Callable[..., Any], tmp_path: Path) -> None:
     template = ROOT / "templates" / "llm-python"
     result, _ = run("init", str(tmp_path / "my-chat"), "--model", "s3://b/m")
     assert result.exit_code == 0, result.stderr
-    for name in ("handler.py", "handler_test.py", "requirements.txt"):
+    for name in ("handler.py", "handler_test.py", "pytest.ini", "requirements.txt"):
         assert (tmp_path / "my-chat" / name).read_bytes() == (template / "function" / name).read_bytes()
     stack = yaml.safe_load((tmp_path / "stack.yaml").read_text())
     example = yaml.safe_load((template / "examples" / "stack.yaml").read_text())
@@ -162,7 +202,19 @@ def test_init_leaves_what_is_there(run: Callable[..., Any], tmp_path: Path) -> N
     assert (tmp_path / "chat" / "handler.py").read_text() == "mine, too"
 
 
-@pytest.mark.parametrize("name", ["handler.py", "handler_test.py", "requirements.txt", "stack.yaml"])
+def test_the_tests_of_a_new_function_run_within_any_project(run: Callable[..., Any], tmp_path: Path) -> None:
+    """As a newcomer runs them, in a checkout of ours: whose own settings of pytest must not reach them."""
+    theirs = '[tool.pytest.ini_options]\naddopts = "--import-mode=importlib -k nothing"\n'
+    (tmp_path / "pyproject.toml").write_text(theirs)
+    assert run("init", str(tmp_path / "chat"))[0].exit_code == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "chat", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["handler.py", "handler_test.py", "pytest.ini", "requirements.txt", "stack.yaml"])
 def test_what_init_copies_is_the_templates(name: str) -> None:
     folder = "examples" if name == "stack.yaml" else "function"
     theirs = ROOT / "templates" / "llm-python" / folder / name

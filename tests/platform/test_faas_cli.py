@@ -25,6 +25,7 @@ CONTEXT = {
     "Dockerfile",
     "function/handler.py",
     "function/handler_test.py",
+    "function/pytest.ini",
     "function/requirements.txt",
     "glowplug/LICENSE",
     "glowplug/README.md",
@@ -65,7 +66,7 @@ def test_pull_by_tag(faas_cli: Callable[..., str], repository: Path, tmp_path: P
 
 
 def test_new_writes_what_is_edited_and_says_what_next(project: SimpleNamespace) -> None:
-    assert files(project.folder / "chat") == {"handler.py", "handler_test.py", "requirements.txt"}
+    assert files(project.folder / "chat") == {"handler.py", "handler_test.py", "pytest.ini", "requirements.txt"}
     stack = yaml.safe_load((project.folder / "stack.yaml").read_text())
     assert stack["functions"] == {"chat": {"lang": "llm-python", "handler": "./chat", "image": "example/chat:latest"}}
     assert "GLOWPLUG_MODEL" in project.said

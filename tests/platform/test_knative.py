@@ -96,7 +96,7 @@ def test_a_long_line_of_the_log(pod: Pod, eventually: Callable[..., Any]) -> Non
 
 def test_what_a_timeout_looks_like(pod: Pod) -> None:
     """The trap: an answer that took too long ends well, with status 200, and only its missing end tells."""
-    proxy = QueueProxy(pod.spec, pod.port, timeout=2.0)
+    proxy = QueueProxy(pod.spec, pod.port, timeout=3.0)
     try:
         status, body = ask(proxy.port, "/gated?name=never", Accept="text/event-stream")
         assert status == 200
@@ -108,14 +108,17 @@ def test_what_a_timeout_looks_like(pod: Pod) -> None:
         proxy.server_close()
 
 
-def test_a_function_ends_its_streams_before_the_timeout(start_pod: Any, image: Any) -> None:
+def test_a_function_ends_its_streams_before_the_timeout(
+    start_pod: Any, image: Any, at_once: Callable[..., list[Any]]
+) -> None:
     """What `glowplug render` sets 10 s below the platform's limit, here 2 s below it."""
     with start_pod(image, GLOWPLUG_ANSWER_LIMIT="2") as pod:
         assert pod.proxy.ready.wait(120)
         proxy = QueueProxy(pod.spec, pod.port, timeout=4.0)
         try:
-            for path in ("/gated?name=never", "/endless"):
-                status, body = ask(proxy.port, path, Accept="text/event-stream")
+            paths = ("/gated?name=never", "/endless")
+            calls = [lambda path=path: ask(proxy.port, path, Accept="text/event-stream") for path in paths]
+            for status, body in at_once(calls):
                 assert status == 200
                 assert b"request timeout" not in body
                 *_, error, done = EventParser().feed(body)

@@ -102,33 +102,16 @@ def cluster(
         yield SimpleNamespace(uri=uri, first=first, second=second, placer=placer)
 
 
-def test_asks_the_nodes_directory(cluster: SimpleNamespace, eventually: Callable[..., Any]) -> None:
-    def found() -> list[str]:
-        done = place(cluster.uri, "--why", env=cluster.placer)
-        return (
-            [line.split()[0] for line in done.output.splitlines()[::2]]
-            if "all of it is in memory" in done.output
-            else []
-        )
+@contextlib.contextmanager
+def extender(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    """As in warm-scheduler's pod: a program of its own, with the right to read and no more. `ask(verb, **annotations)`:
 
-    eventually(lambda: found() == ["node-1", "node-2"], what="both are known")
-    rows = json.loads(place(cluster.uri, "--json", env=cluster.placer).output)
-    assert [(row["node"], row["way"]) for row in rows] == [("node-1", "load"), ("node-2", "load")]
-    assert rows[0]["seconds"] < rows[1]["seconds"]
-    options = ("--redis-url", cluster.placer["GLOWPLUG_REDIS_URL"])
-    options += ("--redis-password-file", cluster.placer["GLOWPLUG_REDIS_PASSWORD_FILE"])
-    assert place(cluster.uri, *options).output == place(cluster.uri, env=cluster.placer).output
-    assert "no node knows" in place("s3://models/unknown", env=cluster.placer).output
-    cluster.second.stop()
-    eventually(lambda: found() == ["node-1"], what="who has gone is gone")
-
-
-def test_the_extender_goes_by_what_the_nodes_tell(cluster: SimpleNamespace, eventually: Callable[..., Any]) -> None:
-    """As in warm-scheduler's pod: a program of its own, with the right to read and no more."""
+    what it says of three nodes, or None while it does not listen.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", "from cache_agent.cli import main; main()", "extender", "--port", str(port)]
-    process = subprocess.Popen(command, env={**os.environ, **cluster.placer}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
 
     def ask(verb: str, **annotations: str) -> Any:
         given = {f"glowplug.dev/{name.replace('_', '-')}": text for name, text in annotations.items()}
@@ -141,16 +124,42 @@ def test_the_extender_goes_by_what_the_nodes_tell(cluster: SimpleNamespace, even
             return json.loads(connection.getresponse().read())
 
     try:
-        eventually(lambda: ask("filter", require_agent="true"), 30, "it answers")
-        eventually(lambda: ask("filter", require_agent="true")["NodeNames"] == ["node-1", "node-2"], 30, "it knows")
-        assert [row["Score"] for row in ask("prioritize", model="s3://models/unknown")] == [0, 0, 0]
-        cluster.second.stop()
-        eventually(lambda: ask("filter", require_agent="true")["NodeNames"] == ["node-1"], 30, "a node has gone")
+        yield ask
     finally:
         process.terminate()
         _, said = process.communicate(timeout=20)
     assert process.returncode == 0, said
     assert "without knowledge" not in said
+
+
+def test_command_and_extender_go_by_what_the_nodes_tell(
+    cluster: SimpleNamespace, eventually: Callable[..., Any]
+) -> None:
+    def found() -> list[str]:
+        done = place(cluster.uri, "--why", env=cluster.placer)
+        return (
+            [line.split()[0] for line in done.output.splitlines()[::2]]
+            if "all of it is in memory" in done.output
+            else []
+        )
+
+    def allowed() -> list[str]:
+        return list(answer["NodeNames"]) if (answer := ask("filter", require_agent="true")) else []
+
+    with extender(cluster.placer) as ask:
+        eventually(lambda: found() == ["node-1", "node-2"], what="both are known")
+        rows = json.loads(place(cluster.uri, "--json", env=cluster.placer).output)
+        assert [(row["node"], row["way"]) for row in rows] == [("node-1", "load"), ("node-2", "load")]
+        assert rows[0]["seconds"] < rows[1]["seconds"]
+        options = ("--redis-url", cluster.placer["GLOWPLUG_REDIS_URL"])
+        options += ("--redis-password-file", cluster.placer["GLOWPLUG_REDIS_PASSWORD_FILE"])
+        assert place(cluster.uri, *options).output == place(cluster.uri, env=cluster.placer).output
+        assert "no node knows" in place("s3://models/unknown", env=cluster.placer).output
+        eventually(lambda: allowed() == ["node-1", "node-2"], 30, "the extender knows them, too")
+        assert [row["Score"] for row in ask("prioritize", model="s3://models/unknown")] == [0, 0, 0]
+        cluster.second.stop()
+        eventually(lambda: found() == ["node-1"], what="who has gone is gone")
+        eventually(lambda: allowed() == ["node-1"], 30, "for the extender, too")
 
 
 def test_a_directory_that_is_gone_is_a_sentence() -> None:

@@ -218,6 +218,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("warm", "/no/such/model"), 1, "[not_found]"),
     (("models", "--socket", "/no/agent.sock"), 1, "start one with `glowplug-agent serve`"),
     (("doctor", "--socket"), 2, "requires an argument"),
+    (("doctor", "--url", "ftp://host"), 2, "use http://HOST:PORT"),
     (("push", "no-such-folder", "s3://b/m"), 2, "'no-such-folder' does not exist"),
     (("push", ".", "file:///x"), 1, "s3://"),
     (("pull", "s3:/b", "x"), 1, "[bad_uri]"),

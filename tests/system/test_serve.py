@@ -208,6 +208,7 @@ def test_the_ledger_tells_the_whole_start_in_order(function: Any) -> None:
     ledger = function.request("/_/ledger").json
     spans = ledger["spans"]
     assert re.fullmatch(r"[0-9a-f]{16}", ledger["start_id"])
+    assert ledger["node"] == socket.gethostname(), "as the agent calls it"
     names = {(span["owner"], span["name"]) for span in spans}
     assert {
         ("shim", "python"), ("shim", "listen"),

@@ -38,8 +38,8 @@ from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
 from cache_agent.tiers.ssd import Ssd
 from cache_agent.web.journal import Journal
 from cache_agent.web.starts import Starts
+from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.messages import (
-    TEXT_LIMIT,
     Admitted,
     Adopted,
     ClusterReply,
@@ -210,7 +210,8 @@ class Agent:
     def full_status(self) -> StatusReply:
         with self._lock:
             tiers = report.tiers(self._estimator.tiers)
-        return StatusReply(self.node, os.getpid(), *self.status(), self._keeping.status(), tiers, self._offers.orphaned)
+        ssd, orphaned, handoffs = self._keeping.status(), self._offers.orphaned, self.journal.handoffs()
+        return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned, handoffs)
 
     def started(self, told: Started) -> None:
         """A function of this node tells how its start went."""

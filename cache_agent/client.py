@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -27,6 +28,7 @@ from cache_agent.ledger import Span
 from cache_agent.manifest import Manifest
 from cache_agent.wire.fdsocket import Channel, Disconnected
 from cache_agent.wire.link import Link, dial
+from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
     Admitted,
     Adopted,
@@ -49,7 +51,6 @@ from cache_agent.wire.messages import (
     ManifestInline,
     ManifestReply,
     ManifestRequest,
-    Message,
     Offer,
     PinReply,
     PinRequest,
@@ -144,6 +145,11 @@ class Lease:
         """Goes on over a connection on which these bytes were offered."""
         self._channel.close()
         self._channel = channel
+
+    def interrupt(self) -> None:
+        """From another thread: whoever waits for an event of this lease hears that it is over."""
+        with contextlib.suppress(OSError):
+            self._channel.sock.shutdown(socket.SHUT_RDWR)
 
     def fileno(self) -> int:
         """Readable when an event waits, or the agent is gone."""

@@ -25,6 +25,7 @@ from cache_agent.cluster.key import ClusterKey
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig, from_environment
 from cache_agent.errors import AgentError, BadConfig
+from cache_agent.handoff.neighbours import Neighbours
 from cache_agent.server import Connection, Server, listen
 from cache_agent.snapshots.shelf import cluster_key, shelf
 from cache_agent.tiers.peer import Membership
@@ -65,6 +66,9 @@ class Daemon:
         self._agent = Agent(config, directory, peers=_peers(config, directory, key))
         self._shelf = shelf(config, private=self._private)
         self._server = Server(self._agent, self._sock, self._access, shelf=self._shelf)
+        if key is not None:
+            me = Membership(config.node_name, config.advertised, key)
+            self._server.desk.neighbours = Neighbours(me, directory)
         if config.agent_listen and not self._private:
             remote = link.listen(config.agent_listen)
             # Half of all connections stay this node's own, whoever knocks from outside.
@@ -77,7 +81,8 @@ class Daemon:
             self._status = Status(self._agent, self._access, config.status, tuple(f"/{p}" for p in config.status_open))
 
     def _remote(self, key: ClusterKey | None) -> Callable[[socket.socket], Connection]:
-        return lambda sock: RemoteConnection(self._agent, sock, self._access, self._server.forget, self._shelf, key)
+        server = self._server
+        return lambda sock: RemoteConnection(self._agent, sock, self._access, server.forget, server.desk, key)
 
     def run(self) -> None:
         self._startup()

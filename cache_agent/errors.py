@@ -166,6 +166,13 @@ class SnapshotForged(AgentError):
     code = "snapshot_forged"
 
 
+class NoDestination(AgentError):
+    """No other worker can go on with this one's requests now."""
+
+    code = "no_destination"
+    retryable = True
+
+
 class BadConfig(AgentError):
     """A setting of the agent is missing or has no sense."""
 
@@ -195,6 +202,7 @@ BY_CODE: dict[str, type[AgentError]] = {
         StoreUnavailable,
         SnapshotTooLarge,
         SnapshotForged,
+        NoDestination,
         BadConfig,
     )
 }

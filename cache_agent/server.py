@@ -20,20 +20,17 @@ from cache_agent.access.audit import Trail
 from cache_agent.access.control import Access
 from cache_agent.agent import Agent
 from cache_agent.errors import AgentError, BadConfig, InternalError, ProtocolError, VersionMismatch
+from cache_agent.handoff.desk import Asked, Desk
 from cache_agent.loading.loader import Load
 from cache_agent.policy.rights import NOBODY, Grant
 from cache_agent.residency import report
 from cache_agent.snapshots import shelf as shelves
 from cache_agent.snapshots.shelf import Shelf
 from cache_agent.tiers.dram import sealed_bytes
-from cache_agent.wire import blobs
 from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.wire.message import TEXT_LIMIT, Message
 from cache_agent.wire.messages import (
-    TEXT_LIMIT,
     AnyMessage,
-    Checkpoint,
-    ClaimReply,
-    ClaimRequest,
     ClusterRequest,
     ErrorReply,
     EstimateRequest,
@@ -44,7 +41,6 @@ from cache_agent.wire.messages import (
     LeaseRequest,
     ManifestReply,
     ManifestRequest,
-    Message,
     Offer,
     PinRequest,
     PrefetchReply,
@@ -129,8 +125,9 @@ class Server:
         self._access = access or Access()
         self._doors: dict[int, tuple[socket.socket, Opener, int]] = {}
         kept, allowed = shelf or shelves.shelf(agent.config, private=True), self._access
+        self.desk = desk = Desk(kept, agent.journal, agent.node)
         self.open_door(
-            sock, lambda sock: Connection(agent, sock, allowed, self.forget, kept), agent.config.max_connections
+            sock, lambda sock: Connection(agent, sock, allowed, self.forget, desk), agent.config.max_connections
         )
         self._stop_reader, self.stop_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._lock = threading.Lock()
@@ -225,13 +222,13 @@ class Connection:
     channel_type = Channel
 
     def __init__(
-        self, agent: Agent, sock: socket.socket, access: Access, on_end: Callable[[Connection], None], shelf: Shelf
+        self, agent: Agent, sock: socket.socket, access: Access, on_end: Callable[[Connection], None], desk: Desk
     ) -> None:
         self._agent = agent
         self._channel = self.channel_type(sock, of_agent=True)
         self._access = access
         self._trail = Trail(access, "")
-        self._shelf = shelf
+        self._desk = desk
         self._on_end = on_end
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
@@ -288,6 +285,7 @@ class Connection:
             if self._load is not None:
                 self._load.unwatch(self.wake)
             self._trail.gone(self.caller)
+            self._desk.gone(self)
             if self._asked:
                 self._agent.release(self._asked)
             self.close()
@@ -385,10 +383,8 @@ class Connection:
                     self._say(StartsReply(self._starts()))
                 case ClusterRequest():
                     self._say(self._agent.cluster())
-                case Checkpoint():
-                    self._keep(message, fds)
-                case ClaimRequest():
-                    self._claim(message)
+                case _ if isinstance(message, Asked):
+                    self._desk.answer(self, message, fds, self._say)
                 case _:
                     raise ProtocolError(f"'{type(message).__name__}' is a message of the agent's side")
         except (ProtocolError, Disconnected):
@@ -398,24 +394,6 @@ class Connection:
         except Exception as error:
             log.exception("answering %s failed", type(message).__name__)
             self._refuse(InternalError(f"the agent failed ({error!r}); its log has the traceback, please report it"))
-
-    def _keep(self, message: Checkpoint, fds: list[int]) -> None:
-        try:
-            lengths = [length for item in message.items for length in item.lengths]
-            pieces = blobs.unpack(lengths, message.data, fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
-        self._say(self._shelf.keep(message, pieces, self.caller.namespace))
-
-    def _claim(self, message: ClaimRequest) -> None:
-        found = self._shelf.claim(message, self.caller.namespace)
-        lengths, data, fds = blobs.pack(found.pieces)
-        try:
-            self._say(ClaimReply(found.outcome, found.epoch, found.wait, lengths, data, len(fds)), fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
 
     def _require(self, message: AnyMessage, fds: list[int]) -> None:
         """Before anything else, so that a refusal takes no longer for a model that is here. Closes `fds` then.

@@ -18,7 +18,7 @@ import msgspec
 from runtime import sse
 from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
 from runtime.errors import AnswerTooLong, BadRequest, EngineFailed, Moved, NotResumable, RequestGone
-from runtime.handoff.checkpoint import Hold
+from runtime.handoff.hold import Hold
 from runtime.handoff.position import written
 from runtime.handoff.record import Context, Route
 from runtime.handoff.resume import Asked, TakenUp, take_up

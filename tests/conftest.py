@@ -38,8 +38,8 @@ from cache_agent.cluster.key import ClusterKey
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentError, AgentUnreachable, ModelNotFound
+from cache_agent.handoff.neighbours import Neighbours
 from cache_agent.server import Server, listen
-from cache_agent.snapshots.shelf import shelf
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.peer import Membership
 from cache_agent.wire import link
@@ -455,9 +455,9 @@ class LocalAgent:
         self.agent = Agent(self.config, self.directory, self._open, peers)
         access = access or from_config(self.config)
         self.server = Server(self.agent, listen(socket_path, 0o600), access)
-        kept = shelf(self.config, private=True)
+        self.server.desk.neighbours = Neighbours(me, self.directory) if me else None
         self.server.open_door(
-            tcp, lambda sock: RemoteConnection(self.agent, sock, access, self.server.forget, kept, key), 512
+            tcp, lambda sock: RemoteConnection(self.agent, sock, access, self.server.forget, self.server.desk, key), 512
         )
         self._thread = threading.Thread(target=self.server.run, name="local-agent")
         self._thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cache_agent.access.control import Access
 from cache_agent.errors import AccessDenied
 from cache_agent.policy.rights import Caller
+from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
     Adopted,
     ErrorReply,
@@ -12,7 +13,6 @@ from cache_agent.wire.messages import (
     EvictRequest,
     Granted,
     LeaseRequest,
-    Message,
     Offer,
     PinReply,
     PinRequest,

@@ -18,7 +18,8 @@ from cache_agent.manifest import encode
 from cache_agent.policy.rights import EVERYTHING, NOBODY, Caller, Grant
 from cache_agent.tiers.dram import Dram, sealed_bytes
 from cache_agent.tiers.origin import Origin
-from cache_agent.wire.messages import ErrorReply, Message, Ready
+from cache_agent.wire.message import Message
+from cache_agent.wire.messages import ErrorReply, Ready
 
 log = logging.getLogger("glowplug.agent")
 

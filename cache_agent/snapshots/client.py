@@ -13,7 +13,16 @@ from cache_agent.errors import AgentError, AgentUnreachable
 from cache_agent.snapshots.store import Claimed, Keep, Key
 from cache_agent.wire import blobs
 from cache_agent.wire.fdsocket import Channel, Disconnected
-from cache_agent.wire.messages import Checkpoint, Checkpointed, ClaimReply, ClaimRequest, KeepItem, KeptStatus
+from cache_agent.wire.requests import (
+    Checkpoint,
+    Checkpointed,
+    ClaimReply,
+    ClaimRequest,
+    KeepItem,
+    KeptStatus,
+    TransferReply,
+    TransferRequest,
+)
 
 R = TypeVar("R")
 
@@ -70,6 +79,15 @@ class SnapshotClient:
                 for fd in fds:
                     os.close(fd)
             return Claimed(reply.outcome, reply.epoch, tuple(pieces), reply.wait)  # type: ignore[arg-type]
+
+        return self._exchange(exchange)
+
+    def transfer(self, key: Key, owner: str, epoch: int, heir: str, lease: float) -> bool:
+        """See `Snapshots.transfer`."""
+
+        def exchange(channel: Channel) -> bool:
+            channel.send(TransferRequest(*key, owner, epoch, heir, lease))
+            return expect(channel, TransferReply, time.monotonic() + self._timeout)[0].done
 
         return self._exchange(exchange)
 

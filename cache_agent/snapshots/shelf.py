@@ -14,7 +14,7 @@ from pathlib import Path
 from cache_agent.config import AgentConfig
 from cache_agent.errors import BadConfig, ProtocolError, SnapshotTooLarge
 from cache_agent.snapshots.store import Change, Claimed, InProcessSnapshots, Keep, Key, Snapshots
-from cache_agent.wire.messages import Checkpoint, Checkpointed, ClaimRequest, KeptStatus
+from cache_agent.wire.requests import Checkpoint, Checkpointed, ClaimRequest, KeptStatus, TransferRequest
 from cache_agent.wire.signing import sign, verified
 
 _SPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,200}")
@@ -53,6 +53,11 @@ class Shelf:
         found = self._store.claim(key, _owner(asked.owner), _lease(asked.lease))
         pieces = tuple(verified(self._key, _about(key, n), piece) for n, piece in enumerate(found.pieces))
         return found._replace(pieces=pieces)
+
+    def transfer(self, asked: TransferRequest, within: str = "") -> bool:
+        """Raises `StoreUnavailable`."""
+        key, owner, heir = _key(within, asked.space, asked.id), _owner(asked.owner), _owner(asked.heir)
+        return self._store.transfer(key, owner, asked.epoch, heir, _lease(asked.lease))
 
     def history(self, space: str, id: str, within: str = "") -> list[Change]:  # noqa: A002  it is one
         return self._store.history(_key(within, space, id))

@@ -10,11 +10,15 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-from cache_agent.wire.messages import TEXT_LIMIT, EventRecord
+from msgspec.structs import asdict
+
+from cache_agent.wire.message import TEXT_LIMIT
+from cache_agent.wire.messages import EventRecord
+from cache_agent.wire.requests import Handed, HandoffRecord
 
 log = logging.getLogger("glowplug.events")
 
@@ -22,6 +26,7 @@ OTHERS = "(others)"
 ERROR_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)  # of |predicted − took| / took
 _KEPT = 1000
 _MODELS = 100
+_HANDED = 64
 
 
 @dataclass(slots=True)
@@ -39,6 +44,9 @@ class Counts:
     took: dict[str, float] = field(default_factory=dict)
     errors: dict[str, list[int]] = field(default_factory=dict)  # tier -> by ERROR_BUCKETS, and one for beyond
     error_sum: dict[str, float] = field(default_factory=dict)
+    handoffs: Counter[tuple[str, str]] = field(default_factory=Counter)  # by outcome, and how
+    handed_tokens: Counter[str] = field(default_factory=Counter)  # by function, of requests that moved
+    handed_pause: dict[str, float] = field(default_factory=dict)  # seconds, by how
 
 
 class Journal:
@@ -52,6 +60,7 @@ class Journal:
         self._number = 0
         self._labels: set[str] = set()
         self._counts = Counts()
+        self._handed: deque[HandoffRecord] = deque(maxlen=_HANDED)
 
     # --- what is told ---------------------------------------------------------------------------------------------
 
@@ -108,6 +117,25 @@ class Journal:
             self._counts.refusals[code] += 1
         self.record("refused", model, f"refused {model}: {text} [{code}]")
 
+    def handed(self, node: str, items: Sequence[Handed]) -> None:
+        """Requests that a worker of this node has handed over, or tried to."""
+        for item in items:
+            with self._changed:
+                function = self._label(item.function)
+                counts = self._counts
+                counts.handoffs[item.outcome, item.how] += 1
+                if item.outcome == "moved":
+                    counts.handed_tokens[function] += item.tokens
+                    counts.handed_pause[item.how] = counts.handed_pause.get(item.how, 0.0) + item.pause
+                self._handed.append(HandoffRecord(**asdict(item), time=self._clock(), node=node))
+            why = f": {item.reason}" if item.reason else ""
+            self.record(
+                "handoff",
+                item.function,
+                f"{item.id}: {item.outcome} from {item.source} to {item.destination} after {item.tokens} tokens "
+                f"({item.how}, {item.pause * 1e3:.0f} ms){why}",
+            )
+
     # --- what is asked --------------------------------------------------------------------------------------------
 
     def since(self, number: int = 0, limit: int = _KEPT) -> list[EventRecord]:
@@ -121,6 +149,11 @@ class Journal:
             if self._number <= number:
                 self._changed.wait(seconds)
         return self.since(number)
+
+    def handoffs(self) -> list[HandoffRecord]:
+        """The last ones, the newest first."""
+        with self._changed:
+            return list(reversed(self._handed))
 
     def wake(self) -> None:
         """Lets everybody who waits look around: the agent ends."""

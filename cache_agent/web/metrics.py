@@ -38,6 +38,7 @@ class Collector:
         yield from self._models(status)
         yield from _transfers(counts)
         yield from _estimates(status, counts)
+        yield from _handoffs(counts)
 
     def _models(self, status: StatusReply) -> Iterator[Metric]:
         labels = self._node.journal.labels(model.model for model in status.models)
@@ -101,6 +102,15 @@ def _estimates(status: StatusReply, counts: Counts) -> Iterator[Metric]:
             rows.append((bound, total))
         errors.add_metric([tier], rows, counts.error_sum[tier])
     yield errors
+
+
+def _handoffs(counts: Counts) -> Iterator[Metric]:
+    fared = "Running requests of workers that drained, by outcome and how they travelled."
+    yield _counter("glowplug_handoffs", fared, ["outcome", "how"], counts.handoffs)
+    tokens = "Tokens that requests had when they were moved."
+    yield _counter("glowplug_handoff_tokens", tokens, ["function"], counts.handed_tokens)
+    pause = "Seconds in which moved requests stood still, in all."
+    yield _counter("glowplug_handoff_pause_seconds", pause, ["how"], counts.handed_pause)
 
 
 def _gauge(name: str, text: str, labels: list[str], values: Values) -> Metric:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from cache_agent.errors import AgentTimeout, ProtocolError
-from cache_agent.wire.messages import MAX_FDS, AnyMessage, Message
+from cache_agent.wire.message import MAX_FDS, Message
+from cache_agent.wire.messages import AnyMessage
 from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, Decoder, advance, encode
 
 _READ = 64 << 10

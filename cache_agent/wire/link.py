@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from cache_agent.errors import BadConfig, ProtocolError
 from cache_agent.manifest import PAGE
 from cache_agent.wire.fdsocket import Channel, Disconnected
-from cache_agent.wire.messages import Message
+from cache_agent.wire.message import Message
 
 SLOWEST = 64 << 10  # bytes per second
 _READ = 64 << 10

@@ -7,20 +7,22 @@ from typing import Annotated
 import msgspec
 
 from cache_agent.ledger import Span
-
-TEXT_LIMIT = 4096
-MAX_FDS = 250  # the kernel's SCM_MAX_FD is 253
-
-Short = Annotated[str, msgspec.Meta(max_length=256)]
-Uri = Annotated[str, msgspec.Meta(max_length=2048)]
-Text = Annotated[str, msgspec.Meta(max_length=TEXT_LIMIT)]
-Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-Body = Annotated[int, msgspec.Meta(ge=1, le=1 << 26)]  # bytes that follow a frame, on TCP
-Digest = Annotated[str, msgspec.Meta(max_length=32)]
-
-
-class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=False):
-    """Root of all messages; the class's tag is its "type"."""
+from cache_agent.wire.message import MAX_FDS, Body, Count, Digest, Message, Short, Text, Uri
+from cache_agent.wire.requests import (
+    Checkpoint,
+    Checkpointed,
+    ClaimReply,
+    ClaimRequest,
+    HandedReply,
+    HandedReport,
+    HandoffRecord,
+    HandoffRequest,
+    HostRequest,
+    Matched,
+    Relay,
+    TransferReply,
+    TransferRequest,
+)
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -201,8 +203,9 @@ class StatusReply(Message, frozen=True, tag="status_reply"):
     used: Count
     models: list[ModelStatus]
     ssd: SsdStatus | None = None
-    tiers: list[TierStatus] = []
+    tiers: list[TierStatus] = msgspec.field(default_factory=list)
     orphaned: Count = 0
+    handoffs: list[HandoffRecord] = msgspec.field(default_factory=list)  # the last ones, the newest first
 
 
 class ManifestRequest(Message, frozen=True, tag="manifest"):
@@ -331,19 +334,6 @@ class StartsReply(Message, frozen=True, tag="starts_reply"):
     starts: list[Start]
 
 
-class KeepItem(msgspec.Struct, frozen=True):
-    """Pieces of one request, from number `at` on, by its owner under `epoch`; see `snapshots.Keep`."""
-
-    space: Short
-    id: Short
-    owner: Short
-    epoch: Count
-    at: Count
-    lengths: Annotated[list[Count], msgspec.Meta(max_length=4096)]
-    lease: float
-    done: bool = False
-
-
 class EventRecord(msgspec.Struct, frozen=True):
     """What happened on the node; `time` in seconds since 1970, `number` counts from the agent's start."""
 
@@ -362,48 +352,6 @@ class EventsRequest(Message, frozen=True, tag="events"):
 
 class EventsReply(Message, frozen=True, tag="events_reply"):
     events: list[EventRecord]
-
-
-class Checkpoint(Message, frozen=True, tag="checkpoint"):
-    """The pieces of all items follow one another in `data`, or in the fd that comes with it."""
-
-    items: Annotated[list[KeepItem], msgspec.Meta(max_length=256)]
-    data: bytes = b""
-    fds: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
-
-
-class KeptStatus(msgspec.Struct, frozen=True):
-    """`kept`, `fenced`, `gap` (see `snapshots.Kept`), or `too_large` and `why`."""
-
-    outcome: Short
-    wanted: bool = False
-    why: Text = ""
-
-
-class Checkpointed(Message, frozen=True, tag="checkpointed"):
-    """One for each item, in their order."""
-
-    results: list[KeptStatus]
-
-
-class ClaimRequest(Message, frozen=True, tag="claim"):
-    """Asks to own what is kept of a request, and for all of it."""
-
-    space: Short
-    id: Short
-    owner: Short
-    lease: float
-
-
-class ClaimReply(Message, frozen=True, tag="claim_reply"):
-    """See `snapshots.Claimed`; the pieces are in `data`, or in the fd that comes with it."""
-
-    outcome: Short
-    epoch: Count = 0
-    wait: float = 0.0
-    lengths: list[Count] = []
-    data: bytes = b""
-    fds: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
 
 
 class FollowRequest(Message, frozen=True, tag="follow"):
@@ -525,6 +473,14 @@ AnyMessage = (
     | Checkpointed
     | ClaimRequest
     | ClaimReply
+    | TransferRequest
+    | TransferReply
+    | HostRequest
+    | HandoffRequest
+    | Matched
+    | HandedReport
+    | HandedReply
+    | Relay
     | Challenge
     | Answer
     | Streaming

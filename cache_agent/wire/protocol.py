@@ -27,7 +27,12 @@
       │ ◄───────────────────────────────────│
       │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | starts | events | cluster
       │                                     (open: one reply each, stays open)
-      │   checkpoint + fd | claim           (the same, for requests that run: cache_agent/snapshots/store.py)
+      │   checkpoint + fd | claim | transfer   (the same, for requests that run: snapshots/store.py)
+      │   handoff → matched + fd | handed      (the same, of a worker that drains: handoff/desk.py)
+      │  host(kin)                          │   open → hosting: it takes over what others of its kin hand over
+      │ ───────────────────────────────────►│
+      │   matched(node, owner) + fd         │   open: it asks again to be given the next one
+      │ ◄───────────────────────────────────│
 
 Over TCP the same frames carry a function's lease without fds, and what agents say to each other:
 
@@ -43,6 +48,8 @@ Over TCP the same frames carry a function's lease without fds, and what agents s
       │                                                           │  fetch → chunk + bytes, or error    │   peer still
       │                                                           │  describe → described + bytes       │
       │                                                           │  follow → holds(said, reading) …    │   following
+      │                                                           │  handoff → matched, or error        │
+      │                                                           │  relay + bytes ⇄ relay + bytes      │   relaying
 
 `error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
 then closes. One
@@ -58,17 +65,14 @@ from typing import Any
 import msgspec
 
 from cache_agent.errors import ProtocolError
+from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
     Admitted,
     Adopted,
     Answer,
     AnyMessage,
     Challenge,
-    Checkpoint,
-    Checkpointed,
     Chunk,
-    ClaimReply,
-    ClaimRequest,
     ClusterReply,
     ClusterRequest,
     Described,
@@ -90,7 +94,6 @@ from cache_agent.wire.messages import (
     ManifestInline,
     ManifestReply,
     ManifestRequest,
-    Message,
     Offer,
     Piece,
     PinReply,
@@ -109,6 +112,20 @@ from cache_agent.wire.messages import (
     StatusRequest,
     Streaming,
     Welcome,
+)
+from cache_agent.wire.requests import (
+    Checkpoint,
+    Checkpointed,
+    ClaimReply,
+    ClaimRequest,
+    HandedReply,
+    HandedReport,
+    HandoffRequest,
+    HostRequest,
+    Matched,
+    Relay,
+    TransferReply,
+    TransferRequest,
 )
 
 VERSION = 1
@@ -177,6 +194,19 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("asking", Checkpointed): "open",
     ("open", ClaimRequest): "asking",
     ("asking", ClaimReply): "open",
+    ("open", TransferRequest): "asking",
+    ("asking", TransferReply): "open",
+    ("open", HostRequest): "hosting",
+    ("hosting", Matched): "open",
+    ("hosting", ErrorReply): "closed",
+    ("open", HandoffRequest): "asking",
+    ("asking", Matched): "open",
+    ("open", HandedReport): "asking",
+    ("asking", HandedReply): "open",
+    ("peer", HandoffRequest): "fetching",
+    ("fetching", Matched): "relaying",
+    ("relaying", Relay): "relaying",
+    ("relaying", ErrorReply): "closed",
     ("asking", ErrorReply): "open",
     ("new", ErrorReply): "closed",
     ("greeting", ErrorReply): "closed",

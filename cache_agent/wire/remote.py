@@ -16,13 +16,15 @@ from cache_agent.access.control import Access
 from cache_agent.agent import Agent
 from cache_agent.cluster.key import ClusterKey, nonce
 from cache_agent.cluster.sharing import Following
-from cache_agent.errors import AccessDenied, ModelNotFound, ProtocolError
+from cache_agent.errors import AccessDenied, ModelNotFound, NoDestination, ProtocolError
+from cache_agent.handoff.crossing import Crossing
+from cache_agent.handoff.desk import Desk
 from cache_agent.loading.loader import Load
 from cache_agent.manifest import CHUNK
 from cache_agent.server import Connection
-from cache_agent.snapshots.shelf import Shelf
 from cache_agent.wire.fdsocket import Disconnected
 from cache_agent.wire.link import Link
+from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
     Admitted,
     Answer,
@@ -37,7 +39,6 @@ from cache_agent.wire.messages import (
     LeaseRequest,
     ManifestInline,
     ManifestReply,
-    Message,
     Offer,
     Piece,
     Ready,
@@ -45,6 +46,7 @@ from cache_agent.wire.messages import (
     Welcome,
 )
 from cache_agent.wire.protocol import VERSION
+from cache_agent.wire.requests import HandoffRequest, HostRequest
 
 _IDLE_SECONDS = 60.0  # of an agent that asks for nothing
 _TELL_SECONDS = 0.1  # between two words on the same model, at least
@@ -62,10 +64,10 @@ class RemoteConnection(Connection):
         sock: socket.socket,
         access: Access,
         on_end: Callable[[Connection], None],
-        shelf: Shelf,
+        desk: Desk,
         key: ClusterKey | None,
     ) -> None:
-        super().__init__(agent, sock, access, on_end, shelf)
+        super().__init__(agent, sock, access, on_end, desk)
         self._key = key
         self._nonces = ("", "")
         self._peer = self._address = self._have = ""
@@ -124,8 +126,26 @@ class RemoteConnection(Connection):
                 super()._answer(message, fds)
             case Offer():
                 raise ProtocolError("memory cannot be offered over TCP")
+            case HandoffRequest() if self._channel.state == "fetching":
+                self._hand_over(message)
+            case HandoffRequest() | HostRequest():
+                self._refuse(NoDestination("hand-offs take the socket of the node's own agent"))
             case _:
                 super()._answer(message, fds)
+
+    def _hand_over(self, asked: HandoffRequest) -> None:
+        """For another node's worker; until that one, ours, or this agent ends it."""
+        assert self._key is not None, "only agents come to this state"
+        try:
+            sock, found = self._desk.of_another_node(asked)
+        except NoDestination as error:
+            self._refuse(error)
+            return
+        with sock:
+            self._say(found)
+            crossing = Crossing(self._link, sock, self._key, (asked.nonce, found.nonce), "called")
+            crossing.run(lambda: self._stopping)
+        raise Disconnected("the hand-off has ended")
 
     def _begin_to_tell(self, source: str) -> None:
         self._following = self._agent.sharing.follow(source)

@@ -2,7 +2,9 @@
 
     open / claim ──► Hold ──tell… ──► done                                   the record says all that was told
                        │  └─ let_go ──► free                                 anybody may claim it at once
-                       └─ fenced, or wanted by another ──► over              nothing more is told here
+                       ├─ fenced, or wanted by another ──► over              nothing more is told here
+                       └─ freeze ──► transfer ──► handed                     another keeps it, and tells through us
+                            └─ thaw ──► Hold
 
 A token is told to the client only while the lease on its request runs; the lease begins when a `keep` is sent, not when
 its answer comes, so this worker's idea of it ends before the store's. A worker that was stopped and wakes finds it over
@@ -15,14 +17,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from cache_agent.errors import AgentError
 from cache_agent.snapshots.client import SnapshotClient
 from cache_agent.snapshots.store import Claimed, Keep, Key
-from cache_agent.wire.messages import KeptStatus
-from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, TokenEvent, TokenStream
+from cache_agent.wire.requests import KeptStatus
+from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, TokenEvent
 from runtime.handoff import record
+from runtime.handoff.hold import STUCK, Hold
 from runtime.handoff.record import Context
 from runtime.handoff.seal import Seal
 from runtime.handoff.snapshot import Place, Snapshot
@@ -32,96 +35,8 @@ log = logging.getLogger("glowplug.checkpoint")
 LEASE = 3.0  # seconds for which a `keep` holds a request; as long a client may wait after a crash
 _RETELL = 256  # pieces after which a record is told anew, in two
 _RETRY = 0.5  # seconds between attempts while the store cannot be asked
-_STUCK = 15.0  # upper bound of a wait that the agent's own deadlines end sooner
 _LAST_WORD = 30.0  # seconds for which the end of a request is tried to be told
 _LOOK = 0.1  # seconds between two looks at whether another has let go
-
-
-class Hold:
-    """One request that this worker answers: what was told of it, and under which right. Its `Checkpoints` guards it."""
-
-    def __init__(
-        self,
-        book: Checkpoints,
-        key: Key,
-        epoch: int,
-        context: Context,
-        requests: Sequence[GenerationRequest],
-        tokens: Sequence[Sequence[int]] = (),
-        at: int = 0,
-        until: float = 0.0,
-    ) -> None:
-        """`tokens` of each choice are there already, and so are `at` pieces of it, in a store whose lease on it runs
-        `until` then."""
-        self.key, self.epoch, self.context = key, epoch, context
-        self.requests = tuple(requests)
-        self.tokens = [list(ids) for ids in tokens] or [[] for _ in requests]
-        self.sent = [len(ids) for ids in self.tokens]
-        self.cut = bool(at)  # the store may have more tokens than these
-        self.at, self.until = at, until
-        self.over = ""  # why nothing more may be told
-        self.ended: set[int] = set()
-        self.free = False  # nobody's any more, once that is told
-        self.asked = False  # somebody waits for an answer of the store
-        self.begun = self.answered = 0  # exchanges about it
-        self.retry_at = 0.0
-        self.renew_only = False  # it has become too large
-        self.unkept = False
-        self.closed_at = 0.0
-        self._book = book
-
-    @property
-    def complete(self) -> bool:
-        return len(self.ended) == len(self.requests)
-
-    def stream(self, choice: int, tokens: TokenStream) -> HeldStream:
-        return HeldStream(self, choice, tokens)
-
-    def tell(self, choice: int, event: TokenEvent) -> bool:
-        """Takes down an event that is about to be told; False if it must not be."""
-        return self._book.tell(self, choice, event)
-
-    def let_go(self, why: str) -> None:
-        """Nothing more is told here, and another may claim it; without effect on one that is complete or over."""
-        self._book.let_go(self, why)
-
-
-class HeldStream:
-    """A token stream whose events are told under a `Hold`."""
-
-    def __init__(self, hold: Hold, choice: int, tokens: TokenStream) -> None:
-        self.request_id = tokens.request_id
-        self._hold = hold
-        self._choice = choice
-        self._tokens = tokens
-        self._over = False
-
-    def next(self, timeout: float) -> TokenEvent | None:
-        if self._over:
-            raise StopIteration
-        event = self._tokens.next(timeout)
-        if event is None and not self._hold.over:
-            return None
-        if event is not None and self._hold.tell(self._choice, event):
-            self._over = event.finish is not None
-            return event
-        self._over = True
-        self._tokens.close()
-        told = len(self._hold.tokens[self._choice])
-        return TokenEvent(told, None, "", "moved", f"this answer goes on elsewhere ({self._hold.over})")
-
-    def __iter__(self) -> HeldStream:
-        return self
-
-    def __next__(self) -> TokenEvent:
-        while (event := self.next(_STUCK)) is None:
-            pass
-        return event
-
-    def close(self) -> None:
-        self._over = True
-        self._tokens.close()
-        self._hold.let_go("its client left")
 
 
 class Checkpoints:
@@ -176,6 +91,75 @@ class Checkpoints:
                 return found, since
             time.sleep(min(_LOOK, found.wait))
 
+    # --- what moves requests uses ---------------------------------------------------------------------------------
+
+    @property
+    def owner(self) -> str:
+        """The name under which this worker owns requests."""
+        return self._owner
+
+    def find(self, request_id: str) -> Hold | None:
+        """The hold that a generation belongs to; None where nothing of it is in the store."""
+        with self._changed:
+            for hold in self._holds.values():
+                if not hold.unkept and any(request.id == request_id for request in hold.requests):
+                    return hold
+        return None
+
+    def freeze(self, hold: Hold, deadline: float) -> bool:
+        """Tells nothing more of it until `thaw` or `handed`; False, and nothing is frozen, where it is over."""
+        with self._changed:
+            hold.frozen = True
+            self._changed.wait_for(
+                lambda: hold.over or hold.answered == hold.begun, max(0.0, deadline - time.monotonic())
+            )
+            if hold.over or hold.complete or hold.answered != hold.begun:
+                hold.frozen = False
+            self._changed.notify_all()
+            return hold.frozen
+
+    def thaw(self, hold: Hold, epoch: int = 0) -> None:
+        """It stays here; with `epoch`, under that one, and all of it is told anew."""
+        with self._changed:
+            hold.frozen = False
+            if epoch:
+                hold.epoch, hold.at, hold.sent, hold.until = epoch, 0, [0] * len(hold.sent), 0.0
+            self._changed.notify_all()
+
+    def transfer(self, hold: Hold, owner: str, epoch: int, heir: str) -> bool:
+        """Makes `heir` its owner under `epoch` + 1, if it is `owner`'s under `epoch`. Raises any `AgentError`."""
+        return self._client.transfer(hold.key, owner, epoch, heir, self._lease)
+
+    def handed(self, hold: Hold) -> None:
+        """Another keeps it from here on; what that one makes of it is told through the streams of this hold."""
+        with self._changed:
+            hold.frozen, hold.handed = False, True
+            self._settle(hold)
+            self._changed.notify_all()
+
+    def lost(self, hold: Hold, why: str) -> None:
+        """Nothing more of it is told here, and whose it is now is for the store to say."""
+        with self._changed:
+            hold.frozen = False
+            hold.over = hold.over or why
+            self._settle(hold)
+            self._changed.notify_all()
+
+    def inherit(
+        self,
+        context: Context,
+        requests: Sequence[GenerationRequest],
+        tokens: Sequence[Sequence[int]],
+        ended: Iterable[int],
+        epoch: int,
+        since: float,
+    ) -> Hold:
+        """A request that its owner made over to this worker, under a lease that began no sooner than `since`."""
+        until = since + self._lease
+        hold = Hold(self, Key(self._space, context.id), epoch, context, requests, tokens, until=until)
+        hold.ended |= set(ended)
+        return self._enter(hold)
+
     def give_up(self, request_id: str, claimed: Claimed) -> None:
         """Lets go of what was claimed and cannot be gone on with here."""
         step = Keep(Key(self._space, request_id), self._owner, claimed.epoch, len(claimed.pieces), (), 0.0)
@@ -193,6 +177,8 @@ class Checkpoints:
         with self._changed:
             if hold.over:
                 return False
+            if hold.handed and event.finish not in ("cancelled", "moved", "error"):
+                return True
             if event.finish in ("cancelled", "moved", "error"):
                 self._free(hold, f"it ended: {event.error or event.finish}")
                 return True
@@ -247,7 +233,8 @@ class Checkpoints:
         mark, hold.asked = hold.begun, True
         self._changed.notify_all()
         answered = self._changed.wait_for(
-            lambda: hold.over or hold.unkept or hold.until > time.monotonic() or hold.answered > mark, _STUCK
+            lambda: hold.over or hold.unkept or hold.handed or hold.until > time.monotonic() or hold.answered > mark,
+            STUCK,
         )
         if hold.over or not answered:
             return False
@@ -256,7 +243,7 @@ class Checkpoints:
         return True
 
     def _due(self, hold: Hold, now: float) -> bool:
-        if not self.place().revision or now < hold.retry_at:
+        if not self.place().revision or now < hold.retry_at or hold.frozen:
             return False
         if hold.free or hold.complete or hold.asked or not hold.at:
             return True

@@ -23,7 +23,8 @@ from runtime.engine.generation import Generation
 from runtime.errors import BadRequest, EngineBusy, Moved
 from runtime.handoff import position as positions
 from runtime.handoff import snapshot
-from runtime.handoff.checkpoint import Checkpoints, Hold
+from runtime.handoff.checkpoint import Checkpoints
+from runtime.handoff.hold import Hold
 from runtime.handoff.position import Position
 from runtime.handoff.record import Context, Record, Route
 

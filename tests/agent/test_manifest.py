@@ -19,7 +19,7 @@ from cache_agent.loading.checkpoint import describe
 from cache_agent.loading.safetensors import RawTensor
 from cache_agent.manifest import ALIGNMENT, CHUNK, PAGE, Source, SourceFile, WeightFile
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.wire.messages import MAX_FDS
+from cache_agent.wire.message import MAX_FDS
 
 MIB = 1 << 20
 

@@ -15,16 +15,13 @@ from hypothesis import strategies as st
 from cache_agent.errors import BY_CODE, AgentError, ProtocolError, from_wire
 from cache_agent.ledger import Span
 from cache_agent.wire import messages, protocol
+from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.messages import (
     Admitted,
     Adopted,
     Answer,
     Challenge,
-    Checkpoint,
-    Checkpointed,
     Chunk,
-    ClaimReply,
-    ClaimRequest,
     ClusterReply,
     ClusterRequest,
     Described,
@@ -46,8 +43,6 @@ from cache_agent.wire.messages import (
     Holds,
     Identity,
     ImageStatus,
-    KeepItem,
-    KeptStatus,
     LeaseRequest,
     ManifestInline,
     ManifestReply,
@@ -79,6 +74,23 @@ from cache_agent.wire.messages import (
     Welcome,
 )
 from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, Decoder, advance, encode
+from cache_agent.wire.requests import (
+    Checkpoint,
+    Checkpointed,
+    ClaimReply,
+    ClaimRequest,
+    Handed,
+    HandedReply,
+    HandedReport,
+    HandoffRequest,
+    HostRequest,
+    KeepItem,
+    KeptStatus,
+    Matched,
+    Relay,
+    TransferReply,
+    TransferRequest,
+)
 
 EXAMPLES = [
     Hello(1, "chat-7f", Identity("token", "s3cret")),
@@ -149,10 +161,18 @@ EXAMPLES = [
     Chunk("00112233445566778899aabbccddeeff", 8 << 20),
     DescribeRequest("src-1"),
     Described(5678),
+    TransferRequest("chat", "chatcmpl-0123456789abcdef", "worker-7f", 2, "worker-8a", 3.0),
+    TransferReply(True),
+    HostRequest("chat:00ff:plain", "worker-8a"),
+    HandoffRequest("chat:00ff:plain", "worker-7f", "0123456789abcdef"),
+    Matched("node-b", "worker-8a", "fedcba9876543210", 1),
+    HandedReport([Handed("chat", "gen-1", "worker-7f", "worker-8a", 12, 0.025, "kv", "moved")]),
+    HandedReply(),
+    Relay(1 << 20),
 ]
 MESSAGES = {type(message): message for message in EXAMPLES}
 STATES = ["new", "greeting", "open", "leasing", "loading", "leased", "asking", "offering", "closed"]
-STATES += ["challenged", "answering", "peer", "fetching", "following", "streaming"]
+STATES += ["challenged", "answering", "peer", "fetching", "following", "streaming", "hosting", "relaying"]
 
 # The diagram in protocol.py once more, written down by hand: client and agent change it together or not at all.
 ALLOWED = {
@@ -188,6 +208,19 @@ ALLOWED = {
     ("asking", Checkpointed): "open",
     ("open", ClaimRequest): "asking",
     ("asking", ClaimReply): "open",
+    ("open", TransferRequest): "asking",
+    ("asking", TransferReply): "open",
+    ("open", HostRequest): "hosting",
+    ("hosting", Matched): "open",
+    ("hosting", ErrorReply): "closed",
+    ("open", HandoffRequest): "asking",
+    ("asking", Matched): "open",
+    ("open", HandedReport): "asking",
+    ("asking", HandedReply): "open",
+    ("peer", HandoffRequest): "fetching",
+    ("fetching", Matched): "relaying",
+    ("relaying", Relay): "relaying",
+    ("relaying", ErrorReply): "closed",
     ("asking", ErrorReply): "open",
     ("leasing", Granted): "loading",
     ("leasing", Drain): "leasing",
@@ -384,7 +417,7 @@ def test_what_is_no_request_is_refused(name):
         {"type": "granted", "source": "", "manifest_bytes": 1, "segments": [], "page": 1, "fds": 251},
         {"type": "manifest_reply", "manifest_bytes": 1, "fds": 2},
         {"type": "progress", "ready": [-1], "done": 0, "total": 0},
-        {"type": "error", "code": "x", "text": "x" * (messages.TEXT_LIMIT + 1)},
+        {"type": "error", "code": "x", "text": "x" * (TEXT_LIMIT + 1)},
         {"type": "ready", "tier": "", "revision": "", "spans": [{"owner": 1}]},
     ],
 )

@@ -15,7 +15,7 @@ from cache_agent.snapshots.shelf import Shelf, shelf
 from cache_agent.snapshots.store import InProcessSnapshots, Keep, Key
 from cache_agent.snapshots.store_redis import RedisSnapshots
 from cache_agent.wire import blobs
-from cache_agent.wire.messages import Checkpoint, Checkpointed, ClaimRequest, KeepItem
+from cache_agent.wire.requests import Checkpoint, Checkpointed, ClaimRequest, KeepItem
 
 KEY = Key("chat", "chatcmpl-0123456789abcdef")
 A, B = "worker-a", "worker-b"

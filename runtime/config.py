@@ -70,6 +70,7 @@ class FunctionConfig:
     hold: str = ""
     checkpoints: str = ""
     checkpoint_tokens: int = 16
+    handoff: str = ""
     function_key_file: str = ""
     threads: int = 0
     start_timeout: float = 600.0
@@ -86,11 +87,12 @@ class FunctionConfig:
             value = getattr(self, name)
             if not least <= value < math.inf:  # NaN is neither
                 raise BadConfig(f"GLOWPLUG_{name.upper()} is {value:g}; it must be at least {least}, and finite")
-        if self.checkpoints and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,200}", self.checkpoints):
-            raise BadConfig(
-                f"GLOWPLUG_CHECKPOINTS is {self.checkpoints!r}; it is the name under which requests are kept: letters, "
-                "digits, dots, dashes and slashes"
-            )
+        for name in ("checkpoints", "handoff"):
+            if (value := getattr(self, name)) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,200}", value):
+                raise BadConfig(
+                    f"GLOWPLUG_{name.upper()} is {value!r}; it is the name that this function's replicas have in "
+                    "common: letters, digits, dots, dashes and slashes"
+                )
         if not 0 <= self.port < 65536:
             raise BadConfig(f"GLOWPLUG_PORT is {self.port}; ports go from 0 (any free one) to 65535")
         if self.layers not in ("model", "lang", "off"):
@@ -119,6 +121,12 @@ class FunctionConfig:
             if level not in ("user", "model", "lang") or not found[level] >= 0:
                 raise BadConfig(f"GLOWPLUG_HOLD has {part!r}; write seconds by layer, like user=60,model=600,lang=inf")
         return found
+
+    @property
+    def handoff_name(self) -> str:
+        """What replicas that take over each other's requests are called, or "": they stay where they are."""
+        name = self.handoff or self.checkpoints
+        return "" if name == "off" else name
 
     @property
     def served_name(self) -> str:

@@ -230,12 +230,23 @@ class Model:
         self.defaults = defaults or SamplingParams()
         self._raw = raw
         self._raw_guard = raw_guard
+        self._let_go = False
+        self.raw_read = False  # code of the function's has the model itself
+
+    def let_go(self) -> None:
+        """The weights are given up, and `raw` with them; what is asked for is the engine's to have done elsewhere."""
+        raw, self._raw, self._let_go = self._raw, None, True
+        if raw is not None:
+            raw.to("meta")  # so that whoever still has the model, a layer that we were forked from, has no weights
 
     @property
     def raw(self) -> Any:
         """The transformers model itself. Its weights are shared with other functions: read them, do not write."""
+        if self._let_go:
+            raise Moved("this replica has handed its work over and ends; send the request again, it finds another one")
         if self._raw is None:
             raise Unsupported(f"{self.name} is a toy without a transformers model; set GLOWPLUG_MODEL to a real one")
+        self.raw_read = True
         if self._raw_guard is not None:
             self._raw_guard()
         return self._raw

@@ -7,6 +7,7 @@ the same views as a state dict, and the ledger says so.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -88,6 +89,13 @@ class Weights:
                 if _LIBC.madvise(ctypes.c_void_p(place), size, _MADV_POPULATE_READ):
                     return  # a kernel before 5.14
 
+    def close(self) -> None:
+        """Unmaps what no other tensor shows any more."""
+        self.tensors.clear()
+        for mapping in self._maps:
+            with contextlib.suppress(BufferError):
+                mapping.close()
+
     def _view(self, tensor: Tensor) -> torch.Tensor:
         dtype = _DTYPES[tensor.dtype]
         if tensor.size == 0:
@@ -122,6 +130,12 @@ class Loaded:
     tokenizer: Any
     generation_config: dict[str, Any]
     how: str
+
+    @property
+    def eos(self) -> list[int]:
+        """The end-of-sequence ids that the checkpoint names besides its tokenizer's."""
+        eos = self.generation_config.get("eos_token_id")
+        return [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
 
 
 def assemble(weights: Weights, *, private: bool = False, whole: Callable[[], None] = lambda: None) -> Loaded:

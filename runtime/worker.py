@@ -40,6 +40,7 @@ from runtime.reporting import Reporting
 if TYPE_CHECKING:
     from runtime.handler import Handler
     from runtime.handoff.checkpoint import Checkpoints
+    from runtime.handoff.moving import Moving
     from runtime.model import Model
     from runtime.weights import Loaded, Weights
     from runtime.zygote.warm import Warm
@@ -68,6 +69,8 @@ class Worker:
         self._lease: Lease | None = None
         self._whole: Lease | None = None  # the one whose bytes are all there
         self._book: Checkpoints | None = None
+        self._moving: Moving | None = None
+        self._given_up = threading.Event()  # another worker does the work: the weights are not needed any more
         self._exit: FunctionError | None = None
         self._leasing = Leasing(config, ledger, line, self._lifecycle)
         self._reporting = Reporting(config, ledger, line, self._lifecycle, self._leasing.client)
@@ -130,17 +133,21 @@ class Worker:
             with self._ledger.span("handler"):
                 handler = self._import_handler(model)
         from runtime.handoff.book import book
+        from runtime.handoff.moving import moving
 
         self._book = model.book = book(self._config, self._leasing.client, model)
+        self._moving = moving(self._config, self._leasing.client, model, self._lifecycle, lambda: self._released(model))
         self._lifecycle.phase = "serving"
         self._lifecycle.opened(model, handler)
+        if self._moving is not None and self._lifecycle.draining:
+            self._moving.depart()
         self._reporting.spans()
         self._line.send(state="ready", kind=self._kind)
         threading.Thread(target=self._listen, args=(model,), name="agent", daemon=True).start()
         self._reporting.start()
 
     def _import_handler(self, model: Model) -> Handler:
-        place = self._config.handler, self._config.packages, model, self._guard.scope
+        place = self._config.handler, self._config.packages, model, self._mapped.guard.scope
         if self._config.reload:
             from runtime.reload import Reloading
 
@@ -179,7 +186,7 @@ class Worker:
         self._lifecycle.phase = "engine"
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
         begun = time.monotonic_ns()
-        codec = TokenizerCodec(loaded.tokenizer, _eos(loaded.generation_config))
+        codec = TokenizerCodec(loaded.tokenizer, loaded.eos)
         engine, serial = choose(
             loaded.model, codec, self._config, revision=lease.revision, threads=self._config.threads or cpu_quota()
         )
@@ -187,7 +194,7 @@ class Worker:
         engine.on_first_token = self._first_token
         engine.on_broken = self._broken
         self._lease = self._reporting.lease = lease
-        self._guard = mapped.guard
+        self._mapped = mapped
         return Model(
             self._config.served_name,
             lease.revision,
@@ -267,12 +274,17 @@ class Worker:
                         case Drain(reason, _):
                             self._drain(f"the agent says: {reason}")
             except AgentError as error:
+                if self._given_up.is_set():
+                    self._lease.close()
+                    return
                 log.warning("%s; this function goes on with the weights that it maps", error)
             self._leasing.rejoin(self._lease)
 
     def _obey(self) -> None:
         for message in self._line.messages():
             match message:
+                case {"retire": _} if self._lifecycle.inside:  # on behalf of another replica, without a connection
+                    self._line.send(state="needed")
                 case {"retire": _}:
                     self._server.retire(lambda retired: None if retired else self._line.send(state="needed"))
                 case {"agent": str(path)}:
@@ -280,12 +292,23 @@ class Worker:
         log.warning("the shim is gone; the worker ends with it")
         self._server.stop(at_once=True)
 
+    def _released(self, model: Model) -> None:
+        """Another worker does the work: weights and model go now, not when this process ends."""
+        self._given_up.set()
+        model.let_go()  # by name, and not by collecting garbage: that would hold every stream up for 0.3 s
+        self._mapped.close()
+        if self._lease is not None:
+            self._lease.interrupt()
+        log.info("all work is another replica's; the model is released")
+
     # --- end ------------------------------------------------------------------------------------------------------
 
     def _drain(self, reason: str) -> None:
         if self._lifecycle.drain(reason):
             log.info("draining: %s", reason)
             self._line.send(state="draining")
+            if self._moving is not None and self._lifecycle.state == "draining":
+                self._moving.depart()
 
     def _end(self) -> None:
         self._terminate.wait()
@@ -296,11 +319,15 @@ class Worker:
         time.sleep(self._config.drain_linger)
         # So are those that come later still, as long as there is time for one as long as the last ones were.
         self._server.wait_idle(end - min(grace / 2, max(_LAST_ANSWERS, self._lifecycle.longest)))
-        self._server.finish(end if self._book is None else end + 2 * _LAST_WORDS)
-        if self._book is not None and not self._over.wait(max(0.0, end - time.monotonic())):
+        last_words = self._book is not None or self._moving is not None
+        self._server.finish(end + 2 * _LAST_WORDS if last_words else end)
+        if last_words and not self._over.wait(max(0.0, end - time.monotonic())):
             # What still runs ends with an error that says how to go on, and can be gone on with.
             self._cut = self._server.in_hand
-            self._book.close(time.monotonic() + _LAST_WORDS)
+            if self._moving is not None:
+                self._moving.close("this replica ends", end + _LAST_WORDS)
+            if self._book is not None:
+                self._book.close(time.monotonic() + _LAST_WORDS)
 
     def _ended(self) -> None:
         """After the last request, or the grace: the verdict."""
@@ -319,17 +346,6 @@ class Worker:
 def _import_model_code() -> None:
     from runtime import weights  # noqa: F401
     from runtime.engine import choice, serial  # noqa: F401
-
-
-def _eos(generation_config: dict[str, object]) -> list[int]:
-    eos = generation_config.get("eos_token_id")
-    return (
-        [eos]
-        if isinstance(eos, int)
-        else [token for token in eos if isinstance(token, int)]
-        if isinstance(eos, list)
-        else []
-    )
 
 
 def serve(

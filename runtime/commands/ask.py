@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from runtime.commands.output import json_option, place_of, print_json
-from runtime.sse import EventParser
+from runtime.handoff import client as resuming
+from runtime.sse import EventParser, ServerEvent
 
 _LARGEST_ERROR = 4096
 _HERE = {"127.0.0.1", "localhost", "::1"}
@@ -53,8 +54,11 @@ class Answer:
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for a start, or a piece.")
+@click.option("--resume", is_flag=True, help="Ask for the rest when the answer breaks off, or its replica ends.")
 @json_option
-def ask(prompt: str | None, url: str, handler: bool, timeout: float, as_json: bool, **options: Any) -> None:
+def ask(
+    prompt: str | None, url: str, handler: bool, timeout: float, resume: bool, as_json: bool, **options: Any
+) -> None:
     """Ask a function PROMPT, or what stands in the standard input.
 
     The answer goes to the standard output as it is written; what it took goes to the standard error.
@@ -68,7 +72,8 @@ def ask(prompt: str | None, url: str, handler: bool, timeout: float, as_json: bo
     if handler and refused:
         raise click.UsageError(f"--{refused[0].replace('_', '-')} is not for a handler, which reads its request itself")
     answer = Answer(time.monotonic())
-    for piece in _asked(answer, url, handler, prompt, timeout, options):
+    asked = _resumed if resume else _asked
+    for piece in asked(answer, url, handler, prompt, timeout, options):
         if not as_json:
             click.echo(piece, nl=False)
             sys.stdout.flush()
@@ -84,12 +89,7 @@ def _asked(
     answer: Answer, url: str, handler: bool, prompt: str, timeout: float, options: dict[str, Any]
 ) -> Iterator[str]:
     """The answer's pieces. Raises `ClickException` with what went wrong."""
-    headers = {"Accept": "text/event-stream"}
-    if handler:
-        path, body = "/", prompt.encode()
-    else:
-        path, body = "/v1/chat/completions", json.dumps(_request(prompt, options)).encode()
-        headers["Content-Type"] = "application/json"
+    path, body, headers = _job(handler, prompt, options)
     try:
         response = _send(url, path, body, headers, timeout)
         answer.start = response.getheader("X-Glowplug-Start", "")
@@ -103,13 +103,40 @@ def _asked(
         while data := response.read1(65536):
             for event in parser.feed(data):
                 done = done or event.data == "[DONE]"
-                piece = "" if done else event.data if handler and event.event != "error" else _piece(answer, event.data)
+                piece = "" if done else _said(answer, handler, event)
                 answer.add(piece)
                 yield piece
         if not done:
             raise click.ClickException("the answer broke off before its end; the function's log may say why")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise click.ClickException(f"{url} stopped answering: {error or type(error).__name__}") from error
+
+
+def _resumed(
+    answer: Answer, url: str, handler: bool, prompt: str, timeout: float, options: dict[str, Any]
+) -> Iterator[str]:
+    """Like `_asked`, over as many connections as it takes."""
+    path, body, headers = _job(handler, prompt, options)
+    try:
+        for event in resuming.ask([place_of(url).geturl()], path, body, headers=headers, patience=timeout, silence=timeout):
+            piece = _said(answer, handler, event)
+            answer.add(piece)
+            yield piece
+    except resuming.AskFailed as error:
+        raise click.ClickException(f"{error.text} [{error.code}]" if error.code else error.text) from error
+
+
+def _job(handler: bool, prompt: str, options: dict[str, Any]) -> tuple[str, bytes, dict[str, str]]:
+    """Path, body and headers of the request."""
+    headers = {"Accept": "text/event-stream"}
+    if handler:
+        return "/", prompt.encode(), headers | {"Content-Type": "text/plain"}
+    body = json.dumps(_request(prompt, options)).encode()
+    return "/v1/chat/completions", body, headers | {"Content-Type": "application/json"}
+
+
+def _said(answer: Answer, handler: bool, event: ServerEvent) -> str:
+    return event.data if handler and event.event != "error" else _piece(answer, event.data)
 
 
 def _request(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -123,12 +150,11 @@ def _request(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
 def _send(url: str, path: str, body: bytes, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
     """The response of a function that can answer; one that says that it is starting is asked again."""
     place = place_of(url)
-    assert place.hostname, "it has been looked at"
     kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
     deadline = time.monotonic() + timeout
     patience = time.monotonic() + (_OPENING_SECONDS if place.hostname in _HERE else 0.0)
     while True:
-        connection = kind(place.hostname, place.port, timeout=timeout)
+        connection = kind(place.hostname or "", place.port, timeout=timeout)
         try:
             connection.connect()
         except OSError as error:

@@ -12,6 +12,7 @@ is thrown out for want of it; what nobody has been promised serves to keep the r
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class BatchedEngine(Loop[Rows]):
         self._prefixes: Prefixes[Rows] = Prefixes()
         self._reused = 0
         self._refeed = self.shape.dtype == torch.float32
+        self._token_seconds = self._prompt_seconds = 0.0  # smoothed time of a decoding pass, and of a prompt's token
         device = self.shape.device.type
         processor = torch.backends.cpu.get_cpu_capability() if device == "cpu" else device
         self.arithmetic = (
@@ -80,6 +82,11 @@ class BatchedEngine(Loop[Rows]):
             f"{name_of(self.shape.dtype)}, torch {torch.__version__}"
         )
         self.start()
+
+    def close(self) -> None:
+        super().close()
+        with self._wake:
+            self._prefixes = Prefixes()
 
     def begin(self) -> None:
         if self._threads is not None:
@@ -142,9 +149,11 @@ class BatchedEngine(Loop[Rows]):
         if passing.fixed:
             keep, wanted_of = list(range(len(ids))), wanted  # the head's product, too, has always the same rows
         pack = Pack([(_memory(row), count) for row, count in pieces], passing.padding)
+        begun = time.perf_counter()
         with torch.inference_mode():
             output = forward(self._model, ids, positions, pack, logits_to_keep=torch.tensor(keep, dtype=torch.long))
             scores = output.logits[0, wanted_of].float().cpu().numpy() if wanted else None
+        self._timed(max(count for _, count in pieces), len(ids), time.perf_counter() - begun)
         for row, count in pieces:
             memory = _memory(row)
             if self._exact(row.generation) and memory.exact == memory.fed - count and memory.fed % self._chunk == 0:
@@ -158,6 +167,18 @@ class BatchedEngine(Loop[Rows]):
             yield row, event
             if event.finish in ("stop", "length"):
                 self._keep(row)
+
+    def _timed(self, longest: int, tokens: int, seconds: float) -> None:
+        if longest == 1:
+            self._token_seconds += 0.2 * (seconds - self._token_seconds)
+        elif longest >= _WORTH:
+            self._prompt_seconds += 0.5 * (seconds / tokens - self._prompt_seconds)
+
+    def again(self, generation: Generation) -> float:
+        if not self._prompt_seconds:
+            return 0.0
+        pieces = generation.length if self._refeed else len(generation.request.prompt)
+        return pieces * self._prompt_seconds + (generation.length - pieces) * self._token_seconds
 
     # Reuse.
 

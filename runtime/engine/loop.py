@@ -132,6 +132,10 @@ class Loop(ABC, Generic[M]):
         """The memory of a paused row; () if the receiver is to recompute it."""
         return ()
 
+    def again(self, generation: Generation) -> float:  # noqa: ARG002
+        """About how many seconds feeding all of it once more would take; 0 where that is not known."""
+        return 0.0
+
     def unpack(self, generation: Generation, kv: tuple[KVRow, ...]) -> M | None:  # noqa: ARG002
         """The memory that `pack` made. Raises `SnapshotRefused`."""
         return None
@@ -218,6 +222,12 @@ class Loop(ABC, Generic[M]):
 
     def start(self) -> None:
         self._thread.start()
+
+    def recompute(self, request_id: str) -> tuple[int, float]:
+        """Bytes that a live generation remembers, and about how many seconds they take to be made anew (0: unknown)."""
+        with self._wake:
+            row = self._rows.get(request_id)
+        return (row.generation.length * self._token_bytes, self.again(row.generation)) if row is not None else (0, 0.0)
 
     def call(self, task: Callable[[], T]) -> T:
         """Runs `task` on the engine thread between two steps and returns its result. Raises `EngineFailed`."""

@@ -1,5 +1,8 @@
 """Snapshots of running generations: kept while they run, resumed by any replica, moved when a replica drains.
 
-snapshot» (format)   record» (what is kept of one request)   seal (encryption)   live (streams that can change hands)
+snapshot» (format)   record» (what is kept of one request)   seal (encryption)   hold (one request, and who may tell it)
 checkpoint (keeps)   resume (goes on)   client (for those who ask)
+
+moving (a worker's part)   live (where its generations run)   move» (how a request changes hands)
+departure, relay (the worker that drains)   host, guest (the one that goes on)   talk» (what they say)   pipe (its way)
 """

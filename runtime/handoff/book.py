@@ -19,16 +19,17 @@ def book(config: FunctionConfig, client: Callable[[], CacheClient], model: Model
     """None for a function that keeps no requests. Raises `BadConfig`."""
     if not config.checkpoints:
         return None
-    engine = model.engine
-
-    def place() -> Place:
-        return Place(engine.kind, model.revision, model.tokenizer_digest, "", getattr(engine, "arithmetic", ""))
-
     return Checkpoints(
         SnapshotClient(client),
         config.checkpoints,
         seal(config.function_key_file),
-        place,
+        lambda: place_of(model),
         owner=f"worker-{os.getpid()}-{secrets.token_hex(8)}",
         every=config.checkpoint_tokens,
     )
+
+
+def place_of(model: Model) -> Place:
+    """What a worker with this model is now, to those who want to go on with its requests."""
+    engine = model.engine
+    return Place(engine.kind, model.revision, model.tokenizer_digest, "", getattr(engine, "arithmetic", ""))

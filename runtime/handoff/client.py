@@ -86,6 +86,8 @@ def _events(url: str, path: str, body: bytes, headers: Mapping[str, str], silenc
         response = connection.getresponse()
         if response.status != 200:
             raise _refusal(response.status, response.read())
+        if not response.getheader("Content-Type", "").startswith("text/event-stream"):
+            raise AskFailed(f"{url} answered all at once, which cannot be gone on with", 200, "no_stream")
         parser = EventParser()
         while chunk := response.read1(65536):
             yield from parser.feed(chunk)

@@ -21,6 +21,8 @@ _LEAST = 32
 
 
 class Seal(Protocol):
+    name: str  # the same for those with the same key; tells nothing about it
+
     def close(self, about: str, data: bytes) -> bytes: ...
 
     def open(self, about: str, piece: bytes) -> bytes:
@@ -30,6 +32,8 @@ class Seal(Protocol):
 
 class Plain:
     """Nothing is hidden."""
+
+    name = "plain"
 
     def close(self, about: str, data: bytes) -> bytes:  # noqa: ARG002  the protocol's
         return _PLAIN + data
@@ -53,6 +57,7 @@ class Sealed:
                 "GLOWPLUG_FUNCTION_KEY_FILE is set, and the distribution `cryptography` is not installed; add it to "
                 "the function's requirements.txt"
             ) from error
+        self.name = hashlib.sha256(b"glowplug name of a key\0" + key).hexdigest()[:16]
         self._cipher: Any = AESGCM(hashlib.sha256(b"glowplug snapshot pieces\0" + key).digest())
         self._invalid = InvalidTag
 

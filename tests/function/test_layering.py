@@ -34,6 +34,10 @@ PURE = [
     "runtime/handoff/snapshot.py",
     "runtime/handoff/record.py",
     "runtime/handoff/position.py",
+    "runtime/handoff/move.py",
+    "runtime/handoff/talk.py",
+    "cache_agent/wire/message.py",
+    "cache_agent/wire/requests.py",
     "cache_agent/wire/signing.py",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "cache_agent" / "policy").glob("*.py"))),
 ]

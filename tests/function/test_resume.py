@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import socket
 import tempfile
 import threading
 import time
@@ -13,107 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, said
 
-from cache_agent.agent import Agent
-from cache_agent.client import CacheClient
-from cache_agent.cluster.directory import InProcessDirectory
-from cache_agent.config import AgentConfig
-from cache_agent.ledger import Ledger
-from cache_agent.server import Server, listen
-from cache_agent.snapshots.client import SnapshotClient
-from cache_agent.snapshots.shelf import Shelf
-from cache_agent.snapshots.store import InProcessSnapshots, Key
-from runtime.app import create_app
-from runtime.config import FunctionConfig
-from runtime.handler import Handler
-from runtime.handoff.checkpoint import Checkpoints
+from cache_agent.snapshots.store import Key
+from runtime.commands import ask as commands
 from runtime.handoff.client import AskFailed, ask
 from runtime.handoff.seal import Plain, Sealed
 from runtime.handoff.snapshot import Place
-from runtime.lifecycle import Lifecycle
 from runtime.sse import EventParser
-from runtime.testing import toy_model
-
-CHAT = "/v1/chat/completions"
-WORDS = " ".join(f"w{n}ü" for n in range(60))
-LEASE = 0.6
-
-
-class Replica:
-    """A worker's HTTP side on a toy model, with an agent; `url` is its address."""
-
-    def __init__(self, agent: Any, serve: Callable[..., Any], **options: Any) -> None:
-        self.model = toy_model(
-            step_delay=options.get("delay", 0.002), slots=options.get("slots", 8), context_length=1 << 16
-        )
-        place = options.get("place") or Place("toy", "toy", "tok", "", "")
-        self.name = options.get("name", f"replica-{id(self)}")
-        if options.get("keep", True):
-            self.model.book = Checkpoints(
-                SnapshotClient(lambda: agent.client, timeout=2.0),
-                "chat",
-                options.get("seal", Plain()),
-                lambda: place,
-                owner=self.name,
-                every=options.get("every", 4),
-                lease=LEASE,
-            )
-        self.config = FunctionConfig(model="toy")
-        self.lifecycle = Lifecycle("toy", 64)
-        handle = options.get("handle")
-        self.lifecycle.opened(self.model, Handler(handle) if handle else None)
-        self.served = serve(create_app(self.config, self.lifecycle, Ledger("worker", "x"), lambda _: None), 32)
-        self.url = f"http://127.0.0.1:{self.served.port}"
-
-    def close(self) -> None:
-        if self.model.book is not None:
-            self.model.book.close(time.monotonic() + 2)
-        self.model.engine.close()
-
-    def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, str], bytes]:
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        with contextlib.closing(self.served.connect()) as connection:
-            connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), names)
-            response = connection.getresponse()
-            return response.status, dict(response.getheaders()), response.read()
-
-    def cut(self, path: str, body: Any, after: int, **headers: str) -> list[Any]:
-        """The first `after` events with an id, then the connection is cut."""
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        with contextlib.closing(self.served.connect()) as connection:
-            connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), names)
-            response = connection.getresponse()
-            assert response.status == 200
-            parser, events = EventParser(), []
-            while len(events) < after and (chunk := response.read1(65536)):
-                events += parser.feed(chunk)
-            return events[:after]
-
-
-class LocalAgent:
-    """An agent in this process that serves no weights."""
-
-    def __init__(self, place: Path) -> None:
-        self.path = place / "agent.sock"
-        config = AgentConfig(socket=self.path, dram=1 << 20, huge_pages="never")
-        self.agent = Agent(config, InProcessDirectory())
-        self.store = InProcessSnapshots(60.0, 1 << 20, 8 << 20)
-        self.server = Server(self.agent, listen(self.path, 0o600), shelf=Shelf(self.store, b"k" * 32))
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-
-    @property
-    def client(self) -> CacheClient:
-        return CacheClient(self.path, timeout=10)
-
-    def stop(self) -> None:
-        self.server.stop()
-        self.thread.join(20)
-
-    def close(self) -> None:
-        self.stop()
-        self.server.close()
-        self.agent.close(time.monotonic() + 5)
 
 
 @pytest.fixture
@@ -135,28 +45,6 @@ def replica(agent: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Rep
     yield make
     for each in made:
         each.close()
-
-
-def chat(**more: Any) -> dict[str, Any]:
-    message = {"role": "user", "content": WORDS}
-    return {"messages": [message], "stream": True, "stream_options": {"include_usage": True}, **more}
-
-
-def frames(events: list[Any]) -> list[Any]:
-    return [json.loads(event.data) for event in events if event.data != "[DONE]"]
-
-
-def said(events: list[Any], choice: int = 0) -> str:
-    return "".join(
-        one["delta"].get("content", "")
-        for frame in frames(events)
-        for one in frame["choices"]
-        if one["index"] == choice
-    )
-
-
-def parsed(body: bytes) -> list[Any]:
-    return EventParser().feed(body)
 
 
 # --- one cut, anywhere ------------------------------------------------------------------------------------------------
@@ -493,3 +381,64 @@ def test_the_client_says_what_was_refused(replica: Any) -> None:
     assert (caught.value.status, caught.value.code) == (400, "bad_request")
     with pytest.raises(AskFailed):
         list(ask(["http://127.0.0.1:9"], CHAT, {}, patience=0.2))
+
+
+# --- glowplug ask -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cutting() -> Iterator[Callable[[int, int], str]]:
+    """`cutting(port, after)`: an address that leads to the port, and ends its first connection after so many bytes."""
+    doors: list[socket.socket] = []
+
+    def serve(door: socket.socket, port: int, after: int) -> None:
+        limit = after
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = door.accept()
+                with client, socket.create_connection(("127.0.0.1", port)) as function:
+                    client.settimeout(20)
+                    request = client.recv(65536)
+                    while b"\r\n\r\n" not in request or len(request.partition(b"\r\n\r\n")[2]) < _length(request):
+                        request += client.recv(65536)
+                    function.sendall(request)
+                    sent = 0
+                    while sent < limit and (data := function.recv(min(65536, limit - sent))):
+                        client.sendall(data)
+                        sent += len(data)
+                limit = 1 << 30
+
+    def make(port: int, after: int) -> str:
+        doors.append(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=serve, args=(doors[-1], port, after), daemon=True).start()
+        return f"http://127.0.0.1:{doors[-1].getsockname()[1]}"
+
+    yield make
+    for door in doors:
+        door.shutdown(socket.SHUT_RDWR)
+        door.close()
+
+
+def _length(request: bytes) -> int:
+    found = re.search(rb"content-length: (\d+)", request, re.IGNORECASE)
+    return int(found[1]) if found else 0
+
+
+def test_the_command_asks_for_the_rest_of_an_answer(
+    replica: Any, cutting: Callable[[int, int], str], eventually: Any
+) -> None:
+    tested = replica(delay=0.0)
+    url = cutting(tested.served.port, 5000)
+    whole = CliRunner().invoke(commands.ask, [WORDS, "--resume", "--json", "--url", url, "--timeout", "30"])
+    assert whole.exit_code == 0, whole.output
+    answer = json.loads(whole.stdout)
+    assert (answer["text"], answer["tokens"]) == (WORDS, len(WORDS.encode()) + 1)
+    cut = CliRunner().invoke(commands.ask, [WORDS, "--url", cutting(tested.served.port, 5000)])
+    assert (cut.exit_code, "broke off" in cut.stderr or "stopped answering" in cut.stderr) == (1, True)
+
+
+def test_the_command_says_that_an_answer_in_one_piece_cannot_be_resumed(replica: Any) -> None:
+    tested = replica(handle=lambda event, context: "all of it")
+    done = CliRunner().invoke(commands.ask, ["x", "--handler", "--resume", "--url", tested.url])
+    assert done.exit_code == 1
+    assert "cannot be gone on with" in done.stderr

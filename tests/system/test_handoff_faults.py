@@ -1,7 +1,8 @@
-"""One fault per round while answers stream: kill -9 of a worker, an agent or Redis, or a worker that stands still.
+"""One fault per round while answers stream: kill -9 of a worker, an agent or Redis, or a worker that stands still; and
 
-Two workers, each with an agent of its own, and a Redis with its append-only file. Every answer must come whole, each
-token once, whatever happens when; the fencing log of every request must name one owner per epoch, in order.
+the same while one of them hands its work over. Two workers, each with an agent of its own, and a Redis with its
+append-only file. Every answer must come whole, each token once, whatever happens when; the fencing log of every request
+must name one owner per epoch, in order.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from runtime.handoff.client import ask
 
 WORKER = Path(__file__).with_name("toy_worker.py")
 FAULTS = ("worker", "other worker", "agent", "other agent", "redis", "stop worker", "nothing")
+DRAINS = ("worker", "other worker", "agent", "other agent", "redis", "stop other worker", "nothing")
 STREAMS = 3
 WORDS = " ".join(f"w{n}ü" for n in range(50))
 
@@ -78,10 +80,15 @@ class Cluster:
                 assert self.redis is not None
                 _kill(self.redis)
                 self.start_redis()
-            case "stop worker":
-                self.workers[0].send_signal(signal.SIGSTOP)
+            case "stop worker" | "stop other worker":
+                worker = self.workers[int(fault != "stop worker")]
+                worker.send_signal(signal.SIGSTOP)
                 time.sleep(chance.uniform(0.3, 2.5))  # the fault itself: for so long it stands still
-                self.workers[0].send_signal(signal.SIGCONT)
+                worker.send_signal(signal.SIGCONT)
+
+    def drain(self) -> None:
+        """Has the first worker hand its work over."""
+        self.workers[0].send_signal(signal.SIGUSR1)
 
     def close(self) -> None:
         for process in (*self.workers, self.redis):
@@ -110,7 +117,8 @@ def cluster(start_agent: Callable[..., Any], tmp_path: Path, eventually: Callabl
         made.start_redis()
         options = ("--redis-url", f"redis://127.0.0.1:{made.port}", "--cluster-key-file", str(key))
         for name in ("n1", "n2"):
-            made.agents.append(start_agent(*options, "--node", name))
+            listen = f"127.0.0.1:{_free_port()}"
+            made.agents.append(start_agent(*options, "--node", name, "--agent-listen", listen))
             made.start_worker(len(made.agents) - 1)
         eventually(lambda: redis.Redis(port=made.port).ping())
         yield made
@@ -118,12 +126,14 @@ def cluster(start_agent: Callable[..., Any], tmp_path: Path, eventually: Callabl
         made.close()
 
 
+@pytest.mark.parametrize("drain", [False, True], ids=["crash", "drain"])
 def test_every_answer_comes_whole_and_has_one_owner_at_a_time(
-    cluster: Cluster, rounds: Callable[[int, int], int]
+    cluster: Cluster, rounds: Callable[[int, int], int], drain: bool
 ) -> None:
-    for number in range(rounds(len(FAULTS), 500)):
-        chance = random.Random(f"handoff {number}")
-        fault = FAULTS[number % len(FAULTS)]
+    faults = DRAINS if drain else FAULTS
+    for number in range(rounds(len(faults), 500)):
+        chance = random.Random(f"{'drain' if drain else 'handoff'} {number}")
+        fault = faults[number % len(faults)]
         answers: dict[int, Any] = {}
         heard, enough = threading.Semaphore(0), chance.randint(1, 3 * 150)
 
@@ -147,6 +157,9 @@ def test_every_answer_comes_whole_and_has_one_owner_at_a_time(
             thread.start()
         for _ in range(enough):
             heard.acquire(timeout=20)
+        if drain:
+            cluster.drain()
+            time.sleep(chance.uniform(0.0, 0.15))  # the fault itself: it comes at any moment of the hand-off
         cluster.kill(fault, chance)
         for thread in threads:
             thread.join(90)
@@ -154,6 +167,8 @@ def test_every_answer_comes_whole_and_has_one_owner_at_a_time(
             wanted = _expected(seed)
             assert answers.get(n) == (wanted, len(wanted.encode()) + 1), f"round {number}, {fault}, stream {n}"
         _check_owners(cluster, f"round {number}, {fault}")
+        if drain and fault != "worker":  # it has given all away: a new one takes its place
+            cluster.kill("worker", chance)
 
 
 def _expected(seed: int) -> str:

@@ -1,8 +1,12 @@
-"""A function's HTTP side on the toy model, as a process: what kills are aimed at. `python toy_worker.py SOCKET NAME`"""
+"""A function's HTTP side on the toy model, as a process: what kills are aimed at. `python toy_worker.py SOCKET NAME`
+
+On SIGUSR1 it drains.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 
@@ -12,6 +16,7 @@ from cache_agent.snapshots.client import SnapshotClient
 from runtime.app import create_app
 from runtime.config import FunctionConfig
 from runtime.handoff.checkpoint import Checkpoints
+from runtime.handoff.moving import Moving
 from runtime.handoff.seal import Plain
 from runtime.handoff.snapshot import Place
 from runtime.lifecycle import Lifecycle
@@ -27,6 +32,8 @@ def main(path: str, name: str) -> None:
     here = Place("toy", "toy", "tok")
     model.book = Checkpoints(client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
     lifecycle = Lifecycle("toy", 64)
+    moving = Moving("chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None)
+    signal.signal(signal.SIGUSR1, lambda *_: moving.depart())
     lifecycle.opened(model, None)
     app = create_app(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)

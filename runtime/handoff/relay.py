@@ -1,0 +1,283 @@
+"""Owns a draining worker's end of a pipe: what was moved or sent on, and the tokens that come back for it.
+
+Every event has its index, and only the one that follows is taken: a token that came twice, or one that is missing, is
+noticed here and never told. When the pipe ends, every stream ends with "moved": its answer can be asked for again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from itertools import count
+from typing import TypeVar
+
+from runtime.engine.base import (
+    STATE_VERSION,
+    EngineStats,
+    GenerationRequest,
+    GenerationState,
+    TokenEvent,
+    TokenStream,
+)
+from runtime.engine.stream import Stream
+from runtime.errors import BadRequest, EngineBusy, EngineFailed, FunctionError, Moved, SnapshotRefused
+from runtime.handoff import snapshot
+from runtime.handoff.pipe import Broken, Pipe
+from runtime.handoff.snapshot import Place, Snapshot
+from runtime.handoff.talk import (
+    MAX_PART,
+    AnyMessage,
+    Cancel,
+    Drop,
+    Embed,
+    Go,
+    Greeting,
+    Kept,
+    Message,
+    Offer,
+    Part,
+    Probe,
+    Probed,
+    Ready,
+    Refused,
+    Running,
+    Told,
+    Vectors,
+    event_of,
+)
+
+log = logging.getLogger("glowplug.handoff")
+
+M = TypeVar("M", bound=Message)
+
+ANSWER = 5.0  # seconds for an answer, besides those that the bytes may take
+_EMBED = 300.0
+_LOOK = 5.0
+_PROBE = 256 << 10
+_ERRORS: dict[str, type[FunctionError]] = {
+    kind.code: kind for kind in (BadRequest, EngineBusy, EngineFailed, Moved, SnapshotRefused)
+}
+
+
+class Sent:
+    """A request on the other side: the last answer about it, and the streams of its choices that still run."""
+
+    def __init__(self, relay: Relay, number: int, ids: dict[int, tuple[str, int]]) -> None:
+        """`ids`: choice → (id of its generation, index of its next token)."""
+        self.number = number
+        self.answer: AnyMessage | None = None
+        self.next = {choice: index for choice, (_, index) in ids.items()}
+        self.streams = {
+            choice: Stream(request_id, lambda choice=choice: relay.leave(number, choice))  # type: ignore[misc]
+            for choice, (request_id, _) in ids.items()
+        }
+        self.all = dict(self.streams)  # those that have ended, too
+
+
+class Relay:
+    """See `runtime.handoff.live.Elsewhere`. Any thread; `run` is for one of its own."""
+
+    def __init__(self, pipe: Pipe, greeting: Greeting, place: Place) -> None:
+        self.owner = greeting.owner
+        self.speed = 0.0  # bytes per second, as last measured
+        self.broken = ""
+        self._pipe, self._greeting, self._place = pipe, greeting, place
+        self._numbers = count(1)
+        self._changed = threading.Condition()
+        self._sent: dict[int, Sent] = {}
+        self._probed = False
+
+    def run(self) -> None:
+        why = ""
+        try:
+            with self._pipe:
+                while True:
+                    if (message := self._pipe.receive(_LOOK)) is not None:
+                        self._heard(message)
+        except Broken as error:
+            why = str(error)
+        except Exception:
+            log.exception("a relay failed")
+            why = "the relay failed; see the log"
+        with self._changed:
+            self.broken = why or "the other side is gone"
+            sent, self._sent = self._sent, {}
+            self._changed.notify_all()
+        text = f"the replica that went on with this answer cannot be heard any more ({self.broken}); ask for the rest"
+        for request in sent.values():
+            for choice, stream in request.streams.items():
+                stream.put(TokenEvent(request.next[choice], None, "", "moved", text))
+
+    def close(self, why: str) -> None:
+        self._pipe.close(why)
+
+    def _heard(self, message: AnyMessage) -> None:
+        match message:
+            case Told(number, choice):
+                self._told(number, choice, event_of(message))
+            case Ready(number) | Running(number) | Refused(number) | Vectors(number):
+                with self._changed:
+                    if (sent := self._sent.get(number)) is not None:
+                        sent.answer = message
+                        self._changed.notify_all()
+            case Probed():
+                with self._changed:
+                    self._probed = True
+                    self._changed.notify_all()
+            case _:
+                raise Broken(f"{type(message).__name__} is not for the worker that drains")
+
+    def _told(self, number: int, choice: int, event: TokenEvent) -> None:
+        with self._changed:
+            sent = self._sent.get(number)
+            if sent is None or choice not in sent.streams:  # dropped, or left by its client
+                return
+            if event.index != sent.next[choice]:
+                raise Broken(f"token {event.index} came where token {sent.next[choice]} follows")
+            sent.next[choice] += event.token is not None
+            stream = sent.streams[choice]
+            if event.finish is not None:
+                self._ended(number, choice)
+        stream.put(event)
+
+    def _ended(self, number: int, choice: int) -> None:
+        """With the lock held."""
+        sent = self._sent[number]
+        del sent.streams[choice]
+        if not sent.streams:
+            del self._sent[number]
+
+    # --- what the mover uses ----------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """How fast this pipe is. Raises `Broken`."""
+        begun = time.monotonic()
+        self._pipe.send(Probe(bytes(_PROBE)))
+        with self._changed:
+            self._changed.wait_for(lambda: self._probed or self.broken, ANSWER)
+            if not self._probed:
+                raise Broken(self.broken or "the other side does not answer")
+        self.speed = _PROBE / max(time.monotonic() - begun, 1e-6)
+
+    def offer(
+        self, snapshots: Sequence[Snapshot], live: Sequence[int], kept: Kept | None, *, now: bool = False
+    ) -> Sent:
+        """Sends a request, of whose choices these are `live`. Raises `Broken`."""
+        number = next(self._numbers)
+        ids = {choice: (snapshots[choice].state.request.id, len(snapshots[choice].state.generated)) for choice in live}
+        sent = Sent(self, number, ids)
+        with self._changed:
+            if self.broken:
+                raise Broken(self.broken)
+            self._sent[number] = sent
+        begun, size = time.monotonic(), 0
+        encoded = [snapshot.encode(each) for each in snapshots]
+        self._pipe.send(Offer(number, list(map(len, encoded)), kept, now))
+        for data in encoded:
+            view = memoryview(data)
+            size += len(view)
+            for at in range(0, len(view), MAX_PART):
+                self._pipe.send(Part(number, bytes(view[at : at + MAX_PART])))
+        if size > MAX_PART:
+            self.speed = size / max(time.monotonic() - begun, 1e-6)
+        return sent
+
+    def answer(self, sent: Sent, kind: type[M], seconds: float) -> M | Refused:
+        """Raises `Broken` when neither comes."""
+
+        def there() -> bool:
+            return bool(self.broken) or isinstance(sent.answer, (kind, Refused))
+
+        with self._changed:
+            self._changed.wait_for(there, seconds)
+            if not isinstance(sent.answer, (kind, Refused)):
+                raise Broken(self.broken or f"no answer came within {seconds:.0f} s")
+            return sent.answer
+
+    def go(self, sent: Sent, epoch: int) -> None:
+        """Raises `Broken`."""
+        self._pipe.send(Go(sent.number, epoch))
+
+    def drop(self, sent: Sent) -> None:
+        """Nothing of it is heard any more. Raises nothing: a pipe that is broken has dropped it."""
+        with self._changed:
+            self._sent.pop(sent.number, None)
+        try:
+            self._pipe.send(Drop(sent.number))
+        except Broken as error:
+            log.debug("nothing to drop: %s", error)
+
+    # --- what answers use: `Elsewhere` ------------------------------------------------------------------------------
+
+    def begin(self, request: GenerationRequest) -> TokenStream:
+        place = self._place
+        arithmetic = place.arithmetic if request.deterministic else ""
+        return self.admit(GenerationState(STATE_VERSION, place.engine, place.revision, request, (), 0, (), arithmetic))
+
+    def admit(self, state: GenerationState) -> TokenStream:
+        try:
+            snapshots = [Snapshot(state, self._place.tokenizer, self._place.adapter)]
+            sent = self.offer(snapshots, (0,), None, now=True)
+            stream = sent.all[0]
+            reply = self.answer(sent, Ready, ANSWER)
+        except Broken as error:
+            raise Moved(f"this replica is ending, and the one that takes its work is gone: {error}") from error
+        if isinstance(reply, Refused):
+            self.drop(sent)
+            raise _error(reply)
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            found = [
+                (number, choice, stream)
+                for number, sent in self._sent.items()
+                for choice, stream in sent.streams.items()
+                if stream.request_id == request_id
+            ]
+        for number, choice, stream in found:
+            self.leave(number, choice)
+            stream.put(TokenEvent(0, None, "", "cancelled"))
+
+    def leave(self, number: int, choice: int) -> None:
+        """Nobody reads this stream any more."""
+        with self._changed:
+            sent = self._sent.get(number)
+            if sent is None or choice not in sent.streams:
+                return
+            self._ended(number, choice)
+        try:
+            self._pipe.send(Cancel(number, choice))
+        except Broken as error:
+            log.debug("nothing to cancel: %s", error)
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        number = next(self._numbers)
+        sent = Sent(self, number, {})
+        with self._changed:
+            self._sent[number] = sent
+        try:
+            self._pipe.send(Embed(number, [list(prompt) for prompt in prompts]))
+            reply = self.answer(sent, Vectors, _EMBED)
+        except Broken as error:
+            raise Moved(f"this replica is ending, and the one that takes its work is gone: {error}") from error
+        finally:
+            with self._changed:
+                self._sent.pop(number, None)
+        if isinstance(reply, Refused):
+            raise _error(reply)
+        return reply.vectors
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            running = sum(len(sent.streams) for sent in self._sent.values())
+        return EngineStats(running, 0, self._greeting.slots, self._greeting.queue)
+
+
+def _error(refused: Refused) -> FunctionError:
+    kind = _ERRORS.get(refused.code, EngineFailed)
+    if kind in (EngineBusy, Moved):
+        return kind(refused.text, refused.retry_after or 1.0)
+    return kind(refused.text)

@@ -1,0 +1,328 @@
+"""A replica drains: what runs goes on in another one, and its clients, who stay where they are, notice nothing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, said
+
+from cache_agent.errors import StoreUnavailable
+from cache_agent.snapshots.store import Key
+from runtime.handoff import departure
+from runtime.handoff.client import ask
+from runtime.handoff.pipe import Broken
+from runtime.handoff.relay import Relay
+from runtime.handoff.seal import Sealed
+from runtime.handoff.snapshot import Place
+
+
+@pytest.fixture
+def agent() -> Iterator[LocalAgent]:
+    with tempfile.TemporaryDirectory(prefix="gp-") as place:  # short: a socket lies in it
+        agent = LocalAgent(Path(place))
+        yield agent
+        agent.close()
+
+
+@pytest.fixture
+def replica(agent: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Replica]]:
+    made: list[Replica] = []
+
+    def make(**options: Any) -> Replica:
+        made.append(Replica(agent, serve, move=True, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+class Clients:
+    """Answers being read, each by a thread of its own."""
+
+    def __init__(self, eventually: Callable[..., Any]) -> None:
+        self._pool = ThreadPoolExecutor(32)
+        self._eventually = eventually
+        self.answers: list[Future[list[Any]]] = []
+
+    def ask(self, replica: Replica, count: int = 1, **more: Any) -> list[Future[list[Any]]]:
+        """Streams of which each has said something."""
+        before = replica.running
+        made = [self._pool.submit(self._read, replica, chat(**more)) for _ in range(count)]
+        self._eventually(lambda: replica.running >= before + count * more.get("n", 1), what="the streams run")
+        self.answers += made
+        return made
+
+    def _read(self, replica: Replica, body: Any) -> list[Any]:
+        status, _, data = replica.post(CHAT, body)
+        assert status == 200, data
+        return parsed(data)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture
+def clients(eventually: Callable[..., Any]) -> Iterator[Clients]:
+    made = Clients(eventually)
+    yield made
+    made.close()
+
+
+def check(events: list[Any], whole: list[Any]) -> None:
+    """All but the id and the time of an answer."""
+    assert said(events) == said(whole)
+    usage, wanted = ([frame["usage"] for frame in frames(each) if frame["usage"]] for each in (events, whole))
+    assert usage == wanted
+    assert events[-1].data == "[DONE]"
+    assert not [event for event in events if "error" in event.data[:12]]
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "not kept"])
+def test_streams_go_on_in_another_replica(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any], keep: bool
+) -> None:
+    first, second = replica(keep=keep), replica(keep=keep)
+    body = {"temperature": 1.0, "seed": 5}
+    whole = parsed(first.post(CHAT, chat(**body))[2])
+    answers = clients.ask(first, 6, **body)
+    first.drain()
+    assert first.released.wait(20), "its engine is gone before the streams have ended"
+    assert second.running
+    for answer in answers:
+        check(answer.result(30), whole)
+    moved = eventually(lambda: len(agent.handoffs()) == 6 and agent.handoffs())
+    assert {(item.outcome, item.how) for item in moved} == {("moved", "recompute")}
+    assert agent.agent.journal.counts().handoffs == {("moved", "recompute"): 6}
+
+
+def test_every_choice_of_a_request_moves_with_it(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
+) -> None:
+    first, second = replica(), replica()
+    body = {"temperature": 1.0, "seed": 5, "n": 3}
+    whole = parsed(first.post(CHAT, chat(**body))[2])
+    (answer,) = clients.ask(first, 1, **body)
+    first.drain()
+    events = answer.result(30)
+    for choice in range(3):
+        assert said(events, choice) == said(whole, choice)
+    assert frames(events)[-1]["usage"] == frames(whole)[-1]["usage"]
+    (item,) = eventually(lambda: agent.handoffs())
+    assert item.outcome == "moved"
+    history = agent.store.history(Key("chat", item.id))
+    assert [(change.epoch, change.owner) for change in history] == [(1, first.name), (2, second.name)]
+
+
+def test_what_comes_while_it_drains_is_answered_through_it(replica: Callable[..., Replica], clients: Clients) -> None:
+    first, second = replica(), replica()
+    whole = parsed(second.post(CHAT, chat())[2])
+    running = clients.ask(first, 2)
+    first.drain()
+    assert first.released.wait(20)
+    check(parsed(first.post(CHAT, chat())[2]), whole)
+    plain = first.post(CHAT, {**chat(), "stream": False, "stream_options": None})
+    assert json.loads(plain[2])["choices"][0]["message"]["content"] == WORDS
+    embedded = first.post("/v1/embeddings", {"input": "a b"})
+    assert json.loads(embedded[2]) == json.loads(second.post("/v1/embeddings", {"input": "a b"})[2])
+    for answer in running:
+        check(answer.result(30), whole)
+
+
+def test_without_a_destination_it_goes_on_and_one_that_comes_later_takes_over(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
+) -> None:
+    first = replica(delay=0.006)
+    answers = clients.ask(first, 2)
+    first.drain()
+    late = clients.ask(first, 1)
+    assert not first.released.is_set()
+    second = replica()
+    assert first.released.wait(20)
+    for answer in [*answers, *late]:
+        assert said(answer.result(30)) == WORDS
+    moved = eventually(lambda: len(agent.handoffs()) == 3 and agent.handoffs())
+    assert {item.destination for item in moved} == {second.name}
+
+
+def test_ten_drains_in_a_row_of_one_stream(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
+) -> None:
+    replicas = [replica(delay=0.002), replica(delay=0.002)]
+    body = {"temperature": 1.0, "seed": 7, "messages": [{"role": "user", "content": " ".join([WORDS] * 4)}]}
+    whole = parsed(replica(delay=0.0, place=Place("toy", "other", "tok")).post(CHAT, chat(**body))[2])
+    (answer,) = clients.ask(replicas[0], 1, **body)
+    for number in range(10):
+        replicas[number].drain()
+        eventually(lambda number=number: len(agent.handoffs()) == number + 1, 20, f"drain {number} has moved it")
+        replicas.append(replica(delay=0.002))
+    check(answer.result(60), whole)
+    assert {item.outcome for item in agent.handoffs()} == {"moved"}
+    assert [item.source for item in agent.handoffs()][::-1] == [each.name for each in replicas[:10]]
+    owners = agent.store.history(Key("chat", agent.handoffs()[0].id))
+    assert [change.epoch for change in owners] == list(range(1, 12))
+
+
+def test_the_client_of_a_source_that_ends_has_the_rest_elsewhere(
+    replica: Callable[..., Replica], agent: LocalAgent, eventually: Callable[..., Any]
+) -> None:
+    first, second = replica(delay=0.003), replica(delay=0.003)
+    events = []
+    for number, event in enumerate(ask([first.url, second.url], CHAT, chat())):
+        events.append(event)
+        if number == 3:
+            first.drain()
+            assert first.released.wait(20)
+            first.close()  # the platform's patience is over
+    assert said(events) == WORDS
+    assert frames(events)[-1]["usage"]["completion_tokens"] == len(WORDS.encode()) + 1
+
+
+def test_a_client_that_leaves_ends_what_runs_for_it_elsewhere(
+    replica: Callable[..., Replica], eventually: Callable[..., Any]
+) -> None:
+    first, second = replica(delay=0.006), replica(delay=0.006)
+    left, enough = threading.Event(), threading.Event()
+
+    def read() -> None:
+        for event in ask([first.url], CHAT, chat()):
+            enough.set()
+            if left.is_set():
+                return
+            assert event
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert enough.wait(20)
+    first.drain()
+    eventually(lambda: second.running == 1, 20)
+    left.set()
+    thread.join(20)
+    eventually(lambda: second.running == 0, 20, "the destination has heard of it")
+
+
+@pytest.mark.parametrize("other", ["revision", "key"])
+def test_a_replica_of_another_kind_gets_nothing(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, other: str
+) -> None:
+    first = replica()
+    options = {"place": Place("toy", "another", "tok")} if other == "revision" else {"seal": Sealed(b"k" * 32)}
+    second = replica(**options)
+    answers = clients.ask(first, 2)
+    first.drain()
+    for answer in answers:
+        assert said(answer.result(30)) == WORDS
+    assert not second.running
+    assert not agent.handoffs()
+
+
+def test_what_has_no_room_elsewhere_stays_and_moves_later(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
+) -> None:
+    first, second = replica(delay=0.004, slots=4), replica(delay=0.004, slots=2)
+    answers = clients.ask(first, 4)
+    first.drain()
+    for answer in answers:
+        assert said(answer.result(60)) == WORDS
+    outcomes = [item.outcome for item in agent.handoffs()]
+    assert outcomes.count("moved") >= 2
+    assert set(outcomes) <= {"moved", "back"}
+    assert second.lifecycle.state == "ready"
+
+
+def test_sealed_streams_move_too(replica: Callable[..., Replica], clients: Clients) -> None:
+    first, second = replica(seal=Sealed(b"k" * 32)), replica(seal=Sealed(b"k" * 32))
+    answers = clients.ask(first, 2)
+    first.drain()
+    assert first.released.wait(20)
+    for answer in answers:
+        assert said(answer.result(30)) == WORDS
+    assert second.lifecycle.state == "ready"
+
+
+# --- what may go wrong ------------------------------------------------------------------------------------------------
+
+
+def read_while_draining(first: Replica, second: Replica, eventually: Callable[..., Any]) -> list[Any]:
+    """All events of an answer of the first, which drains after a few of them; what breaks off is resumed."""
+    events: list[Any] = []
+    for number, event in enumerate(ask([first.url, second.url], CHAT, chat())):
+        events.append(event)
+        if number == 3:
+            first.drain()
+    return events
+
+
+def owners(agent: LocalAgent, events: list[Any]) -> list[str]:
+    """Who has owned the request, the first one first; every epoch once."""
+    history = agent.store.history(Key("chat", events[-1].id.partition(":")[0]))
+    assert [change.epoch for change in history] == list(range(1, len(history) + 1))
+    return [change.owner for change in history]
+
+
+def test_a_store_that_is_away_for_a_moment_is_asked_again(
+    replica: Callable[..., Replica], agent: LocalAgent, eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = replica(delay=0.002), replica(delay=0.002)
+    transfer, answers = agent.store.transfer, iter([StoreUnavailable("it is away")] * 3)
+
+    def sometimes(*arguments: Any) -> bool:
+        for error in answers:
+            raise error
+        return transfer(*arguments)
+
+    monkeypatch.setattr(agent.store, "transfer", sometimes)
+    events = read_while_draining(first, second, eventually)
+    assert said(events) == WORDS
+    assert owners(agent, events) == [first.name, second.name]
+
+
+@pytest.mark.parametrize("answer", ["it cannot say", "another's"])
+def test_what_is_nobodys_for_sure_is_given_up_and_can_be_resumed(
+    replica: Callable[..., Replica],
+    agent: LocalAgent,
+    eventually: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+) -> None:
+    first, second = replica(delay=0.002), replica(delay=0.002)
+
+    def never(*_: Any) -> bool:
+        if answer == "another's":
+            return False
+        raise StoreUnavailable("it is away")
+
+    monkeypatch.setattr(departure, "_COMMIT", 0.3)
+    monkeypatch.setattr(agent.store, "transfer", never)
+    events = read_while_draining(first, second, eventually)
+    assert said(events) == WORDS
+    assert frames(events)[-1]["usage"]["completion_tokens"] == len(WORDS.encode()) + 1
+    (item,) = eventually(agent.handoffs)
+    assert (item.outcome, item.how) == ("lost", "recompute")
+    assert owners(agent, events)[0] == first.name
+
+
+def test_what_was_made_over_to_one_who_is_gone_is_taken_back(
+    replica: Callable[..., Replica], agent: LocalAgent, eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = replica(delay=0.002), replica(delay=0.002)
+
+    def gone(relay: Relay, *_: Any) -> None:
+        relay.close("it is gone")
+        raise Broken("it is gone")
+
+    monkeypatch.setattr(Relay, "go", gone)
+    events = read_while_draining(first, second, eventually)
+    assert said(events) == WORDS
+    assert len({event.id.partition(":")[0] for event in events}) == 1
+    eventually(lambda: "back" in {item.outcome for item in agent.handoffs()})
+    found = owners(agent, events)
+    assert found[:3] == [first.name, second.name, first.name]
+    assert found[-1] == first.name, "its client never had to ask anybody else"

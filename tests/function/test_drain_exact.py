@@ -1,0 +1,216 @@
+"""What is moved in the middle goes on with the tokens and the text of the run that was not: tiny models, real rows."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+from tiny import GREEDY, SAMPLED, ask, run, text_of
+
+from runtime.engine.base import GenerationRequest, TokenEvent
+from runtime.engine.batched import BatchedEngine
+from runtime.engine.serial import TokenizerCodec
+from runtime.handoff import departure
+from runtime.handoff.departure import Departure, Told
+from runtime.handoff.guest import Guests
+from runtime.handoff.live import LiveEngine
+from runtime.handoff.pipe import Pipe
+from runtime.handoff.relay import Relay
+from runtime.handoff.seal import Plain
+from runtime.handoff.snapshot import Place
+from runtime.handoff.talk import Probe, Probed
+from runtime.lifecycle import Lifecycle
+
+COUNT = 40
+
+
+class Pair:
+    """A worker that will drain, one that goes on, and a pipe between them; no agent, and nothing is kept."""
+
+    def __init__(self, first: BatchedEngine, second: BatchedEngine) -> None:
+        self.first, self.second = first, second
+        self.live = LiveEngine(first)
+        self.told: list[Told] = []
+        self.deaf = False  # the other one stands still from its first offer on
+        self.released = threading.Event()
+        place = Place("batched", "r", "t", "", first.arithmetic)
+        self._departure = Departure(
+            self.live, None, lambda: place, self._seek, lambda: True, self.released.set, self.told.extend
+        )
+        self._place, self._ends = place, list(socket.socketpair())
+
+    def _seek(self) -> Relay | None:
+        if not self._ends:
+            return None
+        here, there = self._ends
+        self._ends = []
+        threading.Thread(target=self._serve, args=(there,), daemon=True).start()
+        pipe = Pipe(here, Plain(), source=True)
+        return Relay(pipe, pipe.greet("kin", "first"), self._place)
+
+    def _serve(self, end: socket.socket) -> None:
+        pipe = Pipe(end, Plain(), source=False)
+        pipe.greet("kin", "second", 16, 16)
+        if self.deaf:
+            while not isinstance(pipe.receive(1), Probe):
+                pass
+            pipe.send(Probed())
+            return
+        Guests(pipe, _Here(self.second), lambda: self._place, lambda: False, Lifecycle("second", 64)).run()
+
+    def drain(self) -> None:
+        self._departure.begin()
+
+    def close(self) -> None:
+        self._departure.close("the test is over", time.monotonic() + 5)
+        for end in self._ends:
+            end.close()
+
+
+class _Here:
+    book = None
+
+    def __init__(self, engine: BatchedEngine) -> None:
+        self.engine = engine
+
+
+@pytest.fixture
+def pair() -> Iterator[Callable[..., Pair]]:
+    made: list[Pair] = []
+
+    def make(dtype: str, *, deterministic: bool = False, eos: Sequence[int] = (0,)) -> Pair:
+        engines = [
+            BatchedEngine(
+                tiny.tiny("llama", dtype),
+                TokenizerCodec(tiny.tokenizer(), eos),
+                revision="r",
+                memory=64 << 20,
+                deterministic=deterministic,
+                threads=1,
+            )
+            for _ in range(2)
+        ]
+        made.append(Pair(*engines))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+        each.first.close()
+        each.second.close()
+
+
+def moved(pair: Pair, request: GenerationRequest, cut: int, beside: int = 0) -> list[TokenEvent]:
+    """The events of a request that is moved once `cut` of them are out, with so many others on either side."""
+    others = [ask(f"other-{n}", 80, prompt=tiny.prompt_of(20 + 30 * n, n), sampling=SAMPLED) for n in range(beside)]
+    neighbours = [pair.live.submit(other) for other in others]
+    neighbours += [pair.second.submit(replace(other, id=f"{other.id}-there")) for other in others]
+    stream = pair.live.submit(request)
+    events = [next(stream) for _ in range(cut)]
+    pair.drain()
+    events += list(stream)
+    for neighbour in neighbours:
+        neighbour.close()
+    return events
+
+
+def outcome(pair: Pair, request_id: str) -> Told:
+    tiny.until(lambda: any(told.id == request_id for told in pair.told))
+    return next(told for told in pair.told if told.id == request_id)
+
+
+@pytest.mark.parametrize("beside", [0, 3], ids=["alone", "among neighbours"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cut", [1, 23])
+def test_the_tokens_and_texts_of_the_run_that_was_not_moved(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, dtype: str, sampling: Any, beside: int, cut: int
+) -> None:
+    """In bfloat16 the others must not matter, which takes the deterministic mode."""
+    monkeypatch.setattr(Relay, "measure", lambda self: setattr(self, "speed", 1e15))  # so that rows travel
+    tested = pair(dtype, deterministic=dtype == "bfloat16")
+    request = ask("moved", COUNT, sampling=sampling, deterministic=dtype == "bfloat16")
+    whole = run(tested.second, replace(request, id="whole"))
+    events = moved(tested, request, cut, beside)
+    assert [event.token for event in events] == [event.token for event in whole]
+    assert [event.index for event in events] == list(range(len(whole)))
+    assert text_of(events) == text_of(whole)
+    assert events[-1].finish == whole[-1].finish
+    told = outcome(tested, "moved")
+    assert (told.outcome, told.how) == ("moved", "kv")
+
+
+def test_bfloat16_alone_needs_no_mode(pair: Callable[..., Pair]) -> None:
+    tested = pair("bfloat16")
+    request = ask("moved", COUNT, sampling=SAMPLED)
+    whole = run(tested.second, replace(request, id="whole"))
+    assert moved(tested, request, 11) == whole
+
+
+@pytest.mark.parametrize("cut", range(1, 30, 4))
+def test_stop_strings_and_characters_across_the_cut(pair: Callable[..., Pair], cut: int) -> None:
+    """The seeded model says any bytes, so most of its characters are torn; the stop is one that it says late."""
+    tested = pair("float32", eos=())
+    text = text_of(run(tested.second, ask("whole", COUNT, sampling=SAMPLED)))
+    request = ask("moved", COUNT, sampling=SAMPLED, stop=(text[-9:-3], "never said"))
+    whole = run(tested.second, replace(request, id="stopped"))
+    assert whole[-1].finish == "stop"
+    events = moved(tested, request, min(cut, len(whole) - 1))
+    assert [event.text for event in events] == [event.text for event in whole]
+    assert events[-1].finish == "stop"
+
+
+def test_log_probabilities_and_penalties_move_too(pair: Callable[..., Pair]) -> None:
+    tested = pair("float32")
+    sampling = replace(SAMPLED, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={7: 2.0})
+    request = ask("moved", COUNT, sampling=sampling, logprobs=3)
+    whole = run(tested.second, replace(request, id="whole"))
+    events = moved(tested, request, 9)
+    assert [event.token for event in events] == [event.token for event in whole]
+    for mine, theirs in zip(events, whole, strict=True):
+        assert (mine.logprobs is None) == (theirs.logprobs is None)
+        if mine.logprobs and theirs.logprobs:
+            assert mine.logprobs.token == pytest.approx(theirs.logprobs.token, abs=1e-4)
+            assert [token for token, _ in mine.logprobs.top] == [token for token, _ in theirs.logprobs.top]
+
+
+def test_where_the_pipe_is_slow_rows_are_made_anew(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the tokens are the same in float32; for a deterministic request rows travel nevertheless."""
+    monkeypatch.setattr(Relay, "measure", lambda self: setattr(self, "speed", 1.0))
+    tested = pair("float32")
+    request = ask("moved", COUNT, sampling=SAMPLED, prompt=tiny.prompt_of(100))
+    whole = run(tested.second, replace(request, id="whole"))
+    run(tested.first, replace(request, id="warm", prompt=tiny.prompt_of(100, 3)))  # how fast prompts are is measured
+    assert moved(tested, request, 9) == whole
+    assert outcome(tested, "moved").how == "recompute"
+
+
+def test_a_destination_that_stands_still_aborts_back_to_the_source(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(departure, "ANSWER", 0.2)
+    tested = pair("bfloat16")
+    tested.deaf = True
+    request = ask("moved", COUNT, sampling=SAMPLED)
+    whole = run(tested.second, replace(request, id="whole"))
+    assert moved(tested, request, 9) == whole
+    assert (outcome(tested, "moved").outcome, tested.released.is_set()) == ("back", False)
+
+
+def test_the_engine_is_gone_when_all_has_moved(pair: Callable[..., Pair]) -> None:
+    tested = pair("float32")
+    stream = tested.live.submit(ask("moved", 150, sampling=SAMPLED))
+    events = [next(stream)]
+    tested.drain()
+    assert tested.released.wait(20)
+    assert not tested.first._thread.is_alive()
+    events += list(stream)
+    assert events[-1].finish in ("length", "stop")
+    late = list(tested.live.submit(ask("late", COUNT)))
+    assert late == run(tested.second, ask("again", COUNT))

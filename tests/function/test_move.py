@@ -1,0 +1,62 @@
+"""How a request changes hands, as a table: every order of events ends it once, and on one side only."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from runtime.handoff import move
+from runtime.handoff.move import FINAL, TABLE, Action, Event, Move, travels
+
+ANSWERS = {
+    "new": (Event.BEGIN,),
+    "freezing": (Event.FROZEN, Event.UNFIT),
+    "offered": (Event.READY, Event.REFUSED, Event.BROKEN),
+    "committing": (Event.YES, Event.NO, Event.UNKNOWN),
+    "committed": (Event.RUNNING, Event.BROKEN),
+    "reclaiming": (Event.YES, Event.NO, Event.UNKNOWN),
+}
+
+
+def test_the_table_is_drawn_in_its_module() -> None:
+    table = (move.__doc__ or "").replace("\n    ", "\n")
+    assert move.drawn() in table
+
+
+def test_every_event_that_can_come_has_its_row() -> None:
+    assert {(state, event) for state, events in ANSWERS.items() for event in events} == set(TABLE)
+    assert {step.next for step in TABLE.values()} <= {*ANSWERS, *FINAL}
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_one_side_has_it_in_the_end(seed: int) -> None:
+    chance, tested = random.Random(seed), Move()
+    done: list[Action] = []
+    events: list[Event] = []
+    while not tested.over:
+        events.append(chance.choice(ANSWERS[tested.state]))
+        done += tested.handle(events[-1])
+    resumed, attached, lost = (done.count(action) for action in (Action.RESUME, Action.ATTACH, Action.LOSE))
+    assert resumed + attached + lost == 1
+    assert {"back": resumed, "moved": attached, "lost": lost}[tested.state] == 1
+    if attached:
+        assert done.index(Action.COMMIT) < done.index(Action.GO) < done.index(Action.ATTACH)
+    if Action.GO in done and resumed:  # the destination may run it: it must be ours again before it goes on here
+        assert done.index(Action.RECLAIM) < done.index(Action.RESUME)
+        assert events[-1] is Event.YES
+    if Action.OFFER in done and not attached and Event.REFUSED not in events:
+        assert Action.DROP in done
+
+
+def test_an_event_out_of_turn_is_a_fault() -> None:
+    with pytest.raises(KeyError):
+        Move().handle(Event.RUNNING)
+
+
+def test_rows_travel_where_that_is_quicker_or_exactness_was_asked_for() -> None:
+    assert travels(100, 10.0, 11.0, exact=False)
+    assert not travels(100, 10.0, 9.0, exact=False)
+    assert travels(100, 10.0, 9.0, exact=True)
+    assert travels(100, 10.0, 0.0, exact=False), "not known: rows are never wrong"
+    assert travels(100, 0.0, 9.0, exact=False)

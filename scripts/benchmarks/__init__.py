@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 WAITING = {
-    "handoff": "moving generations between replicas (runtime/handoff)",
     "gpu": "the device tier",
 }
-NAMES = ["cold-start", "load", "origin", "density", "fanout", "throughput", "overload", *WAITING]
+NAMES = ["cold-start", "load", "origin", "density", "fanout", "throughput", "handoff", "overload", *WAITING]
 """In the order in which `all` runs them."""
 
 

@@ -117,8 +117,9 @@ def _resumed(
 ) -> Iterator[str]:
     """Like `_asked`, over as many connections as it takes."""
     path, body, headers = _job(handler, prompt, options)
+    urls = [place_of(url).geturl()]
     try:
-        for event in resuming.ask([place_of(url).geturl()], path, body, headers=headers, patience=timeout, silence=timeout):
+        for event in resuming.ask(urls, path, body, headers=headers, patience=timeout, silence=timeout):
             piece = _said(answer, handler, event)
             answer.add(piece)
             yield piece

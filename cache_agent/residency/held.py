@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -103,9 +101,10 @@ class Errand:
     caller = NOBODY
     grant = EVERYTHING
 
-    def __init__(self, uri: str, jobs: ThreadPoolExecutor, release: Callable[[int], None]) -> None:
+    def __init__(self, uri: str, later: Callable[[Callable[[], None]], None], release: Callable[[int], None]) -> None:
+        """`later(work)` runs it when whoever delivers is done with deciding."""
         self.lease = 0
-        self._uri, self._jobs, self._release = uri, jobs, release
+        self._uri, self._later, self._release = uri, later, release
 
     def deliver(self, message: Message, fds: list[int], _load: Load | None = None) -> None:
         for fd in fds:
@@ -115,8 +114,14 @@ class Errand:
         if isinstance(message, Ready):
             log.info("prefetched %s from %s", self._uri, message.tier)
         if isinstance(message, (Ready, ErrorReply)):
-            with contextlib.suppress(RuntimeError):  # the pool is shut down, and with it all leases
-                self._jobs.submit(self._release, self.lease)  # not now: the agent is in the middle of deciding
+            self._later(lambda: self._release(self.lease))
+
+
+class Resident(NamedTuple):
+    """An entry that is there already, and its revision."""
+
+    entry: int
+    revision: str
 
 
 class Resolution(NamedTuple):

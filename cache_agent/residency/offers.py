@@ -11,23 +11,15 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 from cache_agent.errors import translated
 from cache_agent.loading.revisions import Revisions
 from cache_agent.residency import adoption
 from cache_agent.residency.events import Event, Offered, OfferFailed
-from cache_agent.residency.held import Held
+from cache_agent.residency.held import Held, Resident
 from cache_agent.tiers.origin import ModelURI, Origin
 
 log = logging.getLogger("glowplug.agent")
-
-
-class Resident(NamedTuple):
-    """An entry that is there already, and its revision."""
-
-    entry: int
-    revision: str
 
 
 class Offers:

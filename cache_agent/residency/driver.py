@@ -1,0 +1,224 @@
+"""Carries out what residency decided: resolves, loads, admits, evicts; outside the books' lock, each in a thread of
+
+its own. What came of it goes back as an event.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from cache_agent.cluster.directory import Directory, Holding
+from cache_agent.cluster.peers import Peers
+from cache_agent.config import AgentConfig
+from cache_agent.errors import OriginChanged, translated
+from cache_agent.loading import content
+from cache_agent.loading.loader import Load
+from cache_agent.loading.resolving import Resolver
+from cache_agent.loading.revisions import Revisions
+from cache_agent.residency import events
+from cache_agent.residency.books import Books
+from cache_agent.residency.events import Action, Event
+from cache_agent.residency.held import Held, Resolution
+from cache_agent.residency.keeping import Keeping
+from cache_agent.tiers.dram import Dram
+from cache_agent.web.journal import Journal
+
+log = logging.getLogger("glowplug.agent")
+
+_JOBS = 16
+
+
+class Tell(Protocol):
+    """Takes an event to residency; `resolved` is what a `Load` that follows from it is to read."""
+
+    def __call__(self, event: Event, *, resolved: Resolution | None = None) -> None: ...
+
+
+class Driver:
+    """Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        books: Books,
+        directory: Directory,
+        journal: Journal,
+        keeping: Keeping,
+        revisions: Revisions,
+        resolver: Resolver,
+        peers: Peers | None,
+        tell: Tell,
+    ) -> None:
+        self._config, self._books, self._directory, self._journal = config, books, directory, journal
+        self._keeping, self._revisions, self._resolver, self._peers = keeping, revisions, resolver, peers
+        self._tell = tell
+        self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
+        self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
+
+    def act(self, action: Action, resolved: Resolution | None) -> None:
+        """Begins what an action stands for; an eviction is over when this returns."""
+        with contextlib.suppress(RuntimeError):  # the pools are shut down: so are all who would hear of the result
+            match action:
+                case events.Resolve(uri):
+                    self._jobs.submit(_logged, self._resolve, uri)
+                case events.Load(entry):
+                    assert resolved is not None, "a load follows from a resolution"
+                    self._jobs.submit(_logged, self._load, entry, resolved)
+                case events.Admit(entry):
+                    self._admissions.submit(_logged, self._admit, entry)
+                case events.Evict(entry, why):
+                    self._evict(entry, why)
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Runs this when whoever calls is done with deciding."""
+        with contextlib.suppress(RuntimeError):  # the pool is shut down, and with it all leases
+            self._jobs.submit(_logged, work)
+
+    def close(self, deadline: float) -> None:
+        """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
+        books = self._books
+        with books.lock:
+            books.closing = True
+            loads = [held.load for held in books.held.values() if held.load is not None]
+        for load in loads:
+            load.stop()
+        self._jobs.shutdown(wait=False, cancel_futures=True)
+        self._admissions.shutdown(wait=False, cancel_futures=True)
+        for load in loads:
+            load.finished.wait(max(0.0, deadline - time.monotonic()))
+        with books.lock:
+            helds = list(books.held.values())
+        for held in helds:
+            held.end_tee(max(0.0, deadline - time.monotonic()))
+        with books.lock:
+            for held in helds:
+                if held.load is None or held.load.finished.is_set():
+                    held.close()
+
+    # --- work -----------------------------------------------------------------------------------------------------
+
+    def _resolve(self, uri: str) -> None:
+        try:
+            found = self._resolver.resolve(uri)
+        except Exception as error:
+            self._tell(events.ResolveFailed(uri, translated(error, uri)))
+            return
+        self._tell(events.Resolved(uri, found.description.manifest, found.revision), resolved=found)
+
+    def _load(self, entry: int, resolution: Resolution) -> None:
+        description, origin, ledger, known, answers = resolution
+        node, books = self._config.node_name, self._books
+        if self._peers is not None and not known:  # what others found it to be is proved before anything is ready
+            known = self._revisions.stated(description.source.id, self._config.peer_witnesses)
+        plan = description.manifest
+        held = Held(description, ledger)
+        start = time.monotonic()
+        image = None
+        try:
+            with ledger.span("reserve"):
+                held.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")
+                held.keep_manifest()
+            image = self._keeping.open(plan)
+            held.load = load = Load(
+                description,
+                origin,
+                held.dram,
+                readers=self._config.readers,
+                image=image,
+                speaks=self._peers is not None,
+                known=known,
+            )
+            if image is not None:
+                held.tier = "ssd"
+            else:
+                load.tee = self._keeping.follow(held.dram, description, origin.uri, resolution.revision)
+            with books.lock:
+                expected = books.expect(held)
+                books.held[entry] = held
+                if books.closing:
+                    load.stop()
+            self._tell(events.Reserved(entry))
+            self._directory.publish(plan.source, self._holding(load))
+            if self._peers is not None:  # others may ask us about it from here on
+                load.helper = self._peers.helper(load, plan.source, origin_answers=answers)
+            load.observer = lambda: self._directory.publish(plan.source, self._holding(load))
+            began = time.monotonic()
+            with ledger.span("transfer"):
+                load.run()
+            if len(load.given) * 2 > plan.chunk_count:
+                held.tier = "peer"
+            self._directory.measured(node, held.tier, plan.nbytes / max(time.monotonic() - began, 1e-9))
+        except Exception as error:
+            self._journal.failed(origin.uri, held.tier, str(error))
+            self._directory.withdraw(plan.source, node, "dram")
+            if held.load and held.load.damaged and isinstance(error, OriginChanged):
+                self._keeping.discard(plan.source)
+            held.end_tee()
+            with books.lock:  # whoever hears of it and asks again finds the memory free; nothing is granted in between
+                books.held.pop(entry, None)
+                held.close()
+                self._tell(events.LoadFailed(entry, translated(error, origin.uri)))
+            return
+        finally:
+            if image is not None:
+                image.close()
+        seconds = time.monotonic() - start
+        guess = expected.confidence == 0
+        self._journal.loaded(
+            origin.uri, held.tier, plan.nbytes, seconds, expected.seconds, guess=guess, page=held.dram.page
+        )
+        books.learn(held, expected, seconds)
+        self._directory.publish(plan.source, self._holding(load))
+        self._tell(events.Loaded(entry, seconds))
+        if load.tee is not None:
+            load.tee.complete(load.checksums, seconds)
+        elif load.damaged:
+            with books.lock:
+                maps = held.dram.map() if held.dram is not None else []
+            if maps:
+                self._keeping.repair(load, maps)
+
+    def _holding(self, load: Load) -> Holding:
+        return Holding(self._config.node_name, "dram", load.progress()[1], load.total)
+
+    def _admit(self, entry: int) -> None:
+        with self._books.lock:
+            held = self._books.held.get(entry)
+            if held is None or held.dram is None:
+                return
+            maps = held.dram.map()
+        try:
+            proved = held.load.proved if held.load is not None else ""
+            revision = proved or content.digest(held.description, maps)
+        finally:
+            for mapping in maps:
+                mapping.close()
+        if held.load is None or held.load.tee is None:  # otherwise the tee does it at its end
+            with self._books.lock:
+                if held.dram is not None:
+                    held.dram.seal()
+        self._revisions.remember(held.description.source.id, revision)
+        self._tell(events.Admitted(entry, revision))
+
+    def _evict(self, entry: int, why: str) -> None:
+        with self._books.lock:
+            held = self._books.held.pop(entry)
+        self._journal.evicted(held.description.source.uri, "dram", held.description.manifest.nbytes, why)
+        self._directory.withdraw(held.description.source.id, self._config.node_name, "dram")
+        held.end_tee()
+        with self._books.lock:
+            held.close()
+        self._tell(events.Evicted(entry))
+
+
+def _logged(work: Callable[..., None], *arguments: object) -> None:
+    """Runs a job; what it raises is a fault of ours and must not vanish in a future that nobody reads."""
+    try:
+        work(*arguments)
+    except Exception:
+        log.exception("%s failed", work.__name__)

@@ -9,45 +9,17 @@ import os
 import random
 import socket
 import threading
-import time
 
 import pytest
+from leased import FAKE, contents, inodes, large_tensors, ready, soon, tensors_of
 
 from cache_agent.errors import AgentUnreachable, LeaseLost
-from cache_agent.manifest import CHUNK, PAGE
+from cache_agent.manifest import PAGE
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Drain, Hello, LeaseRequest, Offer
 from cache_agent.wire.protocol import encode
 
-FAKE = "fake://m"
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
-
-
-def tensors_of(lease) -> dict[str, bytes]:
-    maps = [mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) for fd in lease.segments]
-    try:
-        return {t.name: maps[t.segment][t.offset : t.offset + t.size] for t in lease.manifest.tensors}
-    finally:
-        for view in maps:
-            view.close()
-
-
-def contents(tensors) -> dict[str, bytes]:
-    return {name: content for name, (_, _, content) in tensors.items()}
-
-
-def inodes(lease) -> list[int]:
-    return [os.fstat(fd).st_ino for fd in lease.segments]
-
-
-def ready(agent, uri):
-    lease = agent.client.lease(uri, deadline=soon())
-    lease.wait_ready(soon())
-    return lease
 
 
 def wait_for_the_end(lease) -> None:
@@ -296,8 +268,7 @@ def test_an_offer_that_is_broken_off_leaves_nothing(agent, model, eventually):
 
 
 def test_agents_killed_while_they_adopt(start_agent, tmp_path, write_checkpoint, rounds, eventually):
-    block = random.Random(1).randbytes(1 << 16) * (CHUNK >> 16)
-    tensors = {f"model.layers.{n}.w": ("U8", (len(block),), block) for n in range(3)}
+    tensors = large_tensors(3)
     uri = f"file://{write_checkpoint(tmp_path / 'm', tensors)}"
     agent = start_agent("--ssd", str(tmp_path / "ssd"))
     source = random.Random(2)

@@ -8,19 +8,15 @@ import shutil
 import signal
 import struct
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
+from leased import soon
 
 from cache_agent.client import CacheClient
 from cache_agent.config import AgentConfig
 from cache_agent.daemon import Daemon
 from cache_agent.errors import AgentError
-
-
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
 
 
 @pytest.fixture(scope="module")

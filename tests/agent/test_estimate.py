@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from leased import FAKE, soon
 
 from cache_agent.policy.estimate import Estimate, Estimator, shared
 from cache_agent.tiers.fake import FakeOrigin
-
-FAKE = "fake://m"
-
-
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
 
 
 def test_a_guess_has_no_confidence_and_counts_for_no_error():

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from leased import FAKE, contents, large_tensors, soon, tensors_of
 
 from cache_agent.client import CacheClient
 from cache_agent.errors import AccessDenied, AgentError, LeaseLost, OriginChanged, OriginUnavailable
@@ -25,26 +26,6 @@ from cache_agent.manifest import CHUNK, PAGE
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Admitted, Drain
-
-FAKE = "fake://m"
-
-
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
-
-
-def tensors_of(lease) -> dict[str, bytes]:
-    """Every tensor's bytes, through mappings of the leased segments."""
-    maps = [mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) for fd in lease.segments]
-    try:
-        return {t.name: maps[t.segment][t.offset : t.offset + t.size] for t in lease.manifest.tensors}
-    finally:
-        for view in maps:
-            view.close()
-
-
-def contents(tensors) -> dict[str, bytes]:
-    return {name: content for name, (_, _, content) in tensors.items()}
 
 
 def revision_by_hand(files) -> str:
@@ -61,16 +42,6 @@ def await_revision(lease, seconds: float = 20.0) -> str:
     while not lease.revision and time.monotonic() < deadline:
         lease.next_event(1.0)
     return lease.revision
-
-
-def large_tensors(chunks: int = 3, seed: int = 0) -> dict:
-    """A model of one embedding and `chunks` layers of about a chunk each; cheap to make, different everywhere."""
-    source = random.Random(seed)
-    tensors = {"model.embed_tokens.weight": ("U8", (1000,), source.randbytes(1000))}
-    for layer in range(chunks):
-        block = source.randbytes(1 << 16) * (CHUNK >> 16)
-        tensors[f"model.layers.{layer}.mlp.weight"] = ("U8", (len(block) - 7,), block[7:])
-    return tensors
 
 
 # --- the bytes --------------------------------------------------------------------------------------------------------

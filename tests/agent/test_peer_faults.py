@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,9 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from benchmarks.links import Links
+from leased import soon
 
 RATE = 20e6  # bytes per second: a transfer of the model takes some seconds
-
-
-def soon(seconds=60.0):
-    return time.monotonic() + seconds
 
 
 def digest_of(lease):
@@ -69,8 +65,8 @@ def nodes(start_agent, redis_url, tmp_path):
 
 
 def load(agent, uri):
-    with agent.client.lease(uri, deadline=soon()) as lease:
-        lease.wait_ready(soon())
+    with agent.client.lease(uri, deadline=soon(60)) as lease:
+        lease.wait_ready(soon(60))
         return lease.tier, digest_of(lease)
 
 

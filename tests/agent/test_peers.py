@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from leased import soon
 
 from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.cluster.key import ClusterKey
@@ -17,10 +18,6 @@ from cache_agent.tiers.fake import FakeOrigin
 
 URI = "s3://models/m"
 KEY = ClusterKey(b"only for these tests, only for these")
-
-
-def soon(seconds=60.0):
-    return time.monotonic() + seconds
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +87,8 @@ class Loads:
 
     def _run(self, agent):
         try:
-            with agent.client.lease(URI, deadline=soon()) as lease:
-                lease.wait_ready(soon())
+            with agent.client.lease(URI, deadline=soon(60)) as lease:
+                lease.wait_ready(soon(60))
                 self.of[agent] = lease.tier, digest_of(lease)
         except Exception as error:
             self.of[agent] = "error", error
@@ -241,8 +238,8 @@ def test_a_node_that_never_saw_the_model_takes_it_from_another(cluster, files, r
     assert Loads().run(first) == [("origin", right)]
     eventually(lambda: first.client.status().models[0].revision)
     second.origins[URI] = Down(URI, {})
-    with second.client.lease(URI, deadline=soon()) as lease:
-        lease.wait_ready(soon())
+    with second.client.lease(URI, deadline=soon(60)) as lease:
+        lease.wait_ready(soon(60))
         assert (lease.tier, digest_of(lease)) == ("peer", right)
         assert any("does not answer" in span.name for span in lease.spans)
 
@@ -268,5 +265,5 @@ def test_what_was_confirmed_too_long_ago_is_not_served(stale, start_local_agent,
         os.utime(description, (time.time() - 200,) * 2)
     agent.origins[URI] = Down(URI, {})
     eventually(lambda: not agent.client.status().models)
-    with refused("origin_unavailable"), agent.client.lease(URI, deadline=soon()):
+    with refused("origin_unavailable"), agent.client.lease(URI, deadline=soon(60)):
         pass

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-import time
+
+from leased import FAKE, soon
 
 from cache_agent.tiers.fake import FakeOrigin
-
-FAKE = "fake://m"
-
-
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
 
 
 def test_a_prefetched_model_is_resident_and_nobody_holds_it(agent, tmp_path, write_checkpoint, eventually):

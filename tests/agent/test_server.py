@@ -12,10 +12,10 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from leased import FAKE, soon
 
 from cache_agent import server as servers
 from cache_agent.access import credentials
@@ -38,12 +38,6 @@ from cache_agent.wire.messages import (
     Welcome,
 )
 from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, VERSION, Decoder, encode
-
-FAKE = "fake://m"
-
-
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
 
 
 class Raw:

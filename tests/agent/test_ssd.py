@@ -15,49 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+from leased import FAKE, contents, large_tensors, soon, tensors_of, whole
 
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.manifest import CHUNK, LAYOUT, PAGE, Manifest
 from cache_agent.tiers import image
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.ssd import Ssd
-
-FAKE = "fake://m"
-
-
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
-
-
-def tensors_of(lease) -> dict[str, bytes]:
-    maps = [mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) for fd in lease.segments]
-    try:
-        return {t.name: maps[t.segment][t.offset : t.offset + t.size] for t in lease.manifest.tensors}
-    finally:
-        for view in maps:
-            view.close()
-
-
-def whole(lease) -> list[bytes]:
-    """All bytes of all segments, padding included."""
-    found = []
-    for fd in lease.segments:
-        with mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as view:
-            found.append(view[:])
-    return found
-
-
-def contents(tensors) -> dict[str, bytes]:
-    return {name: content for name, (_, _, content) in tensors.items()}
-
-
-def large_tensors(chunks: int = 3, seed: int = 0) -> dict:
-    source = random.Random(seed)
-    tensors = {"model.embed_tokens.weight": ("U8", (1000,), source.randbytes(1000))}
-    for layer in range(chunks):
-        block = source.randbytes(1 << 16) * (CHUNK >> 16)
-        tensors[f"model.layers.{layer}.mlp.weight"] = ("U8", (len(block) - 7,), block[7:])
-    return tensors
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
+from leased import contents, soon, tensors_of
 
 from cache_agent.client import CacheClient
 from cache_agent.cluster.key import ClusterKey
@@ -27,10 +27,6 @@ from cache_agent.wire.messages import Admitted, Drain, Identity
 URI = "s3://models/m"
 TOKEN = "a secret of these tests"
 KEY = ClusterKey(b"only for these tests, only for these")
-
-
-def soon(seconds=30.0):
-    return time.monotonic() + seconds
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +47,18 @@ def client(request, agent):
     return CacheClient(path, name="test", identity=lambda: Identity("token", TOKEN), timeout=30)
 
 
-def contents(lease):
-    maps = [
-        mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-        for fd, size in zip(lease.segments, lease.manifest.segments, strict=True)
-    ]
-    return {t.name: maps[t.segment][t.offset : t.offset + t.size] for t in lease.manifest.tensors}
-
-
 def test_a_lease_brings_the_bytes(client, tensors):
     seen = []
     with client.lease(URI, deadline=soon()) as lease:
         lease.wait_ready(soon(), lambda done, total: seen.append((done, total)))
-        assert contents(lease) == {name: content for name, (_, _, content) in tensors.items()}
+        assert tensors_of(lease) == contents(tensors)
         assert lease.tier == "origin"
         assert {span.name for span in lease.spans} >= {"lease", "resolve", "transfer"}
         while not lease.revision:
             assert isinstance(lease.next_event(30), Admitted)
     with client.lease(URI, deadline=soon()) as lease:
         lease.wait_ready(soon())
-        assert (lease.tier, contents(lease)["model.norm.weight"]) == ("dram", tensors["model.norm.weight"][2])
+        assert (lease.tier, tensors_of(lease)["model.norm.weight"]) == ("dram", tensors["model.norm.weight"][2])
     assert seen == sorted(seen)
 
 
@@ -81,7 +69,7 @@ def test_where_a_file_cannot_feed_a_socket_its_pages_are_sent(client, tensors, m
     monkeypatch.setattr(os, "sendfile", refuse)
     with client.lease(URI, deadline=soon()) as lease:
         lease.wait_ready(soon())
-        assert contents(lease) == {name: content for name, (_, _, content) in tensors.items()}
+        assert tensors_of(lease) == contents(tensors)
 
 
 def test_huge_pages_on_both_ends(start_local_agent, checkpoint_files, tensors, huge_pages, tmp_path):
@@ -94,7 +82,7 @@ def test_huge_pages_on_both_ends(start_local_agent, checkpoint_files, tensors, h
     with client.lease(URI, deadline=soon()) as lease:
         lease.wait_ready(soon())
         assert agent.agent.status()[2][0].page == lease.page == 2 << 20
-        assert contents(lease) == {name: content for name, (_, _, content) in tensors.items()}
+        assert tensors_of(lease) == contents(tensors)
 
 
 def test_the_memory_cannot_be_changed(client):

@@ -538,13 +538,16 @@ def huge_pages() -> Iterator[Callable[[int], None]]:
 
 
 class S3Server:
-    """An S3 server and keys for it. `env` is what an agent's environment needs beside `--s3-endpoint endpoint`."""
+    """An S3 server and keys for it. `env` is what an agent's environment needs beside `--s3-endpoint endpoint`.
 
-    def __init__(self, endpoint: str, env: Mapping[str, str]) -> None:
+    `pid` is its process, where it is ours; else 0.
+    """
+
+    def __init__(self, endpoint: str, env: Mapping[str, str], pid: int = 0) -> None:
         import boto3
         from botocore.config import Config
 
-        self.endpoint = endpoint
+        self.endpoint, self.pid = endpoint, pid
         self.env = dict(env)
         self.client = boto3.session.Session().client(
             "s3",
@@ -568,8 +571,8 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def _server(command: Sequence[str], log: Path, ready: Callable[[str], Any]) -> Iterator[Any]:
-    """Runs a server until the end of the block; yields what `ready(output)` found in its output."""
+def _server(command: Sequence[str], log: Path, ready: Callable[[str], Any]) -> Iterator[tuple[Any, int]]:
+    """Runs a server until the end of the block; yields what `ready(output)` found in its output, and its pid."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -581,7 +584,7 @@ def _server(command: Sequence[str], log: Path, ready: Callable[[str], Any]) -> I
                 _unavailable(f"{command[0]} ended with {process.returncode}: {log.read_text(errors='replace')}")
             return ready(log.read_text(errors="replace"))
 
-        yield _eventually(answer, START_SECONDS, f"{command[0]} is ready")
+        yield _eventually(answer, START_SECONDS, f"{command[0]} is ready"), process.pid
     finally:
         process.kill()  # nobody misses its data, and an orderly end can take ten seconds
         process.wait()
@@ -615,8 +618,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         match = re.search(r"http://127\.0\.0\.1:\d+", output)
         return match[0] if match else ""
 
-    with _server(command, place / "rclone.log", address) as endpoint:
-        yield S3Server(endpoint, env)
+    with _server(command, place / "rclone.log", address) as (endpoint, pid):
+        yield S3Server(endpoint, env, pid)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""Carries out what residency decided: resolves, loads, admits, evicts; outside the books' lock, each in a thread of
+"""Carries out what residency decided: resolves, loads, admits, evicts; outside the books' lock, in threads of its own.
 
-its own. What came of it goes back as an event.
+What came of it goes back as an event.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from cache_agent.residency import events
 from cache_agent.residency.books import Books
 from cache_agent.residency.events import Action, Event
 from cache_agent.residency.held import Held, Resolution
+from cache_agent.residency.jobs import HERE, Jobs, Lane, here, lane_of
 from cache_agent.residency.keeping import Keeping
 from cache_agent.tiers.dram import Dram
+from cache_agent.tiers.origin import parse_uri
 from cache_agent.web.journal import Journal
 
 log = logging.getLogger("glowplug.agent")
 
-_JOBS = 16
+_OF_ORIGIN, _OF_PLACE = 16, 8  # resolved at once, and loaded at once
 
 
 class Tell(Protocol):
@@ -57,7 +59,8 @@ class Driver:
         self._config, self._books, self._directory, self._journal = config, books, directory, journal
         self._keeping, self._revisions, self._resolver, self._peers = keeping, revisions, resolver, peers
         self._tell = tell
-        self._jobs = ThreadPoolExecutor(_JOBS, thread_name_prefix="job")
+        self._resolves = Jobs("resolve", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
+        self._loads = Jobs("load", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
 
     def act(self, action: Action, resolved: Resolution | None) -> None:
@@ -65,10 +68,13 @@ class Driver:
         with contextlib.suppress(RuntimeError):  # the pools are shut down: so are all who would hear of the result
             match action:
                 case events.Resolve(uri):
-                    self._jobs.submit(_logged, self._resolve, uri)
-                case events.Load(entry):
+                    self._resolves.submit(self._lane(uri), self._resolve, uri)
+                case events.Load(entry, plan, uri):
                     assert resolved is not None, "a load follows from a resolution"
-                    self._jobs.submit(_logged, self._load, entry, resolved)
+                    lane = self._lane(uri)
+                    if self._keeping.chunks(plan.source):  # only damaged chunks make it ask the origin
+                        lane = here(lane)
+                    self._loads.submit(lane, self._load, entry, resolved)
                 case events.Admit(entry):
                     self._admissions.submit(_logged, self._admit, entry)
                 case events.Evict(entry, why):
@@ -77,7 +83,7 @@ class Driver:
     def later(self, work: Callable[[], None]) -> None:
         """Runs this when whoever calls is done with deciding."""
         with contextlib.suppress(RuntimeError):  # the pool is shut down, and with it all leases
-            self._jobs.submit(_logged, work)
+            self._resolves.submit(HERE, work)
 
     def close(self, deadline: float) -> None:
         """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
@@ -87,7 +93,8 @@ class Driver:
             loads = [held.load for held in books.held.values() if held.load is not None]
         for load in loads:
             load.stop()
-        self._jobs.shutdown(wait=False, cancel_futures=True)
+        self._resolves.close()
+        self._loads.close()
         self._admissions.shutdown(wait=False, cancel_futures=True)
         for load in loads:
             load.finished.wait(max(0.0, deadline - time.monotonic()))
@@ -99,6 +106,9 @@ class Driver:
             for held in helds:
                 if held.load is None or held.load.finished.is_set():
                     held.close()
+
+    def _lane(self, uri: str) -> Lane:
+        return lane_of(parse_uri(uri), self._config.file_roots)
 
     # --- work -----------------------------------------------------------------------------------------------------
 

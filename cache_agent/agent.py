@@ -66,7 +66,7 @@ class Agent:
         self.sharing = Sharing(books.held_of, books.lock, keeping)
         resolver = Resolver(self._open_origin, revisions, keeping, directory, peers, config)
         self._driver = Driver(config, books, directory, self.journal, keeping, revisions, resolver, peers, self._handle)
-        self._offers = Offers(self._open_origin, revisions, books.resident, self._handle)
+        self._offers = Offers(self._open_origin, revisions, books.resident, self._handle, config.file_roots)
         self._answers = Answers(books, self._offers, self.journal)
 
     # --- what connections ask for ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Owns the writing of a model's image to SSD while its bytes still arrive: a thread that follows a load.
+"""Owns the writing of a model's image to SSD while its bytes still arrive: a thread that follows a load, or memory.
 
 It reads the segments through read-only mappings, so that `ready` does not wait for the disk, and queues numbers of
 chunks, never bytes. The segments' last seal follows the tee: the kernel refuses it while a page is being written out.
@@ -12,6 +12,8 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable, Sequence
+
+import xxhash
 
 from cache_agent.manifest import Manifest
 from cache_agent.tiers.ssd import Writing
@@ -48,6 +50,24 @@ class Tee:
     def add(self, chunk: int) -> None:
         """The chunk's bytes are final."""
         self._queue.put(chunk)
+
+    def follow_memory(self, maps: list[mmap.mmap], seconds: float) -> None:
+        """Adds all chunks of what is whole in memory already, as fast as their checksums are known; closes `maps`.
+
+        `seconds` is what it would take to load it.
+        """
+        checksums = []
+        try:
+            for number, (segment, start, end) in enumerate(self._chunks):
+                if self._cancelled.is_set():
+                    return
+                with memoryview(maps[segment]) as view, view[start:end] as chunk:
+                    checksums.append(xxhash.xxh3_64_intdigest(chunk))
+                self.add(number)
+            self.complete(checksums, seconds)
+        finally:
+            for mapping in maps:
+                mapping.close()
 
     def complete(self, checksums: Sequence[int], seconds: float) -> None:
         """All chunks were added; `seconds` is what the load took."""

@@ -45,7 +45,7 @@ class Answers:
         return self._asked.pop(number)
 
     def give(self, action: Action) -> bool:
-        """Queues the message that an action stands for; False when it stands for work."""
+        """Queues the message that an action stands for; False when there is work to do, too."""
         match action:
             case events.Grant(lease, entry):
                 self._grant(lease, entry)
@@ -66,6 +66,7 @@ class Answers:
                 asked, revision = self._asked[lease], self._books.residency.entries[entry].revision
                 asked.holder.deliver(Adopted(revision, True), [])
                 self._journal.record("adopted", asked.model, f"adopted {asked.model} from a function: {revision}")
+                return not fresh  # what is new here is yet to be kept
             case events.Orphan(lease, uri, why):
                 self._offers.orphan(lease, uri)
                 self._journal.record("orphaned", uri, f"{uri} stays a function's own: {why}")

@@ -77,6 +77,8 @@ class Driver:
                     self._loads.submit(lane, self._load, entry, resolved)
                 case events.Admit(entry):
                     self._admissions.submit(_logged, self._admit, entry)
+                case events.Adopt(_, entry):
+                    self._loads.submit(HERE, self._adopted, entry)
                 case events.Evict(entry, why):
                     self._evict(entry, why)
 
@@ -146,7 +148,7 @@ class Driver:
             if image is not None:
                 held.tier = "ssd"
             else:
-                load.tee = self._keeping.follow(held.dram, description, origin.uri, resolution.revision)
+                held.tee = load.tee = self._keeping.follow(held.dram, description, origin.uri, resolution.revision)
             with books.lock:
                 expected = books.expect(held)
                 books.held[entry] = held
@@ -208,12 +210,28 @@ class Driver:
         finally:
             for mapping in maps:
                 mapping.close()
-        if held.load is None or held.load.tee is None:  # otherwise the tee does it at its end
+        if held.tee is None:  # otherwise the tee does it at its end
             with self._books.lock:
                 if held.dram is not None:
                     held.dram.seal()
         self._revisions.remember(held.description.source.id, revision)
         self._tell(events.Admitted(entry, revision))
+
+    def _adopted(self, entry: int) -> None:
+        """Memory of an earlier agent is ours now: other nodes hear of it, and the SSD tier gets what it lacks."""
+        with self._books.lock:
+            held = self._books.held.get(entry)
+            if held is None or held.dram is None or self._books.closing:
+                return
+            plan, uri = held.description.manifest, held.description.source.uri
+            self._directory.publish(plan.source, Holding(self._config.node_name, "dram", plan.nbytes, plan.nbytes))
+            if self._keeping.chunks(plan.source):
+                return
+            revision = self._books.residency.entries[entry].revision
+            held.tee = tee = self._keeping.follow(held.dram, held.description, uri, revision)
+            maps = held.dram.map() if tee is not None else []
+        if tee is not None:
+            tee.follow_memory(maps, self._books.predict("origin", plan.nbytes).seconds)
 
     def _evict(self, entry: int, why: str) -> None:
         with self._books.lock:

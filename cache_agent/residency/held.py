@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from cache_agent.ledger import Ledger
 from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.loader import Load
+from cache_agent.loading.tee import Tee
 from cache_agent.manifest import encode
 from cache_agent.policy.rights import EVERYTHING, NOBODY, Caller, Grant
 from cache_agent.tiers.dram import Dram, sealed_bytes
@@ -52,6 +53,7 @@ class Held:
     ledger: Ledger
     dram: Dram | None = None
     load: Load | None = None
+    tee: Tee | None = None
     tier: str = "origin"
     work: int = 0  # bytes that pass on its tier until it is loaded
     manifest_fd: int = -1
@@ -71,9 +73,9 @@ class Held:
 
     def end_tee(self, seconds: float = _TEE_SECONDS) -> None:
         """Gives up what is being written to SSD, so that closing really frees the memory."""
-        if self.load is not None and self.load.tee is not None:
-            self.load.tee.cancel()
-            self.load.tee.ended.wait(seconds)
+        if self.tee is not None:
+            self.tee.cancel()
+            self.tee.ended.wait(seconds)
 
     def close(self) -> None:
         if self.dram is not None:

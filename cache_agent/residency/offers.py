@@ -1,7 +1,8 @@
 """Owns what functions offer after an agent's restart until it is an entry's, and remembers what stays their own.
 
-Whether bytes are what they are said to be is `adoption`'s to prove; one offer at a time, because the functions that
-waited for the bytes are starting while these are hashed, and because of two equal offers the first is it.
+Whether bytes are what they are said to be is `adoption`'s to prove: a few offers at a time, because the functions that
+waited for the bytes are starting while these are hashed, and of the same memory one after the other, because of two
+equal offers the first is it.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from cache_agent import limits
 from cache_agent.errors import translated
 from cache_agent.loading.revisions import Revisions
 from cache_agent.residency import adoption
 from cache_agent.residency.events import Event, Offered, OfferFailed
 from cache_agent.residency.held import Held, Resident
+from cache_agent.residency.jobs import Jobs, Lane, lane_of
 from cache_agent.tiers.origin import ModelURI, Origin
 
 log = logging.getLogger("glowplug.agent")
+
+_AT_ONCE = 4  # of one origin's models
 
 
 class Offers:
@@ -31,18 +36,24 @@ class Offers:
         revisions: Revisions,
         resident: Callable[[list[tuple[int, int]]], Resident | None],
         tell: Callable[[Event], None],
+        roots: Sequence[Path] = (),
     ) -> None:
-        """`resident(inodes)` is the entry whose memory it is; `tell` hears what came of an offer, in our thread."""
+        """`resident(inodes)` is the entry whose memory it is; `tell` hears what came of an offer, in our thread.
+
+        `roots` are the agent's roots of files.
+        """
         self._open_origin, self._revisions, self._resident, self._tell = open_origin, revisions, resident, tell
         self._lock = threading.Lock()  # guards what follows; nothing is called under it
         self._proved: dict[int, Held] = {}  # and not yet an entry's
         self._sizes: dict[int, int] = {}
         self._orphans: dict[int, tuple[str, int]] = {}  # lease -> what its function maps and nobody else can have
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="adoption")
+        self._roots = roots
+        self._jobs = Jobs("adoption", of_origin=max(2, min(_AT_ONCE, limits.cpu_quota() // 2)), of_place=1)
 
     def examine(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> None:
         """Begins, and takes over `fds`. Raises `RuntimeError` after `close`, and leaves them then."""
-        self._pool.submit(self._examine, lease, uri, source, fds)
+        memory = Lane(lane_of(uri, self._roots).origin, str(adoption.inodes(fds)))
+        self._jobs.submit(memory, self._examine, lease, uri, source, fds)
 
     def take(self, lease: int) -> Held:
         """What was proved is the caller's from now on."""
@@ -70,7 +81,7 @@ class Offers:
             return sum(size for _, size in self._orphans.values())
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._jobs.close()
 
     def _examine(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> None:
         event: Event

@@ -9,13 +9,15 @@ import os
 import random
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from leased import FAKE, contents, inodes, large_tensors, ready, soon, tensors_of
+from leased import FAKE, contents, inodes, large_tensors, ready, soon, tensors_of, whole
 
 from cache_agent.errors import AgentUnreachable, LeaseLost
 from cache_agent.manifest import PAGE
 from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.tiers.ssd import Writing
 from cache_agent.wire.messages import Drain, Hello, LeaseRequest, Offer
 from cache_agent.wire.protocol import encode
 
@@ -103,6 +105,100 @@ def test_whoever_asks_while_an_offer_is_examined_waits_and_shares(start_local_ag
         asking.join(20)
         with found[0] as shared:
             assert inodes(shared) == inodes(lease)
+
+
+def test_a_large_offer_keeps_no_small_one_waiting(start_local_agent, checkpoint_files):
+    """The large one hangs in its origin; others are examined meanwhile."""
+    large, small = "fake://large", "fake://small"
+    files = {large: checkpoint_files(seed=1), small: checkpoint_files(seed=2)}
+    old = start_local_agent({uri: FakeOrigin(uri, content) for uri, content in files.items()})
+    gate, reading = threading.Event(), threading.Event()
+
+    def hang(name: str, start: int, size: int) -> None:
+        reading.set()
+        assert gate.wait(30)
+
+    origins = {uri: FakeOrigin(uri, content) for uri, content in files.items()}
+    origins[large].before_read = hang
+    new = start_local_agent(origins)
+    with ready(old, large) as first, ready(old, small) as second:
+        offering = threading.Thread(target=lambda: new.client.offer(large, first, deadline=soon()))
+        offering.start()
+        assert reading.wait(10)
+        try:
+            assert new.client.offer(small, second, deadline=soon(10)).shared
+            assert [model.model for model in new.agent.status()[2]] == [small]
+        finally:
+            gate.set()
+            offering.join(20)
+        assert len(new.agent.status()[2]) == 2
+
+
+def test_of_equal_offers_that_come_at_once_one_is_examined_and_all_share(start_local_agent, checkpoint_files):
+    files = checkpoint_files(large_tensors(1))
+    old = start_local_agent({FAKE: FakeOrigin(FAKE, files)})
+    origin = FakeOrigin(FAKE, files)
+    new = start_local_agent({FAKE: origin})
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        leases = [stack.enter_context(ready(old, FAKE)) for _ in range(8)]
+        together = threading.Barrier(8)
+
+        def offer(lease):
+            together.wait(20)
+            return new.client.offer(FAKE, lease, deadline=soon())
+
+        assert [adopted.shared for adopted in pool.map(offer, leases)] == [True] * 8
+        assert [model.leases for model in new.agent.status()[2]] == [8]
+        assert {tuple(inodes(lease)) for lease in leases} == {tuple(inodes(leases[0]))}
+    weights = len(files["model.safetensors"])
+    assert origin.bytes_read < 2 * weights, "the weights were read once; each offer looks at the headers"
+
+
+def test_what_was_adopted_is_kept_on_ssd_and_told_to_other_nodes(start_agent, model, tmp_path, eventually):
+    uri, tensors = model
+    old, new = start_agent(), start_agent("--ssd", str(tmp_path / "ssd"))
+    with ready(old, uri) as lease:
+        sealed(lease, eventually)
+        adopted = new.client.offer(uri, lease, deadline=soon())
+        assert adopted.shared
+        (stored,) = eventually(lambda: [image for image in new.client.status().ssd.images if image.revision])
+        assert (stored.revision, stored.bytes) == (adopted.revision, lease.manifest.nbytes)
+        both = {("dram", stored.bytes), ("ssd", stored.bytes)}
+        eventually(lambda: {(held.tier, held.done) for held in new.client.cluster().holdings} == both)
+        (place,) = (tmp_path / "ssd" / "images").iterdir()
+        assert [(place / f"{n}.seg").read_bytes() for n in range(len(lease.segments))] == whole(lease)
+    new.kill()
+    new.start()
+    with ready(new, uri) as again:
+        assert (again.tier, again.revision) == ("ssd", adopted.revision)
+        assert tensors_of(again) == contents(tensors)
+
+
+def test_what_was_adopted_can_be_evicted_while_it_is_written(start_local_agent, checkpoint_files, tmp_path, eventually):
+    """A disk that hangs must not keep the memory: the image is given up."""
+    files = checkpoint_files(seed=1)
+    old = start_local_agent({FAKE: FakeOrigin(FAKE, files)})
+    new = start_local_agent({FAKE: FakeOrigin(FAKE, files)}, ssd=tmp_path / "ssd")
+    writing, gate = threading.Event(), threading.Event()
+
+    def write(self, segment, start, view):
+        writing.set()
+        assert gate.wait(30)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writing, "write", write)
+        with ready(old, FAKE) as lease:
+            assert new.client.offer(FAKE, lease, deadline=soon()).shared
+            assert writing.wait(10)
+        eventually(lambda: new.agent.status()[2][0].leases == 0)
+        evicting = threading.Thread(target=new.client.evict, args=(FAKE,))
+        evicting.start()
+        eventually(lambda: new.agent.status()[2][0].state == "evicting")
+        gate.set()
+        evicting.join(20)
+    eventually(lambda: not new.agent.status()[2])
+    assert new.client.status().ssd.images == []
+    assert not list((tmp_path / "ssd" / "partial").iterdir())
 
 
 def test_an_agent_with_a_copy_of_its_own_says_so_and_counts_the_orphan(agent, model, eventually):
@@ -268,16 +364,17 @@ def test_an_offer_that_is_broken_off_leaves_nothing(agent, model, eventually):
 
 
 def test_agents_killed_while_they_adopt(start_agent, tmp_path, write_checkpoint, rounds, eventually):
+    """In the middle of proving the bytes, or of writing them to SSD: the next one finds no half of either."""
     tensors = large_tensors(3)
     uri = f"file://{write_checkpoint(tmp_path / 'm', tensors)}"
-    agent = start_agent("--ssd", str(tmp_path / "ssd"))
+    old, agent = start_agent(), start_agent("--ssd", str(tmp_path / "ssd"))
     source = random.Random(2)
-    with ready(agent, uri) as lease:
+    with ready(old, uri) as lease:
         sealed(lease, eventually)
-        for _ in range(rounds(6, 300)):
+        for _ in range(rounds(5, 300)):
             agent.kill()
             agent.start()
-            killer = threading.Timer(source.uniform(0, 0.06), agent.running.kill)
+            killer = threading.Timer(source.uniform(0, 0.12), agent.running.kill)
             killer.start()
             with contextlib.suppress(AgentUnreachable, LeaseLost):
                 agent.client.offer(uri, lease, deadline=soon())
@@ -288,3 +385,6 @@ def test_agents_killed_while_they_adopt(start_agent, tmp_path, write_checkpoint,
         with ready(agent, uri) as other:
             assert inodes(other) == inodes(lease)
             assert tensors_of(other) == contents(tensors)
+        eventually(lambda: [image.revision for image in agent.client.status().ssd.images] == [lease.revision])
+        (place,) = (tmp_path / "ssd" / "images").iterdir()
+        assert [(place / "0.seg").read_bytes()] == whole(lease)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple, Protocol
 
 TTL = 12.0  # seconds after its last sign of life in which a node counts as alive
+CLOCKS_APART = 60.0  # seconds by which nodes' clocks may differ; what is told of a later time is not believed
 
 
 class Holding(NamedTuple):
@@ -58,8 +60,11 @@ class Directory(Protocol):
         """The origin said at this Unix time that the URI names this source now."""
         ...
 
-    def validation(self, uri: str) -> tuple[str, float]:
-        """The source that a URI was last seen to name, by whatever node, and when; ("", 0) where none has told."""
+    def validation(self, uri: str, now: float = math.inf) -> tuple[str, float]:
+        """The source that a URI was last seen to name, by whatever node, and when; ("", 0) where none has told.
+
+        With `now` (Unix time) nothing counts of a node whose clock is far ahead: it would have the last word for ever.
+        """
         ...
 
     def lost(self) -> str:
@@ -144,9 +149,10 @@ class InProcessDirectory:
         with self._lock:
             self._validations[uri] = source, when
 
-    def validation(self, uri: str) -> tuple[str, float]:
+    def validation(self, uri: str, now: float = math.inf) -> tuple[str, float]:
         with self._lock:
-            return self._validations.get(uri, ("", 0.0))
+            source, when = self._validations.get(uri, ("", 0.0))
+        return (source, when) if when <= now + CLOCKS_APART else ("", 0.0)
 
     def lost(self) -> str:
         return ""

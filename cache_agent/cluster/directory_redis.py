@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import secrets
 import threading
 import time
@@ -26,8 +27,8 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
-from cache_agent.cluster.directory import TTL, Holding, Node
-from cache_agent.errors import BadConfig
+from cache_agent.cluster.directory import CLOCKS_APART, TTL, Holding, Node
+from cache_agent.cluster.redis_connection import connect, without_password
 
 log = logging.getLogger("glowplug.directory")
 
@@ -50,7 +51,7 @@ class RedisDirectory:
         """`timeout` bounds every exchange with Redis. Raises `BadConfig` when `url` is none; connects later."""
         self._beat, self._ttl, self._timeout = beat, ttl, timeout
         self._client = connect(url, password_file, timeout)
-        self._where = _without_password(url)
+        self._where = without_password(url)
         self._step = self._client.register_script(Path(__file__).with_name("directory.lua").read_text())
         self._incarnation = secrets.token_hex(8)
         self._lock = threading.Lock()  # guards everything down to _down
@@ -109,15 +110,15 @@ class RedisDirectory:
         with self._lock:
             for name in self._mine:
                 known, _, told = self._values.get((name, _SOURCES, field), "").partition(" ")
-                if known != source or when - float(told or 0) >= _TELL_AGAIN:
+                if known != source or abs(when - float(told or 0)) >= _TELL_AGAIN:  # clocks go back, too
                     self._tell((name, _SOURCES, field), value)
 
-    def validation(self, uri: str) -> tuple[str, float]:
+    def validation(self, uri: str, now: float = math.inf) -> tuple[str, float]:
         field = _uri_field(uri)
         with self._lock:
             told = [found[field] for found in self._sources.values() if field in found]
             told += [self._values.get((name, _SOURCES, field), "") for name in self._mine]
-        found = [_validation(value) for value in told]
+        found = [each for each in map(_validation, told) if each[1] <= now + CLOCKS_APART]
         return max(found, key=lambda each: each[1], default=("", 0.0))
 
     def lost(self) -> str:
@@ -355,23 +356,6 @@ class RedisDirectory:
             )
 
 
-def version(url: str, password_file: Path | None = None, timeout: float = 2.0) -> str:
-    """The version of the Redis there, "" if it does not tell. Raises `BadConfig`, or `OSError` with what is wrong."""
-    import redis
-
-    client = connect(url, password_file, timeout)
-    try:
-        client.ping()
-        try:
-            return str(client.info("server").get("redis_version", ""))
-        except redis.ResponseError:  # no right to ask
-            return ""
-    except redis.RedisError as error:
-        raise OSError(str(error) or type(error).__name__) from error
-    finally:
-        client.close()
-
-
 def _uri_field(uri: str) -> str:
     """URIs may be long, and who reads the directory need not know them."""
     return "uri-" + hashlib.sha256(uri.encode()).hexdigest()[:40]
@@ -396,60 +380,3 @@ def _keys(node: str) -> list[str]:
 
 def _pairs(table: dict[bytes, bytes] | None) -> list[tuple[str, str]]:
     return [(field.decode(), value.decode()) for field, value in (table or {}).items()]
-
-
-def connect(url: str, password_file: Path | None, timeout: float) -> Any:
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    try:
-        options = redis.connection.parse_url(url)  # type: ignore[no-untyped-call]
-    except (ValueError, AttributeError) as error:
-        raise BadConfig(f"GLOWPLUG_REDIS_URL: {error}; use redis://, rediss:// or unix://") from error
-    connection = options.pop("connection_class", redis.Connection)
-    if password_file is not None:
-        _read_password(password_file)
-        user = options.pop("username", None)
-        options.pop("password", None)
-        options["credential_provider"] = _FilePassword(password_file, user)
-    pool = redis.ConnectionPool(
-        connection_class=connection,
-        **{
-            "socket_timeout": timeout,
-            "socket_connect_timeout": timeout,
-            "protocol": 2,
-            "retry": Retry(NoBackoff(), 1),  # for a connection that went stale
-            **options,
-        },
-    )
-    return redis.Redis(connection_pool=pool)
-
-
-class _FilePassword:
-    """Reads the file for every new connection, so that a password can be rotated under a running agent."""
-
-    def __init__(self, path: Path, user: str | None) -> None:
-        self._path, self._user = path, user
-
-    def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        try:
-            password = _read_password(self._path)
-        except BadConfig as error:
-            raise OSError(error.text) from error
-        return (self._user, password) if self._user else (password,)
-
-
-def _read_password(path: Path) -> str:
-    try:
-        password = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} cannot be read: {error}") from error
-    if not password:
-        raise BadConfig(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} is empty")
-    return password
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

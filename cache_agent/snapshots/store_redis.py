@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cache_agent.cluster.directory_redis import connect
+from cache_agent.cluster.redis_connection import connect
 from cache_agent.errors import SnapshotTooLarge, StoreUnavailable
 from cache_agent.snapshots.store import Change, Claimed, Keep, Kept, Key, too_large
 

@@ -1,0 +1,82 @@
+"""Owns the way to Redis: URL, TLS, a password from a file that may change, and a deadline for every exchange."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cache_agent.errors import BadConfig
+
+
+def connect(url: str, password_file: Path | None, timeout: float) -> Any:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        options = redis.connection.parse_url(url)  # type: ignore[no-untyped-call]
+    except (ValueError, AttributeError) as error:
+        raise BadConfig(f"GLOWPLUG_REDIS_URL: {error}; use redis://, rediss:// or unix://") from error
+    connection = options.pop("connection_class", redis.Connection)
+    if password_file is not None:
+        _read_password(password_file)
+        user = options.pop("username", None)
+        options.pop("password", None)
+        options["credential_provider"] = _FilePassword(password_file, user)
+    pool = redis.ConnectionPool(
+        connection_class=connection,
+        **{
+            "socket_timeout": timeout,
+            "socket_connect_timeout": timeout,
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 1),  # for a connection that went stale
+            **options,
+        },
+    )
+    return redis.Redis(connection_pool=pool)
+
+
+class _FilePassword:
+    """Reads the file for every new connection, so that a password can be rotated under a running agent."""
+
+    def __init__(self, path: Path, user: str | None) -> None:
+        self._path, self._user = path, user
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = _read_password(self._path)
+        except BadConfig as error:
+            raise OSError(error.text) from error
+        return (self._user, password) if self._user else (password,)
+
+
+def _read_password(path: Path) -> str:
+    try:
+        password = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} cannot be read: {error}") from error
+    if not password:
+        raise BadConfig(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} is empty")
+    return password
+
+
+def without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def version(url: str, password_file: Path | None = None, timeout: float = 2.0) -> str:
+    """The version of the Redis there, "" if it does not tell. Raises `BadConfig`, or `OSError` with what is wrong."""
+    import redis
+
+    client = connect(url, password_file, timeout)
+    try:
+        client.ping()
+        try:
+            return str(client.info("server").get("redis_version", ""))
+        except redis.ResponseError:  # no right to ask
+            return ""
+    except redis.RedisError as error:
+        raise OSError(str(error) or type(error).__name__) from error
+    finally:
+        client.close()

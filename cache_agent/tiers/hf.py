@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -28,7 +27,6 @@ from cache_agent.errors import (
     OriginUnavailable,
 )
 from cache_agent.manifest import SourceFile
-from cache_agent.tiers.body import fill
 from cache_agent.tiers.origin import ModelURI, ReadScattered
 from cache_agent.tiers.s3 import PATIENCE
 
@@ -122,6 +120,7 @@ class HubOrigin(ReadScattered):
         self._name = name
         self._revision = revision or "main"
         self._hub = hub
+        self.patience = hub.patience
         self._endpoint = hub.endpoint
         self._commit = ""
         self._places: dict[str, str] = {}  # file -> where the hub sent us for it
@@ -151,25 +150,9 @@ class HubOrigin(ReadScattered):
             raise ModelNotFound(f"{self.uri}: the repository holds no files at this revision")
         return found
 
-    def read_scattered(
-        self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
-    ) -> None:
-        size = sum(len(view) for view in views)
-        if not size:
-            return
-        end = start + size - 1
-        try:
-            response = self._open(file, f"bytes={start}-{end}")
-            try:
-                self._check(response, file, start, end)
-                what = f"{self.uri}: {file.name}"
-                fill(response.raw._fp, views, arrived, patience=self._hub.patience, what=what)
-            except BaseException:
-                response.raw.close()  # and the connection with it: the next try is another one's
-                raise
-            response.raw.release_conn()
-        except Exception as error:
-            raise self._translate(error, f"reading {file.name}") from error
+    def _fetch(self, file: SourceFile, start: int, end: int) -> tuple[Any, Any]:
+        response = self._open(file, f"bytes={start}-{end}")
+        return response, response.raw
 
     def _open(self, file: SourceFile, bytes_range: str) -> Any:
         """The answer of the server that has the file. Hubs limit how often they may be asked where a file is,

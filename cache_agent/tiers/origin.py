@@ -7,11 +7,12 @@ import re
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 
-from cache_agent.errors import AccessDenied, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
+from cache_agent.errors import AccessDenied, AgentError, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
 from cache_agent.manifest import SourceFile
+from cache_agent.tiers.body import fill
 
 _PIN = re.compile(r"^(?P<base>.*)@(?P<revision>rev-[0-9a-f]{40})$", re.DOTALL)
 _READ_ONLY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # opening a pipe put there must not wait
@@ -91,12 +92,43 @@ class ReadOneByOne:
 
 
 class ReadScattered:
-    """`read` and `read_into` for a medium where every read is a request: they are one with a single view."""
+    """`read`, `read_into` and `read_scattered` for a medium where every read is a request: they are one of them.
+
+    Whoever inherits makes the request, checks what is said of the answer, and translates what goes wrong.
+    """
+
+    uri: str
+    patience: float  # seconds with next to no byte, after which a server is given up
+
+    def _fetch(self, file: SourceFile, start: int, end: int) -> tuple[Any, Any]:
+        """Asks for these bytes, `end` included: (the answer, as `_check` takes it; its body, a urllib3 response)."""
+        raise NotImplementedError
+
+    def _check(self, answer: Any, file: SourceFile, start: int, end: int) -> None:
+        """Raises an `AgentError` unless the answer's body is these bytes of the file as it was listed."""
+        raise NotImplementedError
+
+    def _translate(self, error: Exception, what: str) -> AgentError:
+        raise NotImplementedError
 
     def read_scattered(
         self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
     ) -> None:
-        raise NotImplementedError
+        end = start + sum(len(view) for view in views) - 1
+        if end < start:
+            return
+        try:
+            answer, body = self._fetch(file, start, end)
+            try:
+                self._check(answer, file, start, end)
+                # The http.client response below reads into our memory; the layers above it would copy.
+                fill(body._fp, views, arrived, patience=self.patience, what=f"{self.uri}: {file.name}")
+            except BaseException:
+                body.close()  # and the connection with it: the next try is another one's
+                raise
+            body.release_conn()
+        except Exception as error:
+            raise self._translate(error, f"reading {file.name}") from error
 
     def read(self, file: SourceFile, start: int, size: int) -> bytes:
         data = bytearray(size)

@@ -5,17 +5,16 @@ boto3 is imported with the first S3 model: an agent that only reads directories 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
 from cache_agent.errors import AccessDenied, AgentError, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
 from cache_agent.manifest import SourceFile
-from cache_agent.tiers.body import fill
 from cache_agent.tiers.origin import ModelURI, ReadScattered
 
 _MISSING = {"NoSuchBucket", "NoSuchKey", "404", "NotFound"}
 _DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_SKEWED = {"RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 
 PATIENCE = 10.0
@@ -72,6 +71,7 @@ class S3Origin(ReadScattered):
         self._bucket = bucket
         self._prefix = prefix.strip("/") + "/"
         self._s3 = s3
+        self.patience = s3.patience
 
     def files(self) -> list[SourceFile]:
         found: list[SourceFile] = []
@@ -88,29 +88,11 @@ class S3Origin(ReadScattered):
             raise ModelNotFound(f"{self.uri}: no object has this prefix; check bucket, prefix and endpoint")
         return found
 
-    def read_scattered(
-        self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
-    ) -> None:
-        size = sum(len(view) for view in views)
-        if not size:
-            return
-        end = start + size - 1
-        try:
-            response = self._s3.client().get_object(
-                Bucket=self._bucket, Key=self._prefix + file.name, Range=f"bytes={start}-{end}", IfMatch=file.etag
-            )
-            body = response["Body"]
-            try:
-                self._check(response, file, start, end)
-                # The http.client response below reads into our memory; the layers above it would copy.
-                what = f"{self.uri}: {file.name}"
-                fill(body._raw_stream._fp, views, arrived, patience=self._s3.patience, what=what)
-            except BaseException:
-                body.close()  # and the connection with it: the next try is another one's
-                raise
-            body._raw_stream.release_conn()
-        except Exception as error:
-            raise self._translate(error, f"reading {file.name}") from error
+    def _fetch(self, file: SourceFile, start: int, end: int) -> tuple[Any, Any]:
+        response = self._s3.client().get_object(
+            Bucket=self._bucket, Key=self._prefix + file.name, Range=f"bytes={start}-{end}", IfMatch=file.etag
+        )
+        return response, response["Body"]._raw_stream
 
     def key(self, name: str) -> str:
         """The object's key in the bucket."""
@@ -156,6 +138,11 @@ class S3Origin(ReadScattered):
                 return ModelNotFound(f"{self.uri}: {what} found nothing ({code}); check bucket and prefix")
             if code in _DENIED:
                 return AccessDenied(f"{self.uri}: the store refuses the agent's credentials ({code}: {message})")
+            if code in _SKEWED:
+                return OriginUnavailable(
+                    f"{self.uri}: the store takes no request because this node's clock is wrong ({code}: {message}); "
+                    "set the clock"
+                )
             if code in _CHANGED:
                 return OriginChanged(f"{self.uri}: overwritten or removed while it was read ({code})")
             return OriginUnavailable(f"{self.uri}: {what} failed ({code}: {message})")

@@ -473,6 +473,9 @@ class LocalAgent:
         return CacheClient(self.socket, name="test", timeout=30)
 
     def close(self) -> None:
+        """Also done by the end of the test."""
+        if not self._thread.is_alive():
+            return
         self.server.stop()
         self._thread.join(STOP_SECONDS)
         assert not self._thread.is_alive(), "the server's thread did not end"

@@ -16,6 +16,7 @@ from cache_agent.config import AgentConfig
 from cache_agent.errors import OriginUnavailable
 from cache_agent.ledger import Ledger
 from cache_agent.loading.checkpoint import Description, describe
+from cache_agent.loading.confirmed import Confirmed
 from cache_agent.loading.revisions import Revisions
 from cache_agent.residency.held import Resolution
 from cache_agent.residency.keeping import Keeping
@@ -35,6 +36,7 @@ class Resolver:
         directory: Directory,
         peers: Peers | None,
         config: AgentConfig,
+        confirmed: Confirmed | None = None,
     ) -> None:
         """With `config.stale` 0 only the origin is believed.
 
@@ -44,6 +46,7 @@ class Resolver:
         self._stale, self._witnesses = config.stale, config.peer_witnesses
         self._open_origin, self._revisions, self._keeping = open_origin, revisions, keeping
         self._directory, self._peers = directory, peers
+        self._confirmed = confirmed or Confirmed()
 
     def resolve(self, uri: str) -> Resolution:
         """Raises what the origin does, when nothing stands in for it."""
@@ -58,28 +61,29 @@ class Resolver:
             if found is None:
                 raise
             description, answers = found[0], False
-            since = f"nobody could ask for {time.time() - found[1]:.0f} s"
+            since = f"nobody could ask for {found[1]:.0f} s"
             log.warning("%s; going on with what it had: %s", error, since)
             ledger.add(f"resolve, its origin does not answer: {since}", start)
         else:
             ledger.add("resolve", start)
-            self._directory.validated(uri, description.source.id, time.time())
+            self._confirmed.say(uri, description.source.id)
+            self._directory.validated(uri, description.source.id, self._confirmed.now())
             self._keeping.validated(description.source.id)
         return Resolution(description, origin, ledger, self._revisions.of(description.source.id), answers)
 
     def _remembered(self, uri: str) -> tuple[Description, float] | None:
-        """What the origin said last, and when (Unix time)."""
+        """What the origin said last, and how many seconds ago."""
         if not self._stale:
             return None
         stored = self._keeping.find(uri)
         if stored is not None and (found := self._keeping.description(stored.index.source)) is not None:
             description, when = found
-            if time.time() - when <= self._stale:
-                return description, when
-        source, when = self._directory.validation(uri)
-        if not source or time.time() - when > self._stale or self._peers is None:
+            if (age := self._confirmed.age(uri, stored.index.source, when)) <= self._stale:
+                return description, age
+        source, when = self._directory.validation(uri, self._confirmed.now())
+        if not source or self._peers is None or (age := self._confirmed.age(uri, source, when)) > self._stale:
             return None
         if not self._revisions.of(source) and not self._revisions.stated(source, self._witnesses):
             return None
         told = self._peers.describe(source)
-        return None if told is None or told.source.uri != uri else (told, when)
+        return None if told is None or told.source.uri != uri else (told, age)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import threading
-import time
 
 import pytest
 from leased import soon
@@ -253,17 +251,3 @@ def test_a_node_serves_from_its_own_ssd_while_the_origin_is_down(start_local_age
     eventually(lambda: not agent.client.status().models)
     agent.origins[URI] = Down(URI, {})
     assert Loads().run(agent) == [("ssd", right)]
-
-
-@pytest.mark.parametrize("stale", [0.0, 100.0])
-def test_what_was_confirmed_too_long_ago_is_not_served(stale, start_local_agent, files, tmp_path, eventually, refused):
-    agent = start_local_agent({URI: SameName(URI, files)}, ssd=tmp_path / "ssd", stale=stale)
-    Loads().run(agent)
-    eventually(lambda: agent.client.status().ssd.images)
-    agent.client.evict(URI)
-    for description in (tmp_path / "ssd" / "images").glob("*/description"):
-        os.utime(description, (time.time() - 200,) * 2)
-    agent.origins[URI] = Down(URI, {})
-    eventually(lambda: not agent.client.status().models)
-    with refused("origin_unavailable"), agent.client.lease(URI, deadline=soon(60)):
-        pass

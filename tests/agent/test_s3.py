@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -47,6 +48,7 @@ class HostileS3:
         self.misbehave: Callable[[BaseHTTPRequestHandler, Request, bytes], bool] = lambda *_: False
         self.listing_status = 200
         self.ignores_if_match = False
+        self.checks_dates = False
         self.lock = threading.Lock()
         self.closing = threading.Event()
         outer = self
@@ -78,6 +80,10 @@ class HostileS3:
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(handler.path)
+        if self.checks_dates:
+            told = datetime.strptime(handler.headers["X-Amz-Date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+            if abs(told - datetime.now(UTC)) > timedelta(minutes=15):
+                return self.error(handler, 403, "RequestTimeTooSkewed")
         if "list-type" in parse_qs(parts.query):
             return self.list(handler)
         name = unquote(parts.path).rsplit("/", 1)[1]
@@ -393,6 +399,21 @@ def test_listing_that_is_refused_or_slowed_down(store):
     store.listing_status = 503
     timer.start()
     assert origin.files()
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_the_store_finds_wrong_is_named_and_once_it_is_right_all_goes_on(hours, store, monkeypatch):
+    store.checks_dates = True
+    with Loading(store) as loading, monkeypatch.context() as patch:
+        patch.setattr(
+            "botocore.auth.get_current_datetime",
+            lambda: datetime.now(UTC).replace(tzinfo=None) + timedelta(hours=hours),
+        )
+        with pytest.raises(OriginUnavailable, match="this node's clock is wrong"):
+            loading.origin.files()
+        patch.undo()
+        loading.load.run()
+        loading.check(weights())
 
 
 def test_anonymous_requests_carry_no_signature(store, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -189,7 +190,7 @@ def stored(s3, checkpoint_files, monkeypatch):
     os.kill(s3.pid, signal.SIGCONT)
 
 
-def test_a_store_that_is_stopped_in_the_middle_of_a_load_and_goes_on(stored, s3, start_local_agent):
+def test_a_store_that_is_stopped_in_the_middle_of_a_load_and_goes_on(stored, s3, start_local_agent, caplog):
     """What had come is not asked for again, and what hung comes over other connections."""
     uri, tensors = stored
     store = S3(endpoint=s3.endpoint, patience=1.0)
@@ -200,7 +201,7 @@ def test_a_store_that_is_stopped_in_the_middle_of_a_load_and_goes_on(stored, s3,
         """Its server sleeps from the third range on, until a read was given up."""
 
         def read_scattered(self, file, start, views, tell):
-            if sum(map(len, views)) < 1 << 20:
+            if not start:  # what describes the model
                 return super().read_scattered(file, start, views, tell)
             with lock:
                 ranges.append(start)
@@ -214,10 +215,11 @@ def test_a_store_that_is_stopped_in_the_middle_of_a_load_and_goes_on(stored, s3,
             try:
                 return super().read_scattered(file, start, views, count)
             except OriginUnavailable as error:
-                failures.append(error)
+                failures.append(str(error))
                 os.kill(s3.pid, signal.SIGCONT)
                 raise
 
+    caplog.set_level(logging.ERROR, "glowplug.loader")  # a warning's record keeps the error, and that its connection
     agent = start_local_agent({uri: Stopped(parse_uri(uri), store)}, readers=2)
     try:
         with ready(agent, uri, 60) as lease:

@@ -259,39 +259,6 @@ def test_a_client_that_never_reads_is_given_up_and_others_are_served(start_local
         eventually(lambda: len(agent.server._snapshot()) == 0, what="the agent gave the deaf client up")
 
 
-def test_two_hundred_leases_leave_nothing_behind(unharmed, tmp_path, write_checkpoint, rounds, eventually):
-    uri = f"file://{write_checkpoint(tmp_path / 'm', seed=1)}"
-    with unharmed.client.lease(uri) as lease:
-        lease.wait_ready(soon())
-    eventually(lambda: unharmed.client.status().models[-1].revision)
-    used = unharmed.client.status().used
-
-    def resident() -> int:
-        fields = Path(f"/proc/{unharmed.pid}/status").read_text().split("RssAnon:")[1].split()
-        return int(fields[0])
-
-    memory = 0
-    for number in range(rounds(200, 10_000)):
-        match number % 4:
-            case 0:
-                with unharmed.client.lease(uri) as lease:
-                    lease.wait_ready(soon())
-            case 1:
-                unharmed.client.lease(uri).close()
-            case 2:
-                raw = Raw(unharmed.socket).greeted()
-                raw.send(LeaseRequest(uri))
-                raw.sock.close()
-            case 3:
-                with contextlib.suppress(OSError), Raw(unharmed.socket) as raw:
-                    raw.send(encode(Hello(VERSION, "x")), encode(LeaseRequest(uri)))
-        if number == rounds(100, 5000):
-            memory = resident()
-    eventually(lambda: unharmed.client.status().models[-1].leases == 0)
-    assert unharmed.client.status().used == used
-    assert resident() < memory + 4096, "KiB; the second half of the leases took no memory"
-
-
 def test_too_many_connections_are_refused_and_room_is_made_again(start_agent, eventually):
     agent = start_agent("--max-connections", "5")
     with contextlib.ExitStack() as stack:

@@ -160,21 +160,6 @@ def test_an_agent_that_ends_while_bytes_are_on_the_way(client, agent):
         lease.close()
 
 
-def test_leases_opened_and_dropped_leave_nothing(client, agent, rounds, eventually):
-    with client.lease(URI, deadline=soon()) as lease:
-        lease.wait_ready(soon())
-    fds = len(os.listdir("/proc/self/fd"))
-    threads = threading.active_count()
-    for number in range(rounds(40, 10_000)):
-        lease = client.lease(URI, deadline=soon())
-        if number % 2:
-            lease.wait_ready(soon())
-        lease.close()
-    eventually(lambda: agent.agent.status()[2][0].leases == 0)
-    eventually(lambda: threading.active_count() <= threads)
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= fds)
-
-
 # --- who is not served over TCP ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cache_agent import manifest as manifests
 from cache_agent.access import credentials
@@ -72,12 +72,15 @@ from cache_agent.wire.messages import (
 )
 from cache_agent.wire.protocol import VERSION
 
+if TYPE_CHECKING:
+    from cache_agent.wire.streamed import Kept
+
 M = TypeVar("M", bound=Message)
 
 _TCP = "tcp:"  # and slashes, of which a Path keeps one
 
 _DESCRIBE_SECONDS = 120.0
-_ADOPT_SECONDS = 600.0  # it hashes the bytes, one offer at a time, and may have to read the origin
+_ADOPT_SECONDS = 600.0  # it hashes the bytes, a few offers at a time, and may have to read the origin
 _EVICT_SECONDS = 60.0  # removing large files takes a while
 
 
@@ -85,8 +88,10 @@ class Lease:
     """A hold on one model's bytes. The fds are read-only; mapping them before `wait_ready` shows bytes as they arrive.
 
     `segments` are fds in the manifest's order, `page` their page size in bytes. `revision` is "" until it is known.
-    One thread at a time.
+    `fetched`: the bytes came into memory of this process's own. One thread at a time.
     """
+
+    fetched = False
 
     def __init__(self, channel: Channel, granted: Granted, fds: list[int]) -> None:
         self._channel = channel
@@ -198,19 +203,25 @@ class CacheClient:
         self._timeout = timeout
         self.node = ""  # as the agent calls the node; known once it has answered
 
-    def lease(self, model: str, *, start_id: str = "", deadline: float | None = None) -> Lease:
+    def lease(
+        self, model: str, *, start_id: str = "", deadline: float | None = None, kept: Kept | None = None
+    ) -> Lease:
         """Returns as soon as memory is reserved and mapped into the reply; the bytes may still be on their way.
 
-        `deadline` on time.monotonic, for finding the model and reserving. Raises any `AgentError`.
+        `deadline` on time.monotonic, for finding the model and reserving. `kept` is what is left of an earlier lease
+        over TCP: if it is the model still, nothing is fetched. Raises any `AgentError`.
         """
         channel = self.connect()
         try:
-            channel.send(LeaseRequest(model, start_id))
             by = deadline or time.monotonic() + _DESCRIBE_SECONDS
             if isinstance(channel, Link):
-                from cache_agent.wire.streamed import StreamedLease
+                from cache_agent.wire import streamed
 
-                return StreamedLease(channel, expect(channel, Streaming, by)[0])
+                if (found := streamed.lease(channel, model, start_id, by, kept)) is not None:
+                    return found
+                channel.close()
+                return self.lease(model, start_id=start_id, deadline=deadline)
+            channel.send(LeaseRequest(model, start_id))
             granted, fds = expect(channel, Granted, by)
         except BaseException as error:
             channel.close()

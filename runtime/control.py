@@ -12,7 +12,9 @@ worker → shim
     {"spans": [[owner, name, start, end], …]}           new spans of the start's ledger (ns of CLOCK_MONOTONIC)
     {"agent": why}                                      its agent is of no use: it asks for a private one
     {"error": [code, text]}                             why it is about to exit
+    {"keep": n} + fds                                   weights that came over TCP, for the next worker: see kept.py
 shim → worker
+    {"kept": n} + fds                                   those of an earlier worker; first of all, and over TCP only
     {"agent": path}                                     the private agent's socket
     {"retire": 1}                                       end, if that costs nobody anything; its end says: end at once
 
@@ -32,6 +34,10 @@ import select
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.kept import Kept
 
 MAX_LINE = 64 << 10
 
@@ -56,6 +62,24 @@ class Line:
                 # A line cut short would garble the next one; a worker that its shim does not hear ends with it.
                 self._sock.close()
                 self._sock = None
+
+    def keep(self, fds: Sequence[int]) -> None:
+        """Gives the shim what the next worker can use; see `kept`. The fds stay the caller's."""
+        from runtime import kept
+
+        with self._lock, contextlib.suppress(OSError):  # the next worker fetches it all again, then
+            if self._sock is not None and len(fds) <= kept.MOST_FDS:
+                kept.send(self._sock, "keep", fds)
+
+    def kept(self) -> list[int]:
+        """What an earlier worker gave, the caller's from now on. Once, before `messages`, and if the shim keeps any."""
+        from runtime import kept
+
+        with self._lock:
+            try:
+                return kept.receive(self._sock)[1] if self._sock is not None else []
+            except OSError:  # nothing came: it is no shim of ours
+                return []
 
     def messages(self) -> Iterator[dict[str, object]]:
         """What the shim says, until it is gone. For one thread of its own."""
@@ -87,10 +111,14 @@ class Line:
 class Hearing:
     """The shim's end of one worker's line. Never blocks. `ended` once the worker has closed its own."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, kept: Kept | None = None) -> None:
+        """Memory that the worker gives goes to `kept`, and it gets what is there."""
         sock.setblocking(False)
         self._sock = sock
+        self._kept = kept
         self._lines = Lines()
+        if kept is not None:
+            kept.give(sock)
         self.ended = False
 
     def fileno(self) -> int:
@@ -101,7 +129,7 @@ class Hearing:
         found: list[dict[str, object]] = []
         while not self.ended:
             try:
-                data = self._sock.recv(64 << 10)
+                data = self._sock.recv(64 << 10) if self._kept is None else self._kept.receive(self._sock)
             except BlockingIOError:
                 break
             except OSError:

@@ -13,7 +13,7 @@ import queue
 import random
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cache_agent.access import credentials
 from cache_agent.client import CacheClient, Lease
@@ -23,6 +23,9 @@ from runtime.config import FunctionConfig
 from runtime.control import Line
 from runtime.errors import FunctionError, NotReady
 from runtime.lifecycle import Lifecycle
+
+if TYPE_CHECKING:
+    from cache_agent.wire.streamed import Kept
 
 T = TypeVar("T")
 
@@ -42,6 +45,7 @@ class Leasing:
         self._socket = config.socket
         self._fell_back = False
         self._private: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._kept = line.kept() if config.socket.startswith("tcp:") else []  # memory of the worker before this one
 
     def client(self, timeout: float = 10.0) -> CacheClient:
         config = self._config
@@ -64,7 +68,9 @@ class Leasing:
                 self._lifecycle.phase = "lease"
                 with self._ledger.span("lease"):
                     client = self.client()
-                    lease = client.lease(uri, start_id=self._ledger.start_id, deadline=deadline)
+                    lease = client.lease(
+                        uri, start_id=self._ledger.start_id, deadline=deadline, kept=self._memory()
+                    )
                     self._ledger.node = client.node
                 try:
                     return use(lease, deadline)
@@ -86,6 +92,13 @@ class Leasing:
                 time.sleep(pause)
                 pause = min(5.0, pause * 2)
 
+    def arrived(self, lease: Lease) -> None:
+        """All bytes are there: if they came over TCP, the shim keeps them for the worker after this one."""
+        if lease.fetched:
+            self._line.keep([lease.manifest_fd, *lease.segments])
+        while self._kept:
+            os.close(self._kept.pop())
+
     def rejoin(self, lease: Lease) -> None:
         """Waits for an agent and offers it the weights, so that it needs no second copy of them."""
         pause = 0.2
@@ -103,6 +116,13 @@ class Leasing:
     def private_agent(self, path: str) -> None:
         """The shim's answer: the socket of the agent that it has started."""
         self._private.put(path)
+
+    def _memory(self) -> Kept | None:
+        if not self._kept:
+            return None
+        from cache_agent.wire.streamed import Kept
+
+        return Kept.of(self._kept)
 
     def _fall_back(self, error: AgentError) -> None:
         """To a private agent, once. Raises `error` where there is none to be had."""

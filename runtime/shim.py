@@ -34,6 +34,7 @@ from runtime.port import answers, open_port  # noqa: E402
 from runtime.wakeup import Wakeup  # noqa: E402
 
 if TYPE_CHECKING:
+    from runtime.kept import Kept
     from runtime.private_agent import PrivateAgent
     from runtime.zygote.node import Node
     from runtime.zygote.pod import Pod
@@ -79,6 +80,7 @@ class Shim:
         self._retire_at = 0.0  # when it may be asked to retire (again)
         self._retired = self._forked = False
         self._parked = False  # no worker, on purpose
+        self._kept: Kept | None = None  # weights of a worker that got them over TCP, for the next one
         self._arrived: list[socket.socket] = []  # connections that were taken while parked, for the next worker
         self._stopping = False
         self._verdict = 0  # the exit code of a stop that nobody asked for
@@ -93,6 +95,10 @@ class Shim:
     def _find_agent(self) -> str:
         """The agent's socket: as configured, the node's if one answers, else that of a private agent."""
         if self.config.socket:
+            if self.config.socket.startswith("tcp:"):
+                from runtime.kept import Kept
+
+                self._kept = Kept()
             return self.config.socket
         if answers(DEFAULT_SOCKET):
             return DEFAULT_SOCKET
@@ -141,7 +147,7 @@ class Shim:
         self._parked = self._retired = self._forked = False
         self._turn = 0
         ours, theirs = socket.socketpair()
-        self._line = Hearing(ours)
+        self._line = Hearing(ours, self._kept)
         self._heard = time.monotonic()
         self._poller.register(self._line, select.POLLIN)
         number = 0
@@ -276,6 +282,8 @@ class Shim:
             self._boot_instead("the zygote did not answer")
         if self._stopping:
             return
+        if self._parked and self._kept is not None and not pod.holds_model:
+            self._kept.drop()  # an idle function without that layer is to be small
         if self._parked and pod.wants_worker(now):
             self._start_worker(ahead=True)
         elif self._line is not None and self._worker is not None and now >= self._retire_at and pod.wants_drop(now):
@@ -334,6 +342,7 @@ class Shim:
                     from runtime.zygote.pod import Pod  # not before: the first start has to do without
 
                     self._pod = Pod(self.config, lambda: self._agent_path, _say)
+                    self._pod.memory = self._kept
                 if self._pod is not None:
                     self._pod.worker_ready(str(message.get("kind", "")), now - self._asked_at, self._forked, now)
             case {"state": "retired"}:
@@ -342,6 +351,8 @@ class Shim:
                 self._turn = turn
                 if self._pod is not None:
                     self._pod.load(inside, now)
+            case {"keep": int(count)} if self._kept is not None:
+                self._kept.take(count)
             case {"bytes": int(size)} if self._pod is not None:
                 self._pod.worker_bytes(size)
             case {"agent": str(why)}:

@@ -236,6 +236,7 @@ class Worker:
         with self._ledger.span("weights"):
             lease.wait_ready(deadline, self._on_progress)
         self._whole = lease
+        self._leasing.arrived(lease)
         self._ledger.extend(lease.spans)
         self._lifecycle.progress = (lease.manifest.nbytes, lease.manifest.nbytes)
 

@@ -6,21 +6,24 @@ there the memory is sealed, as it would be on the node.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from cache_agent import manifest as manifests
-from cache_agent.client import Lease
+from cache_agent.client import Lease, expect, read_manifest
 from cache_agent.errors import AgentError, AgentTimeout, LeaseLost, ProtocolError, from_wire
 from cache_agent.manifest import Manifest
 from cache_agent.tiers.dram import Dram, sealed_bytes
 from cache_agent.wire.fdsocket import Disconnected
 from cache_agent.wire.link import Link
-from cache_agent.wire.messages import ErrorReply, Piece, Ready, Streaming
+from cache_agent.wire.messages import ErrorReply, LeaseRequest, Piece, Ready, Streaming
 
 _PATIENCE = 30.0  # seconds without a byte, once a piece has begun
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _SILENCE = 600.0  # seconds without a word: the agent's own source may be slow, and it may be proving what it got
 
 
@@ -34,22 +37,61 @@ def receive_manifest(link: Link, streaming: Streaming) -> Manifest:
     return found
 
 
+class Kept(NamedTuple):
+    """Fds of the memory of an earlier lease over TCP: its manifest, and its segments. They stay who has them's."""
+
+    manifest: int
+    segments: Sequence[int]
+
+    @classmethod
+    def of(cls, fds: Sequence[int]) -> Kept | None:
+        """The manifest's first; None where there are none."""
+        return cls(fds[0], fds[1:]) if fds else None
+
+
+def lease(link: Link, model: str, start_id: str, deadline: float, kept: Kept | None) -> StreamedLease | None:
+    """A lease whose bytes come over the link, or are `kept` if those are still what the model is.
+
+    None if they are, and the agent lays them out differently: they are of no use. Raises the agent's errors.
+    """
+    known = _kept_manifest(kept) if kept is not None else None
+    link.send(LeaseRequest(model, start_id, have=known.source if known is not None else ""))
+    manifest = receive_manifest(link, expect(link, Streaming, deadline)[0])
+    if kept is None or known is None or known.source != manifest.source:
+        return StreamedLease(link, manifest, Dram(manifest.segments, name="glowplug:streamed"))
+    if known != manifest:
+        return None
+    return StreamedLease(link, manifest, Dram.adopted(kept.segments), whole=True)
+
+
+def _kept_manifest(kept: Kept) -> Manifest | None:
+    """What kept memory is; None for what is not whole and sealed memory of ours."""
+    try:
+        found = read_manifest(kept.manifest, os.fstat(kept.manifest).st_size)
+        sizes = [os.fstat(fd).st_size for fd in kept.segments]
+        sealed = all(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS for fd in kept.segments)
+    except (OSError, ProtocolError):
+        return None
+    return found if sealed and sizes == list(found.segments) else None
+
+
 class StreamedLease(Lease):
     """See `Lease`. Mapping the segments before `wait_ready` shows bytes as they arrive."""
 
-    def __init__(self, link: Link, streaming: Streaming) -> None:
-        """Raises `NoCapacity` when there is no memory for the model here."""
+    def __init__(self, link: Link, manifest: Manifest, dram: Dram, *, whole: bool = False) -> None:
+        """Takes over `dram`; with `whole` the bytes are all there, and none will come."""
         self._channel = self._link = link
-        self.manifest = receive_manifest(link, streaming)
+        self.manifest = manifest
+        self.fetched = not whole
         encoded = manifests.encode(self.manifest)
-        self._dram = Dram(self.manifest.segments, name="glowplug:streamed")
+        self._dram = dram
         self.page = self._dram.page
         self.manifest_fd, self.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
         self.segments = [os.dup(fd) for fd in self._dram.fds]
         self.ready, self.tier, self.revision, self.spans = False, "", "", []
-        self.arrived = [0] * len(self.segments)
+        self.arrived = list(manifest.segments) if whole else [0] * len(self.segments)
         self._lock = threading.Condition()
-        self._done = 0
+        self._done = sum(self.arrived)
         self._failure: AgentError | None = None
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
@@ -99,7 +141,7 @@ class StreamedLease(Lease):
             self._lock.notify_all()
 
     def _receive(self) -> Ready:
-        sent = [0] * len(self.manifest.segments)
+        sent = list(self.arrived)
         while True:
             message, _ = self._link.receive(time.monotonic() + _SILENCE)
             match message:

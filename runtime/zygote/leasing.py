@@ -8,7 +8,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.config import FunctionConfig
@@ -29,8 +29,9 @@ class Leasing:
         for end in (self._wake, self._waker):
             end.setblocking(False)
 
-    def ask(self, uri: str) -> None:
-        threading.Thread(target=self._find, args=(uri,), name="lease", daemon=True).start()
+    def ask(self, uri: str, memory: Sequence[int] = ()) -> None:
+        """`memory` are fds of weights over TCP that are here already; they are closed."""
+        threading.Thread(target=self._find, args=(uri, memory), name="lease", daemon=True).start()
 
     def fileno(self) -> int:
         return self._wake.fileno()
@@ -45,17 +46,18 @@ class Leasing:
                 found.append(self._came.get_nowait())
         return found
 
-    def _find(self, uri: str) -> None:
+    def _find(self, uri: str, memory: Sequence[int]) -> None:
         from cache_agent.access import credentials
         from cache_agent.client import CacheClient
         from cache_agent.errors import AgentError
+        from cache_agent.wire.streamed import Kept
 
         found: Lease | str
         try:
             identity = credentials.shown(self._config.token_file, self._config.identity_file)
             client = CacheClient(self._agent(), name=self._name, identity=identity, pod=self._config.pod)
             deadline = time.monotonic() + _SECONDS
-            lease = client.lease(uri, deadline=deadline)
+            lease = client.lease(uri, deadline=deadline, kept=Kept.of(memory))
             try:
                 lease.wait_ready(deadline)
             except BaseException:
@@ -66,6 +68,8 @@ class Leasing:
             found = error.text
         except Exception as error:
             found = f"{type(error).__name__}: {error}"
+        for fd in memory:
+            os.close(fd)
         self._came.put((uri, found))
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")

@@ -32,6 +32,8 @@ Event = Forked | Refused | Ended
 class Node:
     """One connection. For the shim's thread only."""
 
+    holds_model = False  # here; the pool's are the pool's
+
     def __init__(self, config: FunctionConfig) -> None:
         self._config = config
         self._pool: Zygote | None = None

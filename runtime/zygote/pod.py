@@ -26,6 +26,7 @@ from runtime.zygote.wire import Gone
 
 if TYPE_CHECKING:
     from cache_agent.client import Lease
+    from runtime.kept import Kept
 
 Event = Forked | Refused | Ended
 Kept = Literal["user", "model", "lang"]
@@ -73,6 +74,7 @@ class Pod:
         self._kind = ""
         self._serving = True  # a worker is there, or on its way
         self._inside = 0
+        self.memory: Kept | None = None  # what workers over TCP left, if the shim keeps it
         self._pending_model: tuple[int, Any, Lease] | None = None
         self._leasing = False
         self._leases = leasing.Leasing(config, agent, "layers")
@@ -108,6 +110,11 @@ class Pod:
         for level in ("model", "lang"):
             if self._kept[level].ready:  # else it begins to be idle when it is
                 self._kept[level].history.idle(now)
+
+    @property
+    def holds_model(self) -> bool:
+        """A zygote of the model is there, or on its way."""
+        return self._kept["model"].zygote is not None or self._leasing or self._pending_model is not None
 
     # --- what the shim asks ---------------------------------------------------------------------------------------
 
@@ -286,7 +293,7 @@ class Pod:
             and self._wanted("model", now)
         ):
             self._leasing = True
-            self._leases.ask(self._config.model_uri)
+            self._leases.ask(self._config.model_uri, self.memory.copies() if self.memory is not None else [])
 
     def _postpone(self, kept: _Kept, why: str, now: float) -> None:
         self._say(f"layer {kept.level} is not built: {why}; tried again after {kept.pause:.0f} s")

@@ -13,16 +13,18 @@ import subprocess
 import sys
 import threading
 
+import msgspec
 import pytest
-from leased import contents, soon, tensors_of
+from leased import contents, inodes, soon, tensors_of
 
 from cache_agent.client import CacheClient
 from cache_agent.cluster.key import ClusterKey
 from cache_agent.errors import AccessDenied, AgentError, AgentUnreachable, LeaseLost
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.peer import Membership, Peer, PeerFailed
-from cache_agent.wire.link import parse_address
+from cache_agent.wire.link import Link, parse_address
 from cache_agent.wire.messages import Admitted, Drain, Identity
+from cache_agent.wire.streamed import Kept
 
 URI = "s3://models/m"
 TOKEN = "a secret of these tests"
@@ -158,6 +160,95 @@ def test_an_agent_that_ends_while_bytes_are_on_the_way(client, agent):
     finally:
         gate.set()
         lease.close()
+
+
+# --- memory that outlives the one who fetched it ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(agent):
+    return CacheClient(f"tcp://{agent.address}", identity=lambda: Identity("token", TOKEN), timeout=30)
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The bytes of weights that agents send."""
+    sizes = []
+    real = Link.send_file
+
+    def send_file(link, fd, offset, size):
+        sizes.append(size)
+        real(link, fd, offset, size)
+
+    monkeypatch.setattr(Link, "send_file", send_file)
+    return sizes
+
+
+def test_what_an_earlier_process_fetched_is_not_fetched_again(remote, agent, tensors, sent):
+    with remote.lease(URI, deadline=soon()) as first:
+        first.wait_ready(soon())
+        assert first.fetched
+        fds = [os.dup(fd) for fd in (first.manifest_fd, *first.segments)]
+        wanted = inodes(first)
+    sent.clear()
+    try:
+        for _ in range(2):
+            with remote.lease(URI, deadline=soon(), kept=Kept.of(fds)) as again:
+                again.wait_ready(soon())
+                assert not again.fetched
+                assert (inodes(again), tensors_of(again)) == (wanted, contents(tensors))
+                assert (again.tier, again.revision != "") == ("dram", True)
+                assert [model.leases for model in agent.agent.status()[2]] == [1]
+        assert sent == []
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "what", ["other files by now", "not sealed", "a segment short", "no manifest", "other layout", "sockets"]
+)
+def test_kept_memory_that_is_not_the_model_is_fetched_anew(
+    what, remote, agent, tensors, checkpoint_files, sent, monkeypatch, eventually
+):
+    with remote.lease(URI, deadline=soon()) as first:
+        first.wait_ready(soon())
+        fds = [os.dup(fd) for fd in (first.manifest_fd, *first.segments)]
+    wanted = tensors
+    match what:
+        case "other files by now":
+            wanted = {name: (kind, shape, bytes(len(data))) for name, (kind, shape, data) in tensors.items()}
+            agent.origins[URI] = FakeOrigin(URI, checkpoint_files(wanted))
+            eventually(lambda: agent.agent.status()[2][0].leases == 0)
+            remote.evict(URI)
+        case "not sealed":
+            os.close(fds[1])
+            fds[1] = os.memfd_create("open")
+            os.ftruncate(fds[1], first.manifest.segments[0])
+        case "a segment short":
+            os.close(fds.pop())
+        case "no manifest":
+            os.close(fds[0])
+            fds[0] = os.memfd_create("empty")
+        case "other layout":
+            manifest = msgspec.structs.replace(first.manifest, chunk=first.manifest.chunk // 2)
+            monkeypatch.setattr("cache_agent.wire.streamed._kept_manifest", lambda _: manifest)
+        case "sockets":
+            sock, other = socket.socketpair()
+            for fd in fds:
+                os.dup2(sock.fileno(), fd)
+            sock.close()
+            other.close()
+    sent.clear()
+    try:
+        with remote.lease(URI, deadline=soon(), kept=Kept.of(fds)) as again:
+            again.wait_ready(soon())
+            assert again.fetched
+            assert tensors_of(again) == contents(wanted)
+        assert sum(sent) == sum(again.manifest.segments)
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 # --- who is not served over TCP ---------------------------------------------------------------------------------------

@@ -295,6 +295,11 @@ def test_a_function_without_the_socket_gets_its_weights_over_tcp(
     assert answer.status == 200
     assert not _segments([function.worker()]) & _segments([agent.pid]), "memory of its own"
     assert client.status().models[0].leases == 1
+    before, crashed = _segments([function.worker()]), function.worker()
+    os.kill(crashed, signal.SIGKILL)
+    function.worker(old=crashed)
+    function.wait_ready()
+    assert _segments([function.worker()]) == before, "the memory that the shim kept; nothing was fetched again"
     agent.kill()
     assert function.request("/v1/chat/completions", CHAT).json["choices"] == answer.json["choices"]
     agent.start()

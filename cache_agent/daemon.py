@@ -26,10 +26,11 @@ from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig, from_environment
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.handoff.neighbours import Neighbours
-from cache_agent.server import Connection, Server, listen
+from cache_agent.server import Server, listen
 from cache_agent.snapshots.shelf import cluster_key, shelf
 from cache_agent.tiers.peer import Membership
 from cache_agent.wire import link
+from cache_agent.wire.connection import Connection
 from cache_agent.wire.remote import RemoteConnection
 
 if TYPE_CHECKING:

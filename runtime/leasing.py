@@ -68,9 +68,7 @@ class Leasing:
                 self._lifecycle.phase = "lease"
                 with self._ledger.span("lease"):
                     client = self.client()
-                    lease = client.lease(
-                        uri, start_id=self._ledger.start_id, deadline=deadline, kept=self._memory()
-                    )
+                    lease = client.lease(uri, start_id=self._ledger.start_id, deadline=deadline, kept=self._memory())
                     self._ledger.node = client.node
                 try:
                     return use(lease, deadline)

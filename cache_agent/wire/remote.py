@@ -21,7 +21,7 @@ from cache_agent.handoff.crossing import Crossing
 from cache_agent.handoff.desk import Desk
 from cache_agent.loading.loader import Load
 from cache_agent.manifest import CHUNK
-from cache_agent.server import Connection
+from cache_agent.wire.connection import Connection
 from cache_agent.wire.fdsocket import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.message import Message

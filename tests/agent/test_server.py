@@ -23,6 +23,7 @@ from cache_agent.client import CacheClient
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentUnreachable, BadConfig, ProtocolError
 from cache_agent.tiers.fake import FakeOrigin
+from cache_agent.wire import connection as connections
 from cache_agent.wire.fdsocket import Channel
 from cache_agent.wire.messages import (
     ErrorReply,
@@ -167,7 +168,7 @@ def test_pipelined_questions_are_answered_in_order(unharmed):
 
 
 def test_half_a_hello_and_then_silence_is_cut_off(start_local_agent, monkeypatch, eventually):
-    monkeypatch.setattr(servers, "_HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "_HELLO_SECONDS", 0.2)
     agent = start_local_agent()
     with Raw(agent.socket) as silent, Raw(agent.socket) as half:
         half.send(encode(Hello(VERSION, "half"))[:10])
@@ -225,7 +226,7 @@ def test_fds_that_wait_for_a_client_that_left_are_closed():
     ours, theirs = socket.socketpair()
     before = len(os.listdir("/proc/self/fd"))
     with theirs:
-        connection = servers.Connection(None, ours, "", lambda _: None, None)
+        connection = connections.Connection(None, ours, "", lambda _: None, None)
         granted = Granted("src", 1, [1], 4096, 2)
         connection.deliver(granted, [os.dup(theirs.fileno()) for _ in range(2)])
         connection.close()

@@ -393,7 +393,7 @@ def test_functions_cannot_ask_for_what_agents_may(agent):
 
 
 def test_who_is_slow_to_say_who_it_is_is_sent_away(agent, monkeypatch, eventually):
-    monkeypatch.setattr("cache_agent.server._HELLO_SECONDS", 0.2)
+    monkeypatch.setattr("cache_agent.wire.connection._HELLO_SECONDS", 0.2)
     with socket.create_connection(parse_address(agent.address), 10) as sock:
         sock.settimeout(10)
         sock.sendall(hello("c" * 32)[:6])

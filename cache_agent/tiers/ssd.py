@@ -3,7 +3,7 @@
     DIR/lock          held while an agent uses the directory
     DIR/images/       whole images (`image.py`), each renamed here in one step after everything was synced
     DIR/partial/      images being written or removed; swept at the start
-    DIR/quarantine/   what is left of damaged ones: their small files and the reason
+    DIR/quarantine/   what is left of damaged ones (`quarantine.py`)
 Files that are none of ours are left alone. Everything here may be lost at any time: the origin has it.
 """
 
@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import xxhash
@@ -31,22 +30,17 @@ from cache_agent.manifest import LAYOUT, Manifest, encode
 from cache_agent.policy import eviction
 from cache_agent.tiers import image
 from cache_agent.tiers.image import BadImage, Index, Segments
+from cache_agent.tiers.quarantine import Quarantine, Quarantined
 
 log = logging.getLogger("glowplug.ssd")
 
 _NAME = re.compile(r"src-[0-9a-f]{40}\.(\d{1,6})")
 _LOCK_SECONDS = 10.0
 _SPARE = 20  # one part in so many of the filesystem is never filled
-_MOST_QUARANTINED = 32
 
 
 def _log_eviction(uri: str, size: int, why: str) -> None:
     log.info("evicted %s (%d MB) from SSD: %s", uri, size // 10**6, why)
-
-
-class Quarantined(NamedTuple):
-    name: str
-    reason: str
 
 
 @dataclass(slots=True)
@@ -81,16 +75,15 @@ class Ssd:
         self.directory = directory
         self._images = directory / "images"
         self._partial = directory / "partial"
-        self._quarantine = directory / "quarantine"
+        self.quarantine = Quarantine(directory / "quarantine")
         self._lock = threading.Lock()  # guards what follows
         self._stored: dict[str, Stored] = {}  # by source id
         self._writing: dict[str, int] = {}  # source id -> bytes set aside
         self._revisions: dict[str, str] = {}  # of sources whose image is still being written
         self._clock = 0.0
         self._numbers = count(1)
-        self.quarantined: list[Quarantined] = []
         try:
-            for place in (directory, self._images, self._partial, self._quarantine):
+            for place in (directory, self._images, self._partial, self.quarantine.directory):
                 place.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._guard = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             self._take_lock()
@@ -123,7 +116,7 @@ class Ssd:
     def _recover(self) -> None:
         for name in sorted(os.listdir(self._partial)):
             log.warning("%s: half-written image or removal of %s swept", self.directory, name)
-            self.quarantined.append(Quarantined(name, "half-written: the agent ended before it was whole"))
+            self.quarantine.note(name, "half-written: the agent ended before it was whole")
             shutil.rmtree(self._partial / name, ignore_errors=True)
         for name in sorted(os.listdir(self._images)):
             place = self._images / name
@@ -136,29 +129,13 @@ class Ssd:
                     raise BadImage(f"of another version: layout {match[1]}, this agent writes {LAYOUT}")
                 found = image.read_index(place)
             except (BadImage, OSError) as error:
-                self._put_aside(place, str(error))
+                self.quarantine.put(place, str(error))
                 continue
             self._tell(found.source, found.bytes)
             self._stored[found.source] = Stored(found, image.read_revision(place), last_used=time.monotonic())
         log.info(
             "%s: %d images, %d of %d MB", self.directory, len(self._stored), self._used // 10**6, self.capacity // 10**6
         )
-
-    def _put_aside(self, place: Path, reason: str) -> None:
-        """Moves an image out of the way; its segments are deleted, the rest is kept for whoever wants to know."""
-        log.warning("%s is quarantined: %s", place, reason)
-        with self._lock:
-            self.quarantined = [*self.quarantined, Quarantined(place.name, reason)][-_MOST_QUARANTINED:]
-        target = self._quarantine / f"{place.name}-{time.time_ns()}"
-        try:
-            place.rename(target)
-            for segment in target.glob("*.seg"):
-                segment.unlink()
-            (target / "reason").write_text(reason + "\n")
-            for old in sorted(self._quarantine.iterdir(), key=lambda entry: entry.name[-19:])[:-_MOST_QUARANTINED]:
-                shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            log.warning("%s cannot be put aside: %s", place, error)
 
     # --- what is here ---------------------------------------------------------------------------------------------
 
@@ -170,7 +147,7 @@ class Ssd:
     def status(self) -> tuple[int, list[Stored], list[Quarantined]]:
         """(bytes used, images, what was set aside)."""
         with self._lock:
-            return self._used, list(self._stored.values()), list(self.quarantined)
+            return self._used, list(self._stored.values()), self.quarantine.found()
 
     def find(self, uri: str) -> Stored | None:
         """The image of the model at `uri` that was used last."""
@@ -264,7 +241,7 @@ class Ssd:
             if self._stored.pop(source, None) is None:
                 return
         self._tell(source, 0)
-        self._put_aside(self._images / image.key(source), reason)
+        self.quarantine.put(self._images / image.key(source), reason)
 
     def repair(self, source: str, chunks: Sequence[tuple[int, int, memoryview]]) -> None:
         """Writes (segment, start, bytes) anew: chunks whose bytes are proved by the image's own checksums."""

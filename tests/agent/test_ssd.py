@@ -543,5 +543,5 @@ def test_a_plan_of_other_shape_is_not_served_from_the_image(ssd, tmp_path):
     writing.commit([0], 1.0)
     other = Manifest(source=plan.source, tensors=(), segments=(PAGE,), weight_files=(), files={"config.json": b"{}"})
     assert store.open(other) is None
-    assert "laid out differently" in store.quarantined[0].reason
+    assert "laid out differently" in store.quarantine.found()[0].reason
     store.close()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("glowplug.daemon")
 
 BAD_CONFIG = 64  # exit code; the shim of a private agent gives up on it
-_CLOSE_SECONDS = 5.0
+_CLOSE_SECONDS = 2.0  # loads end between two reads; one that hangs in its origin is not waited for
 _PR_SET_PDEATHSIG = 1
 
 

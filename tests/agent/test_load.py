@@ -829,7 +829,8 @@ def test_memory_that_clients_map_outlives_the_agent(how, agent, tmp_path, write_
 def test_agents_killed_at_random_moments(start_agent, tmp_path, write_checkpoint, rounds):
     """Whatever the moment, clients get their bytes or an error that says to try again."""
     agent = start_agent("--readers", "2")
-    uri = f"file://{write_checkpoint(tmp_path / 'm', large_tensors(4))}"
+    tensors = large_tensors(4)
+    uri = f"file://{write_checkpoint(tmp_path / 'm', tensors)}"
     source = random.Random(5)
     outcomes = []
     for _ in range(rounds(6, 500)):
@@ -839,7 +840,7 @@ def test_agents_killed_at_random_moments(start_agent, tmp_path, write_checkpoint
             try:
                 with CacheClient(agent.socket, timeout=5).lease(uri, deadline=soon(20)) as lease:
                     lease.wait_ready(soon(20))
-                    return "served" if tensors_of(lease) == contents(large_tensors(4)) else "wrong bytes"
+                    return "served" if tensors_of(lease) == contents(tensors) else "wrong bytes"
             except Exception as error:
                 return getattr(error, "code", repr(error))
 

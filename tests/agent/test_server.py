@@ -525,7 +525,7 @@ def test_an_agent_that_ends_leaves_its_successors_socket_alone(start_agent, agen
 def test_a_signal_at_any_moment_ends_the_agent(start_agent, rounds):
     """Also one that comes while the agent is about to wait for the next connection, when none follows."""
     agent = start_agent()
-    for number in range(rounds(8, 300)):
+    for number in range(rounds(6, 300)):
         done = threading.Event()
 
         def hammer(done=done) -> None:

@@ -508,7 +508,7 @@ def test_agents_killed_at_random_moments_never_serve_a_wrong_byte_and_use_the_im
     agent = start_agent("--ssd", str(ssd), "--ssd-size", "50M", "--dram", "30M")
     source = random.Random(11)
     tiers = []
-    for _ in range(rounds(12, 600)):
+    for _ in range(rounds(8, 600)):
         moment = source.uniform(0, 0.12)
         order = source.sample(sorted(models), 3)
         killer = threading.Timer(moment, agent.running.kill)

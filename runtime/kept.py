@@ -2,7 +2,7 @@
 
 them. They are sealed memory of the container's own, so that no agent could lend them again. Standard library only.
 
-    worker → shim    {"keep": n}    fds: the manifest's and the segments', once all bytes are there
+    worker → shim    {"keep": n}    fds: the manifest's and the segments', once all bytes are there; 0 for none any more
     shim → worker    {"kept": n}    the same; before anything else on the line, and also where there are none
 
 The fds ride on the first byte of their line. The shim lets go of the memory as soon as no worker and no zygote uses it.
@@ -56,8 +56,8 @@ class Kept:
         return data
 
     def take(self, count: int) -> None:
-        """A worker gives the fds that came with its message; they take the place of what is here."""
-        if count == len(self._arrived) > 0:
+        """A worker gives the fds that came with its message, or none; they take the place of what is here."""
+        if count == len(self._arrived):
             _close(self._fds)
             self._fds, self._arrived = self._arrived, []
         _close(self._arrived)

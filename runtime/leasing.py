@@ -94,8 +94,7 @@ class Leasing:
         """All bytes are there: if they came over TCP, the shim keeps them for the worker after this one."""
         if lease.fetched:
             self._line.keep([lease.manifest_fd, *lease.segments])
-        while self._kept:
-            os.close(self._kept.pop())
+        self._close_memory()
 
     def rejoin(self, lease: Lease) -> None:
         """Waits for an agent and offers it the weights, so that it needs no second copy of them."""
@@ -120,7 +119,16 @@ class Leasing:
             return None
         from cache_agent.wire.streamed import Kept
 
-        return Kept.of(self._kept)
+        return Kept.of(self._kept, self._drop_memory)
+
+    def _drop_memory(self) -> None:
+        """It is another model's by now, and there may not be room for both."""
+        self._close_memory()
+        self._line.keep([])
+
+    def _close_memory(self) -> None:
+        while self._kept:
+            os.close(self._kept.pop())
 
     def _fall_back(self, error: AgentError) -> None:
         """To a private agent, once. Raises `error` where there is none to be had."""

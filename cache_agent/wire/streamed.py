@@ -38,15 +38,19 @@ def receive_manifest(link: Link, streaming: Streaming) -> Manifest:
 
 
 class Kept(NamedTuple):
-    """Fds of the memory of an earlier lease over TCP: its manifest, and its segments. They stay who has them's."""
+    """Fds of the memory of an earlier lease over TCP: its manifest, and its segments. They stay who has them's.
+
+    `drop` is called when they turn out to be of no use, before other memory is taken.
+    """
 
     manifest: int
     segments: Sequence[int]
+    drop: Callable[[], None] = lambda: None
 
     @classmethod
-    def of(cls, fds: Sequence[int]) -> Kept | None:
+    def of(cls, fds: Sequence[int], drop: Callable[[], None] = lambda: None) -> Kept | None:
         """The manifest's first; None where there are none."""
-        return cls(fds[0], fds[1:]) if fds else None
+        return cls(fds[0], fds[1:], drop) if fds else None
 
 
 def lease(link: Link, model: str, start_id: str, deadline: float, kept: Kept | None) -> StreamedLease | None:
@@ -57,11 +61,13 @@ def lease(link: Link, model: str, start_id: str, deadline: float, kept: Kept | N
     known = _kept_manifest(kept) if kept is not None else None
     link.send(LeaseRequest(model, start_id, have=known.source if known is not None else ""))
     manifest = receive_manifest(link, expect(link, Streaming, deadline)[0])
-    if kept is None or known is None or known.source != manifest.source:
-        return StreamedLease(link, manifest, Dram(manifest.segments, name="glowplug:streamed"))
-    if known != manifest:
+    if kept is not None and known == manifest:
+        return StreamedLease(link, manifest, Dram.adopted(kept.segments), whole=True)
+    if kept is not None:
+        kept.drop()
+    if known is not None and known.source == manifest.source:  # then none of it would be sent
         return None
-    return StreamedLease(link, manifest, Dram.adopted(kept.segments), whole=True)
+    return StreamedLease(link, manifest, Dram(manifest.segments, name="glowplug:streamed"))
 
 
 def _kept_manifest(kept: Kept) -> Manifest | None:

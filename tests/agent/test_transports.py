@@ -240,8 +240,10 @@ def test_kept_memory_that_is_not_the_model_is_fetched_anew(
             sock.close()
             other.close()
     sent.clear()
+    dropped = []
     try:
-        with remote.lease(URI, deadline=soon(), kept=Kept.of(fds)) as again:
+        with remote.lease(URI, deadline=soon(), kept=Kept.of(fds, lambda: dropped.append(what))) as again:
+            assert len(dropped) == 1, "what is of no use makes room first"
             again.wait_ready(soon())
             assert again.fetched
             assert tensors_of(again) == contents(wanted)

@@ -95,8 +95,10 @@ def test_new_memory_takes_the_place_of_the_old(kept: Kept) -> None:
         for fd in (*given, *copies):
             os.close(fd)
         assert open_fds() == before + size
-    kept.drop()
-    assert open_fds() == before
+    with Worker(kept) as worker:
+        worker.line.keep([])
+        worker.heard(kept)
+        assert open_fds() == before + 2, "a worker that has no use for it says so; its line is open"
     with Worker(kept) as worker:
         assert worker.line.kept() == []
 

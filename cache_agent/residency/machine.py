@@ -21,6 +21,7 @@ from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapaci
 from cache_agent.manifest import Manifest
 from cache_agent.policy.eviction import Candidate, cheapest, priority
 from cache_agent.policy.quota import Account, Accounts
+from cache_agent.residency.catalogue import Catalogue
 from cache_agent.residency.entry import Alias, Entry, mb, no_capacity, short, wrong_revision
 from cache_agent.residency.events import (
     Action,
@@ -64,8 +65,7 @@ class Residency:
         self.entries: dict[int, Entry] = {}
         self._numbers = count(1)
         self._aliases: dict[str, Alias] = {}
-        self._by_source: dict[str, int] = {}
-        self._by_revision: dict[str, int] = {}
+        self._catalogue = Catalogue(self.entries)
         self._holds: dict[int, int] = {}  # lease -> entry
         self._offering: set[int] = set()  # leases whose bytes are being examined
         self._accounts = Accounts(self.entry_of)
@@ -78,7 +78,7 @@ class Residency:
     def entry_of(self, uri: str) -> Entry | None:
         """The entry that a lease on `uri` would get now, if it is resident or on its way."""
         alias = self._aliases.get(uri)
-        return self._find(alias.source) if alias else None
+        return self._catalogue.find(alias.source) if alias else None
 
     @property
     def pinned(self) -> set[str]:
@@ -91,7 +91,7 @@ class Residency:
         return self._accounts.pins
 
     def is_pinned(self, entry: Entry) -> bool:
-        return any(self._by_source.get(source) == entry.number for source in self.pinned)
+        return any(self._catalogue.names(source, entry) for source in self.pinned)
 
     def holders(self, uri: str = "") -> list[int]:
         """Leases on the model at `uri`, those on bytes that it had before included, or all of them."""
@@ -144,7 +144,7 @@ class Residency:
 
     def _lease_asked(self, lease: int, uri: str, pinned: str, now: float) -> list[Action]:
         alias = self._aliases.get(uri, Alias())
-        entry = self._known_at(uri, pinned) if pinned else self._find(alias.source)
+        entry = self._known_at(uri, pinned) if pinned else self._catalogue.find(alias.source)
         if entry is not None:
             actions = self._attach_all(entry, {lease: pinned}, uri, now)
             if not pinned and not alias.resolving and now - alias.checked > self.revalidate_after:
@@ -214,12 +214,11 @@ class Residency:
         alias = self._aliases.setdefault(uri, Alias())
         alias.source, alias.resolving, alias.checked = manifest.source, False, now
         waiting, alias.waiting = alias.waiting, {}
-        if revision in self._by_revision:
-            self._by_source[manifest.source] = self._by_revision[revision]
+        self._catalogue.same(manifest.source, revision)
         if not waiting:
             return []
         actions: list[Action] = []
-        entry = self._find(manifest.source)
+        entry = self._catalogue.find(manifest.source)
         if entry is None and alias.offers:
             alias.waiting = waiting
             return []
@@ -232,9 +231,7 @@ class Residency:
             except NoCapacity as error:
                 return [Refuse(lease, error) for lease in waiting]
             self.entries[entry.number] = entry
-            self._by_source[manifest.source] = entry.number
-            if revision:
-                self._by_revision[revision] = entry.number
+            self._catalogue.add(entry)
             actions.append(Load(entry.number, manifest, uri))
         return actions + self._attach_all(entry, waiting, uri, now)
 
@@ -243,7 +240,7 @@ class Residency:
         waiting = alias.waiting
         alias.waiting, alias.resolving = {}, False
         # Bytes that are resident stay in use when the origin is merely out of reach; they are checked again next time.
-        if alias.source not in self._by_source and not alias.offers:
+        if alias.source not in self._catalogue and not alias.offers:
             del self._aliases[uri]
         return [Refuse(lease, error) for lease in waiting]
 
@@ -257,13 +254,12 @@ class Residency:
         if lease not in self._offering or (entry is not None and entry.state != "ready"):
             return self._offer_over(lease, uri, [Orphan(lease, uri, "it came too late")], now)
         if entry is None:
-            if manifest.source in self._by_source or revision in self._by_revision:
+            if manifest.source in self._catalogue or self._catalogue.has(revision):
                 return self._offer_over(lease, uri, [Orphan(lease, uri, "the agent has a copy of its own")], now)
             # Over the budget, too: the memory is taken, and refusing the bytes would not free it.
             entry = Entry(next(self._numbers), uri, manifest, "ready", reserved=True, revision=revision)
             self.entries[entry.number] = entry
-            self._by_revision[revision] = entry.number
-            self._by_source[manifest.source] = entry.number
+            self._catalogue.add(entry)
         entry.leases[lease], entry.last_used = "", now
         entry.uses += 1
         self._price(entry)
@@ -276,7 +272,7 @@ class Residency:
         alias.offers -= 1
         actions = actions if lease in self._offering else []
         self._offering.discard(lease)
-        entry = self._find(alias.source)
+        entry = self._catalogue.find(alias.source)
         if alias.offers or alias.resolving:
             return actions
         if not alias.waiting:
@@ -335,9 +331,7 @@ class Residency:
         if entry is None or entry.state == "evicting":
             return []
         entry.revision = revision
-        first = self._by_revision.setdefault(revision, number)
-        if first != number:
-            self._by_source[entry.manifest.source] = first
+        self._catalogue.admitted(entry)
         actions: list[Action] = []
         for lease, pinned in list(entry.leases.items()):
             if not pinned:
@@ -356,10 +350,8 @@ class Residency:
             return []
         if entry.doomed:
             return [self._evict(entry, "asked for while it was held")]
-        first = self._by_revision.get(entry.revision, entry.number)
-        if first == entry.number:
-            return []
-        return [self._evict(entry, f"its bytes are resident as {self.entries[first].uri}, too")]
+        first = self._catalogue.first(entry)
+        return [] if first is entry else [self._evict(entry, f"its bytes are resident as {first.uri}, too")]
 
     def _evict_asked(self, asker: int, uri: str) -> list[Action]:
         """All copies of the URI's bytes, those from before it changed included; what is held of those goes later."""
@@ -401,23 +393,12 @@ class Residency:
         return Evict(entry.number, why)
 
     def _unlink(self, entry: Entry) -> None:
-        """No later lease finds the entry; another copy of its revision, if there is one, takes its place."""
-        copies = (e.number for e in self.entries.values() if e.revision == entry.revision and e.state != "evicting")
-        heir = next((number for number in copies if number != entry.number), None) if entry.revision else None
-        for index in (self._by_source, self._by_revision):
-            for key in [key for key, number in index.items() if number == entry.number]:
-                if heir is None:
-                    del index[key]
-                else:
-                    index[key] = heir
+        """No later lease finds the entry, and aliases that name nothing any more are forgotten."""
+        self._catalogue.drop(entry)
         for uri, alias in list(self._aliases.items()):
-            if alias.source not in self._by_source and not alias.resolving and not alias.offers:
+            if alias.source not in self._catalogue and not alias.resolving and not alias.offers:
                 del self._aliases[uri]
 
     def entry_with(self, source: str) -> Entry | None:
         """The copy of a source's bytes that is here or on its way."""
-        return self._find(source)
-
-    def _find(self, source: str) -> Entry | None:
-        number = self._by_source.get(source)
-        return None if number is None else self.entries[number]
+        return self._catalogue.find(source)

@@ -28,6 +28,7 @@ PURE = [
     "cache_agent/loading/parallelism.py",
     "cache_agent/loading/ranges.py",
     "cache_agent/residency/entry.py",
+    "cache_agent/residency/catalogue.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
     "runtime/zygote/layers.py",

@@ -1,0 +1,61 @@
+"""Owns which copy a source or a revision names: several may name one, and of equal copies the first is it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cache_agent.residency.entry import Entry
+
+
+class Catalogue:
+    """An index of `entries`, which are its owner's; one caller at a time."""
+
+    def __init__(self, entries: Mapping[int, Entry]) -> None:
+        self._entries = entries
+        self._by_source: dict[str, int] = {}
+        self._by_revision: dict[str, int] = {}
+
+    def __contains__(self, source: str) -> bool:
+        return source in self._by_source
+
+    def find(self, source: str) -> Entry | None:
+        number = self._by_source.get(source)
+        return None if number is None else self._entries[number]
+
+    def has(self, revision: str) -> bool:
+        return revision in self._by_revision
+
+    def names(self, source: str, entry: Entry) -> bool:
+        return self._by_source.get(source) == entry.number
+
+    def first(self, entry: Entry) -> Entry:
+        """Of the copies of its revision the one that leases get."""
+        return self._entries[self._by_revision.get(entry.revision, entry.number)]
+
+    def add(self, entry: Entry) -> None:
+        """A copy that nobody else has."""
+        self._by_source[entry.manifest.source] = entry.number
+        if entry.revision:
+            self._by_revision[entry.revision] = entry.number
+
+    def same(self, source: str, revision: str) -> None:
+        """The source is this revision; if that is here, it names the copy."""
+        if revision in self._by_revision:
+            self._by_source[source] = self._by_revision[revision]
+
+    def admitted(self, entry: Entry) -> None:
+        """The copy's revision is known now."""
+        first = self._by_revision.setdefault(entry.revision, entry.number)
+        if first != entry.number:
+            self._by_source[entry.manifest.source] = first
+
+    def drop(self, entry: Entry) -> None:
+        """No later lease finds the entry; another copy of its revision, if there is one, takes its place."""
+        copies = (e.number for e in self._entries.values() if e.revision == entry.revision and e.state != "evicting")
+        heir = next((number for number in copies if number != entry.number), None) if entry.revision else None
+        for index in (self._by_source, self._by_revision):
+            for key in [key for key, number in index.items() if number == entry.number]:
+                if heir is None:
+                    del index[key]
+                else:
+                    index[key] = heir

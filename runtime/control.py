@@ -37,7 +37,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime.kept import Kept
+    from runtime.kept import Memory
 
 MAX_LINE = 64 << 10
 
@@ -111,7 +111,7 @@ class Line:
 class Hearing:
     """The shim's end of one worker's line. Never blocks. `ended` once the worker has closed its own."""
 
-    def __init__(self, sock: socket.socket, kept: Kept | None = None) -> None:
+    def __init__(self, sock: socket.socket, kept: Memory | None = None) -> None:
         """Memory that the worker gives goes to `kept`, and it gets what is there."""
         sock.setblocking(False)
         self._sock = sock

@@ -40,7 +40,7 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     return data, list(fds)
 
 
-class Kept:
+class Memory:
     """The shim's. Not thread-safe."""
 
     def __init__(self) -> None:

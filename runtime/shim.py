@@ -34,7 +34,7 @@ from runtime.port import answers, open_port  # noqa: E402
 from runtime.wakeup import Wakeup  # noqa: E402
 
 if TYPE_CHECKING:
-    from runtime.kept import Kept
+    from runtime.kept import Memory
     from runtime.private_agent import PrivateAgent
     from runtime.zygote.node import Node
     from runtime.zygote.pod import Pod
@@ -80,7 +80,7 @@ class Shim:
         self._retire_at = 0.0  # when it may be asked to retire (again)
         self._retired = self._forked = False
         self._parked = False  # no worker, on purpose
-        self._kept: Kept | None = None  # weights of a worker that got them over TCP, for the next one
+        self._kept: Memory | None = None  # weights of a worker that got them over TCP, for the next one
         self._arrived: list[socket.socket] = []  # connections that were taken while parked, for the next worker
         self._stopping = False
         self._verdict = 0  # the exit code of a stop that nobody asked for
@@ -96,9 +96,9 @@ class Shim:
         """The agent's socket: as configured, the node's if one answers, else that of a private agent."""
         if self.config.socket:
             if self.config.socket.startswith("tcp:"):
-                from runtime.kept import Kept
+                from runtime.kept import Memory
 
-                self._kept = Kept()
+                self._kept = Memory()
             return self.config.socket
         if answers(DEFAULT_SOCKET):
             return DEFAULT_SOCKET

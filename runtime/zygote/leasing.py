@@ -15,6 +15,7 @@ from runtime.config import FunctionConfig
 
 if TYPE_CHECKING:
     from cache_agent.client import Lease
+    from cache_agent.wire.streamed import Kept
 
 _SECONDS = 10.0
 
@@ -50,14 +51,13 @@ class Leasing:
         from cache_agent.access import credentials
         from cache_agent.client import CacheClient
         from cache_agent.errors import AgentError
-        from cache_agent.wire.streamed import Kept
 
         found: Lease | str
         try:
             identity = credentials.shown(self._config.token_file, self._config.identity_file)
             client = CacheClient(self._agent(), name=self._name, identity=identity, pod=self._config.pod)
             deadline = time.monotonic() + _SECONDS
-            lease = client.lease(uri, deadline=deadline, kept=Kept.of(memory))
+            lease = client.lease(uri, deadline=deadline, kept=_kept(memory))
             try:
                 lease.wait_ready(deadline)
             except BaseException:
@@ -73,6 +73,14 @@ class Leasing:
         self._came.put((uri, found))
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
+
+
+def _kept(memory: Sequence[int]) -> Kept | None:
+    if not memory:
+        return None
+    from cache_agent.wire.streamed import Kept
+
+    return Kept.of(memory)
 
 
 def lost(lease: Lease) -> str:

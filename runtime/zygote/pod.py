@@ -26,7 +26,7 @@ from runtime.zygote.wire import Gone
 
 if TYPE_CHECKING:
     from cache_agent.client import Lease
-    from runtime.kept import Kept
+    from runtime.kept import Memory
 
 Event = Forked | Refused | Ended
 Kept = Literal["user", "model", "lang"]
@@ -74,7 +74,7 @@ class Pod:
         self._kind = ""
         self._serving = True  # a worker is there, or on its way
         self._inside = 0
-        self.memory: Kept | None = None  # what workers over TCP left, if the shim keeps it
+        self.memory: Memory | None = None  # what workers over TCP left, if the shim keeps it
         self._pending_model: tuple[int, Any, Lease] | None = None
         self._leasing = False
         self._leases = leasing.Leasing(config, agent, "layers")

@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from cache_agent.manifest import Manifest, Tensor, model_config
 from runtime.errors import ModelUnusable
 from runtime.guard import Guard
+from runtime.skeleton import skeleton
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -220,8 +220,7 @@ def _build(config: Any, tensors: Mapping[str, torch.Tensor], whole: Callable[[],
 def _assign(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any | None:
     """The model with the views as its parameters, or None where checkpoint and model do not match name by name."""
     dtype = config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    with torch.device("meta"), no_init_weights():
-        model = kind._from_config(config, dtype=dtype)
+    model = skeleton(kind, config, dtype=dtype)
     state = model.state_dict(keep_vars=True)
     missing = {name for name in state if name not in tensors}
     if (

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from runtime.engine.rows import Rows, Shape
+from runtime.skeleton import skeleton
 
 NAME = "glowplug"
 _PACK = "glowplug"  # the keyword that brings a `Pack` through the model's forward to `attend`
@@ -218,8 +219,7 @@ def _sample_of(model: Any, config: Any, kinds: Sequence[str]) -> Any:
         config.layer_types = list(kinds)
     config.num_hidden_layers = len(kinds)
     AttentionInterface.register(_Probe.name, _Probe.attend)
-    with torch.device("meta"):
-        small = type(model)._from_config(config)
+    small = skeleton(type(model), config).to("meta")
     small.set_attn_implementation(_Probe.name)
     return small.eval()
 

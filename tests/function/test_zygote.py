@@ -220,10 +220,11 @@ def test_a_stopped_zygote_is_overdue_and_a_paused_one_is_not(family: Family, eve
     assert family.run("probe")[2] == 0
 
 
-def test_it_ends_when_its_supervisor_is_gone(doomed: Family) -> None:
-    doomed.zygote.wire.close()
-    _, doomed.status = os.waitpid(doomed.zygote.pid, 0)
-    assert os.waitstatus_to_exitcode(doomed.status) == 0
+def test_it_ends_when_its_supervisor_is_gone(family: Family) -> None:
+    """The last of the tests with this zygote."""
+    family.zygote.wire.close()
+    _, family.status = os.waitpid(family.zygote.pid, 0)
+    assert os.waitstatus_to_exitcode(family.status) == 0
 
 
 def test_what_must_not_be_forked_says_so(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ class Pool:
         tenant = self._forks.pop(number, None)
         if tenant is None or tenant.spare is None or tenant.spare.number != number:
             return
-        tenant.drop_spare()
+        self._drop_spare(tenant)
         tenant.broken = why
         if tenant.asked is not None:
             self._refuse(tenant, tenant.asked, why, now)
@@ -231,8 +231,13 @@ class Pool:
                 return
             if tenant.spare is not None and tenant.spare.pid == pid:
                 tenant.broken = tenant.hear() or "its spare was killed"
-                tenant.drop_spare()
+                self._drop_spare(tenant)
                 return
+
+    def _drop_spare(self, tenant: Tenant) -> None:
+        if tenant.spare is not None:
+            self._forks.pop(tenant.spare.number, None)  # one that is forked meanwhile is nobody's, and is killed
+            tenant.drop_spare()
 
     def _prepare(self, tenant: Tenant) -> str:
         """Has a spare forked from the deepest layer; why not, or ""."""
@@ -262,7 +267,7 @@ class Pool:
                 deeper = self._models.deepest(tenant.wants)[0] is not tenant.spare.layer
                 if not deeper and tenant.wanted(now, self._config.start_price):
                     continue
-                tenant.drop_spare()
+                self._drop_spare(tenant)
                 count -= 1
             if count < self._spares and tenant.wanted(now, self._config.start_price):
                 count += not self._prepare(tenant)
@@ -352,7 +357,7 @@ class Pool:
             try:
                 tenant.order(order, fds)
             except Gone:
-                tenant.drop_spare()
+                self._drop_spare(tenant)
                 continue
             tenant.asked = number
             if tenant.spare is not None and tenant.spare.pid:
@@ -385,4 +390,5 @@ class Pool:
             return
         if tenant.worker is not None:
             self._models.ended(tenant.wants, time.monotonic())
+        self._drop_spare(tenant)
         tenant.close(ended=ended)

@@ -131,7 +131,6 @@ class Tenant:
 
     def close(self, *, ended: bool) -> None:
         """If its shim has `ended` so will the container; a worker that is left has nobody to serve for."""
-        self.drop_spare()
         if self.worker is not None:
             if ended:
                 self.worker.kill()

@@ -1,0 +1,168 @@
+"""A pool's model layers on a clock of the test's: which are built, for whom, for how long; the zygotes are played."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from cache_agent.tiers.fake import FakeOrigin
+from runtime.config import FunctionConfig
+from runtime.zygote import wire as wires
+from runtime.zygote.layers import Needs
+from runtime.zygote.models import Models
+from runtime.zygote.spawn import Forked, Refused, Zygote
+from runtime.zygote.wire import Wire
+
+ONE, OTHER = "fake://m/one", "fake://m/other"
+LANG = Needs(machine="m", python="p", base="b", domain="d", preload=("llama",))
+
+
+class Played:
+    """`models` with an agent that has two of them, and a lang layer that forks what the test wants."""
+
+    def __init__(self, agent: Any, most: int, **settings: Any) -> None:
+        self.said: list[str] = []
+        config = FunctionConfig(**settings)
+        self.models = Models(config, str(agent.socket), LANG, most, itertools.count(1).__next__, self.said.append)
+        ours, theirs = wires.pair()
+        self.lang, self.forks = Zygote(Wire(ours), 0, -1, ""), Wire(theirs)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.told: list[Wire] = []
+
+    def lend(self, now: float) -> dict[str, Any]:
+        """Steps until a layer was asked for; the request."""
+        for _ in range(200):
+            self.models.step(now, self.lang)
+            if (received := self.forks.receive()) is not None:
+                message, (told, *segments) = received
+                self.told.append(Wire(socket.socket(fileno=told)))
+                for fd in segments:
+                    os.close(fd)
+                return message
+            select.select([*self.models.fds()], [], [], 0.1)
+        raise AssertionError(f"no layer was asked for: {self.said}")
+
+    def build(self, now: float, seconds: float = 0.2, size: int = 50_000_000) -> None:
+        request = self.lend(now)
+        assert (request["kind"], request["size"] > 0) == ("zygote", True)
+        self.processes.append(subprocess.Popen(["sleep", "600"]))
+        pid = self.processes[-1].pid
+        assert self.models.takes(Forked(request["fork"], pid, os.pidfd_open(pid)), now)
+        self.told[-1].send({"ready": "model", "key": "k", "seconds": seconds, "bytes": size})
+        self.models.step(now, self.lang)
+
+    def quiet(self, now: float) -> bool:
+        """Whether nothing is asked for by then, and nothing is under way."""
+        self.models.step(now, self.lang)
+        return self.forks.receive() is None and all(each["state"] != "building" for each in self.models.report())
+
+    def close(self) -> None:
+        self.models.close()
+        self.lang.close()
+        self.forks.close()
+        for each in self.told:
+            each.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def played(start_local_agent: Callable[..., Any], checkpoint_files: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    agent = start_local_agent({uri: FakeOrigin(uri, checkpoint_files()) for uri in (ONE, OTHER)})
+    with contextlib.ExitStack() as stack:
+
+        def make(most: int = 8, **settings: Any) -> Played:
+            made = Played(agent, most, **settings)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def serve(models: Models, uri: str, begin: float, end: float) -> None:
+    models.asked(uri, begin)
+    models.began(uri, begin)
+    models.step(end, None)  # nothing can be built without a lang layer
+    models.ended(uri, end)
+
+
+def test_a_model_is_built_once_somebody_has_run_with_it(played: Callable[..., Any]) -> None:
+    """The pool leases as itself: it must not fetch what the agent would have refused to whoever asks."""
+    pool = played()
+    pool.models.asked(ONE, 0.0)
+    pool.models.began(ONE, 0.0)
+    assert pool.quiet(1.9)
+    pool.models.ended(ONE, 1.9)
+    assert pool.quiet(600.0), "its worker did not live"
+    pool.models.asked(ONE, 1000.0)
+    pool.models.began(ONE, 1000.0)
+    pool.build(1002.1)
+    layer, why = pool.models.deepest(ONE)
+    assert layer is not None
+    assert (layer.uri, why) == (ONE, "")
+    assert pool.models.deepest(OTHER) == (None, "no model layer is there")
+    assert pool.models.deepest("") == (None, "")
+
+
+def test_an_idle_model_is_held_for_its_price_and_comes_back(played: Callable[..., Any]) -> None:
+    pool = played(start_price=60.0)
+    serve(pool.models, ONE, 0.0, 10.0)
+    pool.build(10.0)
+    (entry,) = pool.models.report()
+    held = entry["hold"]
+    assert held == pytest.approx(60.0 * 0.2 / (entry["bytes"] / 1e9))
+    assert entry["bytes"] > 50_000_000, "the weights that the lease keeps are counted, too"
+    layer, _ = pool.models.deepest(ONE)
+    pool.models.step(10.0 + held - 1.0, pool.lang)
+    assert pool.models.deepest(ONE)[0] is layer
+    pool.models.step(10.0 + held + 1.0, pool.lang)
+    assert pool.models.deepest(ONE)[0] is None
+    assert pool.processes[-1].wait(30) != 0
+    assert pool.quiet(2000.0), "nobody asks for it"
+    pool.models.asked(ONE, 3000.0)
+    pool.models.began(ONE, 3000.0)
+    pool.build(3000.0)
+
+
+def test_there_are_as_many_as_may_be(played: Callable[..., Any]) -> None:
+    pool = played(most=1)
+    serve(pool.models, ONE, 0.0, 10.0)
+    pool.build(10.0)
+    serve(pool.models, OTHER, 11.0, 20.0)
+    assert pool.quiet(20.0)
+    assert pool.models.deepest(OTHER)[0] is None
+
+
+def test_what_cannot_be_built_is_tried_again_later_and_later(played: Callable[..., Any]) -> None:
+    pool = played()
+    serve(pool.models, ONE, 0.0, 10.0)
+    request = pool.lend(10.0)
+    assert pool.models.takes(Refused(request["fork"], "it has 2 threads"), 10.0)
+    assert pool.quiet(39.0)
+    request = pool.lend(41.0)
+    assert pool.models.takes(Refused(request["fork"], "it has 2 threads"), 41.0)
+    assert pool.quiet(100.0)
+    assert [line.rpartition("; ")[2] for line in pool.said] == ["tried again after 30 s", "tried again after 60 s"]
+
+
+def test_another_revision_or_a_lost_zygote_end_a_layer(played: Callable[..., Any]) -> None:
+    pool = played()
+    serve(pool.models, ONE, 0.0, 10.0)
+    pool.build(10.0)
+    layer, _ = pool.models.deepest(ONE)
+    pool.models.stale(layer, 11.0)
+    assert pool.models.deepest(ONE)[0] is None
+    pool.build(11.0)
+    pool.told[-1].close()
+    pool.models.step(12.0, pool.lang)
+    assert "its zygote was lost" in pool.said[-1]
+    assert pool.models.deepest(ONE)[0] is None

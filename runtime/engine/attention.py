@@ -187,9 +187,11 @@ def _try(model: Any) -> Shape:
     try:
         small = _sample_of(model, config, kinds)
         probe = _Probe(seen)
+        table = small.get_input_embeddings().weight
         with torch.inference_mode():
             output = small(
-                input_ids=torch.zeros((1, 2), dtype=torch.long, device="meta"),
+                # Not ids: looking them up on the meta device imports sympy, a quarter of a second.
+                inputs_embeds=torch.zeros((1, 2, table.shape[1]), dtype=table.dtype, device="meta"),
                 position_ids=torch.zeros((1, 2), dtype=torch.long, device="meta"),
                 attention_mask=_NO_MASK,
                 use_cache=False,

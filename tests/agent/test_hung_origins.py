@@ -181,12 +181,12 @@ def test_models_of_a_hung_store_do_not_keep_others_from_loading(
 
 @pytest.fixture
 def stored(s3, checkpoint_files, monkeypatch):
-    """(URI, tensors) of a model of six ranges, in a store that can be stopped."""
+    """(URI, tensors) of a model of four ranges and more, in a store that can be stopped."""
     if not s3.pid:
         pytest.skip("GLOWPLUG_TEST_S3_URL names a server that is not ours to stop")
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
-    tensors = large_tensors(6)
+    tensors = large_tensors(4)
     yield s3.upload(s3.new_bucket(), "m", checkpoint_files(tensors)), tensors
     os.kill(s3.pid, signal.SIGCONT)
 
@@ -194,7 +194,7 @@ def stored(s3, checkpoint_files, monkeypatch):
 def test_a_store_that_is_stopped_in_the_middle_of_a_load_and_goes_on(stored, s3, start_local_agent, caplog):
     """What had come is not asked for again, and what hung comes over other connections."""
     uri, tensors = stored
-    store = S3(endpoint=s3.endpoint, patience=1.0)
+    store = S3(endpoint=s3.endpoint, patience=0.6)
     lock = threading.Lock()
     ranges, failures, arrived = [], [], []
 

@@ -28,7 +28,7 @@ from cache_agent.residency.offers import Offers
 from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
 from cache_agent.tiers.ssd import Ssd
 from cache_agent.web.journal import Journal
-from cache_agent.web.starts import Starts
+from cache_agent.web.told import Told
 from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.messages import (
     ClusterReply,
@@ -36,7 +36,6 @@ from cache_agent.wire.messages import (
     EstimateReply,
     EvictReply,
     ModelStatus,
-    Started,
     StatusReply,
 )
 
@@ -57,7 +56,7 @@ class Agent:
         self._open_origin = open_origin or Origins(config).open
         self._peers = peers
         self.journal = Journal()
-        self.starts = Starts()
+        self.told = Told(self.journal)
         self._numbers = count(1)
         self._books = books = Books(config.capacity, config.revalidate)
         ssd = Ssd(config.ssd, config.ssd_size, self._tell_image, self._image_evicted) if config.ssd else None
@@ -157,17 +156,8 @@ class Agent:
 
     def full_status(self) -> StatusReply:
         ssd, orphaned, handoffs = self._keeping.status(), self._offers.orphaned, self.journal.handoffs()
-        return StatusReply(self.node, os.getpid(), *self.status(), ssd, self._books.tiers(), orphaned, handoffs)
-
-    def started(self, told: Started) -> None:
-        """A function of this node tells how its start went."""
-        start, new = self.starts.add(told)
-        if not new:
-            return
-        edges = [edge for span in start.spans for edge in (span.start, span.end)]
-        seconds = (max(edges) - min(edges)) / 1e9 if edges else 0.0
-        how = f"could not start: {start.error}" if start.error else f"started ({start.kind}) in {seconds:.2f} s"
-        self.journal.record("started", start.model, f"{start.function} {how}")
+        tiers, layers = self._books.tiers(), self.told.layers.status()
+        return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned, handoffs, layers)
 
     def cluster(self) -> ClusterReply:
         """What this node's directory knows of all nodes."""

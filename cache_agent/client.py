@@ -27,6 +27,7 @@ from cache_agent.errors import (
 from cache_agent.ledger import Span
 from cache_agent.manifest import Manifest
 from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.link import Link, dial
 from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
@@ -293,6 +294,10 @@ class CacheClient:
     def report_start(self, start: Started) -> None:
         """Tells the agent how a start went, for its status page."""
         self._ask(start, StartedReply)
+
+    def tell_layers(self, told: LayersTold) -> None:
+        """Tells the agent which layers a supervisor keeps, for its status page."""
+        self._ask(told, StartedReply)
 
     def starts(self) -> list[Start]:
         """The last starts of the node's functions, the newest first."""

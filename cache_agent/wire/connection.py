@@ -23,6 +23,7 @@ from cache_agent.policy.rights import NOBODY, Grant
 from cache_agent.residency import report
 from cache_agent.tiers.dram import sealed_bytes
 from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.message import TEXT_LIMIT, Message
 from cache_agent.wire.messages import (
     AnyMessage,
@@ -219,8 +220,8 @@ class Connection:
                     self._send_manifest(model)
                 case PushDrain(reason, grace, model):
                     self._say(PushDrainReply(self._agent.push_drain(reason, grace, model)))
-                case Started():
-                    self._agent.started(message)
+                case Started() | LayersTold():
+                    self._agent.told.hear(message)
                     self._say(StartedReply())
                 case EventsRequest(since):
                     self._say(EventsReply(self._agent.journal.since(since)))
@@ -259,7 +260,7 @@ class Connection:
             raise
 
     def _starts(self) -> list[Start]:
-        return [start for start in self._agent.starts.recent() if self._access.may_have(self.caller, start.model)]
+        return [start for start in self._agent.told.starts.recent() if self._access.may_have(self.caller, start.model)]
 
     def _status(self) -> StatusReply:
         reply = self._agent.full_status()

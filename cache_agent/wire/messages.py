@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 
 from cache_agent.ledger import Span
+from cache_agent.wire.layers import FunctionLayers, LayersTold
 from cache_agent.wire.message import MAX_FDS, Body, Count, Digest, Message, Short, Text, Uri
 from cache_agent.wire.requests import (
     Checkpoint,
@@ -206,6 +207,7 @@ class StatusReply(Message, frozen=True, tag="status_reply"):
     tiers: list[TierStatus] = msgspec.field(default_factory=list)
     orphaned: Count = 0
     handoffs: list[HandoffRecord] = msgspec.field(default_factory=list)  # the last ones, the newest first
+    layers: list[FunctionLayers] = msgspec.field(default_factory=list)
 
 
 class ManifestRequest(Message, frozen=True, tag="manifest"):
@@ -462,6 +464,7 @@ AnyMessage = (
     | PushDrain
     | PushDrainReply
     | Started
+    | LayersTold
     | StartedReply
     | StartsRequest
     | StartsReply

@@ -25,8 +25,8 @@
       │ ───────────────────────────────────►│   offering
       │   adopted(revision, shared, why)    │   leased; shared: they are lent to others again, without a copy
       │ ◄───────────────────────────────────│
-      │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | starts | events | cluster
-      │                                     (open: one reply each, stays open)
+      │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | layers | starts | events
+      │   cluster                           (open: one reply each, stays open)
       │   checkpoint + fd | claim | transfer   (the same, for requests that run: snapshots/store.py)
       │   handoff → matched + fd | handed      (the same, of a worker that drains: handoff/desk.py)
       │  host(kin)                          │   open → hosting: it takes over what others of its kin hand over
@@ -65,6 +65,7 @@ from typing import Any
 import msgspec
 
 from cache_agent.errors import ProtocolError
+from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
     Admitted,
@@ -183,6 +184,7 @@ _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
     ("open", PushDrain): "asking",
     ("asking", PushDrainReply): "open",
     ("open", Started): "asking",
+    ("open", LayersTold): "asking",
     ("asking", StartedReply): "open",
     ("open", StartsRequest): "asking",
     ("asking", StartsReply): "open",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from runtime.config import FunctionConfig
 
 if TYPE_CHECKING:
-    from cache_agent.client import Lease
+    from cache_agent.client import CacheClient, Lease
     from cache_agent.wire.streamed import Kept
 
 _SECONDS = 10.0
@@ -37,6 +37,15 @@ class Leasing:
     def fileno(self) -> int:
         return self._wake.fileno()
 
+    def client(self) -> CacheClient:
+        """Speaks to the agent as this supervisor."""
+        from cache_agent.access import credentials
+        from cache_agent.client import CacheClient
+
+        config = self._config
+        identity = credentials.shown(config.token_file, config.identity_file)
+        return CacheClient(self._agent(), name=self._name, identity=identity, pod=config.pod)
+
     def take(self) -> list[tuple[str, Lease | str]]:
         """By URI; the leases are the caller's to close."""
         with contextlib.suppress(BlockingIOError):
@@ -48,16 +57,12 @@ class Leasing:
         return found
 
     def _find(self, uri: str, memory: Sequence[int]) -> None:
-        from cache_agent.access import credentials
-        from cache_agent.client import CacheClient
         from cache_agent.errors import AgentError
 
         found: Lease | str
         try:
-            identity = credentials.shown(self._config.token_file, self._config.identity_file)
-            client = CacheClient(self._agent(), name=self._name, identity=identity, pod=self._config.pod)
             deadline = time.monotonic() + _SECONDS
-            lease = client.lease(uri, deadline=deadline, kept=_kept(memory))
+            lease = self.client().lease(uri, deadline=deadline, kept=_kept(memory))
             try:
                 lease.wait_ready(deadline)
             except BaseException:

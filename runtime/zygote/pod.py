@@ -63,7 +63,6 @@ class Pod:
 
     def __init__(self, config: FunctionConfig, agent: Callable[[], str], say: Callable[[str], None]) -> None:
         self._config, self._say = config, say
-        self.published = published.Published("pod", config.served_name, config.start_price)
         self.why = ""  # a pod's own zygotes are never refused as a whole, as a pool's may be
         self._kept: dict[Kept, _Kept] = {level: _Kept(level) for level in ("user", "model", "lang")}
         self._hold = dict(config.holds)
@@ -78,6 +77,7 @@ class Pod:
         self._pending_model: tuple[int, Any, Lease] | None = None
         self._leasing = False
         self._leases = leasing.Leasing(config, agent, "layers")
+        self.published = published.Published("pod", config.served_name, config.start_price, self._leases.client)
         self._lease: Lease | None = None
 
     # --- what the shim tells --------------------------------------------------------------------------------------

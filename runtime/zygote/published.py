@@ -17,13 +17,16 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from cache_agent.policy.keepalive import Decision
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from cache_agent.client import CacheClient
+    from runtime.zygote.telling import Telling
 
 State = Literal["building", "used", "idle", "absent"]
 _PREFIX = "glowplug-layers-"
@@ -54,8 +57,17 @@ def directory() -> str:
 class Published:
     """A supervisor's file. What cannot be written is not: nobody's request depends on it."""
 
-    def __init__(self, mode: Literal["pod", "node", "pool"], name: str, rho: float) -> None:
+    def __init__(
+        self,
+        mode: Literal["pod", "node", "pool"],
+        name: str,
+        rho: float,
+        client: Callable[[], CacheClient] | None = None,
+    ) -> None:
+        """`client()` speaks to the agent, where that shall know it, too."""
         self._head = {"pid": os.getpid(), "mode": mode, "name": name, "rho": rho}
+        self._client = client
+        self._telling: Telling | None = None
         self._path = ""
         self._last: Sequence[dict[str, Any]] | None = None
         self._at = -math.inf
@@ -65,6 +77,7 @@ class Published:
         if layers == self._last or now - self._at < _APART:
             return
         self._last, self._at = layers, now
+        self._tell(layers)
         self._path = self._path or os.path.join(directory(), f"{_PREFIX}{os.getpid()}.json")
         new = f"{self._path.removesuffix('.json')}.new"
         with contextlib.suppress(OSError):
@@ -74,7 +87,17 @@ class Published:
                 json.dump({**self._head, "layers": layers}, file)
             os.replace(new, self._path)
 
+    def _tell(self, layers: Sequence[dict[str, Any]]) -> None:
+        if self._telling is None and self._client is not None:
+            from runtime.zygote.telling import Telling  # threads: not for who never needs them
+
+            self._telling = Telling(self._client, self._head)
+        if self._telling is not None:
+            self._telling.tell(layers)
+
     def close(self) -> None:
+        if self._telling is not None:
+            self._telling.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cache_agent.errors import BY_CODE, AgentError, ProtocolError, from_wire
 from cache_agent.ledger import Span
 from cache_agent.wire import messages, protocol
+from cache_agent.wire.layers import Layer, LayersTold
 from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.messages import (
     Admitted,
@@ -134,6 +135,7 @@ EXAMPLES = [
     PushDrainReply(2),
     Started("start-1", "chat", "file:///m", "cold", [Span("shim", "python", 10, 20)], ""),
     StartedReply(),
+    LayersTold("0a1b", "chat", "pod", 60.0, [Layer("lang", "idle", since=12.5, seconds=3.0, bytes=5, hold=600.0)]),
     EventsRequest(3),
     EventsReply([EventRecord(4, 1767225600.5, "evicted", "s3://m/b", "evicted s3://m/b (6 MB): asked for")]),
     StartsRequest(),
@@ -197,6 +199,7 @@ ALLOWED = {
     ("asking", PrefetchReply): "open",
     ("asking", PushDrainReply): "open",
     ("open", Started): "asking",
+    ("open", LayersTold): "asking",
     ("asking", StartedReply): "open",
     ("open", StartsRequest): "asking",
     ("asking", StartsReply): "open",

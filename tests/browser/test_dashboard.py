@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import time
@@ -11,10 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from cache_agent.handoff import client as handoffs
 from cache_agent.ledger import Span
+from cache_agent.wire.layers import Layer, LayersTold
 from cache_agent.wire.messages import Started
+from cache_agent.wire.requests import Handed
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\">"
 LOOK = "document.dispatchEvent(new Event('visibilitychange'))"  # a page asks again at once when it is looked at
@@ -43,6 +48,25 @@ COLD = (
 )
 
 
+MB = 10**6
+
+
+def layers(since: float) -> list[Layer]:
+    """One that comes back, one that goes, one that stays."""
+    built = {"user": (0.3, 100 * MB), "model": (0.2, 50 * MB), "lang": (3.0, 300 * MB)}
+    made = {level: Layer(level, "idle", since=since, seconds=s, bytes=b) for level, (s, b) in built.items()}
+    back = {"state": "absent", "hold": 0.0, "rebuild": 10_000.0, "until": 20_000.0}
+    goes = {"hold": 100_000.0, "why": "held for 28 h: because"}
+    replace = msgspec.structs.replace
+    return [replace(made["user"], **back), replace(made["model"], **goes), made["lang"]]
+
+
+HANDED = (
+    Handed("chat", "req-1", "worker-1", "worker-9", 12, 0.042, "kv", "moved"),
+    Handed("chat", HOSTILE, "worker-1", "", 3, 0.5, "recompute", "lost", "no other replica took it"),
+)
+
+
 @pytest.fixture(scope="module")
 def node(
     agent_process: Callable[..., Any], write_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
@@ -60,6 +84,10 @@ def node(
         agent.client.report_start(started("summarise", models[1], *COLD, tier="origin", bytes=2 << 20))
         agent.client.report_start(started(HOSTILE, HOSTILE, error="no room [no_capacity]"))
         agent.client.report_start(started("chat", models[0], *COLD, tier="ssd", bytes=2 << 20))
+        agent.client.tell_layers(LayersTold("1", "chat", "pod", 60.0, layers(time.monotonic() - 40)))
+        pool = [Layer("lang", "used", seconds=3.0, bytes=5 * MB)]
+        agent.client.tell_layers(LayersTold("2", HOSTILE, "pool", 60.0, pool))
+        handoffs.report(agent.client, HANDED)
         yield SimpleNamespace(agent=agent, url=f"http://127.0.0.1:{port}/dashboard", models=models, port=port)
 
 
@@ -114,6 +142,31 @@ def test_a_start_is_a_waterfall_with_its_bottleneck(page: Any) -> None:
 
 def by_begin(phase: tuple[str, str, float, float]) -> float:
     return phase[2]
+
+
+def test_layers_stand_on_one_another_with_their_price_and_what_is_left(page: Any) -> None:
+    nested = page.js(
+        "(found => { const walk = list => [...list.children].map(li => [li.querySelector('b').textContent,"
+        " [...li.children].filter(e => e.tagName === 'UL').flatMap(walk)]);"
+        " return walk(found) })(document.querySelector('#layers > .tree'))"
+    )
+    assert nested == [[HOSTILE, [["lang", []]]], ["chat", [["lang", [["model", [["user", []]]]]]]]]
+    text = page.js("document.getElementById('layers').innerText")
+    assert "a second of start is worth 60 GB·s" in text
+    assert "300 MB · 3.00 s to build · worth 10 min of holding" in text
+    assert re.search(r"lang idle for \d+ s, no end", text), text
+    assert re.search(r"model idle for \d+ s, 28 h left", text), text
+    assert "held for 28 h: because" in text
+    assert re.search(r"user absent built again in 3 h", text), text
+
+
+def test_hand_offs_say_from_where_to_where_how_long_and_why(page: Any) -> None:
+    rows = page.js(
+        "[...document.querySelectorAll('#handoffs tbody tr')].map(r => [...r.children].map(c => c.innerText))"
+    )
+    lost, moved = [[" ".join(cell.split()) for cell in row[:-1]] for row in rows]
+    assert moved == ["chat req-1", "moved its rows went along", "worker-1", "worker-9", "12", "42 ms"]
+    assert lost == [f"chat {HOSTILE}", "lost no other replica took it", "worker-1", "–", "3", "500 ms"]
 
 
 def test_what_comes_from_outside_is_text(page: Any) -> None:
@@ -237,7 +290,15 @@ def test_those_who_do_not_see_it_are_told(page: Any) -> None:
     named = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node.get("ignored")]
     assert ("heading", "Glowplug") in named
     regions = {name for role, name in named if role == "region"}
-    assert {"Memory and disk", "Models", "Starts", "What happened, and why", "Cluster"} <= regions
+    assert {
+        "Memory and disk",
+        "Models",
+        "Starts",
+        "What happened, and why",
+        "Cluster",
+        "Layers",
+        "Hand-offs",
+    } <= regions
     meters = [name for role, name in named if role == "image" and " in use" in name]
     assert len(meters) == 2
     assert not [role for role, name in named if role in ("combobox", "button", "textbox", "link") and not name]

@@ -19,7 +19,7 @@ import msgspec
 from flask import Blueprint, Response
 
 from cache_agent.web.diagnosis import Node, diagnose
-from cache_agent.web.starts import Starts
+from cache_agent.web.told import Told
 from cache_agent.wire.messages import ClusterReply, Start, StatusReply
 
 PAGE = "/dashboard"
@@ -36,7 +36,7 @@ class Agent(Protocol):
     """What of an agent is shown."""
 
     @property
-    def starts(self) -> Starts: ...
+    def told(self) -> Told: ...
 
     def full_status(self) -> StatusReply: ...
 
@@ -70,7 +70,7 @@ def blueprint(agent: Agent) -> Blueprint:
 
     @pages.get("/view.json")
     def view() -> Response:
-        starts = told_starts(agent.starts.recent(), agent.full_status())
+        starts = told_starts(agent.told.starts.recent(), agent.full_status())
         cluster = agent.cluster()
         body = msgspec.json.encode({"starts": starts, "nodes": cluster.nodes, "holdings": cluster.holdings})
         return Response(body, mimetype="application/json", headers={"Cache-Control": "no-store"})

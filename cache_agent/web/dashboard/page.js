@@ -168,8 +168,8 @@ function show(status, view) {
   showModels(status);
   showStarts(view.starts);
   showCluster(status, view);
-  showLayers(view.layers);
-  showHandoffs(view.handoffs);
+  showLayers(status.layers);
+  showHandoffs(status.handoffs);
   byId("main").setAttribute("aria-busy", "false");
 }
 
@@ -305,24 +305,49 @@ function showCluster(status, cluster) {
   fill("cluster", table([["node"], ["memory", true], ["holds"], ["measured"]], rows));
 }
 
-function showLayers(layers) {
-  byId("layers-section").hidden = !layers;
-  if (!layers) return;
-  const draw = (layer) => element("li", {},
-    element("b", {}, layer.name), " ", element("span", { class: "soft num" }, [
-      layer.age_seconds === undefined ? "" : `${duration(layer.age_seconds)} old`, layer.bytes === undefined ? "" : size(layer.bytes),
-      layer.build_seconds === undefined ? "" : `${duration(layer.build_seconds)} to build`,
-      layer.left_seconds === undefined || layer.left_seconds === null ? "" : `${duration(layer.left_seconds)} left`, layer.why || "",
-    ].filter(Boolean).join(" · ")),
-    layer.children?.length ? element("ul", {}, ...layer.children.map(draw)) : null);
-  fill("layers", element("ul", { class: "tree" }, ...layers.map(draw)));
+// Each function's layers as they stand on one another; a pool holds several models on one lang.
+function showLayers(functions) {
+  byId("layers-section").hidden = !functions?.length;
+  if (!functions?.length) return;
+  fill("layers", element("ul", { class: "tree" }, ...functions.map((each) => {
+    const [langs, models, users] = ["lang", "model", "user"].map((level) => each.layers.filter((layer) => layer.level === level));
+    const branches = models.map((model, at) => branch(model, at ? [] : users.map((user) => branch(user, []))));
+    const above = models.length ? branches : users.map((user) => branch(user, []));
+    const price = each.price ? ` a second of start is worth ${each.price} GB·s` : "";
+    return element("li", {}, element("b", {}, each.function), " ", element("span", { class: "chip" }, each.mode),
+      element("span", { class: "soft" }, price),
+      element("ul", {}, ...(langs.length ? langs.map((lang) => branch(lang, above)) : above)));
+  })));
+}
+
+function branch(layer, above) {
+  const held = layer.state !== "absent" && layer.state !== "building";
+  const facts = [
+    held ? size(layer.bytes) : "", layer.build_seconds ? `${duration(layer.build_seconds)} to build` : "",
+    layer.worth_seconds ? `worth ${duration(layer.worth_seconds)} of holding` : "",
+  ].filter(Boolean).join(" · ");
+  return element("li", {},
+    element("span", { class: "layer" }, element("b", {}, layer.level), " ", element("span", { class: held ? "chip strong" : "chip" }, layer.state),
+      " ", element("span", { class: "num" }, timeLeft(layer))),
+    layer.model ? element("span", { class: "soft uri" }, layer.model) : null, element("span", { class: "soft" }, facts),
+    layer.why ? element("span", { class: "soft why" }, layer.why) : null, above.length ? element("ul", {}, ...above) : null);
+}
+
+function timeLeft(layer) {
+  if (layer.state === "absent") return layer.back_seconds === null ? "" : `built again in ${duration(layer.back_seconds)}`;
+  if (layer.state !== "idle" || layer.idle_seconds === null) return "";
+  return `for ${duration(layer.idle_seconds)}, ${layer.left_seconds === null ? "no end" : `${duration(layer.left_seconds)} left`}`;
 }
 
 function showHandoffs(handoffs) {
   byId("handoffs-section").hidden = !handoffs?.length;
   if (!handoffs?.length) return;
-  fill("handoffs", table([["request"], ["from"], ["to"], ["state"], ["took", true]], handoffs.map((each) => [
-    each.id, each.source, each.target, each.state, each.seconds === null ? "–" : duration(each.seconds)])));
+  const how = { kv: "its rows went along", recompute: "computed again there", relay: "before its first token" };
+  fill("handoffs", table([["request"], ["outcome"], ["from"], ["to"], ["tokens", true], ["pause", true], ["when", true]], handoffs.map((each) => [
+    element("span", {}, `${each.function} `, element("span", { class: "soft" }, each.id)),
+    element("span", {}, element("span", { class: each.outcome === "lost" ? "chip bad" : each.outcome === "moved" ? "chip strong" : "chip" }, each.outcome),
+      element("span", { class: "soft" }, ` ${each.reason || how[each.how] || each.how}`)),
+    each.source, each.destination || "–", String(each.tokens), duration(each.pause), clock(each.time)])));
 }
 
 // --- beginning -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from tiny import (
     until,
 )
 
-from runtime.engine.attention import Unbatchable, install
+from runtime.engine.attention import Unbatchable, install, known, tried
 from runtime.engine.base import GenerationRequest, KVRow, SamplingParams, TokenEvent
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
@@ -310,6 +310,20 @@ class TestInstall:
         heads = 4 if architecture == "gpt2" else 2
         assert (shape.layers, shape.heads, shape.key, shape.value) == (2, heads, 8, 8)
         assert shape.token_bytes == TOKEN * heads // 2
+
+    @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+    @pytest.mark.parametrize("more", [{}, {"head_dim": 24}, {"num_key_value_heads": 1}])
+    def test_what_is_known_of_a_class_is_what_trying_finds(self, architecture: str, more: dict[str, int]) -> None:
+        import transformers
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = transformers.AutoConfig.for_model(
+            architecture, vocab_size=32, intermediate_size=16, pad_token_id=None, **{**sizes, **more}
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        found = known(model)
+        assert found is not None
+        assert found == tried(model)
 
 
 class TestMoving:

@@ -40,6 +40,14 @@ def _run(code: str, **environment: str) -> tuple[dict[str, Any], str]:
 
 MODEL = """
 import torch, tiny
+from runtime.engine.attention import install
+from runtime.skeleton import skeleton
+told["sympy"] = {}
+for architecture in ("llama", "qwen2", "mistral"):
+    model = tiny.tiny(architecture)
+    assert all(each.is_meta for each in skeleton(type(model), model.config).parameters())
+    install(model)
+    told["sympy"][architecture] = "sympy" in sys.modules
 for architecture in tiny.ARCHITECTURES:
     model = tiny.tiny(architecture)
     ids = torch.arange(1, 20)[None]
@@ -53,6 +61,9 @@ def test_it_leaves_out_what_serving_does_not_need_and_computes_the_same() -> Non
     lean, log = _run("imports.imported(load)\ntold['loaded'] = sorted(sys.modules)" + MODEL)
     plain, _ = _run("imports.imported(load, lean=False)\ntold['loaded'] = sorted(sys.modules)" + MODEL)
     assert "failed" not in log
+    # Nor does putting a model together, and taking its attention over.
+    assert lean.pop("sympy") == {"llama": False, "qwen2": False, "mistral": False}
+    del plain["sympy"]
     left_out = {"sympy", "torch.distributed.tensor", "torch._inductor", "torch._dynamo.eval_frame"}
     assert not left_out & set(lean.pop("loaded"))
     assert left_out <= set(plain.pop("loaded")), "this transformers does not import them anyway: the lean way is idle"

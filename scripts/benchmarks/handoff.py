@@ -288,9 +288,9 @@ def _grace(place: Path, running: Running, seconds: float, rows: list[Row]) -> di
         "case": "grace",
         "variant": "resumed",
         "grace_s": grace,
-        "source_ended_s": ended,
     }
     rows.append({**constant, **row(lasted, metric="stream_s")})
+    rows.append({**constant, **row([ended], metric="source_ended_s")})
     return {"outlived_grace": len(complete) / len(found)}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,36 @@ def _frames(function: Any, body: Any) -> Iterator[Any]:
                 yield json.loads(event.data)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "not kept"])
+@pytest.fixture
+def agents(start_agent: Callable[..., Any], redis_url: str, tmp_path: Path) -> tuple[Any, Any]:
+    """Two nodes', who know each other."""
+    (key := tmp_path / "key").write_text("c" * 32)
+    made = []
+    for name in ("n1", "n2"):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            listen = f"127.0.0.1:{free.getsockname()[1]}"
+        options = ("--redis-url", redis_url, "--cluster-key-file", str(key), "--agent-listen", listen)
+        made.append(start_agent(*options, "--node", name))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("case", ["one node, not kept", "two nodes, kept, with a key"])
 def test_sigterm_moves_a_stream_and_the_function_ends_well(
-    agent: Any, checkpoint: Path, started: Callable[..., Any], eventually: Callable[..., Any], kept: bool
+    request: pytest.FixtureRequest,
+    checkpoint: Path,
+    started: Callable[..., Any],
+    eventually: Callable[..., Any],
+    tmp_path: Path,
+    case: str,
 ) -> None:
-    settings = {"socket": agent.socket, "checkpoints" if kept else "handoff": "chat"}
-    first, second = (started(model=checkpoint, **settings) for _ in range(2))
+    if case.startswith("two"):
+        here, there = request.getfixturevalue("agents")
+        (key := tmp_path / "function-key").write_text("f" * 32)
+        settings: dict[str, object] = {"checkpoints": "chat", "function_key_file": key}
+    else:
+        here = there = request.getfixturevalue("agent")
+        settings = {"handoff": "chat"}
+    first, second = (started(model=checkpoint, socket=agent.socket, **settings) for agent in (here, there))
     for function in (first, second):
         function.wait_ready()
     whole = second.request("/v1/completions", BODY).json
@@ -52,5 +77,5 @@ def test_sigterm_moves_a_stream_and_the_function_ends_well(
     assert text == whole["choices"][0]["text"]
     assert usage == whole["usage"]
     assert first.wait() == 0, first.output()
-    events = eventually(lambda: [event for event in agent.client.events() if event.kind == "handoff"])
-    assert "moved from" in events[0].text, events
+    (moved,) = eventually(lambda: here.client.status().handoffs)
+    assert (moved.function, moved.outcome) == ("chat", "moved")

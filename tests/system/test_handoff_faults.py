@@ -29,7 +29,7 @@ from runtime.handoff.client import ask
 
 WORKER = Path(__file__).with_name("toy_worker.py")
 FAULTS = ("worker", "other worker", "agent", "other agent", "redis", "stop worker", "nothing")
-DRAINS = ("worker", "other worker", "agent", "other agent", "redis", "stop other worker", "nothing")
+DRAINS = ("worker", "other worker", "redis", "stop other worker", "agent", "other agent", "nothing")
 STREAMS = 3
 WORDS = " ".join(f"w{n}ü" for n in range(50))
 
@@ -131,7 +131,7 @@ def test_every_answer_comes_whole_and_has_one_owner_at_a_time(
     cluster: Cluster, rounds: Callable[[int, int], int], drain: bool
 ) -> None:
     faults = DRAINS if drain else FAULTS
-    for number in range(rounds(len(faults), 500)):
+    for number in range(rounds(4 if drain else len(faults), 500)):
         chance = random.Random(f"{'drain' if drain else 'handoff'} {number}")
         fault = faults[number % len(faults)]
         answers: dict[int, Any] = {}

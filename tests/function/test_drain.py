@@ -44,6 +44,9 @@ def replica(agent: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Rep
         each.close()
 
 
+SLOW = 0.05  # seconds per token of a source: what it answers is never over before it has moved
+
+
 class Clients:
     """Answers being read, each by a thread of its own."""
 
@@ -89,9 +92,9 @@ def check(events: list[Any], whole: list[Any]) -> None:
 def test_streams_go_on_in_another_replica(
     replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any], keep: bool
 ) -> None:
-    first, second = replica(keep=keep), replica(keep=keep)
+    first, second = replica(keep=keep, delay=SLOW), replica(keep=keep)
     body = {"temperature": 1.0, "seed": 5}
-    whole = parsed(first.post(CHAT, chat(**body))[2])
+    whole = parsed(second.post(CHAT, chat(**body))[2])
     answers = clients.ask(first, 6, **body)
     first.drain()
     assert first.released.wait(20), "its engine is gone before the streams have ended"
@@ -106,9 +109,9 @@ def test_streams_go_on_in_another_replica(
 def test_every_choice_of_a_request_moves_with_it(
     replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
 ) -> None:
-    first, second = replica(), replica()
+    first, second = replica(delay=SLOW), replica()
     body = {"temperature": 1.0, "seed": 5, "n": 3}
-    whole = parsed(first.post(CHAT, chat(**body))[2])
+    whole = parsed(second.post(CHAT, chat(**body))[2])
     (answer,) = clients.ask(first, 1, **body)
     first.drain()
     events = answer.result(30)
@@ -122,7 +125,7 @@ def test_every_choice_of_a_request_moves_with_it(
 
 
 def test_what_comes_while_it_drains_is_answered_through_it(replica: Callable[..., Replica], clients: Clients) -> None:
-    first, second = replica(), replica()
+    first, second = replica(delay=SLOW), replica()
     whole = parsed(second.post(CHAT, chat())[2])
     running = clients.ask(first, 2)
     first.drain()
@@ -139,7 +142,7 @@ def test_what_comes_while_it_drains_is_answered_through_it(replica: Callable[...
 def test_without_a_destination_it_goes_on_and_one_that_comes_later_takes_over(
     replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
 ) -> None:
-    first = replica(delay=0.006)
+    first = replica(delay=SLOW)
     answers = clients.ask(first, 2)
     first.drain()
     late = clients.ask(first, 1)
@@ -155,14 +158,14 @@ def test_without_a_destination_it_goes_on_and_one_that_comes_later_takes_over(
 def test_ten_drains_in_a_row_of_one_stream(
     replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
 ) -> None:
-    replicas = [replica(delay=0.002), replica(delay=0.002)]
+    replicas = [replica(delay=SLOW), replica(delay=SLOW)]
     body = {"temperature": 1.0, "seed": 7, "messages": [{"role": "user", "content": " ".join([WORDS] * 4)}]}
     whole = parsed(replica(delay=0.0, place=Place("toy", "other", "tok")).post(CHAT, chat(**body))[2])
     (answer,) = clients.ask(replicas[0], 1, **body)
     for number in range(10):
         replicas[number].drain()
         eventually(lambda number=number: len(agent.handoffs()) == number + 1, 20, f"drain {number} has moved it")
-        replicas.append(replica(delay=0.002))
+        replicas.append(replica(delay=SLOW if number < 8 else 0.0))
     check(answer.result(60), whole)
     assert {item.outcome for item in agent.handoffs()} == {"moved"}
     assert [item.source for item in agent.handoffs()][::-1] == [each.name for each in replicas[:10]]
@@ -173,7 +176,7 @@ def test_ten_drains_in_a_row_of_one_stream(
 def test_the_client_of_a_source_that_ends_has_the_rest_elsewhere(
     replica: Callable[..., Replica], agent: LocalAgent, eventually: Callable[..., Any]
 ) -> None:
-    first, second = replica(delay=0.003), replica(delay=0.003)
+    first, second = replica(delay=SLOW), replica(delay=0.006)
     events = []
     for number, event in enumerate(ask([first.url, second.url], CHAT, chat())):
         events.append(event)
@@ -188,7 +191,7 @@ def test_the_client_of_a_source_that_ends_has_the_rest_elsewhere(
 def test_a_client_that_leaves_ends_what_runs_for_it_elsewhere(
     replica: Callable[..., Replica], eventually: Callable[..., Any]
 ) -> None:
-    first, second = replica(delay=0.006), replica(delay=0.006)
+    first, second = replica(delay=SLOW), replica(delay=SLOW)
     left, enough = threading.Event(), threading.Event()
 
     def read() -> None:
@@ -226,7 +229,7 @@ def test_a_replica_of_another_kind_gets_nothing(
 def test_what_has_no_room_elsewhere_stays_and_moves_later(
     replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
 ) -> None:
-    first, second = replica(delay=0.004, slots=4), replica(delay=0.004, slots=2)
+    first, second = replica(delay=SLOW, slots=4), replica(delay=0.0, slots=2)
     answers = clients.ask(first, 4)
     first.drain()
     for answer in answers:
@@ -238,7 +241,7 @@ def test_what_has_no_room_elsewhere_stays_and_moves_later(
 
 
 def test_sealed_streams_move_too(replica: Callable[..., Replica], clients: Clients) -> None:
-    first, second = replica(seal=Sealed(b"k" * 32)), replica(seal=Sealed(b"k" * 32))
+    first, second = replica(delay=SLOW, seal=Sealed(b"k" * 32)), replica(seal=Sealed(b"k" * 32))
     answers = clients.ask(first, 2)
     first.drain()
     assert first.released.wait(20)
@@ -270,7 +273,7 @@ def owners(agent: LocalAgent, events: list[Any]) -> list[str]:
 def test_a_store_that_is_away_for_a_moment_is_asked_again(
     replica: Callable[..., Replica], agent: LocalAgent, eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = replica(delay=0.002), replica(delay=0.002)
+    first, second = replica(delay=SLOW), replica()
     transfer, answers = agent.store.transfer, iter([StoreUnavailable("it is away")] * 3)
 
     def sometimes(*arguments: Any) -> bool:
@@ -292,7 +295,7 @@ def test_what_is_nobodys_for_sure_is_given_up_and_can_be_resumed(
     monkeypatch: pytest.MonkeyPatch,
     answer: str,
 ) -> None:
-    first, second = replica(delay=0.002), replica(delay=0.002)
+    first, second = replica(delay=SLOW), replica()
 
     def never(*_: Any) -> bool:
         if answer == "another's":
@@ -312,7 +315,7 @@ def test_what_is_nobodys_for_sure_is_given_up_and_can_be_resumed(
 def test_what_was_made_over_to_one_who_is_gone_is_taken_back(
     replica: Callable[..., Replica], agent: LocalAgent, eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = replica(delay=0.002), replica(delay=0.002)
+    first, second = replica(delay=0.01), replica()
 
     def gone(relay: Relay, *_: Any) -> None:
         relay.close("it is gone")

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from tiny import GREEDY, SAMPLED, ask, run, text_of
 
-from runtime.engine.base import GenerationRequest, TokenEvent
+from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
 from runtime.handoff import departure
@@ -73,6 +73,34 @@ class Pair:
             end.close()
 
 
+class Gate:
+    """Lets an engine make one step at a time, so that what a test is about is not over before it begins."""
+
+    def __init__(self, engine: BatchedEngine) -> None:
+        self._permits, self._open, original = threading.Semaphore(0), False, engine.step
+
+        def step(rows: Any) -> Any:
+            if not self._open:
+                self._permits.acquire(timeout=30)
+            return original(rows)
+
+        vars(engine)["step"] = step
+
+    def read(self, stream: TokenStream, count: int) -> list[TokenEvent]:
+        """So many events of a stream."""
+        events: list[TokenEvent] = []
+        while len(events) < count:
+            if (event := stream.next(0.0)) is None:
+                self._permits.release()
+                event = stream.next(0.5)
+            events += [event] if event is not None else []
+        return events
+
+    def open(self) -> None:
+        self._open = True
+        self._permits.release()
+
+
 class _Here:
     book = None
 
@@ -109,11 +137,15 @@ def pair() -> Iterator[Callable[..., Pair]]:
 def moved(pair: Pair, request: GenerationRequest, cut: int, beside: int = 0) -> list[TokenEvent]:
     """The events of a request that is moved once `cut` of them are out, with so many others on either side."""
     others = [ask(f"other-{n}", 80, prompt=tiny.prompt_of(20 + 30 * n, n), sampling=SAMPLED) for n in range(beside)]
+    gate = Gate(pair.first)
+    stream = pair.live.submit(request)  # the first one to be moved
     neighbours = [pair.live.submit(other) for other in others]
     neighbours += [pair.second.submit(replace(other, id=f"{other.id}-there")) for other in others]
-    stream = pair.live.submit(request)
-    events = [next(stream) for _ in range(cut)]
+    events = gate.read(stream, cut)
     pair.drain()
+    rows = pair.first._rows
+    tiny.until(lambda: (row := rows.get(request.id)) is None or row.paused)  # it is being frozen, or has left
+    gate.open()
     events += list(stream)
     for neighbour in neighbours:
         neighbour.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -70,10 +71,12 @@ def node(model: str, *, agent: Path, threads: int, layer: Layer) -> Iterator[Nod
 
 
 def _waits(function: Function) -> bool:
-    for pid in function.container.pids():
+    """It is in the container, and a child of the pool's."""
+    inside = {os.stat(f"/proc/{pid}/ns/pid").st_ino for pid in function.container.pids()}
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "glowplug-spare":
-                return True
+            if (process / "comm").read_text().strip() == "glowplug-spare":
+                return os.stat(process / "ns/pid").st_ino in inside
     return False
 
 

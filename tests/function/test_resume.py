@@ -344,7 +344,7 @@ def _cut_without_ids() -> Iterator[Any]:
         def answer() -> None:
             sock, _ = server.accept()
             sock.recv(65536)
-            sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndata: A\n\n")
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\ndata: A\n\n")
             sock.close()
 
         thread = threading.Thread(target=answer)

@@ -30,12 +30,11 @@ _WARM_TOKENS = 5
 
 
 def run(quick: bool, console: Console) -> Report:
-    rounds = 2 if quick else 5
     threads = len(os.sched_getaffinity(0))
     headline: dict[str, float | None] = {}
     rows: list[Row] = []
     results = []
-    for size in ("125m",) if quick else ("125m", "1.1b"):
+    for size, rounds in (("125m", 2),) if quick else (("125m", 5), ("1.1b", 3)):
         place = models.checkpoint("125m" if size == "125m" else "1.1b", console)
         case: dict[str, str | float] = {
             "model": size,

@@ -1,4 +1,4 @@
--- The atomic steps of what is kept of requests; keys are drawn in snapshots_redis.py. ARGV[1] names the step.
+-- The atomic steps of what is kept of requests; keys are drawn in store_redis.py. ARGV[1] names the step.
 --
 -- keep      KEYS record, pieces, changes, expiry, sizes; ARGV id, ttl ms, owner, epoch, at, lease ms, done (1 or 0),
 --           most bytes of one, most bytes of the space, then the pieces

@@ -51,7 +51,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
 
 class Challenge(Message, frozen=True, tag="challenge"):
-    """The agent knows the cluster's key, and asks whether the caller does; see cluster.py."""
+    """The agent knows the cluster's key, and asks whether the caller does; see cluster/key.py."""
 
     nonce: Short
     node: Short

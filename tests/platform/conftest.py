@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 from manifests import build, data, schema  # noqa: F401  fixtures
+from programs import program
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "templates" / "llm-python"
@@ -35,15 +36,6 @@ HOME = "/home/app"  # of the function, in its image
 METRICS_PORT = 8081  # of-watchdog's, and nobody can change it
 START_SECONDS = 60.0
 COMMAND_SECONDS = 60
-
-
-def _program(variable: str) -> str:
-    path = os.environ.get(variable, "")
-    if not path:
-        pytest.skip(f"{variable} does not name a program")
-    if not os.access(path, os.X_OK):
-        pytest.fail(f"{variable}={path} is no program")
-    return os.path.abspath(path)
 
 
 @pytest.fixture(scope="session")
@@ -139,11 +131,11 @@ def _git(place: Path, *arguments: str) -> str:
 @pytest.fixture(scope="session")
 def faas_cli() -> Callable[..., str]:
     """`faas_cli(folder, *arguments, env=None)` runs the real program there; what it printed. It must succeed."""
-    program = _program("FAAS_CLI")
+    executable = program("FAAS_CLI")
 
     def run(folder: Path, *arguments: object, env: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(
-            [program, *map(str, arguments)],
+            [executable, *map(str, arguments)],
             cwd=folder,
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
@@ -408,12 +400,12 @@ def _metrics_port() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def start_watchdog() -> Callable[..., Any]:
     """`with start_watchdog(image, env=None, locked_down=False) as function:` runs it; see `Watchdog`."""
-    program = _program("OF_WATCHDOG") if os.environ.get("OF_WATCHDOG") else str(STAND_IN)
+    executable = program("OF_WATCHDOG") if os.environ.get("OF_WATCHDOG") else str(STAND_IN)
 
     @contextlib.contextmanager
     def start(image: Image, *, env: Mapping[str, str] | None = None, locked_down: bool = False) -> Iterator[Watchdog]:
         with _metrics_port():
-            function = Watchdog(program, image, env=env or {}, locked_down=locked_down)
+            function = Watchdog(executable, image, env=env or {}, locked_down=locked_down)
             try:
                 yield function
             except BaseException:

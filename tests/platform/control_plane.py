@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 import secrets
 import socket
 import ssl
@@ -21,8 +20,8 @@ from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import yaml
+from programs import program
 
 START_SECONDS = 90.0
 SECONDS = 30.0
@@ -35,16 +34,6 @@ class Reply(NamedTuple):
     status: int
     json: Any
     warnings: list[str]
-
-
-def program(variable: str) -> str:
-    """The program that a variable names; skips without it."""
-    path = os.environ.get(variable, "")
-    if not path:
-        pytest.skip(f"{variable} does not name a program")
-    if not os.access(path, os.X_OK):
-        pytest.fail(f"{variable}={path} is no program")
-    return os.path.abspath(path)
 
 
 def free_ports(count: int) -> list[int]:

@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 import yaml
-from control_plane import ControlPlane, control_plane, free_ports, program
+from control_plane import ControlPlane, control_plane, free_ports
 from documented import commands
 from manifests import COMBINATIONS, EXAMPLES, KNATIVE, LOADER, OVERLAYS, load
+from programs import program
 
 from cache_agent.access.tokenreview import TokenReview
 from cache_agent.errors import AccessDenied

@@ -45,8 +45,8 @@ def layers(why: bool, place: Path | None, as_json: bool) -> None:
             click.echo(_line((layer["level"], layer["state"], idle, memory, _left(layer, age))))
             if why:
                 click.echo(f"          {_reason(layer)}")
-            if model := layer.get("model"):
-                click.echo(f"          of {model}")
+            if of := " with ".join(filter(None, (layer.get("function"), layer.get("model")))):
+                click.echo(f"          of {of}")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 
@@ -44,7 +43,7 @@ def pool(
     Needs root, Linux 6.5 and the node's pid namespace. Containers that it serves share the imported libraries' memory,
     and trust this process. How long models and waiting processes are held follows from GLOWPLUG_START_PRICE.
     """
-    from runtime.zygote import own
+    from runtime.zygote import layers, own
     from runtime.zygote.pool import Pool
     from runtime.zygote.spawn import Spec
 
@@ -62,7 +61,7 @@ def pool(
             click.echo(f"glowplug pool: {text}", err=True)
 
     made_of = dataclasses.replace(own.needs(), domain=domain, preload=kinds)
-    spec = Spec(key=json.dumps(dataclasses.asdict(made_of)), kinds=kinds)
+    spec = Spec(key=layers.key("lang", made_of), kinds=kinds)
     made = Pool(
         path, spec, made_of, from_environment(), agent=agent, models=models, spares=spares, seccomp=seccomp, say=say
     )

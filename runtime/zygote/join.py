@@ -19,6 +19,7 @@ import os
 import re
 import resource
 import select
+import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +65,19 @@ class Place:
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def peer(sock: socket.socket) -> tuple[int, Place]:
+    """A pidfd of who has connected, the caller's, and its place. Raises `Refused`."""
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, kernel.SO_PEERPIDFD)
+    except OSError as error:
+        raise Refused("this kernel does not say who connects (SO_PEERPIDFD, Linux 6.5)") from error
+    try:
+        return pidfd, look(pidfd)
+    except Refused:
+        os.close(pidfd)
+        raise
 
 
 def look(pidfd: int) -> Place:

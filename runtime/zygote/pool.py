@@ -18,7 +18,6 @@ import os
 import select
 import signal
 import socket
-import stat
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,12 +33,11 @@ from runtime.zygote.models import Models
 from runtime.zygote.published import Published
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote, boot
 from runtime.zygote.tenants import Tenant
-from runtime.zygote.wire import Gone, Wire
+from runtime.zygote.wire import Gone, Wire, listen
 
 PROGRAM = ("-m", "runtime.zygote.placed")
 _REBUILD = 1.0  # seconds before a zygote that was lost is built again; doubles each time, up to a minute
 _REBUILD_MOST = 60.0
-_BACKLOG = 256
 _TENANTS = 1024
 _STDIO = 3
 
@@ -60,7 +58,7 @@ class Pool:
         seccomp: str,
         say: Callable[[str], None],
     ) -> None:
-        self._path, self._spec, self._config = path, spec, config
+        self._path, self._spec, self._config, self._made_of = path, spec, config, made_of
         self._spares, self._seccomp, self._say = spares, seccomp, say
         self._lang: Zygote | None = None
         self._ready: Ready | None = None
@@ -74,7 +72,7 @@ class Pool:
     def run(self) -> int:
         become_subreaper()
         kernel.dumpable(False)
-        listener = self._listen()
+        listener = listen(self._path)
         wake = Wakeup(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         beat_at = 0.0
         try:
@@ -89,6 +87,7 @@ class Pool:
                     self._accept(listener)
                 for tenant in [self._tenants[fd] for fd in ready & self._tenants.keys()]:
                     self._hear(tenant, now)
+                self._tend_workers(now)
                 self._tend_spares(now)
                 self._published.write(self._report(), now)
                 if now >= beat_at:
@@ -118,18 +117,6 @@ class Pool:
         for fd in self._models.fds():
             poller.register(fd, select.POLLIN)
         return {fd for fd, _ in poller.poll(BEAT * 1000)}
-
-    def _listen(self) -> socket.socket:
-        """Everybody on the node may connect; who is served is decided by who connects."""
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(self._path).st_mode):
-                os.unlink(self._path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(self._path)
-        os.chmod(self._path, 0o666)  # noqa: S103  functions have users of their own
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-        return listener
 
     # --- zygotes --------------------------------------------------------------------------------------------------
 
@@ -222,6 +209,8 @@ class Pool:
                 why = tenant.hear()
                 tenant.worker = None
                 worker.close()
+                if tenant.serving is not None:
+                    tenant.serving.ended()
                 tenant.history.idle(now)
                 self._models.ended(tenant.wants, now)
                 if worker.layer is not None and os.waitstatus_to_exitcode(status) == StaleLayer.exit_code:
@@ -255,6 +244,12 @@ class Pool:
         self._forks[number] = tenant
         return ""
 
+    def _tend_workers(self, now: float) -> None:
+        """Has those go that cost more idle than another one would, and those come for which a request is due."""
+        for tenant in list(self._tenants.values()):
+            if tenant.serving is not None and (wish := tenant.serving.wish(now)):
+                self._tell(tenant, {"wish": wish})
+
     def _tend_spares(self, now: float) -> None:
         """One for every container that it is worth it for; none that stands on less, or more, than there is."""
         count = sum(tenant.spare is not None for tenant in self._tenants.values())
@@ -277,12 +272,13 @@ class Pool:
         """For people; see published.py."""
         workers = sum(tenant.worker is not None for tenant in self._tenants.values())
         spares = sum(tenant.spare is not None for tenant in self._tenants.values())
+        users = [tenant.serving.report() for tenant in self._tenants.values() if tenant.serving is not None]
         if self._ready is None:
-            return [{"level": "lang", "state": "building", "since": None}, *self._models.report()]
+            return [{"level": "lang", "state": "building", "since": None}, *self._models.report(), *users]
         why = f"held for all containers of the node: {len(self._tenants)} are connected, {workers} have a worker"
         why += f", {spares} a spare"
         held = {"level": self._ready.level, "state": "used" if workers else "idle", "since": None, "why": why}
-        return [{**held, "seconds": self._ready.seconds, "bytes": self._ready.bytes}, *self._models.report()]
+        return [{**held, "seconds": self._ready.seconds, "bytes": self._ready.bytes}, *self._models.report(), *users]
 
     # --- containers -----------------------------------------------------------------------------------------------
 
@@ -291,29 +287,29 @@ class Pool:
             sock, _ = listener.accept()
             wire = Wire(sock)
             try:
-                pidfd = sock.getsockopt(socket.SOL_SOCKET, kernel.SO_PEERPIDFD)
-            except OSError:
-                wire.dismiss({"failed": "this kernel does not say who connects (SO_PEERPIDFD, Linux 6.5)"})
-                return
-            try:
-                place = join.look(pidfd)
-                if place.filtered and not self._seccomp:
-                    raise join.Refused("its container has a seccomp filter, and the pool was given none")
-                if any(other.place.container == place.container for other in self._tenants.values()):
-                    raise join.Refused("its container is served already")
+                pidfd, place = join.peer(sock)
+                try:
+                    self._admit(place)
+                except join.Refused:
+                    os.close(pidfd)
+                    raise
             except join.Refused as refused:
-                os.close(pidfd)
                 wire.dismiss({"failed": str(refused)})
                 return
-            tenant = Tenant(wire, pidfd, place)
-            self._tenants[wire.fileno()] = tenant
-            self._greet(tenant)
+            self._tenants[wire.fileno()] = Tenant(wire, pidfd, place)
+
+    def _admit(self, place: join.Place) -> None:
+        if place.filtered and not self._seccomp:
+            raise join.Refused("its container has a seccomp filter, and the pool was given none")
+        if any(other.place.container == place.container for other in self._tenants.values()):
+            raise join.Refused("its container is served already")
 
     def _greet(self, tenant: Tenant) -> None:
-        if self._ready is not None and not tenant.greeted:
+        """Once it is known what it is, and there is a layer for it."""
+        if self._ready is not None and tenant.serving is not None and not tenant.greeted:
             tenant.greeted = True
             ready = self._ready
-            self._tell(tenant, {"ready": ready.level, "key": ready.key, "seconds": ready.seconds, "bytes": ready.bytes})
+            self._tell(tenant, {"ready": ready.level, "key": "", "seconds": ready.seconds, "bytes": ready.bytes})
 
     def _hear(self, tenant: Tenant, now: float) -> None:
         try:
@@ -330,25 +326,32 @@ class Pool:
 
     def _answer(self, tenant: Tenant, message: dict[str, Any], fds: list[int], now: float) -> None:
         """Does what a shim may ask for. Whatever else is said is not passed on."""
+        serving = tenant.serving
         match message:
-            case {"wants": str(uri)} if tenant.worker is None and tenant.asked is None:
-                tenant.wants = uri if self._config.layers == "model" else ""
-                tenant.history.idle(now)
+            case {"wants": _} if serving is None:
+                if why := tenant.introduce(message, self._made_of, now):
+                    self._dismiss(tenant, why)
+                    return
+                if self._config.layers != "model":
+                    tenant.wants = ""
+                self._greet(tenant)
             case {
                 "fork": int(number), "environment": dict(environment), "cwd": str(cwd), "start_id": str(start_id),
                 "spans": str(spans),
-            } if len(fds) >= 2 + _STDIO:  # fmt: skip
+            } if serving is not None and len(fds) >= 2 + _STDIO:  # fmt: skip
                 order = {"environment": environment, "cwd": cwd, "start_id": start_id, "spans": spans}
                 if tenant.worker is not None or tenant.asked is not None:
                     self._tell(tenant, {"refused": number, "why": "its container has a worker"})
                 elif why := self._order(tenant, number, order, fds, now):
                     self._refuse(tenant, number, why, now)
-            case _:
+            case _ if serving is None or not serving.tells(message, now, forked=tenant.worker is not None):
                 raise Gone("no request that a shim makes")
 
     def _order(self, tenant: Tenant, number: int, order: dict[str, Any], fds: list[int], now: float) -> str:
         """Tells the container's spare to serve, or has another one forked that will; why not, or ""."""
         tenant.history.used(now)
+        if tenant.serving is not None:
+            tenant.serving.asked(now)
         self._models.asked(tenant.wants, now)
         for _ in range(2):  # a spare may be gone, and it is not known yet
             if tenant.spare is None and (why := self._prepare(tenant)):

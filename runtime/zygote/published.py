@@ -1,10 +1,11 @@
 """Owns what a supervisor lets people know of its layers: a file of its own, written anew when they change.
 
-    {"pid": …, "mode": "pod" | "node" | "pool", "name": …, "rho": …, "layers": [
+    {"pid": …, "mode": "pod" | "pool", "name": …, "rho": …, "layers": [
         {"level": "lang", "model": "", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …, "rebuild": …,
          "until": …, "why": …}]}
 
-`model` is the URI of one of the models that a pool holds, "" in a pod; `state` is `building`, `used` (something runs,
+`model` is the URI of a model that a pool holds or that one of its functions serves, "" in a pod; a pool's `user` layers
+also have the `function`'s name; `state` is `building`, `used` (something runs,
 or stands on it), `idle` or `absent`; `since` is when it became idle, in seconds of CLOCK_MONOTONIC, null while it is
 used; `hold`, `rebuild` and `until` are seconds of idleness as in `Decision`, null for never. The file is gone when its
 supervisor ends; one that was left behind is known by its pid.
@@ -59,7 +60,7 @@ class Published:
 
     def __init__(
         self,
-        mode: Literal["pod", "node", "pool"],
+        mode: Literal["pod", "pool"],
         name: str,
         rho: float,
         client: Callable[[], CacheClient] | None = None,

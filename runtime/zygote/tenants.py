@@ -14,13 +14,16 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cache_agent.policy import keepalive
+from runtime.errors import BadConfig
+from runtime.zygote import layers
 from runtime.zygote import wire as wires
 from runtime.zygote.join import Place
 from runtime.zygote.models import ModelLayer
+from runtime.zygote.serving import Serving
 from runtime.zygote.spawn import Zygote
 from runtime.zygote.wire import Gone, Wire
 
@@ -61,6 +64,7 @@ class Tenant:
     wire: Wire
     pidfd: int
     place: Place
+    serving: Serving | None = None  # once it has said what it is
     wants: str = ""  # the model's URI
     greeted: bool = False
     asked: int | None = None  # the number of its request for a worker that is under way
@@ -75,7 +79,32 @@ class Tenant:
         age = self.history.age(now)
         if self.broken or self.worker is not None or self.asked is not None or age is None:
             return False
+        if self.serving is None or self.serving.state == "serving":
+            return False  # another pool has forked what serves there
         return keepalive.keep(self.cost, self.history.gaps, rho).wanted(age)
+
+    def introduce(self, message: dict[str, Any], made_of: layers.Needs, now: float) -> str:
+        """It says what its function is made of; why that cannot be forked from what is `made_of` this, or ""."""
+        match message:
+            case {
+                "wants": {"machine": str(machine), "python": str(python), "base": str(base)},
+                "environment": dict(environment), "cwd": str(cwd),
+            } if all(isinstance(value, str) for value in environment.values()):  # fmt: skip
+                needs = replace(made_of, machine=machine, python=python, base=base)
+            case _:
+                return "the pool is of another version"
+        # The user is the container's own in any case, and what is not preloaded is imported when it is needed.
+        needs = replace(needs, environment=layers.relevant(environment))
+        found = layers.deepest(needs, [("pool", "lang", made_of)])
+        if not found.layer:
+            return found.why
+        try:
+            self.serving = Serving(environment, cwd)
+        except BadConfig as error:
+            return error.text
+        self.wants = self.serving.model
+        self.history.idle(now)
+        return ""
 
     def prepare(self, zygote: Zygote, number: int, layer: ModelLayer | None, why: str) -> str:
         """Has the zygote fork a spare; why it cannot, or "". Raises `Gone` if the zygote has."""

@@ -11,8 +11,14 @@
         {"refused": id, "why": text}                                nothing was forked
         {"ended": pid, "status": status}                            as waitpid gave it
     shim → pool
-        {"wants": uri}                      the model that it will ask a worker for; "" for none of the pool's
+        {"wants": {"machine": …, "python": …, "base": …}, "environment": {…}, "cwd": …}
+                                                                    what its function is made of; first of all, once
         {"fork": id, "environment": {…}, "cwd": …, "start_id": …, "spans": …}               fds: a worker's, and stdio
+        {"serves": seconds}                                         its worker is ready, so long after it was asked for
+        {"load": n}, {"bytes": n}                                   of its worker; see control.py
+        {"parked": 1}                                               its worker has gone on purpose
+    pool → shim: what a zygote says to its supervisor, and
+        {"wish": "retire" | "start"}                                its idle worker may go; one should be there soon
     pool → spare
         {"environment": {…}, "cwd": …, "start_id": …, "spans": …, "why": …}                  fds: the same
     spare → pool
@@ -29,12 +35,14 @@ import contextlib
 import json
 import os
 import socket
+import stat
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 MAX_PACKET = 256 << 10  # an environment may be large
 MAX_FDS = 64
+_BACKLOG = 256
 _FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
@@ -44,6 +52,19 @@ class Gone(Exception):
 
 def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def listen(path: str) -> socket.socket:
+    """Everybody on the node may connect; who is served is decided by who connects."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)
+    os.chmod(path, 0o666)  # noqa: S103  functions have users of their own
+    listener.listen(_BACKLOG)
+    listener.setblocking(False)
+    return listener
 
 
 class Wire:

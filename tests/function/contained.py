@@ -1,7 +1,8 @@
 """The first process of a container that a test makes: it takes orders as JSON lines, and says what came of them.
 
-    {"wants": ""}            tells the pool that it will ask for a worker without a model
+    {"wants": {…}}           tells the pool what it is, by the environment that the test gave, and goes on as this says
     {"ask": 1}               asks the pool for a worker
+    {"tell": {…}}            tells the pool this of it
     {"attack": "source"}     runs Python in a child, as an attacker in the container would
 
 The container has a root of its own, in which nothing of the host is but what Python needs. With `shim` it becomes a
@@ -119,8 +120,15 @@ def obey(order: dict[str, Any], wire: Any, fds: list[int], options: dict[str, An
             with open(os.devnull) as nothing:
                 fds = [*fds[:2], nothing.fileno(), 2, 2]
                 wire.send({**request, "start_id": "0" * 16, "spans": "[]"}, fds)
-        case {"wants": _}:
-            wire.send(order)
+        case {"wants": dict(changes)}:
+            from runtime.zygote import own
+
+            needs = own.needs()
+            made_of = {"machine": needs.machine, "python": needs.python, "base": needs.base}
+            environment = {**dict(needs.environment), **options["environment"]}
+            wire.send({"wants": {**made_of, **changes}, "environment": environment, "cwd": "/"})
+        case {"tell": dict(what)}:
+            wire.send(what)
         case {"attack": str(source)}:
             done = subprocess.run(
                 [sys.executable, "-P", "-c", source], capture_output=True, text=True, stdin=subprocess.DEVNULL

@@ -92,7 +92,10 @@ class Container:
             "pool": str(pool.socket.parent), "root": str(root), "uid": uid, "filtered": False,
             "shim": False, "cgroups": [],
             "binds": [b for b in binds if not any(b.startswith(f"{o}/") for o in binds)],
-            "environment": {"GLOWPLUG_MODEL": "/no/model", "GLOWPLUG_SOCKET": "/no/agent", "SECRET": "hunter2"},
+            "environment": {
+                "GLOWPLUG_MODEL": "/no/model", "GLOWPLUG_LAYERS": "lang", "GLOWPLUG_SOCKET": "/no/agent",
+                "SECRET": "hunter2",
+            },
             **options,
         }  # fmt: skip
         network = [] if self.options["shim"] else ["--net"]
@@ -135,9 +138,14 @@ class Container:
         assert said["error"] == "", said["error"]
         return json.loads(said["attack"])
 
+    def introduce(self) -> None:
+        """It is served from now on."""
+        self.order(wants={})
+        self.hear("ready")
+
     def worker(self) -> int:
         """Asks for one; its pid inside."""
-        self.hear("ready")
+        self.introduce()
         self.order(ask=1)
         said = self.hear("forked", "refused", "failed")
         assert "forked" in said, said
@@ -387,8 +395,7 @@ def test_a_spare_waits_for_the_request_and_goes_with_its_container(
 ) -> None:
     """It is confined as its worker will be before anybody asks, and it is that worker then."""
     place = container()
-    place.hear("ready")
-    place.order(wants="")
+    place.introduce()
     spare = place.named("glowplug-spare")
     wait(lambda: status(spare)["NoNewPrivs"] == "1", "it has entered the container", place.log)
     ours, theirs = status(spare), status(place.first())
@@ -428,7 +435,7 @@ def test_who_is_no_container_is_refused(pool: Pool) -> None:
 
 
 def test_a_filtered_container_needs_a_filter(container: Callable[..., Container], doomed: Pool) -> None:
-    refused = container(filtered=True).hear("failed", "ready")
+    refused = container(filtered=True).hear("failed")
     assert refused == {"failed": "its container has a seccomp filter, and the pool was given none"}
     place = container(filtered=True, which=doomed)
     assert status(place.outside(place.worker()))["Seccomp"] == "2"
@@ -498,11 +505,9 @@ def test_workers_outlive_their_pool_and_spares_do_not(doomed: Pool, container: C
     """Otherwise an update of the pool would end all functions of its node."""
     place, waiting, third = (container(which=doomed) for _ in range(3))
     worker = place.outside(place.worker())
-    waiting.hear("ready")
-    waiting.order(wants="")
+    waiting.introduce()
     spare = waiting.named("glowplug-spare")
-    third.hear("ready")
-    third.order(wants="")
+    third.introduce()
     third.order(ask=1)
     assert "forked" in third.hear("forked", "refused"), "whoever asks gets a worker"
     third.named("glowplug-worker")
@@ -579,6 +584,25 @@ def test_a_functions_first_start_is_a_fork(function: Callable[..., Function]) ->
     assert served.crash()["start"] == "lang"
     os.kill(served.container.first(), signal.SIGTERM)
     assert served.container.process.wait(SECONDS) == 0, served.container.log.read_text()
+
+
+def test_an_idle_worker_goes_when_the_pool_says_so_and_comes_with_a_request(
+    pool: Pool, function: Callable[..., Function]
+) -> None:
+    served = function(GLOWPLUG_HOLD="user=0.3", GLOWPLUG_NAME="briefly")
+    served.ready()
+    first = served.container.named("glowplug-worker")
+
+    def layer() -> dict[str, Any]:
+        return next(each for each in pool.layers() if each.get("function") == "briefly")
+
+    wait(lambda: served.get("/_/ready") == {"state": "parked"}, "it is parked", served.container.log)
+    assert ended(first)
+    wait(lambda: layer()["state"] == "absent", "people are told")
+    assert layer()["hold"] == 0.3
+    assert served.answer()
+    assert served.get("/_/ledger")["start"] == "lang"
+    assert served.container.named("glowplug-worker") != first
 
 
 def test_a_model_that_was_used_is_forked_from(

@@ -1,0 +1,176 @@
+"""What a pool decides about a container's worker, on a clock of the test's; and what its shim makes of that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.config import FunctionConfig
+from runtime.errors import BadConfig
+from runtime.zygote import wire as wires
+from runtime.zygote.node import Node
+from runtime.zygote.serving import Serving
+from runtime.zygote.wire import Wire
+
+
+def serving(**settings: str) -> Serving:
+    environment = {f"GLOWPLUG_{name.upper()}": value for name, value in settings.items()}
+    return Serving({"GLOWPLUG_MODEL": "s3://m/chat", **environment}, "/home/app")
+
+
+def tell(worker: Serving, now: float, **message: Any) -> None:
+    assert worker.tells(message, now, forked=True)
+
+
+def test_an_idle_worker_goes_after_its_hold_and_is_told_again() -> None:
+    worker = serving(hold="user=5")
+    worker.asked(90.0)
+    assert worker.wish(99.0) == ""
+    tell(worker, 100.0, serves=0.2)
+    assert worker.wish(104.9) == ""
+    assert worker.wish(105.1) == "retire"
+    assert worker.wish(105.5) == "", "it has been told"
+    tell(worker, 105.6, load=1)
+    assert worker.wish(120.0) == "", "it was needed, after all"
+    tell(worker, 130.0, load=0)
+    assert worker.wish(135.1) == "retire"
+    assert worker.wish(136.2) == "retire"
+    worker.ended()
+    tell(worker, 136.3, parked=1)
+    assert worker.wish(10_000.0) == "", "nothing says that a request is due"
+    assert worker.report()["state"] == "absent"
+
+
+def test_a_worker_is_wished_for_before_the_call_that_is_due() -> None:
+    """Calls every ten minutes, on the dot; ρ is the function's own."""
+    worker, now, period = serving(start_price="60"), 1000.0, 600.0
+    worker.asked(now)
+    tell(worker, now, serves=3.0)
+    tell(worker, now, bytes=1_000_000_000)
+    for _ in range(8):
+        now += period
+        tell(worker, now, load=1)
+        tell(worker, now, load=0)
+    assert worker.wish(now + 1.0) == "retire", "holding it for ten minutes costs more than a start"
+    worker.ended()
+    tell(worker, now + 1.1, parked=1)
+    due = worker.decision.rebuild
+    assert period - 30.0 < due < period - 2.0, "early enough for a start of three seconds"
+    assert worker.wish(now + due - 0.1) == ""
+    assert worker.wish(now + due + 0.1) == "start"
+    worker.asked(now + due + 0.2)
+    tell(worker, now + due + 3.0, serves=3.0)
+    assert worker.wish(now + period) == ""
+    assert worker.wish(now + period + 60.0) == "retire", "it did not come"
+    dear = serving(start_price="100000")
+    dear.asked(0.0)
+    tell(dear, 0.0, serves=3.0)
+    assert dear.wish(600.0) == ""
+
+
+def test_the_model_is_what_the_function_has_set() -> None:
+    assert serving().model == "s3://m/chat"
+    assert serving(model="models/chat").model == "file:///home/app/models/chat"
+    assert serving(layers="lang").model == ""
+    assert serving(private_weights="1").model == ""
+    with pytest.raises(BadConfig, match="GLOWPLUG_HOLD"):
+        serving(hold="user=-1")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {}, {"serves": "3"}, {"serves": float("nan")}, {"serves": float("inf")}, {"serves": -1.0}, {"load": -1},
+        {"load": [1, 2]}, {"bytes": -1}, {"bytes": 1 << 70}, {"parked": 2}, {"retire": 1},
+    ],
+)  # fmt: skip
+def test_what_no_shim_tells_is_refused(message: dict[str, Any]) -> None:
+    worker = serving()
+    assert not worker.tells(message, 1.0, forked=True)
+    assert worker.report()["state"] == "absent"
+
+
+# --- a shim's side ----------------------------------------------------------------------------------------------------
+
+
+class PlayedPool:
+    """The pool's end of the socket, played by the test."""
+
+    def __init__(self, place: Path) -> None:
+        self.path = place / "pool.sock"
+        self.listener = wires.listen(str(self.path))
+        self.wires: list[Wire] = []
+
+    def accept(self) -> Wire:
+        self.wires.append(Wire(self.listener.accept()[0]))
+        return self.wires[-1]
+
+    def close(self) -> None:
+        for each in self.wires:
+            each.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def played(tmp_path: Path) -> Iterator[PlayedPool]:
+    made = PlayedPool(tmp_path)
+    yield made
+    made.close()
+
+
+def heard(wire: Wire) -> dict[str, Any]:
+    received = wire.receive()
+    assert received is not None
+    return received[0]
+
+
+def test_a_pool_that_comes_back_learns_of_the_worker_that_is_there(played: PlayedPool) -> None:
+    node = Node(FunctionConfig(model="/m", pool=str(played.path)))
+    node.worker_ready("llama", 0.25, True, 0.0)
+    node.worker_bytes(5)
+    node.load(1, 0.0)
+    node.load(0, 0.0)
+    node.step(1.0)
+    first = played.accept()
+    introduced = heard(first)
+    assert introduced["wants"].keys() == {"machine", "python", "base"}
+    assert introduced["environment"] == dict(os.environ)
+    assert [heard(first) for _ in range(3)] == [{"serves": 0.25}, {"bytes": 5}, {"load": 0}]
+
+    first.send({"wish": "retire"})
+    node.step(1.1)
+    assert not node.wants_worker(1.1)
+    assert node.wants_drop(1.1)
+    assert not node.wants_drop(1.2), "once"
+    first.send({"wish": "start"})
+    node.step(1.3)
+    node.worker_gone(1.4)
+    assert heard(first) == {"parked": 1}
+    assert not node.wants_worker(1.4), "that was said before it was parked"
+
+    first.close()
+    node.step(2.0)
+    assert node.why.startswith("the pool is gone")
+    node.step(1e9)
+    second = played.accept()
+    assert "wants" in heard(second)
+    assert heard(second) == {"parked": 1}
+    node.close()
+
+
+def test_a_worker_that_no_pool_can_enter_for_looks_for_none(
+    played: PlayedPool, readable: Callable[[Any, float], bool]
+) -> None:
+    node = Node(FunctionConfig(model="/m", pool=str(played.path)))
+    node.worker_ready("llama", 0.25, True, 0.0)
+    node.step(0.0)
+    wire = played.accept()
+    wire.dismiss({"failed": "it could not enter the container: [Errno 1]"})
+    node.step(1.0)
+    node.step(1e9)
+    assert not readable(played.listener, 0.0)
+    node.close()

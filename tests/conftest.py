@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import hypothesis
 import pytest
@@ -65,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Longest modules first: what is begun last must be short, or one of several processes works on alone.
+    items.sort(key=lambda item: ("system" not in item.path.parts, "agent" in item.path.parts))
     soak = config.getoption("--soak")
     for item in items:
         if soak:
@@ -625,11 +628,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield S3Server(endpoint, env, pid)
 
 
+def _database(url: str, number: int) -> str:
+    """Each process of the tests clears its database, so each has one of its own; the first takes the URL as it is."""
+    separator = "&" if urlsplit(url).query else "?"
+    return f"{url}{separator}db={number}" if number else url
+
+
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[str]:
     """The URL of a Redis whose content nobody misses; tests take `redis_url`, which also clears it."""
     if url := os.environ.get("GLOWPLUG_TEST_REDIS_URL"):
-        yield url
+        yield _database(url, int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
         return
     program = _program("redis-server")
     if not program:

@@ -30,14 +30,8 @@ from cache_agent.tiers.ssd import Ssd
 from cache_agent.web.journal import Journal
 from cache_agent.web.told import Told
 from cache_agent.wire.message import TEXT_LIMIT
-from cache_agent.wire.messages import (
-    ClusterReply,
-    Drain,
-    EstimateReply,
-    EvictReply,
-    ModelStatus,
-    StatusReply,
-)
+from cache_agent.wire.messages import Drain
+from cache_agent.wire.operations import ClusterReply, EstimateReply, EvictReply, ModelStatus, StatusReply
 
 
 class Agent:

@@ -10,7 +10,7 @@ from cache_agent.client import CacheClient, Lease
 from cache_agent.errors import AgentError
 from cache_agent.ledger import Ledger
 from cache_agent.wire.message import TEXT_LIMIT
-from cache_agent.wire.messages import Started
+from cache_agent.wire.operations import Started
 from runtime.children import private_bytes
 from runtime.config import FunctionConfig
 from runtime.control import Line

@@ -6,22 +6,16 @@ from cache_agent.access.control import Access
 from cache_agent.errors import AccessDenied
 from cache_agent.policy.rights import Caller
 from cache_agent.wire.message import Message
-from cache_agent.wire.messages import (
-    Adopted,
-    ErrorReply,
+from cache_agent.wire.messages import Adopted, ErrorReply, Granted, LeaseRequest, Offer, Ready, Streaming
+from cache_agent.wire.operations import (
     EvictReply,
     EvictRequest,
-    Granted,
-    LeaseRequest,
-    Offer,
     PinReply,
     PinRequest,
     PrefetchReply,
     PrefetchRequest,
     PushDrain,
     PushDrainReply,
-    Ready,
-    Streaming,
 )
 
 _NAMES: dict[type[Message], str] = {

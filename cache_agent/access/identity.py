@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Protocol
 
 from cache_agent.errors import AccessDenied, BadConfig
 from cache_agent.policy.rights import NOBODY, Caller
+from cache_agent.stamp import Stamp, stamp
 from cache_agent.wire.messages import Identity
 
 log = logging.getLogger("glowplug.identity")
@@ -48,7 +48,7 @@ class Tokens:
         """Raises `BadConfig`."""
         self._path = path
         self._lock = threading.Lock()
-        self._stamp: tuple[object, ...] = ()
+        self._stamps: dict[str, Stamp] = {}
         self._names: dict[str, str] = {}  # digest of a secret -> name
         self._read()
 
@@ -70,10 +70,13 @@ class Tokens:
 
     def _read(self) -> None:
         secrets = token_files(self._path)
-        stamp = tuple((name, *_stamp(path)) for name, path in secrets.items())
-        if stamp != self._stamp:
+        try:
+            stamps = {name: stamp(path) for name, path in secrets.items()}
+        except OSError as error:
+            raise BadConfig(f"GLOWPLUG_TOKEN_FILE={self._path} cannot be read: {error}") from error
+        if stamps != self._stamps:
             self._names = {digest(read_token(path)): name for name, path in secrets.items()}
-            self._stamp = stamp
+            self._stamps = stamps
 
 
 def token_files(path: Path) -> dict[str, Path]:
@@ -95,14 +98,6 @@ def read_token(path: Path) -> str:
     if not token:
         raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} is empty")
     return token
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} cannot be read: {error}") from error
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def digest(secret: str) -> str:

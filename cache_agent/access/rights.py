@@ -14,7 +14,6 @@ admin = true                        # any model, and the commands that change wh
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import tomllib
 from pathlib import Path
@@ -24,6 +23,7 @@ import msgspec
 from cache_agent.config import parse_size
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.policy.rights import ANY, Grant, Prefix, Rights, pieces
+from cache_agent.stamp import Stamp, stamp
 from cache_agent.tiers.origin import parse_uri
 
 log = logging.getLogger("glowplug.rights")
@@ -50,7 +50,7 @@ class RightsFile:
         """Raises `BadConfig`."""
         self._path = path
         self._lock = threading.Lock()
-        self._stamp = _stamp(path)
+        self._stamp: Stamp | None = _stamp(path)
         self._rights = read(path)
         self._said = ""
 
@@ -58,9 +58,9 @@ class RightsFile:
         """The rights as they are now. It never raises: who edits them on a live node may make mistakes."""
         with self._lock:
             try:
-                stamp = _stamp(self._path)
-                if stamp != self._stamp:
-                    self._stamp = stamp  # first: a mistake must not be read again for every request
+                now = _stamp(self._path)
+                if now != self._stamp:
+                    self._stamp = now  # first: a mistake must not be read again for every request
                     self._rights = read(self._path)
                     log.info("%s was read again: %d grants", self._path, len(self._rights.grants))
                     self._said = ""
@@ -73,16 +73,15 @@ class RightsFile:
     def reload(self) -> None:
         """Reads the file whatever its date says."""
         with self._lock:
-            self._stamp = ()
+            self._stamp = None
         self.current()
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _stamp(path: Path) -> Stamp:
     try:
-        status = os.stat(path)
+        return stamp(path)
     except OSError as error:
         raise BadConfig(f"GLOWPLUG_RIGHTS={path} cannot be read: {error.strerror}") from error
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read(path: Path) -> Rights:

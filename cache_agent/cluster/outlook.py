@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ from cache_agent.cluster.directory import Node as Living
 from cache_agent.errors import BadModelURI
 from cache_agent.policy import placement
 from cache_agent.policy.placement import Node, Tier, View
+from cache_agent.stamp import Stamp, stamp
 from cache_agent.tiers.origin import parse_uri
 
 
@@ -121,7 +121,7 @@ class FileOutlook:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: Stamp | None = None
         self._estimates = _Estimates({})
 
     def look(self, model: str) -> View | None:
@@ -135,12 +135,11 @@ class FileOutlook:
 
     def _read(self) -> _Estimates:
         try:
-            status = os.stat(self._path)
-            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+            now = stamp(self._path)
             with self._lock:
-                if stamp != self._stamp:
+                if now != self._stamp:
                     self._estimates = msgspec.json.decode(self._path.read_bytes(), type=_Estimates)
-                    self._stamp = stamp
+                    self._stamp = now
                 return self._estimates
         except OSError as error:
             raise Unavailable(f"{self._path} cannot be read: {error.strerror}") from error

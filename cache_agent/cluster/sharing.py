@@ -15,7 +15,7 @@ from cache_agent.manifest import LAYOUT
 from cache_agent.residency.held import Held
 from cache_agent.residency.keeping import Keeping
 from cache_agent.wire.link import Link
-from cache_agent.wire.messages import Chunk, Described, Said
+from cache_agent.wire.peers import Chunk, Described, Said
 
 MOST_SAID = 4096  # chunks in one message
 

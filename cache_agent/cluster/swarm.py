@@ -26,7 +26,7 @@ from cache_agent.loading.loader import Load
 from cache_agent.loading.parallelism import Parallelism
 from cache_agent.policy.fanout import ORIGIN, Fanout, Step
 from cache_agent.tiers.peer import Peer, PeerFailed, PeerLied
-from cache_agent.wire.messages import Holds, Said
+from cache_agent.wire.peers import Holds, Said
 
 log = logging.getLogger("glowplug.peers")
 

@@ -18,7 +18,7 @@ from cache_agent.loading.tee import Tee
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.origin import Origin
 from cache_agent.tiers.ssd import Reading
-from cache_agent.wire.messages import Said
+from cache_agent.wire.peers import Said
 
 log = logging.getLogger("glowplug.loader")
 

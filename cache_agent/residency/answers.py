@@ -19,7 +19,8 @@ from cache_agent.residency.offers import Offers
 from cache_agent.tiers.origin import parse_uri
 from cache_agent.web.journal import Journal
 from cache_agent.wire.message import TEXT_LIMIT
-from cache_agent.wire.messages import Admitted, Adopted, ErrorReply, EvictReply, Granted, PinReply, Ready
+from cache_agent.wire.messages import Admitted, Adopted, ErrorReply, Granted, Ready
+from cache_agent.wire.operations import EvictReply, PinReply
 
 
 class Answers:

@@ -16,7 +16,7 @@ from cache_agent.manifest import Manifest, chunk_place
 from cache_agent.residency import report
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.ssd import Reading, Ssd, Stored, Writing
-from cache_agent.wire.messages import SsdStatus
+from cache_agent.wire.operations import SsdStatus
 
 log = logging.getLogger("glowplug.ssd")
 

@@ -11,7 +11,7 @@ from cache_agent.residency.entry import Entry
 from cache_agent.residency.held import Held
 from cache_agent.tiers.quarantine import Quarantined
 from cache_agent.tiers.ssd import Stored
-from cache_agent.wire.messages import (
+from cache_agent.wire.operations import (
     ClusterReply,
     HoldingStatus,
     ImageStatus,

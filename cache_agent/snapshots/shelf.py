@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from cache_agent.access import keyfile
 from cache_agent.config import AgentConfig
 from cache_agent.errors import BadConfig, ProtocolError, SnapshotTooLarge
 from cache_agent.snapshots.store import Change, Claimed, InProcessSnapshots, Keep, Key, Snapshots
@@ -21,7 +22,6 @@ _SPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,200}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{15,120}")
 _OWNER = re.compile(r"[A-Za-z0-9._/-]{8,200}")
 _MOST_LEASE = 60.0
-_LEAST_KEY = 32
 
 
 class Shelf:
@@ -74,7 +74,7 @@ def shelf(config: AgentConfig, *, private: bool) -> Shelf:
     key = cluster_key(config.cluster_key_file)
     limits = config.snapshot_ttl, config.snapshot_size, config.snapshot_space
     if private or not (key and config.redis_url):
-        return Shelf(InProcessSnapshots(*limits), secrets.token_bytes(_LEAST_KEY))
+        return Shelf(InProcessSnapshots(*limits), secrets.token_bytes(keyfile.LEAST))
     from cache_agent.snapshots.store_redis import RedisSnapshots  # redis-py is a tenth of a second that few agents need
 
     return Shelf(RedisSnapshots(config.redis_url, *limits, password_file=config.redis_password_file), key)
@@ -85,15 +85,9 @@ def cluster_key(path: Path | None) -> bytes:
     if path is None:
         return b""
     try:
-        key = path.read_bytes().strip()
-    except OSError as error:
-        raise BadConfig(f"GLOWPLUG_CLUSTER_KEY_FILE={path} cannot be read: {error}") from error
-    if len(key) < _LEAST_KEY:
-        raise BadConfig(
-            f"GLOWPLUG_CLUSTER_KEY_FILE={path} has {len(key)} bytes; use at least {_LEAST_KEY}, like those of "
-            "`openssl rand -hex 32`"
-        )
-    return key
+        return keyfile.read_key("GLOWPLUG_CLUSTER_KEY_FILE", path)
+    except ValueError as error:
+        raise BadConfig(str(error)) from error
 
 
 def _key(within: str, space: str, id: str) -> Key:  # noqa: A002

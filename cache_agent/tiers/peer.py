@@ -16,20 +16,8 @@ from cache_agent.loading.checkpoint import Description, decode_description
 from cache_agent.manifest import LAYOUT, MAX_MANIFEST
 from cache_agent.wire.fdsocket import Disconnected
 from cache_agent.wire.link import Link, dial
-from cache_agent.wire.messages import (
-    Answer,
-    Challenge,
-    Chunk,
-    Described,
-    DescribeRequest,
-    ErrorReply,
-    FetchRequest,
-    FollowRequest,
-    Hello,
-    Holds,
-    Identity,
-    Welcome,
-)
+from cache_agent.wire.messages import Answer, Challenge, ErrorReply, Hello, Identity, Welcome
+from cache_agent.wire.peers import Chunk, Described, DescribeRequest, FetchRequest, FollowRequest, Holds
 from cache_agent.wire.protocol import VERSION
 
 log = logging.getLogger("glowplug.peers")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import asdict
 
 from cache_agent.wire.message import TEXT_LIMIT
-from cache_agent.wire.messages import EventRecord
+from cache_agent.wire.operations import EventRecord
 from cache_agent.wire.requests import Handed, HandoffRecord
 
 log = logging.getLogger("glowplug.events")

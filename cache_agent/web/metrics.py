@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from cache_agent import __version__
 from cache_agent.web.journal import ERROR_BUCKETS, Counts, Journal
-from cache_agent.wire.messages import StatusReply
+from cache_agent.wire.operations import StatusReply
 
 Values = Mapping[str, int] | Mapping[str, float] | Mapping[tuple[str, str], int] | Mapping[tuple[str, str], float]
 

@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from threading import Lock
 
-from cache_agent.wire.messages import Start, Started
+from cache_agent.wire.operations import Start, Started
 
 KEPT = 64
 

@@ -6,7 +6,7 @@ from cache_agent.web.journal import Journal
 from cache_agent.web.layers import Layers
 from cache_agent.web.starts import Starts
 from cache_agent.wire.layers import LayersTold
-from cache_agent.wire.messages import Started
+from cache_agent.wire.operations import Started
 
 
 class Told:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import signal
 import socket
 import socketserver
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_agent.errors import AgentUnreachable, BadConfig
+from cache_agent.stamp import Stamp, stamp
 
 log = logging.getLogger("glowplug.web")
 
@@ -71,7 +71,7 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._places = threading.BoundedSemaphore(_CONNECTIONS)
         self._certificate = certificate
         self._context: ssl.SSLContext | None = None
-        self._stamp: tuple[int, ...] = ()
+        self._stamps: list[Stamp] = []
         if certificate is not None:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -120,10 +120,10 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def _load(self, certificate: Certificate) -> None:
         try:
-            stamp = tuple(os.stat(path).st_mtime_ns for path in certificate)
-            if stamp != self._stamp and self._context is not None:
+            stamps = [stamp(path) for path in certificate]
+            if stamps != self._stamps and self._context is not None:
                 self._context.load_cert_chain(*certificate)
-                self._stamp = stamp
+                self._stamps = stamps
         except OSError as error:  # ssl.SSLError is one
             raise BadConfig(f"{certificate.chain} and {certificate.key} are no certificate and key: {error}") from error
 

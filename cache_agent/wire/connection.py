@@ -27,21 +27,24 @@ from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.message import TEXT_LIMIT, Message
 from cache_agent.wire.messages import (
     AnyMessage,
-    ClusterRequest,
     ErrorReply,
-    EstimateRequest,
-    EventsReply,
-    EventsRequest,
-    EvictRequest,
     Hello,
     LeaseRequest,
     ManifestReply,
     ManifestRequest,
     Offer,
+    Progress,
+    Welcome,
+)
+from cache_agent.wire.operations import (
+    ClusterRequest,
+    EstimateRequest,
+    EventsReply,
+    EventsRequest,
+    EvictRequest,
     PinRequest,
     PrefetchReply,
     PrefetchRequest,
-    Progress,
     PushDrain,
     PushDrainReply,
     Start,
@@ -51,7 +54,6 @@ from cache_agent.wire.messages import (
     StartsRequest,
     StatusReply,
     StatusRequest,
-    Welcome,
 )
 from cache_agent.wire.protocol import VERSION
 

@@ -30,12 +30,8 @@ from cache_agent.wire.messages import (
     Answer,
     AnyMessage,
     Challenge,
-    DescribeRequest,
-    FetchRequest,
-    FollowRequest,
     Granted,
     Hello,
-    Holds,
     LeaseRequest,
     ManifestInline,
     ManifestReply,
@@ -45,6 +41,7 @@ from cache_agent.wire.messages import (
     Streaming,
     Welcome,
 )
+from cache_agent.wire.peers import DescribeRequest, FetchRequest, FollowRequest, Holds
 from cache_agent.wire.protocol import VERSION
 from cache_agent.wire.requests import HandoffRequest, HostRequest
 

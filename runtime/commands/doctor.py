@@ -19,7 +19,7 @@ from runtime.commands.output import agent, json_option, megabytes, place_of, pri
 
 if TYPE_CHECKING:
     from cache_agent.config import AgentConfig
-    from cache_agent.wire.messages import Start, StatusReply
+    from cache_agent.wire.operations import Start, StatusReply
 
 _OPEN_FILES = 4096
 _REDIS_SECONDS = 2.0
@@ -225,7 +225,7 @@ def _served(url: str) -> Start | None:
     import urllib.request
 
     from cache_agent.ledger import Span
-    from cache_agent.wire.messages import Start
+    from cache_agent.wire.operations import Start
 
     def get(path: str) -> Any:
         with urllib.request.urlopen(url.rstrip("/") + path, timeout=_URL_SECONDS) as response:  # noqa: S310  --url's word

@@ -10,7 +10,7 @@ import click
 from runtime.commands.output import agent, json_option, megabytes, print_json, socket_option
 
 if TYPE_CHECKING:
-    from cache_agent.wire.messages import ClusterReply, StatusReply
+    from cache_agent.wire.operations import ClusterReply, StatusReply
 
 
 @click.command()

@@ -13,11 +13,11 @@ import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
+from cache_agent.access import keyfile
 from runtime.errors import BadConfig, SnapshotRefused
 
 _PLAIN, _SEALED = b"\0", b"\1"
 _NONCE = 12
-_LEAST = 32
 
 
 class Seal(Protocol):
@@ -82,12 +82,6 @@ def seal(key_file: str) -> Seal:
     if not key_file:
         return Plain()
     try:
-        key = Path(key_file).read_bytes().strip()
-    except OSError as error:
-        raise BadConfig(f"GLOWPLUG_FUNCTION_KEY_FILE={key_file} cannot be read: {error}") from error
-    if len(key) < _LEAST:
-        raise BadConfig(
-            f"GLOWPLUG_FUNCTION_KEY_FILE={key_file} has {len(key)} bytes; use at least {_LEAST}, like those of "
-            "`openssl rand -hex 32`"
-        )
-    return Sealed(key)
+        return Sealed(keyfile.read_key("GLOWPLUG_FUNCTION_KEY_FILE", Path(key_file)))
+    except ValueError as error:
+        raise BadConfig(str(error)) from error

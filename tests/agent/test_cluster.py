@@ -6,7 +6,7 @@ import time
 
 from cache_agent.cluster.directory import Holding, InProcessDirectory, Node
 from cache_agent.residency import report
-from cache_agent.wire.messages import ClusterReply, HoldingStatus, NodeStatus
+from cache_agent.wire.operations import ClusterReply, HoldingStatus, NodeStatus
 
 
 def test_nodes_with_their_rates_and_all_that_they_hold():

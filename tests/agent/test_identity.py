@@ -128,20 +128,8 @@ def api(account: Path) -> Iterator[ApiServer]:
         thread.join()
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def review(api: ApiServer, account: Path, clock: Clock) -> TokenReview:
+def review(api: ApiServer, account: Path, clock: Any) -> TokenReview:
     return TokenReview(Api(api.url, account), clock)
 
 
@@ -163,7 +151,7 @@ def test_a_reviewed_token_names_namespace_account_and_pod(api: ApiServer, review
     }
 
 
-def test_a_review_is_believed_for_a_minute(api: ApiServer, review: TokenReview, clock: Clock) -> None:
+def test_a_review_is_believed_for_a_minute(api: ApiServer, review: TokenReview, clock: Any) -> None:
     api.knows("t", "system:serviceaccount:llm:chat")
     for _ in range(10):
         review.check(shows("t"))
@@ -177,7 +165,7 @@ def test_a_review_is_believed_for_a_minute(api: ApiServer, review: TokenReview, 
     assert len(api.reviews) == 2
 
 
-def test_a_refusal_is_believed_for_a_moment(api: ApiServer, review: TokenReview, clock: Clock) -> None:
+def test_a_refusal_is_believed_for_a_moment(api: ApiServer, review: TokenReview, clock: Any) -> None:
     """A token may be good a second later, and whoever guesses must not have the API server asked each time."""
     for _ in range(10):
         with pytest.raises(AccessDenied, match="ServiceAccount"):
@@ -241,7 +229,7 @@ def test_a_status_without_a_word_is_a_refusal(api: ApiServer, review: TokenRevie
 
 
 def test_an_api_server_that_is_none_of_ours_is_told_nothing(
-    api: ApiServer, account: Path, tmp_path: Path, clock: Clock
+    api: ApiServer, account: Path, tmp_path: Path, clock: Any
 ) -> None:
     make_certificate(tmp_path)
     (tmp_path / "token").write_text(ACCOUNT)
@@ -250,7 +238,7 @@ def test_an_api_server_that_is_none_of_ours_is_told_nothing(
     assert api.reviews == []
 
 
-def test_an_api_server_that_is_away_is_named(account: Path, clock: Clock) -> None:
+def test_an_api_server_that_is_away_is_named(account: Path, clock: Any) -> None:
     with pytest.raises(IdentityUnavailable, match="Kubernetes API") as caught:
         TokenReview(Api("https://127.0.0.1:1", account), clock).check(shows("t"))
     assert caught.value.retryable
@@ -349,7 +337,7 @@ def test_what_a_client_shows(tmp_path: Path) -> None:
 
 
 def test_functions_prove_who_they_are_by_their_pods_token(
-    api: ApiServer, review: TokenReview, clock: Clock, start_local_agent, checkpoint_files, tmp_path, refused
+    api: ApiServer, review: TokenReview, clock: Any, start_local_agent, checkpoint_files, tmp_path, refused
 ) -> None:
     """With the API server gone, who has weights keeps them and hears its events; who is new is told to try again."""
     api.knows("first", "system:serviceaccount:llm:chat", pod="uid-1")

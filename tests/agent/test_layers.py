@@ -19,20 +19,9 @@ def told(*layers: Layer, of: str = "a", function: str = "chat") -> LayersTold:
     return LayersTold(of, function, "pod", 60.0, list(layers))
 
 
-class Clock:
-    now = 130.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def layers(clock: Clock) -> Layers:
+def layers(clock: Any) -> Layers:
+    clock.now = 130.0
     return Layers(clock)
 
 
@@ -42,7 +31,7 @@ def only(layers: Layers) -> LayerStatus:
     return layer
 
 
-def test_age_price_and_time_left(layers: Layers, clock: Clock) -> None:
+def test_age_price_and_time_left(layers: Layers, clock: Any) -> None:
     layers.tell(told(LANG))
     layer = only(layers)
     assert (layer.idle_seconds, layer.left_seconds, layer.back_seconds) == (30.0, 90.0, None)
@@ -82,7 +71,7 @@ def test_the_last_word_counts_and_none_at_all_is_an_end(layers: Layers) -> None:
     assert [each.function for each in layers.status()] == ["another"]
 
 
-def test_who_is_silent_has_ended(layers: Layers, clock: Clock) -> None:
+def test_who_is_silent_has_ended(layers: Layers, clock: Any) -> None:
     layers.tell(told(LANG))
     clock.now += SILENT_SECONDS
     layers.tell(told(LANG, of="b", function="another"))

@@ -16,20 +16,8 @@ from cache_agent.policy import placement
 URI, SOURCE, SIZE = "s3://models/a", "src-1", 4 * 10**9
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def directory(clock: Clock) -> InProcessDirectory:
+def directory(clock: Any) -> InProcessDirectory:
     """Three nodes: `whole` has the model in memory, `disk` on SSD, `empty` not at all."""
     made = InProcessDirectory(ttl=10.0, clock=clock)
     for name in ("whole", "disk", "empty"):
@@ -81,7 +69,7 @@ def test_also_what_is_told_by_its_revision(directory: InProcessDirectory) -> Non
     assert places(directory)["whole"][1] == 0.05, "of two names for the same bytes, what is more"
 
 
-def test_a_node_that_is_silent_counts_for_nothing(directory: InProcessDirectory, clock: Clock) -> None:
+def test_a_node_that_is_silent_counts_for_nothing(directory: InProcessDirectory, clock: Any) -> None:
     clock.now += 9.0
     directory.heartbeat(Node("disk"))
     clock.now += 2.0

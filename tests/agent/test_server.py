@@ -25,19 +25,8 @@ from cache_agent.errors import AgentUnreachable, BadConfig, ProtocolError
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire import connection as connections
 from cache_agent.wire.fdsocket import Channel
-from cache_agent.wire.messages import (
-    ErrorReply,
-    EvictRequest,
-    Granted,
-    Hello,
-    Identity,
-    LeaseRequest,
-    ManifestRequest,
-    PushDrain,
-    StatusReply,
-    StatusRequest,
-    Welcome,
-)
+from cache_agent.wire.messages import ErrorReply, Granted, Hello, Identity, LeaseRequest, ManifestRequest, Welcome
+from cache_agent.wire.operations import EvictRequest, PushDrain, StatusReply, StatusRequest
 from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, VERSION, Decoder, encode
 
 

@@ -9,7 +9,7 @@ import pytest
 from cache_agent.errors import AgentError
 from cache_agent.ledger import Span
 from cache_agent.web.starts import KEPT, Starts
-from cache_agent.wire.messages import Started
+from cache_agent.wire.operations import Started
 
 
 def told(number: int, *spans: Span, error: str = "") -> Started:

@@ -18,7 +18,7 @@ import pytest
 from cache_agent.handoff import client as handoffs
 from cache_agent.ledger import Span
 from cache_agent.wire.layers import Layer, LayersTold
-from cache_agent.wire.messages import Started
+from cache_agent.wire.operations import Started
 from cache_agent.wire.requests import Handed
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\">"

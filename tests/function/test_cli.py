@@ -18,7 +18,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from cache_agent import __version__
-from cache_agent.wire.messages import ClusterReply, HoldingStatus, ModelStatus, StatusReply
+from cache_agent.wire.operations import ClusterReply, HoldingStatus, ModelStatus, StatusReply
 from runtime import baseset, cli
 from runtime.commands import ask, models
 from runtime.errors import BadConfig

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from cache_agent.config import AgentConfig
 from cache_agent.ledger import Ledger, Span
-from cache_agent.wire.messages import (
+from cache_agent.wire.operations import (
     ImageStatus,
     ModelStatus,
     QuarantineStatus,

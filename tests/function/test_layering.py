@@ -20,6 +20,9 @@ HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 PURE = [
     "cache_agent/manifest.py",
     "cache_agent/wire/messages.py",
+    "cache_agent/wire/operations.py",
+    "cache_agent/wire/peers.py",
+    "cache_agent/wire/layers.py",
     "cache_agent/wire/protocol.py",
     "cache_agent/loading/safetensors.py",
     "cache_agent/residency/machine.py",

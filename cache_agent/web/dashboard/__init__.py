@@ -20,7 +20,7 @@ from flask import Blueprint, Response
 
 from cache_agent.web.diagnosis import Node, diagnose
 from cache_agent.web.told import Told
-from cache_agent.wire.messages import ClusterReply, Start, StatusReply
+from cache_agent.wire.operations import ClusterReply, Start, StatusReply
 
 PAGE = "/dashboard"
 PATHS = (PAGE, "/view.json")

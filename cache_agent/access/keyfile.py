@@ -1,0 +1,22 @@
+"""Owns how a key is read from a file: the cluster's here, and a function's own in the runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LEAST = 32  # bytes
+
+
+def read_key(setting: str, path: Path) -> bytes:
+    """Without white space around it. Raises `ValueError` whose text names the setting; whose mistake that is, and so
+
+    which error, the caller knows."""
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise ValueError(f"{setting}={path} cannot be read: {error}") from error
+    if len(key) < LEAST:
+        raise ValueError(
+            f"{setting}={path} has {len(key)} bytes; use at least {LEAST}, like those of `openssl rand -hex 32`"
+        )
+    return key

@@ -364,14 +364,10 @@ class TestMoving:
                 assert list(alike.admit(state))[-1].finish == "length"
 
     def test_the_same_continuation_in_another_process(self, tmp_path: Path) -> None:
+        """Each state without its rows, and with them: in this order, so that none are there to be reused."""
         moves, wants = [], []
         for architecture in ARCHITECTURES:
-            for dtype, kv, exact in (
-                ("float32", True, False),
-                ("float32", False, False),
-                ("bfloat16", True, True),
-                ("bfloat16", False, True),
-            ):
+            for dtype, exact in (("float32", False), ("bfloat16", True)):
                 with contextlib.closing(batched(tiny(architecture, dtype))) as engine:
                     for sampling in (GREEDY, SAMPLED):
                         wanted = ask(count=40, sampling=sampling, deterministic=exact)
@@ -380,19 +376,21 @@ class TestMoving:
                         for event in engine.submit(wanted):
                             if event.index == 9:
                                 break
-                        state = engine.export("a", kv=kv)
+                        states = [engine.export("a", kv=kv) for kv in (False, True)]
                         engine.forget("a")
                         for other in others:
                             other.close()
-                        moves.append((architecture, dtype, state))
+                        moves.append((architecture, dtype, states))
                         wants.append(want)
-        states = tmp_path / "states"
-        states.write_bytes(pickle.dumps(moves))
-        subprocess.run([sys.executable, __file__, str(states)], check=True, timeout=110)
-        for (architecture, dtype, state), want, got in zip(
-            moves, wants, pickle.loads(states.read_bytes()), strict=True
+        file = tmp_path / "states"
+        file.write_bytes(pickle.dumps(moves))
+        subprocess.run([sys.executable, __file__, str(file)], check=True, timeout=110)
+        for (architecture, dtype, moved), want, found in zip(
+            moves, wants, pickle.loads(file.read_bytes()), strict=True
         ):
-            assert list(state.generated) + got == want, (architecture, dtype, state.request.sampling, bool(state.kv))
+            for state, got in zip(moved, found, strict=True):
+                case = architecture, dtype, state.request.sampling, bool(state.kv)
+                assert list(state.generated) + got == want, case
 
     def test_ten_moves_of_one_stream(self) -> None:
         model = tiny("qwen2", "bfloat16")
@@ -419,12 +417,14 @@ class TestMoving:
 def continue_all(path: Path) -> None:
     """What the other process does: admits every state among neighbours, and writes down the tokens."""
     found = []
-    for architecture, dtype, state in pickle.loads(path.read_bytes()):
+    for architecture, dtype, states in pickle.loads(path.read_bytes()):
         with contextlib.closing(batched(tiny(architecture, dtype))) as engine:
-            others = [engine.submit(other) for other in neighbours(random.Random(8), 9)]
-            found.append(tokens(list(engine.admit(state))))
-            for other in others:
-                other.close()
+            found.append([])
+            for state in states:
+                others = [engine.submit(other) for other in neighbours(random.Random(8), 9)]
+                found[-1].append(tokens(list(engine.admit(state))))
+                for other in others:
+                    other.close()
     path.write_bytes(pickle.dumps(found))
 
 

@@ -144,7 +144,8 @@ def moved(pair: Pair, request: GenerationRequest, cut: int, beside: int = 0) -> 
     events = gate.read(stream, cut)
     pair.drain()
     rows = pair.first._rows
-    tiny.until(lambda: (row := rows.get(request.id)) is None or row.paused)  # it is being frozen, or has left
+    # It is being frozen, has left, or has come back already: it stands still only for as long as its state travels.
+    tiny.until(lambda: (row := rows.get(request.id)) is None or row.paused or bool(pair.told))
     gate.open()
     events += list(stream)
     for neighbour in neighbours:

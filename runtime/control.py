@@ -111,12 +111,13 @@ class Line:
 class Hearing:
     """The shim's end of one worker's line. Never blocks. `ended` once the worker has closed its own."""
 
-    def __init__(self, sock: socket.socket, kept: Memory | None = None) -> None:
-        """Memory that the worker gives goes to `kept`, and it gets what is there."""
+    def __init__(self, sock: socket.socket, kept: Memory | None = None, unread: bytes = b"") -> None:
+        """Memory that the worker gives goes to `kept`, and it gets what is there. `unread` came before."""
         sock.setblocking(False)
         self._sock = sock
         self._kept = kept
         self._lines = Lines()
+        self._early = self._lines.feed(unread)
         if kept is not None:
             kept.give(sock)
         self.ended = False
@@ -126,7 +127,7 @@ class Hearing:
 
     def messages(self) -> list[dict[str, object]]:
         """All that have come."""
-        found: list[dict[str, object]] = []
+        found, self._early = self._early, []
         while not self.ended:
             try:
                 data = self._sock.recv(64 << 10) if self._kept is None else self._kept.receive(self._sock)

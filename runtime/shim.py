@@ -19,52 +19,51 @@ import time
 _T0 = time.monotonic_ns()
 
 import contextlib  # noqa: E402  the first line of the ledger is the first instruction
-import json  # noqa: E402
 import select  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
-from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
-from runtime.children import Child, become_subreaper, executed_at, reap, spawn  # noqa: E402
+from runtime.children import Child, become_subreaper, executed_at, reap  # noqa: E402
 from runtime.config import DEFAULT_SOCKET, FunctionConfig, from_environment  # noqa: E402
 from runtime.control import Hearing, checked_spans  # noqa: E402
 from runtime.crashes import Crashes, described  # noqa: E402
 from runtime.errors import BadConfig, FunctionError, WorkerCrashed  # noqa: E402
 from runtime.port import answers, open_port  # noqa: E402
+from runtime.supply import Order, Supply  # noqa: E402
 from runtime.wakeup import Wakeup  # noqa: E402
 
 if TYPE_CHECKING:
     from runtime.kept import Memory
     from runtime.private_agent import PrivateAgent
-    from runtime.zygote.node import Node
-    from runtime.zygote.pod import Pod
+    from runtime.takeover import Handed
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
 _AGENT_SECONDS = 5.0
-_FORK_SECONDS = 2.0  # what a zygote has to answer a request to fork
 _RETIRE_AGAIN = 1.0  # seconds until an idle worker that has connections is asked again
 _ORPHAN_SECONDS = 2.0  # what a dead worker's status may take to come
-
-
-class _Forking(NamedTuple):
-    """A worker that a zygote was asked for: the worker's end of the line is ours until it is there."""
-
-    number: int
-    line: socket.socket
-    until: float
 
 
 class Shim:
     """`run()` is the whole life of a container; it returns the exit code."""
 
-    def __init__(self, config: FunctionConfig) -> None:
+    def __init__(self, config: FunctionConfig, handed: Handed | None = None) -> None:
+        """`handed` is what the static twin has left, if it was here before."""
         self.config = config
+        self._handed = handed
         self.spans: list[tuple[str, str, int, int]] = [("shim", "python", executed_at(_T0), _T0)]
         self.start_id = os.urandom(8).hex()
-        self._listener = open_port(config)
-        self.spans.append(("shim", "listen", _T0, time.monotonic_ns()))
+        if handed is None:
+            self._listener = open_port(config)
+            self.spans.append(("shim", "listen", _T0, time.monotonic_ns()))
+        else:
+            self._listener = socket.socket(fileno=handed.listener)
+            self.spans = handed.spans
         self._poller = select.poll()
-        self._signals = Wakeup(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        self._signals = Wakeup(*SIGNALS)
+        if handed is not None:  # it has blocked them, so that none is lost between it and us
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._worker: Child | None = None
         self._dead_at = float("inf")
         self._born = False  # whether there ever was one
@@ -74,11 +73,10 @@ class Shim:
         self._crashes = Crashes()
         self._agent: PrivateAgent | None = None
         self._agent_path = ""
-        self._pod: Pod | Node | None = None  # who is asked for workers
-        self._forking: _Forking | None = None
+        self._supply = Supply(config, self._listener, lambda: self._agent_path, self._note_unforked, _say)
         self._asked_at = 0.0  # when the worker was asked for
         self._retire_at = 0.0  # when it may be asked to retire (again)
-        self._retired = self._forked = False
+        self._retired = self._finished = False
         self._parked = False  # no worker, on purpose
         self._kept: Memory | None = None  # weights of a worker that got them over TCP, for the next one
         self._arrived: list[socket.socket] = []  # connections that were taken while parked, for the next worker
@@ -98,7 +96,7 @@ class Shim:
             if self.config.socket.startswith("tcp:"):
                 from runtime.kept import Memory
 
-                self._kept = Memory()
+                self._kept = self._supply.memory = Memory()
             return self.config.socket
         if answers(DEFAULT_SOCKET):
             return DEFAULT_SOCKET
@@ -119,19 +117,6 @@ class Shim:
         if self._line is not None:
             self._line.tell(agent=self._agent_path)
 
-    def _find_pool(self) -> None:
-        """Of the node, if there is one and it serves this container; its zygotes make the first start a fork, too."""
-        if self.config.layers == "off" or not self.config.pool or not os.path.exists(self.config.pool):
-            return
-        start = time.monotonic_ns()
-        from runtime.zygote.node import Node
-
-        node = Node(self.config)
-        if node.connect():
-            self._pod = node
-        else:
-            self._note_unforked(f"no pool: {node.why}", start)
-
     def _note_unforked(self, why: str, since: int) -> None:
         """For the ledger and the log: why a worker is not forked by whom it should have been."""
         self.spans.append(("shim", why, since, time.monotonic_ns()))
@@ -144,44 +129,42 @@ class Shim:
         if self._born:  # another start, with a ledger of its own
             self.start_id, self.spans = os.urandom(8).hex(), [("shim", "restart", start, start)]
         self._born = True
-        self._parked = self._retired = self._forked = False
+        self._parked = self._retired = self._finished = False
         self._turn = 0
         ours, theirs = socket.socketpair()
-        self._line = Hearing(ours, self._kept)
-        self._heard = time.monotonic()
-        self._poller.register(self._line, select.POLLIN)
-        number = 0
-        if self._pod is not None:
-            number = self._pod.fork(
-                time.monotonic(),
-                ahead=ahead,
-                listener=self._listener.fileno(),
-                line=theirs.fileno(),
-                connections=[each.fileno() for each in self._arrived],
-                environment=dict(os.environ, GLOWPLUG_SOCKET=self._agent_path),
-                start_id=self.start_id,
-                spans=json.dumps(self.spans),
-                cwd=os.getcwd(),
-            )
-        if number:
-            self._forking = _Forking(number, theirs, time.monotonic() + _FORK_SECONDS)
-        else:
-            if self._pod is not None and self._pod.why:
-                self._note_unforked(f"no pool: {self._pod.why}", start)
-                self._pod.close()
-                self._pod = None  # its own zygotes, from now on
-            self._boot(theirs)
+        self._listen_to(Hearing(ours, self._kept))
+        worker = self._supply.ask(Order(theirs, self._arrived, self.start_id, self.spans), ahead=ahead)
+        if worker is not None:
+            self._adopt(worker)
         self.spans.append(("shim", "spawn", start, time.monotonic_ns()))
 
-    def _boot(self, line: socket.socket) -> None:
-        with line:
-            fds = [self._listener.fileno(), line.fileno(), *(each.fileno() for each in self._arrived)]
-            listener, control, *connections = map(str, fds)
-            arguments = [listener, control, str(os.getpid()), self.start_id, json.dumps(self.spans), *connections]
-            # A SIGTERM that comes before it can take it must not kill it: requests may wait for it already.
-            blocked = (signal.SIGTERM, signal.SIGINT)
-            environment = dict(os.environ, GLOWPLUG_SOCKET=self._agent_path)
-            self._adopt(spawn(["-P", "-m", "runtime.worker", *arguments], fds, environment, blocked))
+    def _listen_to(self, line: Hearing) -> None:
+        self._line, self._heard = line, time.monotonic()
+        self._poller.register(line, select.POLLIN)
+
+    def _take_over(self, handed: Handed) -> None:
+        """From the static twin, which was this process until now: nobody has noticed."""
+        _say(f"the static shim gives way to the one in Python: {handed.why}")
+        self._agent_path, self.start_id, self._born = handed.agent, handed.start_id, handed.number > 0
+        self._turn, self._parked = handed.turn, handed.parked
+        self._retired, self._finished = handed.retired, handed.finished
+        self._asked_at = handed.asked_at
+        if handed.arrived >= 0:
+            self._arrived.append(socket.socket(fileno=handed.arrived))
+        order = None
+        if handed.theirs >= 0:
+            order = Order(socket.socket(fileno=handed.theirs), self._arrived, self.start_id, self.spans)
+        self._supply.take_over(handed, order)
+        if handed.line >= 0:
+            self._listen_to(Hearing(socket.socket(fileno=handed.line), unread=handed.unread))
+            self._heard = handed.heard
+        if handed.stopping:
+            self._stopping, self._kill_at, self._leave_at = True, handed.kill_at, handed.leave_at
+        if handed.worker:
+            self._worker = Child(handed.worker, handed.pidfd)
+            self._poller.register(handed.pidfd, select.POLLIN)
+        elif order is None and not handed.parked:
+            self._start_worker()
 
     def _adopt(self, worker: Child) -> None:
         """It is there, and has the connections now."""
@@ -198,10 +181,13 @@ class Shim:
         become_subreaper()
         self._poller.register(self._signals, select.POLLIN)
         try:
-            _say(f"port {self.port} is open, starting {self.config.model_uri}")
-            self._agent_path = self._find_agent()
-            self._find_pool()
-            self._start_worker()
+            if self._handed is not None:
+                self._take_over(self._handed)
+            else:
+                _say(f"port {self.port} is open, starting {self.config.model_uri}")
+                self._agent_path = self._find_agent()
+                self._supply.find_pool()
+                self._start_worker()
             while True:
                 self._wait()
                 self._take_signals()
@@ -221,9 +207,10 @@ class Shim:
     def _wait(self) -> None:
         """Until something happens, or is due."""
         timeout = min(1.0, self._kill_at - time.monotonic())
-        registered = [] if self._pod is None else self._pod.fds()
-        if self._pod is not None:
-            timeout = min(timeout, self._pod.seconds(time.monotonic()))
+        layers = self._supply.layers
+        registered = [] if layers is None else layers.fds()
+        if layers is not None:
+            timeout = min(timeout, layers.seconds(time.monotonic()))
         for fd in registered:
             self._poller.register(fd, select.POLLIN)
         if self._parked:
@@ -260,42 +247,23 @@ class Shim:
         return None
 
     def _step_layers(self) -> None:
-        """Lets zygotes be built and dropped, and follows what they say about workers."""
-        pod, now = self._pod, time.monotonic()
-        if pod is None:
+        """Takes the worker that has come, or the word of how it ended, and does what its layers want of it."""
+        now = time.monotonic()
+        for event in self._supply.step(now):
+            if isinstance(event, Child):
+                self._adopt(event)
+            elif self._worker is not None and event.pid == self._worker.pid:
+                self._worker.status = event.status
+        layers = self._supply.layers
+        if layers is None or self._stopping:
             return
-        for event in pod.step(now):
-            forking = self._forking
-            match type(event).__name__, event:
-                case "Forked", (int(number), int(pid), int(pidfd)):
-                    if forking is None or number != forking.number:
-                        os.close(pidfd)  # it came too late, and its line is closed: it ends by itself
-                        continue
-                    self._forking, self._forked = None, True
-                    forking.line.close()
-                    self._adopt(Child(pid, pidfd))
-                case "Refused", (int(number), str(why)) if forking is not None and number == forking.number:
-                    self._boot_instead(why)
-                case "Ended", (int(pid), int(status)) if self._worker is not None and pid == self._worker.pid:
-                    self._worker.status = status
-        if self._forking is not None and now >= self._forking.until:
-            self._boot_instead("the zygote did not answer")
-        if self._stopping:
-            return
-        if self._parked and self._kept is not None and not pod.holds_model:
+        if self._parked and self._kept is not None and not layers.holds_model:
             self._kept.drop()  # an idle function without that layer is to be small
-        if self._parked and pod.wants_worker(now):
+        if self._parked and layers.wants_worker(now):
             self._start_worker(ahead=True)
-        elif self._line is not None and self._worker is not None and now >= self._retire_at and pod.wants_drop(now):
+        elif self._line is not None and self._worker is not None and now >= self._retire_at and layers.wants_drop(now):
             self._retire_at = now + _RETIRE_AGAIN
             self._line.tell(retire=1)
-
-    def _boot_instead(self, why: str) -> None:
-        assert self._forking is not None, "it was to be forked"
-        line, self._forking = self._forking.line, None
-        now = time.monotonic_ns()
-        self._note_unforked(f"not forked: {why}", now)
-        self._boot(line)
 
     def _take_signals(self) -> None:
         numbers = self._signals.take()
@@ -334,27 +302,25 @@ class Shim:
             self._line = None
 
     def _hear(self, message: dict[str, object]) -> None:
-        now = time.monotonic()
+        now, layers = time.monotonic(), self._supply.layers
         match message:
             case {"state": "ready"}:
                 self._report_ready()
-                if self.config.layers != "off" and self._pod is None:
-                    from runtime.zygote.pod import Pod  # not before: the first start has to do without
-
-                    self._pod = Pod(self.config, lambda: self._agent_path, _say)
-                    self._pod.memory = self._kept
-                if self._pod is not None:
-                    self._pod.worker_ready(str(message.get("kind", "")), now - self._asked_at, self._forked, now)
+                if (layers := self._supply.keep_layers()) is not None:
+                    kind = str(message.get("kind", ""))
+                    layers.worker_ready(kind, now - self._asked_at, self._supply.forked, now)
             case {"state": "retired"}:
-                self._retired = True
+                self._retired = self._finished = True
+            case {"state": "drained"}:
+                self._finished = True
             case {"load": [int(turn), int(inside)]} if turn > self._turn:
                 self._turn = turn
-                if self._pod is not None:
-                    self._pod.load(inside, now)
+                if layers is not None:
+                    layers.load(inside, now)
             case {"keep": int(count)} if self._kept is not None:
                 self._kept.take(count)
-            case {"bytes": int(size)} if self._pod is not None:
-                self._pod.worker_bytes(size)
+            case {"bytes": int(size)} if layers is not None:
+                layers.worker_bytes(size)
             case {"agent": str(why)}:
                 self._use_private_agent(why)
 
@@ -384,7 +350,7 @@ class Shim:
                 self._dead_at = now
                 self._poller.unregister(worker.pidfd)
             elif now - self._dead_at > _ORPHAN_SECONDS:
-                worker.status = 1 << 8  # its zygote went without telling how it ended
+                worker.status = 0 if self._finished else 1 << 8  # its zygote went without telling how it ended
             return
         if now >= self._kill_at:
             _say(
@@ -409,8 +375,8 @@ class Shim:
         code = os.waitstatus_to_exitcode(status)
         if self._retired and code == 0:
             self._parked = True
-            if self._pod is not None:
-                self._pod.worker_gone(time.monotonic())
+            if self._supply.layers is not None:
+                self._supply.layers.worker_gone(time.monotonic())
             _say("the worker was idle and is gone; the next request starts another")
             return None
         if self._stopping:
@@ -445,8 +411,7 @@ class Shim:
 
     def _stop_children(self) -> None:
         deadline = time.monotonic() + _AGENT_SECONDS
-        if self._pod is not None:
-            self._pod.close()
+        self._supply.close()
         agent = self._agent.process if self._agent else None
         if self._worker is not None:
             self._worker.signal(signal.SIGKILL)
@@ -455,7 +420,7 @@ class Shim:
         while time.monotonic() < deadline and any(child.status is None for child in self._children()):
             self._poller.poll(50)
             self._signals.take()
-            if self._pod is not None and self._worker is not None and self._worker.dead():
+            if self._supply.layers is not None and self._worker is not None and self._worker.dead():
                 break  # how it ended was its zygote's to tell
             self._reap()
         if agent is not None:
@@ -472,9 +437,17 @@ def _say(text: str) -> None:
         os.write(2, f"glowplug: {text}\n".encode())
 
 
+def _handed() -> Handed | None:
+    if "GLOWPLUG_SHIM_STATE" not in os.environ:
+        return None
+    from runtime.takeover import handed
+
+    return handed()
+
+
 def main() -> int:
     try:
-        return Shim(from_environment()).run()
+        return Shim(from_environment(), _handed()).run()
     except FunctionError as error:
         _say(f"{error.text} [{error.code}]")
         return error.exit_code

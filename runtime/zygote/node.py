@@ -13,13 +13,16 @@ import select
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.config import FunctionConfig
 from runtime.zygote import own
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Zygote
 from runtime.zygote.spawn import Event as AnyEvent
 from runtime.zygote.wire import Gone, Wire
+
+if TYPE_CHECKING:
+    from runtime.takeover import Handed
 
 NO_ENTRY = "it could not enter the container"  # how the pool begins its reason not to be asked again
 _ANSWER = 1.0  # seconds that the pool may take to say whether it serves this container
@@ -65,8 +68,22 @@ class Node:
     def connect(self) -> bool:
         """Whether the pool serves this container; else `why` it does not. Waits a second at the most."""
         pool = self._reach()
-        if pool is None:
-            return False
+        return pool is not None and self._greeted(pool)
+
+    def take_over(self, handed: Handed) -> bool:
+        """The connection of the static twin, as `connect`."""
+        pool = Pool(Wire(socket.socket(fileno=handed.pool)), 0, -1, "")
+        self._number, self._asked = handed.number, handed.number if handed.forking else 0
+        if handed.parked:
+            self._known = {"parked": {"parked": 1}}
+        elif handed.worker:
+            self._known = {word: {word: value} for word, value in handed.known.items()}
+        if not handed.greeted:
+            return self._greeted(pool)
+        pool.state, self._pool = "ready", pool
+        return True
+
+    def _greeted(self, pool: Pool) -> bool:
         poller = select.poll()
         poller.register(pool.wire, select.POLLIN)
         deadline = time.monotonic() + _ANSWER

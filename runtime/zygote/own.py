@@ -8,6 +8,8 @@ import zlib
 
 from runtime.zygote import layers
 
+LOCK = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "base.lock")
+
 
 def needs() -> layers.Needs:
     """Down to `bare`; what is deeper is for whoever asks to fill in."""
@@ -22,9 +24,8 @@ def needs() -> layers.Needs:
 
 def _base() -> str:
     """Of the locked base set. It tells versions apart, and guards against nobody."""
-    lock = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "base.lock")
     try:
-        with open(lock, "rb") as file:
+        with open(LOCK, "rb") as file:
             text = file.read()
     except FileNotFoundError:
         return ""

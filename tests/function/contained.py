@@ -5,8 +5,8 @@
     {"tell": {…}}            tells the pool this of it
     {"attack": "source"}     runs Python in a child, as an attacker in the container would
 
-The container has a root of its own, in which nothing of the host is but what Python needs. With `shim` it becomes a
-function's shim instead.
+The container has a root of its own, in which nothing of the host is but what Python needs. With `shim`, a command, it
+becomes a function's shim instead.
 """
 
 from __future__ import annotations
@@ -72,9 +72,12 @@ def main() -> None:
             group.write("0")
     confine(options["root"], options["binds"], options["pool"], options["uid"], options["filtered"])
     if options["shim"]:
-        os.execve(
-            sys.executable, [sys.executable, "-P", "-m", "runtime.shim"], {**os.environ, **options["environment"]}
-        )
+        environment = {
+            **os.environb,
+            **{os.fsencode(name): os.fsencode(value) for name, value in options["environment"].items()},
+        }
+        command = options["shim"]
+        os.execve(command[0], command, environment)
     from runtime.zygote.wire import Gone, Wire
 
     listener = socket.socket()

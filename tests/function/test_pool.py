@@ -8,210 +8,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
-import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-INSIDE = Path(__file__).with_name("contained.py")
-UNSHARE = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
-SECONDS = 60.0
+from node_mode import POSSIBLE, ROOT, SECONDS, Container, Pool, comm, ended, status, wait
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare"),
+    pytest.mark.skipif(not POSSIBLE, reason="needs root and unshare"),
     pytest.mark.timeout(240),
 ]
-
-
-class Pool:
-    """A `glowplug pool` of its own process."""
-
-    def __init__(self, place: Path, *options: str) -> None:
-        (place / "run").mkdir(mode=0o755)
-        self.socket = place / "run/pool.sock"
-        self.log = place / "pool.log"
-        command = [
-            sys.executable,
-            "-P",
-            "-c",
-            "from runtime.cli import main; main()",
-            "pool",
-            "--socket",
-            str(self.socket),
-        ]
-        with self.log.open("wb") as log:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            self.process = subprocess.Popen(
-                [*command, "--kind", "llama", *options], stderr=log, stdout=log, env=environment
-            )
-        wait(lambda: self.socket.exists(), "the pool listens", self.log)
-
-    def children(self) -> list[int]:
-        return children(self.process.pid)
-
-    def grandchildren(self, name: str) -> list[int]:
-        """What its zygotes have forked, by name."""
-        return [each for child in self.children() for each in children(child) if comm(each) == name]
-
-    def layers(self) -> list[dict[str, Any]]:
-        """As it publishes them."""
-        from runtime.zygote import published
-
-        (found,) = [each for each in published.read() if each["pid"] == self.process.pid]
-        return list(found["layers"])
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(SECONDS)
-
-
-class Container:
-    """A container whose first process obeys."""
-
-    def __init__(self, pool: Pool, place: Path, uid: int, **options: Any) -> None:
-        root = place / f"root-{time.monotonic_ns()}"
-        root.mkdir(parents=True)
-        binds = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom", str(ROOT)]
-        binds += [os.path.realpath(path) for path in (sys.base_prefix, sys.prefix)]
-        binds += options.pop("more", [])
-        binds = [path for path in dict.fromkeys(binds) if os.path.exists(path)]
-        self.options = {
-            "pool": str(pool.socket.parent), "root": str(root), "uid": uid, "filtered": False,
-            "shim": False, "cgroups": [],
-            "binds": [b for b in binds if not any(b.startswith(f"{o}/") for o in binds)],
-            "environment": {
-                "GLOWPLUG_MODEL": "/no/model", "GLOWPLUG_LAYERS": "lang", "GLOWPLUG_SOCKET": "/no/agent",
-                "SECRET": "hunter2",
-            },
-            **options,
-        }  # fmt: skip
-        network = [] if self.options["shim"] else ["--net"]
-        self.log = place / f"{root.name}.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*UNSHARE, *network, sys.executable, "-P", str(INSIDE), json.dumps(self.options)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
-            )  # fmt: skip
-        self.said: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said.put(json.loads(line))
-
-    def order(self, **what: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(what).encode() + b"\n")
-        self.process.stdin.flush()
-
-    def hear(self, *names: str) -> dict[str, Any]:
-        """The next thing that it says in which one of these is."""
-        deadline = time.monotonic() + SECONDS
-        while True:
-            try:
-                said = self.said.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise AssertionError(f"nothing of {names} was said; {self.log.read_text()}") from None
-            said = said.get("heard", said)
-            if any(name in said for name in names):
-                return said
-            assert "failed" not in said, said
-
-    def attack(self, source: str) -> Any:
-        self.order(attack=source)
-        said = self.hear("attack")
-        assert said["error"] == "", said["error"]
-        return json.loads(said["attack"])
-
-    def introduce(self) -> None:
-        """It is served from now on."""
-        self.order(wants={})
-        self.hear("ready")
-
-    def worker(self) -> int:
-        """Asks for one; its pid inside."""
-        self.introduce()
-        self.order(ask=1)
-        said = self.hear("forked", "refused", "failed")
-        assert "forked" in said, said
-        outside = self.outside(int(said["pid"]))
-        wait(lambda: status(outside)["NoNewPrivs"] == "1", "it has entered the container", self.log)
-        return int(said["pid"])
-
-    def outside(self, pid: int) -> int:
-        """The number outside of a process of the container."""
-        for status in Path("/proc").glob("[0-9]*/status"):
-            with contextlib.suppress(OSError):
-                found = next(
-                    (line.split()[1:] for line in status.read_text().splitlines() if line.startswith("NSpid:")), []
-                )
-                if len(found) > 1 and int(found[-1]) == pid and self._mine(status.parent):
-                    return int(status.parent.name)
-        raise AssertionError(f"no process {pid} in the container")
-
-    def _mine(self, process: Path) -> bool:
-        (first,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return os.stat(process / "ns/pid").st_ino == os.stat(f"/proc/{first}/ns/pid").st_ino
-
-    def named(self, name: str) -> int:
-        """The number outside of the container's process with this name, once there is one."""
-
-        def found() -> int:
-            for process in Path("/proc").glob("[0-9]*"):
-                with contextlib.suppress(OSError):
-                    if comm(int(process.name)) == name and self._mine(process):
-                        return int(process.name)
-            return 0
-
-        return int(wait(found, f"there is a {name}", self.log))
-
-    def first(self) -> int:
-        return self.outside(1)
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(SECONDS)
-
-
-def wait(condition: Callable[[], Any], what: str, log: Path | None = None) -> Any:
-    """What the condition gave, once that is something."""
-    deadline = time.monotonic() + SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {SECONDS:.0f} s; {log.read_text() if log else ''}"
-        time.sleep(0.02)
-    return found
-
-
-def children(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def comm(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return ""
-
-
-def ended(pid: int) -> bool:
-    return not os.path.exists(f"/proc/{pid}")
 
 
 @pytest.fixture(scope="module")
@@ -248,11 +61,6 @@ def container(pool: Pool, tmp_path: Path) -> Iterator[Callable[..., Container]]:
             return made
 
         yield make
-
-
-def status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 @pytest.mark.parametrize("uid", [12000, 0])
@@ -520,134 +328,6 @@ def test_workers_outlive_their_pool_and_spares_do_not(doomed: Pool, container: C
     assert not ended(worker)
     place.close()
     wait(lambda: ended(worker), "it ends with its container")
-
-
-class Function:
-    """A function's shim in a container, with an agent; the pool is where it is by default, and has no model for it."""
-
-    def __init__(self, container: Callable[..., Container], agent: Path, **environment: str) -> None:
-        agent.parent.chmod(0o755)
-        environment = {"GLOWPLUG_LAYERS": "lang", **environment}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        variables = {"GLOWPLUG_MODEL": str(ROOT / "templates/llm-python/model"), "PORT": str(self.port)}
-        variables |= {"GLOWPLUG_SOCKET": str(agent), **environment}
-        self.container = container(shim=True, environment=variables, more=[str(agent.parent)])
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=SECONDS) as answer:
-            return json.loads(answer.read())
-
-    def ready(self) -> dict[str, Any]:
-        """Its ledger, once it is."""
-
-        def asked() -> bool:
-            with contextlib.suppress(OSError):
-                return bool(self.get("/_/ledger")["state"] == "ready")
-            return False
-
-        wait(asked, "the function is ready", self.container.log)
-        return dict(self.get("/_/ledger"))
-
-    def answer(self) -> str:
-        body = json.dumps({"prompt": "What is a lease?", "max_tokens": 8, "temperature": 0}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", body)
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            return str(json.loads(answer.read())["choices"][0]["text"])
-
-    def crash(self) -> dict[str, Any]:
-        """Of its worker; the ledger of the next one."""
-        first = self.ready()
-        os.kill(self.container.named("glowplug-worker"), signal.SIGSEGV)
-        wait(lambda: self.ready()["start_id"] != first["start_id"], "another start", self.container.log)
-        return self.ready()
-
-
-def names(ledger: dict[str, Any], owner: str) -> list[str]:
-    return [span["name"] for span in ledger["spans"] if span["owner"] == owner]
-
-
-@pytest.fixture
-def function(container: Callable[..., Container], agent: Any) -> Callable[..., Function]:
-    return lambda **environment: Function(container, agent.socket, **environment)
-
-
-def test_a_functions_first_start_is_a_fork(function: Callable[..., Function]) -> None:
-    served = function()
-    ledger = served.ready()
-    assert ledger["start"] == "lang"
-    assert "fork from lang" in names(ledger, "worker")
-    assert names(ledger, "pool") == ["fork", "cgroup", "join"]
-    assert served.answer()
-    assert served.crash()["start"] == "lang"
-    os.kill(served.container.first(), signal.SIGTERM)
-    assert served.container.process.wait(SECONDS) == 0, served.container.log.read_text()
-
-
-def test_an_idle_worker_goes_when_the_pool_says_so_and_comes_with_a_request(
-    pool: Pool, function: Callable[..., Function]
-) -> None:
-    served = function(GLOWPLUG_HOLD="user=0.3", GLOWPLUG_NAME="briefly")
-    served.ready()
-    first = served.container.named("glowplug-worker")
-
-    def layer() -> dict[str, Any]:
-        return next(each for each in pool.layers() if each.get("function") == "briefly")
-
-    wait(lambda: served.get("/_/ready") == {"state": "parked"}, "it is parked", served.container.log)
-    assert ended(first)
-    wait(lambda: layer()["state"] == "absent", "people are told")
-    assert layer()["hold"] == 0.3
-    assert served.answer()
-    assert served.get("/_/ledger")["start"] == "lang"
-    assert served.container.named("glowplug-worker") != first
-
-
-def test_a_model_that_was_used_is_forked_from(
-    pool: Pool,
-    container: Callable[..., Container],
-    function: Callable[..., Function],
-    start_agent: Callable[..., Any],
-) -> None:
-    """Built on the pool's own lease, once somebody had it; never for those to whom the agent lends something else."""
-    served = function(GLOWPLUG_LAYERS="model")
-    first = served.ready()
-    assert "fork from lang, no model layer is there" in names(first, "worker")
-    told = served.answer()
-    wait(lambda: "model layer of file://" in pool.log.read_text(), "the model is held", pool.log)
-    assert served.crash()["start"] == "model"
-    assert served.answer() == told
-    (held,) = [layer for layer in pool.layers() if layer["level"] == "model"]
-    assert held["model"].endswith("llm-python/model")
-    assert held["bytes"] > 3_000_000, "its pages, and the weights that the agent cannot give up"
-
-    other = start_agent("--socket-mode", "666", "--file-root", str(ROOT))
-    stranger = Function(container, other.socket, GLOWPLUG_LAYERS="model")
-    assert stranger.ready()["start"] == "lang"
-    assert "stale_layer" in stranger.container.log.read_text()
-    assert stranger.answer() == told
-    wait(lambda: "the agent has another revision" in pool.log.read_text(), "it is given up", pool.log)
-
-
-def test_a_model_layer_that_is_killed_takes_nothing_with_it(pool: Pool, function: Callable[..., Function]) -> None:
-    served = function(GLOWPLUG_LAYERS="model")
-    served.ready()
-    (zygote,) = wait(lambda: pool.grandchildren("glowplug-zygote"), "the model is held", pool.log)
-    wait(lambda: served.crash()["start"] == "model", "a worker stands on it", pool.log)
-    os.kill(zygote, signal.SIGKILL)
-    wait(lambda: "its zygote was lost" in pool.log.read_text(), "it is missed", pool.log)
-    assert served.answer()
-    assert served.crash()["start"] == "lang"
-
-
-def test_without_the_pool_a_function_starts_alone_and_says_why(function: Callable[..., Function]) -> None:
-    """A library's setting that the pool's process does not have: what was imported there would not obey it."""
-    ledger = function(TOKENIZERS_EXAMPLE="1").ready()
-    assert ledger["start"] == "cold"
-    (why,) = [span["name"] for span in ledger["spans"] if "no pool" in span["name"]]
-    assert "another environment (TOKENIZERS_EXAMPLE)" in why
 
 
 def test_the_runtime_is_there_read_only_where_the_container_lacks_it(pool: Pool) -> None:

@@ -247,7 +247,7 @@ def _container(function: Function) -> dict[str, Any]:
         "name": "function",
         "image": function.image,
         # The image's own command starts of-watchdog, which Knative's queue-proxy stands in for.
-        "command": ["python", "-P", "-m", "runtime.shim"],
+        "command": ["glowplug-shim"],
         "ports": [{"containerPort": 8080}],
         "env": variables,
         "resources": {"requests": {"cpu": function.cpu, "memory": function.memory}, "limits": limits},

@@ -90,7 +90,7 @@ def _advice(bottleneck: str, tier: str, node: Node) -> str:
     match bottleneck.partition(" ")[2].partition(",")[0]:
         case "imports":
             return "; a warm layer forks that instead (node mode, or a parked replica with min-scale 1)"
-        case "python" | "restart" | "spawn" | "http" | "listen":
+        case "python" | "exec" | "restart" | "spawn" | "http" | "listen":
             return "; the processor is slow or shared: ask for a whole one (--cpu) while it starts"
         case "lease":
             return "; the origin was asked what the model is: it is slow to answer, or far away"

@@ -11,7 +11,7 @@
 ARG PYTHON_VERSION=3.11
 ARG DEBIAN_OS=slim-bookworm
 
-FROM python:${PYTHON_VERSION}-${DEBIAN_OS} AS ship
+FROM python:${PYTHON_VERSION}-${DEBIAN_OS} AS build
 
 RUN groupadd --gid 12000 app \
     && useradd --uid 12000 --gid app --create-home --home-dir /home/app app \
@@ -37,6 +37,18 @@ RUN pip install --no-deps "/usr/src/glowplug[model]" \
     && mkdir /home/app/packages \
     && chmod -R a+rX /home/app
 
+
+# The entrypoint is a static program, which executes the runtime's own shim wherever it is not all that is needed.
+FROM build AS shim
+
+RUN apt-get update -qy \
+    && apt-get install -qy --no-install-recommends gcc libc6-dev \
+    && python -P -m runtime.zygote.native /usr/src/glowplug-shim
+
+
+FROM build AS ship
+
+COPY --from=shim /usr/src/glowplug-shim /usr/local/bin/glowplug-shim
 WORKDIR /home/app
 USER 12000:12000
 ENV GLOWPLUG_PACKAGES=/home/app/packages \
@@ -44,4 +56,4 @@ ENV GLOWPLUG_PACKAGES=/home/app/packages \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/tmp/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor
-CMD ["python", "-P", "-m", "runtime.shim"]
+CMD ["glowplug-shim"]

@@ -40,6 +40,7 @@ def run(quick: bool, console: Console) -> Report:
         case: dict[str, str | float] = {
             "model": size,
             "threads": threads,
+            "shim": functions.shim_of_nodes(),
             "prompt_tokens": functions.PROMPT_TOKENS,
             "namespaces": "own" if containers.NAMESPACES else "none",
         }

@@ -19,12 +19,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from benchmarks.containers import NAMESPACES, Container, MemoryCgroup, container
 from benchmarks.harness import Sample, Unavailable
+from runtime.zygote import native
 
 PROMPT_TOKENS = 32  # the checkpoints' tokenizer merges letters only: every digit is a token
 _FOLDER = Path(__file__).parent / "function"
@@ -137,8 +139,12 @@ def glowplug(
     threads: int,
     cgroup: MemoryCgroup | None = None,
     settings: Mapping[str, str] = MappingProxyType({"GLOWPLUG_LAYERS": "off"}),
+    static: bool = False,
 ) -> Iterator[Function]:
-    """Ours, with the node's agent at this socket, or with a private one; `settings` are further variables."""
+    """Ours, with the node's agent at this socket, or with a private one; `settings` are further variables.
+
+    With `static` its entrypoint is the shim's static twin, where there is one.
+    """
     port = _free_port()
     environment = _environment(
         threads,
@@ -152,9 +158,25 @@ def glowplug(
         **settings,
         **({"GLOWPLUG_SOCKET": str(agent)} if agent else {}),
     )
-    command = [sys.executable, "-m", "runtime.shim"]
+    command = [str(static_shim())] if static and static_shim() else [sys.executable, "-m", "runtime.shim"]
     with _started(command, environment, port, "/_/health", "/_/ledger", cgroup) as function:
         yield function
+
+
+@cache
+def static_shim() -> Path | None:
+    """Built for this interpreter; None without a compiler."""
+    if not native.compiler():
+        return None
+    place = Path(__file__).parents[2] / "build"
+    place.mkdir(exist_ok=True)
+    native.build(str(place / "glowplug-shim"))
+    return place / "glowplug-shim"
+
+
+def shim_of_nodes() -> str:
+    """Which shim node mode's functions begin with, for people."""
+    return "c" if static_shim() else "python"
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ class Node:
         """A container's first start, which has answered."""
         variables = {"GLOWPLUG_POOL": str(self.pool), "GLOWPLUG_LAYERS": self.layer, **settings}
         return functions.glowplug(
-            self.model, agent=self.agent, threads=self.threads, cgroup=self.cgroup, settings=variables
+            self.model, agent=self.agent, threads=self.threads, cgroup=self.cgroup, settings=variables, static=True
         )
 
     @contextlib.contextmanager

@@ -29,6 +29,8 @@ import pytest
 from manifests import build, data, schema  # noqa: F401  fixtures
 from programs import program
 
+from runtime.zygote import native
+
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "templates" / "llm-python"
 STAND_IN = Path(__file__).parent / "stand_in_watchdog.py"
@@ -210,6 +212,10 @@ class Image:
                     place.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(context / source, place)
                     place = self.inside(target)
+        self.shim = self.inside("/usr/local/bin/glowplug-shim")
+        if native.compiler():
+            self.shim.parent.mkdir(parents=True)
+            native.build(str(self.shim))
         (self.home / "packages").mkdir()
         (self.home / "function" / "__init__.py").touch()
         for path in (root, *root.rglob("*")):

@@ -316,9 +316,12 @@ class Pod:
             **env,
         }
         self.log = self.tmp / "log"
+        command = list(container["command"])
+        if command[0] == image.shim.name:  # where no compiler has made it: what it does outside of node mode
+            command = [str(image.shim)] if image.shim.exists() else [sys.executable, "-P", "-m", "runtime.shim"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                container["command"], cwd=image.home, env=settings, stdout=log, stderr=log, start_new_session=True
+                command, cwd=image.home, env=settings, stdout=log, stderr=log, start_new_session=True
             )
         self.proxy = before(self.spec, self.port, timeout)
 

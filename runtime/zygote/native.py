@@ -33,11 +33,13 @@ def build(target: str, flags: Sequence[str] = _OPTIMISED) -> None:
         raise BadConfig("no C compiler is there; install one (Debian: gcc, libc6-dev), or start runtime.shim itself")
     known = {"PYTHON": sys.executable, "VERSION": own.needs().python, "LOCK": own.LOCK}
     defined = [f'-D{name}="{value}"' for name, value in known.items()]
+    new = f"{target}.{os.getpid()}"  # somebody may be starting the old one
     done = subprocess.run(
-        [program, *_FLAGS, *flags, *defined, SOURCE, "-o", target], capture_output=True, text=True, check=False
+        [program, *_FLAGS, *flags, *defined, SOURCE, "-o", new], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise BadConfig(f"{program} does not build {SOURCE}: {done.stderr.strip()}")
+    os.replace(new, target)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,23 @@ def stopped(start_agent, ssd, model, eventually):
     return agent, place
 
 
+@pytest.fixture
+def left(start_local_agent, ssd, checkpoint_files, eventually):
+    """`start()` makes an agent in this process; one before it has left an image: its directory, and its tensors."""
+    tensors = large_tensors(1)
+    origins = {FAKE: FakeOrigin(FAKE, checkpoint_files(tensors))}
+
+    def start():
+        return start_local_agent(origins, ssd=ssd)
+
+    agent = start()
+    load(agent, FAKE, tensors, "origin")
+    kept(agent, eventually)
+    agent.close()
+    (place,) = images(ssd)
+    return start, place, tensors
+
+
 def test_flipped_bits_are_found_refetched_and_repaired(stopped, model, rounds, eventually):
     agent, place = stopped
     segment = place / "0.seg"
@@ -253,21 +270,21 @@ def test_a_chunk_whose_origin_changed_too_is_an_error_and_then_new_bytes(ssd, st
         (lambda place: place.rename(place.parent / f"src-{'a' * 40}.{LAYOUT}"), "foreign"),
     ],
 )
-def test_damage_that_the_start_finds_is_quarantined_with_its_reason(damage, reason, stopped, ssd, model, eventually):
-    agent, place = stopped
+def test_damage_that_the_start_finds_is_quarantined_with_its_reason(damage, reason, left, ssd, caplog, eventually):
+    start, place, tensors = left
     damage(place)
-    agent.start()
+    agent = start()
     (bad,) = agent.client.status().ssd.quarantined
     assert reason in bad.reason
-    assert bad.reason in agent.output()
+    assert bad.reason in caplog.text
     assert not images(ssd)
     (aside,) = (ssd / "quarantine").iterdir()
     assert bad.reason == (aside / "reason").read_text().strip()
     assert not list(aside.glob("*.seg")), "the space is free"
-    load(agent, *model, "origin")
+    load(agent, FAKE, tensors, "origin")
     kept(agent, eventually)
-    agent.restart()
-    load(agent, *model, "ssd")
+    agent.close()
+    load(start(), FAKE, tensors, "ssd")
 
 
 def rewrite(place: Path, **fields) -> None:
@@ -276,8 +293,8 @@ def rewrite(place: Path, **fields) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "garbage", "absent"])
-def test_a_damaged_revision_is_computed_again(damage, stopped, model, eventually):
-    agent, place = stopped
+def test_a_damaged_revision_is_computed_again(damage, left, eventually):
+    start, place, tensors = left
     path = place / "revision"
     right = path.read_bytes()
     match damage:
@@ -289,8 +306,7 @@ def test_a_damaged_revision_is_computed_again(damage, stopped, model, eventually
             path.write_bytes(image.seal(b"rev-nonsense"))
         case "absent":
             path.unlink()
-    agent.start()
-    load(agent, *model, "ssd")
+    load(start(), FAKE, tensors, "ssd")
     eventually(lambda: path.exists() and path.read_bytes() == right)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -20,14 +21,13 @@ values = st.recursive(
 messages = st.dictionaries(st.text(), values)
 
 
-@given(st.lists(messages), st.data())
-def test_messages_arrive_however_they_are_cut(sent: list[dict[str, object]], data: st.DataObject) -> None:
+@given(st.lists(messages, max_size=5), st.lists(st.integers(0, 2000)))
+def test_messages_arrive_however_they_are_cut(sent: list[dict[str, object]], cuts: list[int]) -> None:
     raw = b"".join(json.dumps(message).encode() + b"\n" for message in sent)
-    lines, received, at = Lines(), [], 0
-    while at < len(raw):
-        end = data.draw(st.integers(at + 1, len(raw)))
+    places = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
+    lines, received = Lines(), []
+    for at, end in pairwise(places):
         received += lines.feed(raw[at:end])
-        at = end
     assert received == sent
 
 

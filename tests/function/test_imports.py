@@ -57,8 +57,25 @@ for architecture in tiny.ARCHITECTURES:
 """
 
 
+THREADS = """
+import threading
+import torch._dynamo as early
+assert "torch._dynamo.eval_frame" not in sys.modules
+barrier, found = threading.Barrier(8), []
+def want():
+    barrier.wait()
+    found.append(early.optimize)
+threads = [threading.Thread(target=want) for _ in range(8)]
+for each in threads: each.start()
+for each in threads: each.join(60)
+told["found"] = [len(found), len(set(map(id, found)))]
+"""
+
+
 def test_it_leaves_out_what_serving_does_not_need_and_computes_the_same() -> None:
-    lean, log = _run("imports.imported(load)\ntold['loaded'] = sorted(sys.modules)" + MODEL)
+    """And threads that then want what was put off at once get the same."""
+    lean, log = _run("imports.imported(load)\ntold['loaded'] = sorted(sys.modules)" + MODEL + THREADS)
+    assert lean.pop("found") == [8, 1]
     plain, _ = _run("imports.imported(load, lean=False)\ntold['loaded'] = sorted(sys.modules)" + MODEL)
     assert "failed" not in log
     # Nor does putting a model together, and taking its attention over.
@@ -95,23 +112,6 @@ told["compiled"] = compiled(torch.ones(2)).tolist()
         "real": ["module", True],
         "compiled": [7.0, 7.0],
     }
-
-
-def test_threads_that_want_it_at_once_get_the_same() -> None:
-    told, _ = _run("""
-imports.imported(load)
-import threading, torch
-import torch._dynamo as early
-barrier, found = threading.Barrier(8), []
-def want():
-    barrier.wait()
-    found.append(early.optimize)
-threads = [threading.Thread(target=want) for _ in range(8)]
-for each in threads: each.start()
-for each in threads: each.join(60)
-told["found"] = [len(found), len(set(map(id, found)))]
-""")
-    assert told["found"] == [8, 1]
 
 
 def test_another_layout_of_transformers_is_imported_as_it_stands() -> None:

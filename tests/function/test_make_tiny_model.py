@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -20,6 +22,7 @@ COMMITTED = ROOT / "templates" / "llm-python" / "model"
 # scripts/ is no package; appended, so that nothing there can shadow a library.
 sys.path.append(str(ROOT / "scripts"))
 
+from tiny_model import __main__ as command_line  # noqa: E402
 from tiny_model import corpus, tokenizer, training  # noqa: E402
 from tiny_model.random_checkpoint import random_checkpoint  # noqa: E402
 
@@ -127,7 +130,18 @@ class TestCommittedModel:
 
 
 class TestTraining:
+    @pytest.fixture
+    def torch_settings(self) -> Iterator[None]:
+        """Training sets them for its whole process."""
+        threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        yield
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    @pytest.mark.usefixtures("torch_settings")
     def test_same_seed_same_bytes(self, tmp_path: Path) -> None:
+        """Here and in another process, whose strings hash in another way."""
         (tmp_path / "README.md").write_text("# Title\n\nA glow plug warms a cold engine, so that it starts at once.\n")
         program = """
 import sys
@@ -135,13 +149,13 @@ from pathlib import Path
 from tiny_model.training import train
 
 root = Path(sys.argv[1])
-for name, seed in zip(sys.argv[2::2], sys.argv[3::2]):
-    train(root, root / name, seed=int(seed), steps=2, threads=1, report=lambda line: None)
+train(root, root / "two", seed=3, steps=2, threads=1, report=lambda line: None)
 """
-        env = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
-        # Not in this process: training sets torch's thread count and determinism for its whole process.
-        for runs in (("one", "3"), ("two", "3", "other", "4")):
-            subprocess.run([sys.executable, "-c", program, tmp_path, *runs], env=env, check=True)
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "scripts"), "PYTHONHASHSEED": "1"}
+        other = subprocess.Popen([sys.executable, "-c", program, tmp_path], env=env)
+        for name, seed in (("one", 3), ("other", 4)):
+            training.train(tmp_path, tmp_path / name, seed=seed, steps=2, threads=1, report=lambda line: None)
+        assert other.wait(100) == 0
         one, other = digests(tmp_path / "one"), digests(tmp_path / "other")
         assert digests(tmp_path / "two") == one
         assert one["tokenizer.json"] == other["tokenizer.json"]
@@ -262,9 +276,8 @@ class TestRandom:
         assert (config["num_hidden_layers"], config["hidden_size"], config["tie_word_embeddings"]) == (1, 768, True)
 
     def test_command_line_says_what_is_wrong(self, tmp_path: Path) -> None:
-        command = [ROOT / "scripts" / "make_tiny_model", "random", "--shards", "99", "--out", tmp_path]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2
+        done = CliRunner().invoke(command_line.main, ["random", "--shards", "99", "--out", str(tmp_path)])
+        assert done.exit_code == 2
         assert done.stderr.endswith("tensors cannot be cut into 99 shards\n")
 
 

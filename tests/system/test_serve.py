@@ -310,21 +310,21 @@ def test_a_function_without_the_socket_gets_its_weights_over_tcp(
     function.until(lambda: function.request("/_/ready").json["state"] == "draining", "it drains as the agent says")
 
 
-@pytest.mark.parametrize("how", ["stop", "kill"])
 def test_an_agent_that_comes_back_gets_the_weights_that_functions_map(
-    how: str, agent: Any, started: Callable[..., Any], checkpoint: Path
+    agent: Any, started: Callable[..., Any], checkpoint: Path
 ) -> None:
     """They serve on meanwhile, and there is no second copy: neither theirs nor that of a function that starts later."""
     functions = [started(model=checkpoint, socket=agent.socket).wait_ready() for _ in range(2)]
-    getattr(agent, how)()
-    assert functions[0].request("/v1/chat/completions", CHAT).status == 200
-    agent.start()
 
     def joined() -> bool:
         models = agent.client.status().models
         return [(model.leases, model.state) for model in models] == [(2, "ready")]
 
-    functions[0].until(joined, "both have offered what they map")
+    for leave in (agent.stop, agent.kill):
+        leave()
+        assert functions[0].request("/v1/chat/completions", CHAT).status == 200
+        agent.start()
+        functions[0].until(joined, "both have offered what they map")
     third = started(model=checkpoint, socket=agent.socket).wait_ready()
     workers = [function.worker() for function in (*functions, third)]
     assert len(_segments([*workers, agent.pid])) == 1, "one copy of the weights"

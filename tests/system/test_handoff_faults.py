@@ -1,13 +1,18 @@
 """One fault per round while answers stream: kill -9 of a worker, an agent or Redis, or a worker that stands still; and
 
 the same while one of them hands its work over. Two workers, each with an agent of its own, and a Redis with its
-append-only file. Every answer must come whole, each token once, whatever happens when; the fencing log of every request
-must name one owner per epoch, in order.
+append-only file. Whatever happens when:
+
+- every answer comes whole: sampled text and usage are those of the undisturbed run;
+- no token is told by two owners: none under an old epoch of what the next one has begun to tell (`_check_told`);
+- the fencing log in the store names one owner per epoch, and just those under which anything was told;
+- nothing is left: in the workers at once, in the store when it has expired.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -18,19 +23,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+from toy_worker import Line
 
 from runtime.handoff.client import ask
 
 WORKER = Path(__file__).with_name("toy_worker.py")
+TTL = 15  # seconds for which the store keeps a request
 FAULTS = ("worker", "other worker", "agent", "other agent", "redis", "stop worker", "nothing")
 DRAINS = ("worker", "other worker", "redis", "stop other worker", "agent", "other agent", "nothing")
 STREAMS = 3
+SPACE = "glowplug:snapshot:chat:"
 WORDS = " ".join(f"w{n}ü" for n in range(50))
 
 
@@ -44,6 +53,7 @@ class Cluster:
         self.workers: list[subprocess.Popen[str]] = []
         self.urls: list[str] = []
         self.born = 0
+        self.told = place / "told"
 
     def start_redis(self) -> None:
         program = shutil.which("redis-server")
@@ -55,7 +65,8 @@ class Cluster:
 
     def start_worker(self, number: int) -> None:
         self.born += 1
-        command = [sys.executable, str(WORKER), str(self.agents[number].socket), f"worker-{number}-{self.born:04}"]
+        name = f"worker-{number}-{self.born:04}"
+        command = [sys.executable, str(WORKER), str(self.agents[number].socket), name, str(self.told)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
@@ -85,6 +96,27 @@ class Cluster:
                 worker.send_signal(signal.SIGSTOP)
                 time.sleep(chance.uniform(0.3, 2.5))  # the fault itself: for so long it stands still
                 worker.send_signal(signal.SIGCONT)
+
+    @property
+    def store(self) -> Any:
+        """Redis, once it answers."""
+        client = redis.Redis(port=self.port)
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(redis.RedisError):
+                client.ping()
+                return client
+            assert time.monotonic() < deadline, "Redis answers"
+            time.sleep(0.02)
+
+    def left(self) -> set[int]:
+        """How many requests, generations and holds the workers still have in hand; {0} for none."""
+        found: set[int] = set()
+        for url in self.urls:
+            with contextlib.closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)) as connection:
+                connection.request("GET", "/_toy/left")
+                found |= set(json.loads(connection.getresponse().read()).values())
+        return found
 
     def drain(self) -> None:
         """Has the first worker hand its work over."""
@@ -116,6 +148,7 @@ def cluster(start_agent: Callable[..., Any], tmp_path: Path, eventually: Callabl
     try:
         made.start_redis()
         options = ("--redis-url", f"redis://127.0.0.1:{made.port}", "--cluster-key-file", str(key))
+        options += ("--snapshot-ttl", str(TTL))
         for name in ("n1", "n2"):
             listen = f"127.0.0.1:{_free_port()}"
             made.agents.append(start_agent(*options, "--node", name, "--agent-listen", listen))
@@ -128,47 +161,73 @@ def cluster(start_agent: Callable[..., Any], tmp_path: Path, eventually: Callabl
 
 @pytest.mark.parametrize("drain", [False, True], ids=["crash", "drain"])
 def test_every_answer_comes_whole_and_has_one_owner_at_a_time(
-    cluster: Cluster, rounds: Callable[[int, int], int], drain: bool
+    cluster: Cluster, rounds: Callable[[int, int], int], eventually: Callable[..., Any], drain: bool
 ) -> None:
     faults = DRAINS if drain else FAULTS
-    for number in range(rounds(4 if drain else len(faults), 500)):
+    count = rounds(4 if drain else len(faults), 500)
+    outcomes: Counter[str] = Counter()
+    for number in range(count):
         chance = random.Random(f"{'drain' if drain else 'handoff'} {number}")
         fault = faults[number % len(faults)]
-        answers: dict[int, Any] = {}
-        heard, enough = threading.Semaphore(0), chance.randint(1, 3 * 150)
-
-        def stream(n: int, seed: int, answers: dict[int, Any] = answers, heard: Any = heard) -> None:
-            body = {"messages": [{"role": "user", "content": WORDS}], "stream": True, "seed": seed}
-            body |= {"temperature": 1.0, "stream_options": {"include_usage": True}}
-            text, usage = "", None
-            try:
-                for event in ask(cluster.urls, "/v1/chat/completions", body, patience=40, silence=5):
-                    frame = json.loads(event.data)
-                    text += "".join(one["delta"].get("content", "") for one in frame["choices"])
-                    usage = frame["usage"] or usage
-                    heard.release()
-                answers[n] = (text, usage["completion_tokens"] if usage else None)
-            except Exception as error:  # told by the test, with the round's number
-                answers[n] = error
-
+        what = f"round {number}, {fault}"
         seeds = [chance.randrange(1 << 30) for _ in range(STREAMS)]
-        threads = [threading.Thread(target=stream, args=(n, seed)) for n, seed in enumerate(seeds)]
-        for thread in threads:
-            thread.start()
-        for _ in range(enough):
-            heard.acquire(timeout=20)
+        streams = Streams(cluster.urls, seeds, silence=1 if fault.startswith("stop") else 5)
+        streams.hear(chance.randint(1, 3 * 150))
         if drain:
             cluster.drain()
-            time.sleep(chance.uniform(0.0, 0.15))  # the fault itself: it comes at any moment of the hand-off
+            # The fault itself: it comes at any moment of the hand-off, or of what follows.
+            time.sleep(chance.uniform(0.0, chance.choice((0.15, 0.15, 0.6))))
         cluster.kill(fault, chance)
-        for thread in threads:
-            thread.join(90)
-        for n, seed in enumerate(seeds):
+        for seed, answer in zip(seeds, streams.answers(), strict=True):
             wanted = _expected(seed)
-            assert answers.get(n) == (wanted, len(wanted.encode()) + 1), f"round {number}, {fault}, stream {n}"
-        _check_owners(cluster, f"round {number}, {fault}")
+            assert answer == (wanted, len(wanted.encode()) + 1), f"{what}, seed {seed}"
+        if drain and "agent" not in fault:
+            outcomes.update(each.outcome for each in cluster.agents[0].client.status().handoffs[:STREAMS])
+        eventually(lambda: cluster.left() == {0}, 20, f"{what}: nothing is left in a worker")
+        _check_told(cluster, what)
         if drain and fault != "worker":  # it has given all away: a new one takes its place
             cluster.kill("worker", chance)
+        if number % 50 == 49:
+            print(f"{number + 1} rounds of {count}; hand-offs: {dict(outcomes)}", flush=True)
+    if count >= 100:
+        assert not drain or outcomes["moved"] > count, "the rounds are about hand-offs"
+        eventually(lambda: not cluster.store.keys("glowplug:snapshot:*"), 3 * TTL, "all that was kept has expired")
+
+
+class Streams:
+    """Sampled answers being read, each by a client that resumes; `silence` is when it gives a connection up."""
+
+    def __init__(self, urls: list[str], seeds: list[int], *, silence: float) -> None:
+        self._urls, self._silence = urls, silence
+        self._heard = threading.Semaphore(0)
+        self._answers: list[Any] = [None for _ in seeds]
+        self._threads = [threading.Thread(target=self._read, args=(n, seed)) for n, seed in enumerate(seeds)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, n: int, seed: int) -> None:
+        body = {"messages": [{"role": "user", "content": WORDS}], "stream": True, "seed": seed}
+        body |= {"temperature": 1.0, "stream_options": {"include_usage": True}}
+        text, usage = "", None
+        try:
+            for event in ask(self._urls, "/v1/chat/completions", body, patience=40, silence=self._silence):
+                frame = json.loads(event.data)
+                text += "".join(one["delta"].get("content", "") for one in frame["choices"])
+                usage = frame["usage"] or usage
+                self._heard.release()
+            self._answers[n] = (text, usage["completion_tokens"] if usage else None)
+        except Exception as error:  # told by the test, with the round's number
+            self._answers[n] = error
+
+    def hear(self, events: int) -> None:
+        """Waits until so many have come, of all of them together; or until no more come."""
+        for _ in range(events):
+            self._heard.acquire(timeout=20)
+
+    def answers(self) -> list[Any]:
+        for thread in self._threads:
+            thread.join(90)
+        return self._answers
 
 
 def _expected(seed: int) -> str:
@@ -185,18 +244,26 @@ def _expected(seed: int) -> str:
     raise AssertionError("it has an end")
 
 
-def _check_owners(cluster: Cluster, what: str) -> None:
-    client = redis.Redis(port=cluster.port)
-    deadline = time.monotonic() + 20
-    while True:
-        with contextlib.suppress(redis.RedisError):
-            client.ping()
-            break
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-    for key in client.scan_iter("glowplug:snapshot:chat:*:changes"):
-        changes = [line.decode().split(" ") for line in client.lrange(key, 0, -1)]
-        epochs = [int(epoch) for epoch, _ in changes]
-        assert epochs == sorted(set(epochs)), f"{what}: {changes}"
-        assert epochs[0] == 1, f"{what}: {changes}"
-    client.close()
+def _check_told(cluster: Cluster, what: str) -> None:
+    """Who told what under which epoch, and what the store says to it; forgets it."""
+    lines = sorted(Line.parsed(text) for text in cluster.told.read_text().splitlines())
+    cluster.told.write_text("")
+    by_request: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        by_request[line.id].append(line)
+    assert len(by_request) >= STREAMS, what
+    for request, told in by_request.items():
+        logged = dict(line.decode().split(" ") for line in cluster.store.lrange(f"{SPACE}{request}:changes", 0, -1))
+        epochs = [int(epoch) for epoch in logged]
+        assert epochs == list(range(1, len(epochs) + 1)), f"{what}: {logged}"
+        owners, tokens = {}, {}
+        begun: dict[tuple[int, int], int] = {}  # (epoch, choice) -> the first token that was told under it
+        for line in told:
+            about = f"{what}: {line}; {logged}"
+            assert owners.setdefault(line.epoch, line.owner) == line.owner == logged.get(str(line.epoch)), about
+            assert tokens.setdefault((line.choice, line.index), line.token) == line.token, about
+            later = [index for (epoch, choice), index in begun.items() if epoch > line.epoch and choice == line.choice]
+            assert line.index < min(later, default=1 << 30), f"told after the next owner had begun with it: {about}"
+            begun.setdefault((line.epoch, line.choice), line.index)
+    for key in cluster.store.keys("glowplug:snapshot:*"):
+        assert 0 < cluster.store.pttl(key) <= 2 * TTL * 1000, f"{what}: {key!r} stays for ever"

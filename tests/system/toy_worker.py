@@ -1,21 +1,31 @@
-"""A function's HTTP side on the toy model, as a process: what kills are aimed at. `python toy_worker.py SOCKET NAME`
+"""A function's HTTP side on the toy model, as a process: what kills are aimed at.
 
-On SIGUSR1 it drains.
+    python toy_worker.py SOCKET NAME TOLD [halting]
+
+On SIGUSR1 it drains. Each token that it tells as a request's owner is a line of the file TOLD (`Line`), whoever reads
+it: that file is what two owners at once would show in. `/_toy/left` says what it still has in hand. One that is
+`halting` stops itself, as SIGSTOP does, in the middle of the first request that is copied to it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
+import time
+from typing import Any, NamedTuple
 
 from cache_agent.client import CacheClient
 from cache_agent.ledger import Ledger
 from cache_agent.snapshots.client import SnapshotClient
 from runtime.app import create_app
 from runtime.config import FunctionConfig
+from runtime.engine.base import TokenEvent
+from runtime.handoff import guest, host
 from runtime.handoff.checkpoint import Checkpoints
+from runtime.handoff.hold import Hold
 from runtime.handoff.moving import Moving
 from runtime.handoff.seal import Plain
 from runtime.handoff.snapshot import Place
@@ -26,19 +36,79 @@ from runtime.testing import toy_model
 LEASE = 0.8
 
 
-def main(path: str, name: str) -> None:
-    model = toy_model(step_delay=0.004, slots=16, context_length=1 << 16)
+class Line(NamedTuple):
+    """`owner` told token number `index` of a choice under `epoch`, no later than at `time` (CLOCK_MONOTONIC)."""
+
+    time: float
+    id: str
+    epoch: int
+    owner: str
+    choice: int
+    index: int
+    token: int
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+    @classmethod
+    def parsed(cls, text: str) -> Line:
+        time_, id_, epoch, owner, choice, index, token = text.split(" ")
+        return cls(float(time_), id_, int(epoch), owner, int(choice), int(index), int(token))
+
+
+class Watched(Checkpoints):
+    """Takes down, in a file that outlives this process, what its owner told and when."""
+
+    def __init__(self, told: str, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._told = os.open(told, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def tell(self, hold: Hold, choice: int, event: TokenEvent) -> bool:
+        permitted = super().tell(hold, choice, event)
+        if permitted and event.token is not None and not hold.handed:
+            # It was permitted while the lease ran: a process that was stopped since then must not seem to tell later.
+            now = min(time.monotonic(), hold.until)
+            line = Line(now, hold.key.id, hold.epoch, self.owner, choice, event.index, event.token)
+            os.write(self._told, f"{line}\n".encode())
+        return permitted
+
+    @property
+    def held(self) -> int:
+        return len(self._holds)
+
+
+class Halting(guest.Guests):
+    """Stops its process when a request has been announced, and before a byte of it is read."""
+
+    def _offered(self, offer: Any) -> None:
+        super()._offered(offer)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def main(path: str, name: str, told: str, kind: str = "") -> None:
+    model = toy_model(step_delay=0.004, slots=16, context_length=1 << 20)
     client = SnapshotClient(lambda: CacheClient(path, timeout=2), timeout=2.0)
     here = Place("toy", "toy", "tok")
-    model.book = Checkpoints(client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
+    model.book = book = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
+    if kind == "halting":
+        host.Guests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)
     moving = Moving("chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None)
     signal.signal(signal.SIGUSR1, lambda *_: moving.depart())
     lifecycle.opened(model, None)
     app = create_app(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["PATH_INFO"] != "/_toy/left":
+            return app(environ, start_response)
+        stats = model.engine.stats()
+        left = {"engine": stats.running + stats.waiting, "held": book.held, "inside": lifecycle.inside}
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps(left).encode()]
+
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     print(listener.getsockname()[1], flush=True)
-    HttpServer(listener, app, capacity=32, parent=os.getppid(), on_beat=lambda: None).run_until_stopped()
+    HttpServer(listener, answer, capacity=32, parent=os.getppid(), on_beat=lambda: None).run_until_stopped()
 
 
 if __name__ == "__main__":

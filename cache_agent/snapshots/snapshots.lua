@@ -95,6 +95,7 @@ if step == 'transfer' then
   if owner == heir and epoch == under + 1 then return 1 end
   if owner ~= mine or epoch ~= under then return 0 end
   change(heir, under + 1, now + lease)
+  redis.call('HDEL', record, 'done')
   touch()
   return 1
 end

@@ -84,7 +84,8 @@ class Snapshots(Protocol):
     def transfer(self, key: Key, owner: str, epoch: int, heir: str, lease: float) -> bool:
         """Compare and set: makes `heir` the owner under `epoch` + 1; False unless it was `owner`'s under `epoch`.
 
-        Saying it twice is saying it once. A record that is not there is made, without a piece.
+        Saying it twice is saying it once. A record that is not there is made, without a piece; one that was complete
+        is not any more.
         """
         ...
 
@@ -187,6 +188,7 @@ class InProcessSnapshots:
             if (record.owner, record.epoch) != (owner, epoch):
                 return False
             self._change(record, heir, now + lease)
+            record.done = False  # its last tokens were told to nobody: the heir makes them again
             self._touch(key, record, now)
             return True
 

@@ -4,7 +4,7 @@
                        │  └─ let_go ──► free                                 anybody may claim it at once
                        ├─ fenced, or wanted by another ──► over              nothing more is told here
                        └─ freeze ──► transfer ──► handed                     another keeps it, and tells through us
-                            └─ thaw ──► Hold
+                            └─ thaw ──► Hold      └─ transfer ──► retake ──► Hold      … and is gone
 
 A token is told to the client only while the lease on its request runs; the lease begins when a `keep` is sent, not when
 its answer comes, so this worker's idea of it ends before the store's. A worker that was stopped and wakes finds it over
@@ -123,18 +123,30 @@ class Checkpoints:
         with self._changed:
             hold.frozen = False
             if epoch:
-                hold.epoch, hold.at, hold.sent, hold.until = epoch, 0, [0] * len(hold.sent), 0.0
+                self._anew(hold, epoch)
             self._changed.notify_all()
 
     def transfer(self, hold: Hold, owner: str, epoch: int, heir: str) -> bool:
         """Makes `heir` its owner under `epoch` + 1, if it is `owner`'s under `epoch`. Raises any `AgentError`."""
         return self._client.transfer(hold.key, owner, epoch, heir, self._lease)
 
-    def handed(self, hold: Hold) -> None:
-        """Another keeps it from here on; what that one makes of it is told through the streams of this hold."""
+    def handed(self, hold: Hold, heir: str, epoch: int) -> None:
+        """`heir` keeps it from here on; what that one makes of it is told through the streams of this hold."""
         with self._changed:
-            hold.frozen, hold.handed = False, True
+            hold.frozen, hold.handed, hold.epoch = False, heir, epoch
             self._settle(hold)
+            self._changed.notify_all()
+
+    def retake(self, hold: Hold, epoch: int, tokens: Sequence[Sequence[int]], ended: Iterable[int]) -> None:
+        """One that was handed on is this worker's again, under `epoch`; of each choice `tokens` came, and are told."""
+        with self._changed:
+            if hold.key.id in self._holds:  # whoever asked for it on another connection has it
+                hold.over = "its client came back"
+                return
+            hold.handed, hold.tokens = "", [list(ids) for ids in tokens]
+            hold.ended |= set(ended)
+            self._anew(hold, epoch)
+            self._holds[hold.key.id] = hold
             self._changed.notify_all()
 
     def lost(self, hold: Hold, why: str) -> None:
@@ -218,6 +230,10 @@ class Checkpoints:
             self._holds[hold.key.id] = hold
             self._changed.notify_all()
         return hold
+
+    def _anew(self, hold: Hold, epoch: int) -> None:
+        """All of it is told once more, under this epoch, and nothing to its client before the store has answered."""
+        hold.epoch, hold.at, hold.sent, hold.until = epoch, 0, [0] * len(hold.sent), 0.0
 
     def _free(self, hold: Hold, why: str) -> None:
         if not hold.over:

@@ -2,7 +2,8 @@
 
     seek ──► relay ──► each request: `move` decides, this carries it out ──► release ──► relaying until the process ends
      ▲         │
-     └─────────┴── the destination is gone: what was not moved runs on here, and another one is looked for
+     └─────────┴── the destination is gone: what was not moved runs on here, another one is looked for, and what was
+                   moved goes on there, or here while the model is here (`orphans`)
 
 One request after the other: each stands still only for as long as its own state travels, the others run on.
 """
@@ -13,16 +14,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cache_agent.errors import AgentError
-from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState
+from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, TokenStream
 from runtime.errors import FunctionError
 from runtime.handoff.checkpoint import Checkpoints
 from runtime.handoff.hold import Hold
 from runtime.handoff.live import LiveEngine, LiveStream
 from runtime.handoff.move import Action, Event, Move, travels
+from runtime.handoff.orphans import Orphan, Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import ANSWER, Relay, Sent
 from runtime.handoff.snapshot import Place, Snapshot
@@ -58,7 +60,9 @@ class _Unit:
 
     streams: dict[int, LiveStream]  # by choice
     hold: Hold | None
+    orphan: Orphan | None = None
     snapshots: list[Snapshot] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
     sent: Sent | None = None
     how: str = "relay"
     frozen_at: float = 0.0
@@ -100,6 +104,8 @@ class Departure:
         self._beginning = threading.Lock()
         self._begun = False
         self._closing = threading.Event()
+        self._wake = threading.Event()
+        self._orphans = Orphans(live, self._wake.set)
         self._relay: Relay | None = None
         self._thread = threading.Thread(target=self._run, name="handoff", daemon=True)
 
@@ -112,6 +118,8 @@ class Departure:
     def close(self, why: str, deadline: float) -> None:
         """Streams that are relayed end with "moved"."""
         self._closing.set()
+        self._wake.set()
+        self._orphans.end(why)
         if (relay := self._relay) is not None:
             relay.close(why)
         if self._thread.is_alive():
@@ -122,30 +130,37 @@ class Departure:
     def _run(self) -> None:
         while not self._closing.is_set():
             try:
+                self._take_back()
                 if (relay := self._seek()) is not None:
                     self._hand_over(relay)
             except (Broken, AgentError, FunctionError) as error:
                 log.info("no hand-off yet: %s", error)
             except Exception:  # a fault of ours must not end what still runs
                 log.exception("handing over failed")
-            self._closing.wait(_AGAIN)
+            self._pause(_AGAIN)
+
+    def _pause(self, seconds: float) -> None:
+        """Less, when there is something to do sooner."""
+        self._wake.wait(seconds)
+        self._wake.clear()
 
     def _hand_over(self, relay: Relay) -> None:
         """Returns when the destination is gone."""
         self._relay = relay
-        threading.Thread(target=relay.run, name="relay", daemon=True).start()
+        threading.Thread(target=relay.run, args=(self._orphans.take,), name="relay", daemon=True).start()
         try:
             relay.measure()
             self._live.redirect(relay)
             log.info("handing over to %s, at %.0f MB/s", relay.owner, relay.speed / 1e6)
             while not relay.broken and not self._closing.is_set():
                 pause = _AGAIN
+                self._rescue(relay)
                 if not self._live.released:
                     had_room = self._move_all(relay)
                     pause = _NO_ROOM if not had_room else _SOON if self._live.here() else _AGAIN
                     if self._releasable() and self._live.release():
                         self._released()
-                self._closing.wait(pause)
+                self._pause(pause)
         finally:
             self._live.redirect(None)
             relay.close("the replica that drains has given it up")
@@ -161,6 +176,65 @@ class Departure:
         if told:
             self._report(told)
         return not told or told[-1].outcome != "back"
+
+    # --- what lost its destination ----------------------------------------------------------------------------------
+
+    def _adopted(self) -> list[_Unit]:
+        """Orphans that are this worker's again, as the store has it, and whose clients wait."""
+        units = []
+        for orphan in self._orphans.waiting():
+            if (streams := self._orphans.streams(orphan)) is not None:
+                sent = orphan.sent
+                unit = _Unit(streams, sent.hold, orphan, frozen_at=orphan.since, epoch=sent.epoch, why=orphan.why)
+                match self._recover(unit, sent):
+                    case Event.YES:
+                        units.append(unit)
+                    case Event.NO:
+                        self._orphans.give_up(orphan, unit.why)
+        return units
+
+    def _recover(self, unit: _Unit, sent: Sent) -> Event:
+        if unit.hold is None or self._book is None or sent.owner == self._book.owner:
+            return Event.YES
+        event = self._transfer(unit, sent.owner, sent.epoch, self._book.owner)
+        if event is Event.YES:
+            sent.owner, sent.epoch = self._book.owner, sent.epoch + 1
+            unit.epoch = sent.epoch
+        return event
+
+    def _rescue(self, relay: Relay) -> None:
+        told: list[Told] = []
+        for unit in self._adopted():
+            if relay.broken or self._closing.is_set():
+                break
+            if (outcome := self._move(unit, relay)) is not None:
+                told.append(outcome)
+        if told:
+            self._report(told)
+
+    def _take_back(self) -> None:
+        """Into the own engine, while there is one: what goes on here can be moved again, as all the others."""
+        for unit in [] if self._live.released else self._adopted():
+            assert unit.orphan is not None, "it was adopted"
+            sent, begun = unit.orphan.sent, dict[int, TokenStream]()
+            try:
+                for choice in unit.streams:
+                    begun[choice] = self._live.readmit(sent.state(choice))
+            except FunctionError as error:  # no room; or it has just been released
+                log.info("%s is not taken back: %s", unit.id, error.text)
+                for stream in begun.values():
+                    stream.close()
+                continue
+            if unit.hold is not None and self._book is not None:
+                running = set(sent.streams)
+                ended = [n for n in range(len(sent.tokens)) if n not in running]
+                self._book.retake(unit.hold, unit.epoch, sent.tokens, ended)
+            for choice, stream in unit.streams.items():
+                stream.attach(begun[choice], here=True)
+            self._orphans.found_a_place(unit.orphan)
+            log.info("%s goes on here again: %s", unit.id, unit.why)
+
+    # --- what is here -----------------------------------------------------------------------------------------------
 
     def _units(self) -> list[_Unit]:
         units: dict[str, _Unit] = {}
@@ -206,7 +280,7 @@ class Departure:
             case Action.RECLAIM:
                 return self._reclaim(unit, relay)
             case Action.ATTACH:
-                self._attach(unit)
+                self._attach(unit, relay)
             case Action.DROP:
                 if unit.sent is not None:
                     relay.drop(unit.sent)
@@ -217,6 +291,8 @@ class Departure:
         return None
 
     def _freeze(self, unit: _Unit, relay: Relay) -> Event:
+        if unit.orphan is not None:
+            return self._still(unit, unit.orphan.sent)
         hold = unit.hold
         if hold is not None:
             assert self._book is not None, "it holds it"
@@ -224,7 +300,7 @@ class Departure:
                 return Event.UNFIT
             if set(unit.streams) != set(range(len(hold.requests))) - hold.ended:
                 return Event.UNFIT  # one of its choices has just ended, and its last tokens are not told yet
-            unit.epoch = hold.epoch
+            unit.epoch, unit.ended = hold.epoch, sorted(hold.ended)
         try:
             states = {choice: self._export(stream, unit, relay) for choice, stream in unit.streams.items()}
         except (KeyError, FunctionError) as error:  # it ended in this moment, or its step takes for ever
@@ -238,6 +314,14 @@ class Departure:
         unit.snapshots = [Snapshot(state, place.tokenizer, place.adapter, unit.epoch) for state in whole]
         return Event.FROZEN
 
+    def _still(self, unit: _Unit, sent: Sent) -> Event:
+        """It runs nowhere: its state is what came of it."""
+        running = set(sent.streams)
+        unit.ended = [n for n in range(len(sent.tokens)) if n not in running]
+        unit.snapshots = [replace(each, state=sent.state(n), epoch=unit.epoch) for n, each in enumerate(sent.snapshots)]
+        unit.how = "recompute" if any(sent.tokens) else "relay"
+        return Event.FROZEN
+
     def _export(self, stream: LiveStream, unit: _Unit, relay: Relay) -> GenerationState:
         size, again = self._live.recompute(stream.request_id)
         kv = travels(size, relay.speed, again, exact=stream.request.deterministic)
@@ -248,11 +332,12 @@ class Departure:
         return state
 
     def _offer(self, unit: _Unit, relay: Relay) -> Event:
-        kept = Kept(unit.hold.context, sorted(unit.hold.ended)) if unit.hold else None
+        kept = Kept(unit.hold.context, unit.ended) if unit.hold else None
         live = list(unit.streams) if unit.hold else [0]
         size = sum(len(row.data) for each in unit.snapshots for row in each.state.kv)
         try:
             unit.sent = relay.offer(unit.snapshots, live, kept)
+            unit.sent.rescues = unit.orphan.sent.rescues + 1 if unit.orphan else 0
             answer = relay.answer(unit.sent, Ready, ANSWER + size / _SLOWEST)
         except Broken as error:
             return self._broken(unit, relay, error)
@@ -303,21 +388,34 @@ class Departure:
                 return Event.UNKNOWN
             self._closing.wait(_LOOK)
 
-    def _attach(self, unit: _Unit) -> None:
-        assert unit.sent is not None, "it was offered"
+    def _attach(self, unit: _Unit, relay: Relay) -> None:
+        sent = unit.sent
+        assert sent is not None, "it was offered"
         if unit.hold is not None and self._book is not None:
-            self._book.handed(unit.hold)
+            self._book.handed(unit.hold, relay.owner, unit.epoch + 1)
+            sent.hold, sent.epoch = unit.hold, unit.epoch + 1
         for choice, stream in unit.streams.items():
-            stream.attach(unit.sent.all[choice])
-            self._live.forget(stream.request_id)
+            stream.attach(sent.all[choice])
+            if unit.orphan is None:
+                self._live.forget(stream.request_id)
+        if unit.orphan is not None:
+            self._orphans.found_a_place(unit.orphan)
+        if not relay.settle(sent):
+            self._orphans.take([sent], relay.broken)
 
     def _resume(self, unit: _Unit) -> None:
+        if unit.orphan is not None:  # it waits for the next destination
+            unit.orphan.sent.epoch = unit.epoch
+            return
         if unit.hold is not None and self._book is not None:
             self._book.thaw(unit.hold, unit.epoch if unit.epoch != unit.hold.epoch else 0)
         for stream in unit.streams.values():
             self._live.resume(stream.request_id)
 
     def _lose(self, unit: _Unit) -> None:
+        if unit.orphan is not None:
+            self._orphans.give_up(unit.orphan, unit.why)
+            return
         if unit.hold is not None and self._book is not None:
             self._book.lost(unit.hold, unit.why)
         for stream in unit.streams.values():

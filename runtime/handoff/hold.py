@@ -41,7 +41,7 @@ class Hold:
         self.ended: set[int] = set()
         self.free = False  # nobody's any more, once that is told
         self.frozen = False  # on its way to another worker: nothing is told to the store
-        self.handed = False  # another worker keeps it, whose tokens are told through these streams
+        self.handed = ""  # who keeps it now, under `epoch`; that one's tokens are told through these streams
         self.asked = False  # somebody waits for an answer of the store
         self.begun = self.answered = 0  # exchanges about it
         self.retry_at = 0.0

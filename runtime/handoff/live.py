@@ -34,13 +34,17 @@ class LiveStream:
         self._ended = ended
         self._over = self._closed = False
 
-    def attach(self, successor: TokenStream) -> None:
-        """What follows after the own engine's stream has ended with "moved"."""
+    def attach(self, successor: TokenStream, *, here: bool = False) -> None:
+        """What follows after the present stream has ended with "moved"; `here`: the own engine makes it."""
         with self._lock:
-            self.here = False
+            self.here = here
             self._next, closed = successor, self._closed
         if closed:
             successor.close()
+
+    def reads(self, inner: TokenStream) -> bool:
+        with self._lock:
+            return inner in (self._inner, self._next)
 
     def next(self, timeout: float) -> TokenEvent | None:
         if self._over:
@@ -175,6 +179,11 @@ class LiveEngine:
             raise KeyError(request_id)
         return own.export(request_id, kv=kv)
 
+    def readmit(self, state: GenerationState) -> TokenStream:
+        """For a stream that is there already: its tokens from the own engine. Raises what `admit` does, and `Moved`."""
+        with self._lock:
+            return self._owned().admit(state) if state.generated else self._owned().submit(state.request)
+
     def resume(self, request_id: str) -> None:
         if (own := self._own) is not None:
             own.resume(request_id)
@@ -203,6 +212,12 @@ class LiveEngine:
         """The generations that the own engine runs."""
         with self._lock:
             return [stream for stream in self._streams.values() if stream.here]
+
+    def reader(self, inner: TokenStream) -> LiveStream | None:
+        """Where the tokens of another worker's stream are read; None when nobody does any more."""
+        with self._lock:
+            stream = self._streams.get(inner.request_id)
+            return stream if stream is not None and stream.reads(inner) else None
 
     def release(self) -> bool:
         """Gives the own engine up, with all that it holds; False while it still runs something."""

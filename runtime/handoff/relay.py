@@ -1,7 +1,8 @@
 """Owns a draining worker's end of a pipe: what was moved or sent on, and the tokens that come back for it.
 
 Every event has its index, and only the one that follows is taken: a token that came twice, or one that is missing, is
-noticed here and never told. When the pipe ends, every stream ends with "moved": its answer can be asked for again.
+noticed here and never told. What came is remembered with its request: when the pipe ends, or the other side gives a
+request up, all that is needed to go on with it elsewhere is here, and is made over to whoever finds it another place.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import TypeVar
 
@@ -24,6 +26,7 @@ from runtime.engine.base import (
 from runtime.engine.stream import Stream
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, FunctionError, Moved, SnapshotRefused
 from runtime.handoff import snapshot
+from runtime.handoff.hold import Hold
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.handoff.snapshot import Place, Snapshot
 from runtime.handoff.talk import (
@@ -62,18 +65,35 @@ _ERRORS: dict[str, type[FunctionError]] = {
 
 
 class Sent:
-    """A request on the other side: the last answer about it, and the streams of its choices that still run."""
+    """A request on the other side: the last answer about it, what came for it, and the streams that still run."""
 
-    def __init__(self, relay: Relay, number: int, ids: dict[int, tuple[str, int]]) -> None:
-        """`ids`: choice → (id of its generation, index of its next token)."""
+    def __init__(self, relay: Relay, number: int, snapshots: Sequence[Snapshot] = (), live: Sequence[int] = ()) -> None:
+        """`snapshots` of all its choices, of which those in `live` run."""
         self.number = number
         self.answer: AnyMessage | None = None
-        self.next = {choice: index for choice, (_, index) in ids.items()}
+        self.snapshots = [replace(each, state=replace(each.state, kv=())) for each in snapshots]
+        self.tokens = [list(each.state.generated) for each in snapshots]
+        self.emitted = [each.state.emitted for each in snapshots]
         self.streams = {
-            choice: Stream(request_id, lambda choice=choice: relay.leave(number, choice))  # type: ignore[misc]
-            for choice, (request_id, _) in ids.items()
+            choice: Stream(snapshots[choice].state.request.id, lambda choice=choice: relay.leave(number, choice))  # type: ignore[misc]
+            for choice in live
         }
         self.all = dict(self.streams)  # those that have ended, too
+        self.settled = False  # its client reads what comes here
+        self.owner = relay.owner  # who has it,
+        self.hold: Hold | None = None  # and where it is kept, the hold of this worker that it was made over from,
+        self.epoch = 0  # to be that one's under this epoch
+        self.rescues = 0  # destinations that it has outlived
+
+    def came(self, choice: int, event: TokenEvent) -> None:
+        if event.token is not None:
+            self.tokens[choice].append(event.token)
+        self.emitted[choice] += len(event.text)
+
+    def state(self, choice: int) -> GenerationState:
+        """After all that came."""
+        state = self.snapshots[choice].state
+        return replace(state, generated=tuple(self.tokens[choice]), emitted=self.emitted[choice])
 
 
 class Relay:
@@ -89,8 +109,10 @@ class Relay:
         self._sent: dict[int, Sent] = {}
         self._probed = False
 
-    def run(self) -> None:
+    def run(self, orphaned: Callable[[Sequence[Sent], str], None]) -> None:
+        """Until the pipe ends. `orphaned` takes over requests that nobody goes on with any more, and hears why."""
         why = ""
+        self._orphaned = orphaned
         try:
             with self._pipe:
                 while True:
@@ -103,12 +125,9 @@ class Relay:
             why = "the relay failed; see the log"
         with self._changed:
             self.broken = why or "the other side is gone"
-            sent, self._sent = self._sent, {}
+            left, self._sent = [sent for sent in self._sent.values() if sent.settled], {}
             self._changed.notify_all()
-        text = f"the replica that went on with this answer cannot be heard any more ({self.broken}); ask for the rest"
-        for request in sent.values():
-            for choice, stream in request.streams.items():
-                stream.put(TokenEvent(request.next[choice], None, "", "moved", text))
+        orphaned(left, self.broken)
 
     def close(self, why: str) -> None:
         self._pipe.close(why)
@@ -134,13 +153,19 @@ class Relay:
             sent = self._sent.get(number)
             if sent is None or choice not in sent.streams:  # dropped, or left by its client
                 return
-            if event.index != sent.next[choice]:
-                raise Broken(f"token {event.index} came where token {sent.next[choice]} follows")
-            sent.next[choice] += event.token is not None
-            stream = sent.streams[choice]
-            if event.finish is not None:
-                self._ended(number, choice)
-        stream.put(event)
+            if event.index != len(sent.tokens[choice]):
+                raise Broken(f"token {event.index} came where token {len(sent.tokens[choice])} follows")
+            given_up = event.finish == "moved" and sent.settled
+            if not given_up:
+                sent.came(choice, event)
+                stream = sent.streams[choice]
+                if event.finish is not None:
+                    self._ended(number, choice)
+        if given_up:
+            self.drop(sent)
+            self._orphaned([sent], event.error or "the other side gave it up")
+        else:
+            stream.put(event)
 
     def _ended(self, number: int, choice: int) -> None:
         """With the lock held."""
@@ -166,8 +191,7 @@ class Relay:
     ) -> Sent:
         """Sends a request, of whose choices these are `live`. Raises `Broken`."""
         number = next(self._numbers)
-        ids = {choice: (snapshots[choice].state.request.id, len(snapshots[choice].state.generated)) for choice in live}
-        sent = Sent(self, number, ids)
+        sent = Sent(self, number, snapshots, live)
         with self._changed:
             if self.broken:
                 raise Broken(self.broken)
@@ -200,6 +224,12 @@ class Relay:
         """Raises `Broken`."""
         self._pipe.send(Go(sent.number, epoch))
 
+    def settle(self, sent: Sent) -> bool:
+        """From here on its client reads what comes for it, and it is an orphan when nothing more does; False: now."""
+        with self._changed:
+            sent.settled = True
+            return not self.broken
+
     def drop(self, sent: Sent) -> None:
         """Nothing of it is heard any more. Raises nothing: a pipe that is broken has dropped it."""
         with self._changed:
@@ -227,6 +257,8 @@ class Relay:
         if isinstance(reply, Refused):
             self.drop(sent)
             raise _error(reply)
+        if not self.settle(sent):
+            raise Moved(f"this replica is ending, and the one that takes its work is gone: {self.broken}")
         return stream
 
     def cancel(self, request_id: str) -> None:
@@ -255,7 +287,7 @@ class Relay:
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         number = next(self._numbers)
-        sent = Sent(self, number, {})
+        sent = Sent(self, number)
         with self._changed:
             self._sent[number] = sent
         try:

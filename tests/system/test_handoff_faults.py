@@ -53,6 +53,7 @@ class Cluster:
         self.workers: list[subprocess.Popen[str]] = []
         self.urls: list[str] = []
         self.born = 0
+        self.unkept = False  # of workers that are started from here on
         self.told = place / "told"
 
     def start_redis(self) -> None:
@@ -64,9 +65,11 @@ class Cluster:
             self.redis = subprocess.Popen([*command, "--appendonly", "yes"], stdout=log, stderr=log)
 
     def start_worker(self, number: int) -> None:
+        """Beside the agent of that number, or the last one."""
         self.born += 1
         name = f"worker-{number}-{self.born:04}"
-        command = [sys.executable, str(WORKER), str(self.agents[number].socket), name, str(self.told)]
+        command = [sys.executable, str(WORKER), str(self.agents[min(number, 1)].socket), name, str(self.told)]
+        command += ["unkept"] if self.unkept else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
@@ -80,9 +83,7 @@ class Cluster:
     def kill(self, fault: str, chance: random.Random) -> None:
         match fault:
             case "worker" | "other worker":
-                number = int(fault != "worker")
-                _kill(self.workers[number])
-                self.start_worker(number)
+                self.kill_worker(int(fault != "worker"))
             case "agent" | "other agent":
                 agent = self.agents[int(fault != "agent")]
                 agent.kill()
@@ -96,6 +97,11 @@ class Cluster:
                 worker.send_signal(signal.SIGSTOP)
                 time.sleep(chance.uniform(0.3, 2.5))  # the fault itself: for so long it stands still
                 worker.send_signal(signal.SIGCONT)
+
+    def kill_worker(self, number: int) -> None:
+        """Another one takes its place."""
+        _kill(self.workers[number])
+        self.start_worker(number)
 
     @property
     def store(self) -> Any:
@@ -111,12 +117,13 @@ class Cluster:
 
     def left(self) -> set[int]:
         """How many requests, generations and holds the workers still have in hand; {0} for none."""
-        found: set[int] = set()
-        for url in self.urls:
-            with contextlib.closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)) as connection:
-                connection.request("GET", "/_toy/left")
-                found |= set(json.loads(connection.getresponse().read()).values())
-        return found
+        return {count for number in range(len(self.urls)) for count in self.in_hand(number).values()}
+
+    def in_hand(self, number: int) -> dict[str, int]:
+        place = self.urls[number].removeprefix("http://")
+        with contextlib.closing(http.client.HTTPConnection(place, timeout=5)) as connection:
+            connection.request("GET", "/_toy/left")
+            return dict(json.loads(connection.getresponse().read()))
 
     def drain(self) -> None:
         """Has the first worker hand its work over."""
@@ -194,11 +201,48 @@ def test_every_answer_comes_whole_and_has_one_owner_at_a_time(
         eventually(lambda: not cluster.store.keys("glowplug:snapshot:*"), 3 * TTL, "all that was kept has expired")
 
 
-class Streams:
-    """Sampled answers being read, each by a client that resumes; `silence` is when it gives a connection up."""
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "not kept"])
+def test_a_destination_is_killed_and_no_client_of_the_source_notices(
+    cluster: Cluster, rounds: Callable[[int, int], int], eventually: Callable[..., Any], keep: bool
+) -> None:
+    """Three workers: the first hands its streams over and relays them, then whoever has them dies."""
+    cluster.unkept = not keep
+    for number in (0, 1):
+        cluster.kill_worker(number)
+    cluster.start_worker(2)
+    count, killed = rounds(1, 100), 0
+    for number in range(count):
+        chance = random.Random(f"relay {number}")
+        what = f"round {number}"
+        seeds = [chance.randrange(1 << 30) for _ in range(STREAMS)]
+        temperature = chance.choice((0.0, 1.0))
+        streams = Streams(cluster.urls[:1], seeds, silence=20, temperature=temperature, patience=0)
+        streams.hear(chance.randint(1, 100))
+        cluster.drain()
+        eventually(lambda: not cluster.in_hand(0)["engine"], 20, f"{what}: all is moved")
+        time.sleep(chance.uniform(0.0, 0.2))  # the fault itself: it comes at any moment of what is relayed
+        for holder in [n for n in (1, 2) if cluster.in_hand(n)["engine"]][:1]:
+            cluster.kill_worker(holder)
+            killed += 1
+        for seed, answer in zip(seeds, streams.answers(), strict=True):
+            wanted = _expected(seed, temperature)
+            assert answer == (wanted, len(wanted.encode()) + 1), f"{what}, seed {seed}"
+        eventually(lambda: cluster.left() == {0}, 20, f"{what}: nothing is left in a worker")
+        if keep:
+            _check_told(cluster, what)
+        cluster.kill_worker(0)
+    assert killed >= count // 2, "the rounds are about destinations that die"
 
-    def __init__(self, urls: list[str], seeds: list[int], *, silence: float) -> None:
-        self._urls, self._silence = urls, silence
+
+class Streams:
+    """Answers being read, each by a client that resumes while it has `patience` (0: it has one connection, and an
+
+    error is one); `silence` is when it gives a connection up."""
+
+    def __init__(
+        self, urls: list[str], seeds: list[int], *, silence: float, patience: float = 40, temperature: float = 1.0
+    ) -> None:
+        self._urls, self._silence, self._patience, self._temperature = urls, silence, patience, temperature
         self._heard = threading.Semaphore(0)
         self._answers: list[Any] = [None for _ in seeds]
         self._threads = [threading.Thread(target=self._read, args=(n, seed)) for n, seed in enumerate(seeds)]
@@ -207,10 +251,11 @@ class Streams:
 
     def _read(self, n: int, seed: int) -> None:
         body = {"messages": [{"role": "user", "content": WORDS}], "stream": True, "seed": seed}
-        body |= {"temperature": 1.0, "stream_options": {"include_usage": True}}
+        body |= {"temperature": self._temperature, "stream_options": {"include_usage": True}}
         text, usage = "", None
         try:
-            for event in ask(self._urls, "/v1/chat/completions", body, patience=40, silence=self._silence):
+            limits = {"patience": self._patience, "silence": self._silence}
+            for event in ask(self._urls, "/v1/chat/completions", body, **limits):
                 frame = json.loads(event.data)
                 text += "".join(one["delta"].get("content", "") for one in frame["choices"])
                 usage = frame["usage"] or usage
@@ -230,14 +275,14 @@ class Streams:
         return self._answers
 
 
-def _expected(seed: int) -> str:
+def _expected(seed: int, temperature: float = 1.0) -> str:
     """What the toy says, without anything in between."""
     from runtime.engine.base import SamplingParams
     from runtime.engine.toy import EOS, ToyCodec, _answer
 
     prompt = ToyCodec().chat([{"role": "user", "content": WORDS}])
     ids = []
-    for token in _answer(prompt, SamplingParams(temperature=1.0, seed=seed)):
+    for token in _answer(prompt, SamplingParams(temperature=temperature, seed=seed)):
         if token == EOS:
             return bytes(ids).decode()
         ids.append(token)

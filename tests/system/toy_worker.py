@@ -1,10 +1,11 @@
 """A function's HTTP side on the toy model, as a process: what kills are aimed at.
 
-    python toy_worker.py SOCKET NAME TOLD [halting]
+    python toy_worker.py SOCKET NAME TOLD [halting | unkept]
 
-On SIGUSR1 it drains. Each token that it tells as a request's owner is a line of the file TOLD (`Line`), whoever reads
-it: that file is what two owners at once would show in. `/_toy/left` says what it still has in hand. One that is
-`halting` stops itself, as SIGSTOP does, in the middle of the first request that is copied to it.
+On SIGUSR1 it drains. Each token that it tells a client is a line of the file TOLD (`Line`), under the epoch and the
+owner that it knows the request to have: that file is what two owners at once would show in. `/_toy/left` says what it
+still has in hand. One that is `halting` stops itself, as SIGSTOP does, in the middle of the first request that is
+copied to it; one whose requests are `unkept` has no store for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import weakref
 from typing import Any, NamedTuple
 
 from cache_agent.client import CacheClient
@@ -37,7 +39,10 @@ LEASE = 0.8
 
 
 class Line(NamedTuple):
-    """`owner` told token number `index` of a choice under `epoch`, no later than at `time` (CLOCK_MONOTONIC)."""
+    """A client was told token number `index` of a choice, `owner`'s under `epoch`, no later than at `time`
+
+    (CLOCK_MONOTONIC, the same for all processes).
+    """
 
     time: float
     id: str
@@ -62,15 +67,22 @@ class Watched(Checkpoints):
     def __init__(self, told: str, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._told = os.open(told, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._inherited: weakref.WeakSet[Hold] = weakref.WeakSet()
 
     def tell(self, hold: Hold, choice: int, event: TokenEvent) -> bool:
         permitted = super().tell(hold, choice, event)
-        if permitted and event.token is not None and not hold.handed:
+        if permitted and event.token is not None and hold not in self._inherited:
             # It was permitted while the lease ran: a process that was stopped since then must not seem to tell later.
-            now = min(time.monotonic(), hold.until)
-            line = Line(now, hold.key.id, hold.epoch, self.owner, choice, event.index, event.token)
+            now = time.monotonic() if hold.handed else min(time.monotonic(), hold.until)
+            owner = hold.handed or self.owner
+            line = Line(now, hold.key.id, hold.epoch, owner, choice, event.index, event.token)
             os.write(self._told, f"{line}\n".encode())
         return permitted
+
+    def inherit(self, *arguments: Any) -> Hold:
+        hold = super().inherit(*arguments)
+        self._inherited.add(hold)  # it is told to a client by the worker that drains
+        return hold
 
     @property
     def held(self) -> int:
@@ -89,7 +101,8 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     model = toy_model(step_delay=0.004, slots=16, context_length=1 << 20)
     client = SnapshotClient(lambda: CacheClient(path, timeout=2), timeout=2.0)
     here = Place("toy", "toy", "tok")
-    model.book = book = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
+    book = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
+    model.book = None if kind == "unkept" else book
     if kind == "halting":
         host.Guests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)

@@ -108,6 +108,9 @@ class Manifest(msgspec.Struct, frozen=True):
                 yield number, start, min(start + self.chunk, size)
 
 
+_decoder = msgspec.json.Decoder(Manifest)
+
+
 def chunk_place(segments: Sequence[int], chunk: int, number: int) -> tuple[int, int, int] | None:
     """(segment, start, end) of chunk `number`, counted through the segments."""
     for segment, size in enumerate(segments):
@@ -233,7 +236,7 @@ def decode(data: bytes | memoryview) -> Manifest:
     Raises `BadCheckpoint` otherwise.
     """
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"not a manifest: {error}") from error
     if (manifest.format, manifest.layout) != (FORMAT, LAYOUT):

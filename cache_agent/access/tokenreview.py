@@ -57,6 +57,9 @@ class _Known(NamedTuple):
     until: float
 
 
+_decoder = msgspec.json.Decoder(_Review)
+
+
 class TokenReview:
     """ServiceAccount tokens, by the API server's word."""
 
@@ -125,7 +128,7 @@ class TokenReview:
                     403: "; bind a ClusterRole that may create tokenreviews, as knative/components/rights does",
                 }.get(response.status, "")
                 raise IdentityUnavailable(f"the Kubernetes API answers {response.status} to a token review{hint}")
-            return msgspec.json.decode(body, type=_Review).status
+            return _decoder.decode(body).status
         except (OSError, HTTPException, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise IdentityUnavailable(
                 f"the Kubernetes API cannot review tokens now ({error or type(error).__name__}); try again. "

@@ -112,6 +112,9 @@ class _Estimates(msgspec.Struct, frozen=True):
     alive: tuple[str, ...] | None = None
 
 
+_decoder = msgspec.json.Decoder(_Estimates)
+
+
 class FileOutlook:
     """What a JSON file says, read again when it changes:
 
@@ -138,7 +141,7 @@ class FileOutlook:
             now = stamp(self._path)
             with self._lock:
                 if now != self._stamp:
-                    self._estimates = msgspec.json.decode(self._path.read_bytes(), type=_Estimates)
+                    self._estimates = _decoder.decode(self._path.read_bytes())
                     self._stamp = now
                 return self._estimates
         except OSError as error:

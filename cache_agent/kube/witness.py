@@ -70,6 +70,10 @@ class _Event(msgspec.Struct):
     object: _Object
 
 
+_lists = msgspec.json.Decoder(_List)
+_events = msgspec.json.Decoder(_Event)
+
+
 class Removal(NamedTuple):
     """A pod that is going away, in `grace` seconds."""
 
@@ -176,7 +180,7 @@ class Witness:
             query = {"fieldSelector": f"spec.nodeName={self._node}", "limit": str(_PAGE)}
             with self._ask(query | ({"continue": token} if token else {}), _PARTIAL.format("List")) as response:
                 body = response.read(_LONGEST_LIST)
-            found = msgspec.json.decode(body, type=_List)
+            found = _lists.decode(body)
             pods += [item.metadata for item in found.items]
             token = found.metadata.continue_
             if not token:
@@ -199,7 +203,7 @@ class Witness:
             while line := response.readline(_LONGEST_LINE):
                 if not line.endswith(b"\n"):
                     raise _Failed("an event was cut short")
-                event = msgspec.json.decode(line, type=_Event)
+                event = _events.decode(line)
                 pod = event.object.metadata
                 match event.type:
                     case "ERROR":

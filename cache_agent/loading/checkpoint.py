@@ -49,10 +49,13 @@ def encode_description(description: Description) -> bytes:
     return msgspec.json.encode(_Encoded(description.source, description.headers, description.manifest.files))
 
 
+_decoder = msgspec.json.Decoder(_Encoded)
+
+
 def decode_description(data: bytes) -> Description:
     """What another node, or an earlier agent, wrote. Raises `BadCheckpoint` for what describes no checkpoint."""
     try:
-        source, headers, files = msgspec.structs.astuple(msgspec.json.decode(data, type=_Encoded))
+        source, headers, files = msgspec.structs.astuple(_decoder.decode(data))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"not a description of a checkpoint: {error}") from error
     sizes = {file.name: file.size for file in source.files}

@@ -54,6 +54,9 @@ class _Info(msgspec.Struct):
     siblings: list[_Sibling] = []
 
 
+_decoder = msgspec.json.Decoder(_Info)
+
+
 class Hub:
     """One connection pool and the token, shared by all models of an agent; made on first use."""
 
@@ -130,7 +133,7 @@ class HubOrigin(ReadScattered):
         try:
             with self._hub.get(url) as response:
                 self._expect(response, "listing it", 200)
-                info = msgspec.json.decode(response.content, type=_Info)
+                info = _decoder.decode(response.content)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise OriginUnavailable(
                 f"{self.uri}: {self._endpoint} answered with no model's listing: {error}"

@@ -66,6 +66,9 @@ class Index(msgspec.Struct, frozen=True):
         return sum(self.segments)
 
 
+_decoder = msgspec.json.Decoder(Index)
+
+
 def key(source: str, layout: int = LAYOUT) -> str:
     """The name of an image's directory."""
     return f"{source}.{layout}"
@@ -98,7 +101,7 @@ def unseal(data: bytes) -> bytes:
 def read_index(directory: Path) -> Index:
     """The index of a whole image. Raises `BadImage` with what is wrong."""
     try:
-        found = msgspec.json.decode(unseal(_small(directory / IMAGE, _MAX_INDEX)), type=Index)
+        found = _decoder.decode(unseal(_small(directory / IMAGE, _MAX_INDEX)))
     except FileNotFoundError:
         raise BadImage("half-written: there is no image.json") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -173,7 +173,8 @@ class Engine(Protocol):
     context_length: int
 
     def submit(self, request: GenerationRequest) -> TokenStream:
-        """Raises `EngineBusy` when slots and queue are full, `BadRequest` for a prompt that cannot be served."""
+        """Raises `EngineBusy` when slots and queue are full or its id is live, `BadRequest` for a prompt that cannot be
+        served."""
         ...
 
     def cancel(self, request_id: str) -> None: ...
@@ -187,7 +188,7 @@ class Engine(Protocol):
     def forget(self, request_id: str) -> None: ...
 
     def admit(self, state: GenerationState) -> TokenStream:
-        """Raises `SnapshotRefused` with the reason, `EngineBusy` when there is no slot."""
+        """Raises `SnapshotRefused` with the reason, `EngineBusy` when there is no slot or its id is live."""
         ...
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -279,7 +279,8 @@ class Loop(ABC, Generic[M]):
             if self._down:
                 raise EngineFailed(self._down)
             if request_id in self._rows:
-                raise BadRequest(f"a generation with the id {request_id!r} is live already", "request_id")
+                # Its last reader may be about to leave, as one that has come back over another connection.
+                raise EngineBusy(f"a generation with the id {request_id!r} is live already; try again in a moment")
             full = len(self._rows) >= self._slots + (0 if at_once else self._queue_size)
             if full or (at_once and not self._take(row)):
                 turn = self._seconds * (len(self._waiting) + 1) / self._slots

@@ -138,6 +138,15 @@ def test_transfer_is_compare_and_set(store):
     assert store.history(KEY) == [Change(1, "a"), Change(2, "b")]
 
 
+def test_what_is_made_over_is_not_complete_any_more(store):
+    """Its last tokens were told to nobody: the heir makes them again, and nobody else may."""
+    store.keep(keep(0, b"one", b"end", done=True))
+    assert store.transfer(KEY, "a", 1, "b", 5)
+    assert store.claim(KEY, "c", 5).outcome == "held"
+    assert store.keep(keep(0, b"anew", owner="b", epoch=2, done=True)).outcome == "kept"
+    assert store.claim(KEY, "c", 5) == Claimed("done", 2, (b"anew",))
+
+
 def test_transfer_needs_nothing_kept(store):
     assert store.transfer(KEY, "a", 1, "b", 5)
     assert not store.transfer(KEY, "a", 1, "c", 5)
@@ -248,7 +257,7 @@ def test_random_steps_agree_with_a_simple_model(open_store, rounds):
                     lawful = (owner, epoch) == (name, under)
                     assert store.transfer(key, name, under, heir, 60) == (lawful or told_again)
                     if lawful and not told_again:
-                        owner, epoch, free = heir, epoch + 1, False
+                        owner, epoch, free, done = heir, epoch + 1, False, False
                         changes.append(Change(epoch, heir))
                 case "transfer":
                     pass

@@ -31,46 +31,48 @@ COUNT = 40
 
 
 class Pair:
-    """A worker that will drain, one that goes on, and a pipe between them; no agent, and nothing is kept."""
+    """A worker that will drain, those that go on, one after the other, and pipes to them; nothing is kept."""
 
-    def __init__(self, first: BatchedEngine, second: BatchedEngine) -> None:
-        self.first, self.second = first, second
+    def __init__(self, first: BatchedEngine, second: BatchedEngine, *further: BatchedEngine) -> None:
+        self.first, self.second, self.further = first, second, further
         self.live = LiveEngine(first)
         self.told: list[Told] = []
         self.deaf = False  # the other one stands still from its first offer on
+        self.releasable = True
         self.released = threading.Event()
         place = Place("batched", "r", "t", "", first.arithmetic)
         self._departure = Departure(
-            self.live, None, lambda: place, self._seek, lambda: True, self.released.set, self.told.extend
+            self.live, None, lambda: place, self._seek, lambda: self.releasable, self.released.set, self.told.extend
         )
-        self._place, self._ends = place, list(socket.socketpair())
+        self._place, self._left = place, [second, *further]
+        self.pipes: list[Pipe] = []  # the ends of those that go on
 
     def _seek(self) -> Relay | None:
-        if not self._ends:
+        if not self._left:
             return None
-        here, there = self._ends
-        self._ends = []
-        threading.Thread(target=self._serve, args=(there,), daemon=True).start()
+        here, there = socket.socketpair()
+        threading.Thread(target=self._serve, args=(there, self._left.pop(0)), daemon=True).start()
         pipe = Pipe(here, Plain(), source=True)
         return Relay(pipe, pipe.greet("kin", "first"), self._place)
 
-    def _serve(self, end: socket.socket) -> None:
+    def _serve(self, end: socket.socket, engine: BatchedEngine) -> None:
         pipe = Pipe(end, Plain(), source=False)
+        self.pipes.append(pipe)
         pipe.greet("kin", "second", 16, 16)
         if self.deaf:
             while not isinstance(pipe.receive(1), Probe):
                 pass
             pipe.send(Probed())
             return
-        Guests(pipe, _Here(self.second), lambda: self._place, lambda: False, Lifecycle("second", 64)).run()
+        Guests(pipe, _Here(engine), lambda: self._place, lambda: False, Lifecycle("second", 64)).run()
 
     def drain(self) -> None:
         self._departure.begin()
 
     def close(self) -> None:
         self._departure.close("the test is over", time.monotonic() + 5)
-        for end in self._ends:
-            end.close()
+        for engine in (self.first, self.second, *self.further):
+            engine.close()
 
 
 class Gate:
@@ -112,7 +114,7 @@ class _Here:
 def pair() -> Iterator[Callable[..., Pair]]:
     made: list[Pair] = []
 
-    def make(dtype: str, *, deterministic: bool = False, eos: Sequence[int] = (0,)) -> Pair:
+    def make(dtype: str, *, deterministic: bool = False, eos: Sequence[int] = (0,), count: int = 2) -> Pair:
         engines = [
             BatchedEngine(
                 tiny.tiny("llama", dtype),
@@ -122,7 +124,7 @@ def pair() -> Iterator[Callable[..., Pair]]:
                 deterministic=deterministic,
                 threads=1,
             )
-            for _ in range(2)
+            for _ in range(count)
         ]
         made.append(Pair(*engines))
         return made[-1]
@@ -130,8 +132,6 @@ def pair() -> Iterator[Callable[..., Pair]]:
     yield make
     for each in made:
         each.close()
-        each.first.close()
-        each.second.close()
 
 
 def moved(pair: Pair, request: GenerationRequest, cut: int, beside: int = 0) -> list[TokenEvent]:
@@ -247,3 +247,42 @@ def test_the_engine_is_gone_when_all_has_moved(pair: Callable[..., Pair]) -> Non
     assert events[-1].finish in ("length", "stop")
     late = list(tested.live.submit(ask("late", COUNT)))
     assert late == run(tested.second, ask("again", COUNT))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_destination_that_dies_changes_no_bit(pair: Callable[..., Pair], dtype: str, sampling: Any) -> None:
+    """What it made, and what it was given as rows, is made anew by the next one, token by token."""
+    tested = pair(dtype, count=3)
+    request = ask("moved", COUNT, sampling=sampling)
+    whole = run(tested.further[0], replace(request, id="whole"))
+    first, second = Gate(tested.first), Gate(tested.second)
+    stream = tested.live.submit(request)
+    events = first.read(stream, 5)
+    tested.drain()
+    first.open()
+    events += second.read(stream, 13)
+    tested.pipes[0].close("it is gone")
+    second.open()
+    events += list(stream)
+    assert events == whole
+    assert [told.outcome for told in tested.told] == ["moved", "moved"]
+    assert tested.told[1].how == "recompute"
+
+
+def test_what_no_destination_is_left_for_goes_on_here_while_the_model_is_here(pair: Callable[..., Pair]) -> None:
+    tested = pair("float32")
+    tested.releasable = False
+    request = ask("moved", COUNT, sampling=SAMPLED)
+    whole = run(tested.second, replace(request, id="whole"))
+    first, second = Gate(tested.first), Gate(tested.second)
+    stream = tested.live.submit(request)
+    events = first.read(stream, 5)
+    tested.drain()
+    first.open()
+    events += second.read(stream, 13)
+    tested.pipes[0].close("it is gone")
+    events += list(stream)
+    second.open()
+    assert events == whole
+    assert not tested.released.is_set()

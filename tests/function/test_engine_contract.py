@@ -184,7 +184,7 @@ class TestContract:
 
     def test_one_id_once(self, make: Make) -> None:
         engine = make(step_delay=0.01)
-        with engine.submit(ask(count=100)), pytest.raises(BadRequest, match="live already"):  # type: ignore[attr-defined]
+        with engine.submit(ask(count=100)), pytest.raises(EngineBusy, match="live already"):  # type: ignore[attr-defined]
             engine.submit(ask())
 
     def test_the_whole_context(self, make: Make) -> None:

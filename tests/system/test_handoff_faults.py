@@ -210,13 +210,13 @@ def test_a_destination_is_killed_and_no_client_of_the_source_notices(
     for number in (0, 1):
         cluster.kill_worker(number)
     cluster.start_worker(2)
-    count, killed = rounds(1, 100), 0
+    count, killed, long = rounds(1, 100), 0, f"{WORDS} {WORDS}"
     for number in range(count):
         chance = random.Random(f"relay {number}")
         what = f"round {number}"
         seeds = [chance.randrange(1 << 30) for _ in range(STREAMS)]
         temperature = chance.choice((0.0, 1.0))
-        streams = Streams(cluster.urls[:1], seeds, silence=20, temperature=temperature, patience=0)
+        streams = Streams(cluster.urls[:1], seeds, silence=20, temperature=temperature, patience=0, text=long)
         streams.hear(chance.randint(1, 100))
         cluster.drain()
         eventually(lambda: not cluster.in_hand(0)["engine"], 20, f"{what}: all is moved")
@@ -225,7 +225,7 @@ def test_a_destination_is_killed_and_no_client_of_the_source_notices(
             cluster.kill_worker(holder)
             killed += 1
         for seed, answer in zip(seeds, streams.answers(), strict=True):
-            wanted = _expected(seed, temperature)
+            wanted = _expected(seed, temperature, long)
             assert answer == (wanted, len(wanted.encode()) + 1), f"{what}, seed {seed}"
         eventually(lambda: cluster.left() == {0}, 20, f"{what}: nothing is left in a worker")
         if keep:
@@ -240,9 +240,11 @@ class Streams:
     error is one); `silence` is when it gives a connection up."""
 
     def __init__(
-        self, urls: list[str], seeds: list[int], *, silence: float, patience: float = 40, temperature: float = 1.0
+        self, urls: list[str], seeds: list[int], *, silence: float, patience: float = 40, **request: Any
     ) -> None:
-        self._urls, self._silence, self._patience, self._temperature = urls, silence, patience, temperature
+        """`request`: what of it is not as in the others, `text` and `temperature`."""
+        self._urls, self._limits = urls, {"silence": silence, "patience": patience}
+        self._said, self._temperature = request.get("text", WORDS), request.get("temperature", 1.0)
         self._heard = threading.Semaphore(0)
         self._answers: list[Any] = [None for _ in seeds]
         self._threads = [threading.Thread(target=self._read, args=(n, seed)) for n, seed in enumerate(seeds)]
@@ -250,12 +252,11 @@ class Streams:
             thread.start()
 
     def _read(self, n: int, seed: int) -> None:
-        body = {"messages": [{"role": "user", "content": WORDS}], "stream": True, "seed": seed}
+        body = {"messages": [{"role": "user", "content": self._said}], "stream": True, "seed": seed}
         body |= {"temperature": self._temperature, "stream_options": {"include_usage": True}}
         text, usage = "", None
         try:
-            limits = {"patience": self._patience, "silence": self._silence}
-            for event in ask(self._urls, "/v1/chat/completions", body, **limits):
+            for event in ask(self._urls, "/v1/chat/completions", body, **self._limits):
                 frame = json.loads(event.data)
                 text += "".join(one["delta"].get("content", "") for one in frame["choices"])
                 usage = frame["usage"] or usage
@@ -275,12 +276,12 @@ class Streams:
         return self._answers
 
 
-def _expected(seed: int, temperature: float = 1.0) -> str:
+def _expected(seed: int, temperature: float = 1.0, text: str = WORDS) -> str:
     """What the toy says, without anything in between."""
     from runtime.engine.base import SamplingParams
     from runtime.engine.toy import EOS, ToyCodec, _answer
 
-    prompt = ToyCodec().chat([{"role": "user", "content": WORDS}])
+    prompt = ToyCodec().chat([{"role": "user", "content": text}])
     ids = []
     for token in _answer(prompt, SamplingParams(temperature=temperature, seed=seed)):
         if token == EOS:

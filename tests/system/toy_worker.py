@@ -99,6 +99,7 @@ class Halting(guest.Guests):
 
 def main(path: str, name: str, told: str, kind: str = "") -> None:
     model = toy_model(step_delay=0.004, slots=16, context_length=1 << 20)
+    engine = model.engine  # its own, whatever it relays
     client = SnapshotClient(lambda: CacheClient(path, timeout=2), timeout=2.0)
     here = Place("toy", "toy", "tok")
     book = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
@@ -114,7 +115,7 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         if environ["PATH_INFO"] != "/_toy/left":
             return app(environ, start_response)
-        stats = model.engine.stats()
+        stats = engine.stats()
         left = {"engine": stats.running + stats.waiting, "held": book.held, "inside": lifecycle.inside}
         start_response("200 OK", [("Content-Type", "application/json")])
         return [json.dumps(left).encode()]

@@ -145,7 +145,9 @@ class Job:
 
 
 # Made here, by one thread: two that meet a type for the first time at once crash the process, in msgspec 0.22.
-_DECODERS = {kind: msgspec.json.Decoder(kind) for kind in (ChatRequest, CompletionRequest, EmbeddingRequest)}
+_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (ChatRequest, CompletionRequest, EmbeddingRequest)
+}
 
 
 def decode(body: bytes, kind: type[S]) -> S:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
-from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, said
+from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, replicas, said
 
 from cache_agent.errors import StoreUnavailable
 from cache_agent.snapshots.store import Key
@@ -25,23 +23,14 @@ from runtime.handoff.snapshot import Place
 
 @pytest.fixture
 def agent() -> Iterator[LocalAgent]:
-    with tempfile.TemporaryDirectory(prefix="gp-") as place:  # short: a socket lies in it
-        agent = LocalAgent(Path(place))
+    with LocalAgent.running() as agent:
         yield agent
-        agent.close()
 
 
 @pytest.fixture
 def replica(agent: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Replica]]:
-    made: list[Replica] = []
-
-    def make(**options: Any) -> Replica:
-        made.append(Replica(agent, serve, move=True, **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+    with replicas(agent, serve, move=True) as make:
+        yield make
 
 
 SLOW = 0.05  # seconds per token of a source: what it answers is never over before it has moved

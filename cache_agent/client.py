@@ -96,7 +96,7 @@ class Lease:
 
     fetched = False
 
-    def __init__(self, channel: Channel, granted: Granted, fds: list[int]) -> None:
+    def __init__(self, channel: Channel, granted: Granted, fds: list[int], known: Known | None = None) -> None:
         self._channel = channel
         self.manifest_fd, *self.segments = fds
         self.manifest_bytes = granted.manifest_bytes
@@ -106,7 +106,10 @@ class Lease:
         self.revision = ""
         self.spans: list[Span] = []
         try:
-            self.manifest = read_manifest(self.manifest_fd, granted.manifest_bytes)
+            if known is not None and known.lies_in(self.manifest_fd, granted.manifest_bytes):
+                self.manifest = known.manifest
+            else:
+                self.manifest = read_manifest(self.manifest_fd, granted.manifest_bytes)
             if list(self.manifest.segments) != granted.segments or len(self.segments) != len(granted.segments):
                 raise ProtocolError("the agent granted other segments than its manifest has")
             for fd, size in zip(self.segments, granted.segments, strict=True):
@@ -207,12 +210,19 @@ class CacheClient:
         self.node = ""  # as the agent calls the node; known once it has answered
 
     def lease(
-        self, model: str, *, start_id: str = "", deadline: float | None = None, kept: Kept | None = None
+        self,
+        model: str,
+        *,
+        start_id: str = "",
+        deadline: float | None = None,
+        kept: Kept | None = None,
+        known: Known | None = None,
     ) -> Lease:
         """Returns as soon as memory is reserved and mapped into the reply; the bytes may still be on their way.
 
         `deadline` on time.monotonic, for finding the model and reserving. `kept` is what is left of an earlier lease
-        over TCP: if it is the model still, nothing is fetched. Raises any `AgentError`.
+        over TCP: if it is the model still, nothing is fetched. `known` is not read again if it is what the agent lends.
+        Raises any `AgentError`.
         """
         channel = self.connect()
         try:
@@ -231,7 +241,7 @@ class CacheClient:
             if isinstance(error, Disconnected):
                 raise LeaseLost(f"the cache agent at {self.path} went away ({error})") from error
             raise
-        return Lease(channel, granted, fds)
+        return Lease(channel, granted, fds, known)
 
     def offer(self, model: str, lease: Lease, *, deadline: float | None = None) -> Adopted:
         """Gives a lease whose agent went away to the one that is there now; `lease` goes on over the new connection.
@@ -392,12 +402,33 @@ def expect(channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[in
                 raise ProtocolError(f"the agent answered {type(message).__name__}, expected {kind.__name__}")
 
 
+class Known:
+    """A manifest that has been read, and its sealed memory, which stays mapped so that its number stays its own.
+
+    Large vocabularies make manifests of megabytes: whoever was forked from a process that knows it need not read it.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        """The fd stays the caller's. Raises `ProtocolError`."""
+        self.manifest = read_manifest(fd, size)
+        self._memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._place = _place(fd, size)
+
+    def lies_in(self, fd: int, size: int) -> bool:
+        return self._place == _place(fd, size)
+
+
+def _place(fd: int, size: int) -> tuple[int, int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, size
+
+
 def read_manifest(fd: int, size: int) -> Manifest:
     """The manifest in the first `size` bytes of this fd. Raises `ProtocolError`."""
     if not 0 < size <= min(manifests.MAX_MANIFEST, os.fstat(fd).st_size):
         raise ProtocolError(f"the agent sent a manifest of an impossible size ({size} bytes)")
-    with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as data:
-        return manifests.decode(data[:])
+    with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as data, memoryview(data) as view:
+        return manifests.decode(view)
 
 
-__all__ = ["AgentError", "CacheClient", "Lease"]
+__all__ = ["AgentError", "CacheClient", "Known", "Lease"]

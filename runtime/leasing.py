@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from cache_agent.access import credentials
-from cache_agent.client import CacheClient, Lease
+from cache_agent.client import CacheClient, Known, Lease
 from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, VersionMismatch
 from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
@@ -40,8 +40,12 @@ _SHIM_SECONDS = 10.0  # what a shim may take to start a private agent
 class Leasing:
     """One worker's. `private_agent` is for the thread that listens to the shim, `client` for any."""
 
-    def __init__(self, config: FunctionConfig, ledger: Ledger, line: Line, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, config: FunctionConfig, ledger: Ledger, line: Line, lifecycle: Lifecycle, known: Known | None = None
+    ) -> None:
+        """`known` is the manifest of the layer that this worker was forked from."""
         self._config, self._ledger, self._line, self._lifecycle = config, ledger, line, lifecycle
+        self._known = known
         self._socket = config.socket
         self._fell_back = False
         self._private: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -68,7 +72,13 @@ class Leasing:
                 self._lifecycle.phase = "lease"
                 with self._ledger.span("lease"):
                     client = self.client()
-                    lease = client.lease(uri, start_id=self._ledger.start_id, deadline=deadline, kept=self._memory())
+                    lease = client.lease(
+                        uri,
+                        start_id=self._ledger.start_id,
+                        deadline=deadline,
+                        kept=self._memory(),
+                        known=self._known,
+                    )
                     self._ledger.node = client.node
                 try:
                     return use(lease, deadline)

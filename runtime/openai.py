@@ -63,6 +63,30 @@ class ModelGate(Protocol):
         ...
 
 
+class Served:
+    """What the routes serve, and within which limits. Routes may be made before that is known."""
+
+    def __init__(self, gate: ModelGate | None = None, **limits: Any) -> None:
+        """Without a `gate`, `by` has to name it before the first request; `limits` are those of `by`."""
+        if gate is not None:
+            self.by(gate, **limits)
+
+    def by(
+        self,
+        gate: ModelGate,
+        *,
+        max_body: int = MAX_BODY,
+        keep_alive: float = 5.0,
+        start_limit: float = 600.0,
+        answer_limit: float = math.inf,
+    ) -> None:
+        """`max_body` in bytes; `keep_alive` is the time between comments while nothing else is sent, `start_limit` how
+        long a request waits for the model, `answer_limit` how long it may take in all, in seconds."""
+        self.gate, self.since = gate, int(time.time())
+        self.max_body, self.keep_alive = max_body, keep_alive
+        self.start_limit, self.answer_limit = start_limit, answer_limit
+
+
 class OpenGate:
     """The gate of a model that is there already."""
 
@@ -104,18 +128,9 @@ class Refusal(Exception):
         return response
 
 
-def blueprint(
-    gate: ModelGate,
-    *,
-    max_body: int = MAX_BODY,
-    keep_alive: float = 5.0,
-    start_limit: float = 600.0,
-    answer_limit: float = math.inf,
-) -> Blueprint:
-    """The routes under /v1. `max_body` in bytes; `keep_alive` is the time between comments while nothing else is sent,
-    `start_limit` how long a request waits for the model, `answer_limit` how long it may take in all, in seconds."""
+def blueprint(served: Served) -> Blueprint:
+    """The routes under /v1."""
     routes = Blueprint("openai", __name__)
-    born = int(time.time())
 
     @routes.errorhandler(Exception)
     def failed(error: Exception) -> Response:
@@ -163,39 +178,39 @@ def blueprint(
         routes.add_url_rule(f"/v1/{path}", "wrong_method", wrong_method, methods=methods)
 
     def require(name: str | None) -> None:
-        if name not in (None, gate.name):
-            text = f"there is no model {name!r} here; this function serves {gate.name!r}"
+        if name not in (None, served.gate.name):
+            text = f"there is no model {name!r} here; this function serves {served.gate.name!r}"
             raise Refusal(404, text, "model", "model_not_found")
 
     def parse(kind: type[W], body: bytes | None = None) -> W:
-        wanted = decode(read_body(request.environ, max_body) if body is None else body, kind)
+        wanted = decode(read_body(request.environ, served.max_body) if body is None else body, kind)
         require(wanted.model)
         return wanted
 
     def parsed(kind: type[W], job_of: Callable[[W], Job]) -> tuple[Job, Asked]:
-        body = read_body(request.environ, max_body)
+        body = read_body(request.environ, served.max_body)
         job = job_of(parse(kind, body))
         return job, asked(request.headers, prefix(job.chat), request.path, body)  # type: ignore[arg-type]
 
     def card() -> dict[str, object]:
-        return {"id": gate.name, "object": "model", "created": born, "owned_by": "glowplug"}
+        return {"id": served.gate.name, "object": "model", "created": served.since, "owned_by": "glowplug"}
 
     def wait() -> Model | None:
         """The model, however long its start takes; None once the client is gone."""
-        deadline = time.monotonic() + start_limit
-        while (model := gate.wait(TICK)) is None and not _client_gone(request.environ):
+        deadline = time.monotonic() + served.start_limit
+        while (model := served.gate.wait(TICK)) is None and not _client_gone(request.environ):
             if time.monotonic() > deadline:
-                raise _too_slow(start_limit)
+                raise _too_slow(served.start_limit)
         return model
 
     def answer(job: Job, wanted: Asked) -> Response:
-        run = Run(job, wanted, time.monotonic() + answer_limit)
+        run = Run(job, wanted, time.monotonic() + served.answer_limit)
         if not job.stream:
             if (model := wait()) is None:
                 return _nobody()
             run.start(model)
             return _whole(run, request.environ)
-        if (model := gate.wait(_COMMIT_AFTER)) is not None:
+        if (model := served.gate.wait(_COMMIT_AFTER)) is not None:
             run.start(model)
         response = Response(pieces(run, request.environ), mimetype="text/event-stream")
         response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": run.id})
@@ -204,17 +219,17 @@ def blueprint(
 
     def pieces(run: Run, environ: Mapping[str, Any]) -> Iterator[bytes]:
         try:
-            deadline, sent = time.monotonic() + start_limit, time.monotonic()
+            deadline, sent = time.monotonic() + served.start_limit, time.monotonic()
             while run.model is None:
-                if (model := gate.wait(TICK)) is not None:
+                if (model := served.gate.wait(TICK)) is not None:
                     run.start(model)
                 elif _client_gone(environ):
                     return
                 elif time.monotonic() > deadline:
-                    raise _too_slow(start_limit)
+                    raise _too_slow(served.start_limit)
                 elif time.monotonic() > run.ends:
                     raise AnswerTooLong.of_stream()
-                elif time.monotonic() - sent >= keep_alive:
+                elif time.monotonic() - sent >= served.keep_alive:
                     yield sse.KEEP_ALIVE
                     sent = time.monotonic()
             yield from opening(run)
@@ -223,7 +238,7 @@ def blueprint(
                     yield from chunks(run, *item)
                 elif _client_gone(environ):
                     return
-                elif time.monotonic() - sent < keep_alive:
+                elif time.monotonic() - sent < served.keep_alive:
                     continue
                 else:
                     yield sse.KEEP_ALIVE

@@ -41,6 +41,16 @@ class _App:
         return self._wsgi
 
 
+class Settings:
+    """gunicorn's, with the logger that it makes of them: 120 objects of 120 classes. A layer has one, and each of its
+    children is the only one that changes its copy."""
+
+    def __init__(self) -> None:
+        self.config = Config()
+        self.logger = Logger(self.config)
+        self.logger.error_log.handlers = logging.getLogger().handlers
+
+
 class HttpServer(ThreadWorker):  # type: ignore[misc]
     """`run_until_stopped` serves in the calling (main) thread until `stop`, then lets running requests end."""
 
@@ -55,12 +65,15 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         parent: int = 0,
         on_beat: Callable[[], None],
         accepted: Sequence[socket.socket] = (),
+        settings: Settings | None = None,
     ) -> None:
         """`capacity` requests at once, and a few threads more for probes and refusals; `on_beat` about every second.
 
         It ends with the process `parent`, if one is given. `accepted` are connections that wait for it already.
+        `settings` are used up.
         """
-        config = Config()
+        settings = settings or Settings()
+        config = settings.config
         config.set("threads", capacity + _PROBES)
         config.set("worker_connections", max(_CONNECTIONS, 2 * capacity))
         config.set("keepalive", 15)
@@ -68,13 +81,11 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         config.set("user", os.geteuid())
         config.set("group", os.getegid())
         config.set("graceful_timeout", 5)
-        logger = Logger(config)
-        logger.error_log.handlers = logging.getLogger().handlers
         self._on_beat = on_beat
         self._beat_at = 0.0
         self._turning = threading.Event()
         self.in_hand = 0  # connections with a thread; only the serving thread counts
-        super().__init__(0, parent, [sock], _App(wsgi), 0, config, logger)
+        super().__init__(0, parent, [sock], _App(wsgi), 0, config, settings.logger)
         self.retired = False
         self._accepted = accepted
 

@@ -28,6 +28,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from cache_agent.manifest import Manifest, Tensor, model_config
 from runtime.errors import ModelUnusable
 from runtime.guard import Guard
+from runtime.handoff.snapshot import tokenizer_digest
 from runtime.skeleton import skeleton
 
 _DTYPES = {
@@ -128,6 +129,7 @@ class Loaded:
 
     model: Any
     tokenizer: Any
+    tokenizer_digest: str
     generation_config: dict[str, Any]
     how: str
 
@@ -147,7 +149,9 @@ def assemble(weights: Weights, *, private: bool = False, whole: Callable[[], Non
     with _small_files(weights.manifest) as directory:
         model, how = _model(weights, directory, private, whole)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    return Loaded(model, tokenizer, json.loads(weights.manifest.files.get("generation_config.json", b"{}")), how)
+    files = weights.manifest.files
+    generation_config = json.loads(files.get("generation_config.json", b"{}"))
+    return Loaded(model, tokenizer, tokenizer_digest(files), generation_config, how)
 
 
 def assemble_model(weights: Weights, *, whole: Callable[[], None] = lambda: None) -> Any:

@@ -72,7 +72,7 @@ class Worker:
         self._moving: Moving | None = None
         self._given_up = threading.Event()  # another worker does the work: the weights are not needed any more
         self._exit: FunctionError | None = None
-        self._leasing = Leasing(config, ledger, line, self._lifecycle)
+        self._leasing = Leasing(config, ledger, line, self._lifecycle, None if warm is None else warm.known)
         self._reporting = Reporting(config, ledger, line, self._lifecycle, self._leasing.client)
         if warm is not None:
             self._reporting.kind = warm.level
@@ -82,18 +82,24 @@ class Worker:
             signal.signal(number, lambda _number, _frame: self._terminate.set())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the shim blocked them for as long as nobody listened
         self._imports = Importing(_import_model_code, lean=self._config.lean_imports) if self._warm is None else None
-        threading.Thread(target=self._start, name="starter", daemon=True).start()
+        if self._warm is None:
+            self._begin()
         with self._ledger.span("http"):
-            from runtime.app import create_app
-            from runtime.server import HttpServer
+            from runtime.app import Application
+            from runtime.server import HttpServer, Settings
 
+            made = None if self._warm is None else self._warm.http
+            application, settings = (Application(), Settings()) if made is None else made
             self._server = HttpServer(
                 sock,
-                create_app(self._config, self._lifecycle, self._ledger, self._drain, lambda: self._reporting.kind),
+                application.serve(
+                    self._config, self._lifecycle, self._ledger, self._drain, lambda: self._reporting.kind
+                ),
                 capacity=self._config.slots + self._config.queue,
                 parent=parent,
                 on_beat=self._reporting.beat,
                 accepted=accepted,
+                settings=settings,
             )
         threading.Thread(target=self._end, name="drainer", daemon=True).start()
         threading.Thread(target=self._obey, name="shim", daemon=True).start()
@@ -102,6 +108,8 @@ class Worker:
         self._http_up.set()
         if self._imports is not None:
             self._imports.begin()  # not before: importing holds the interpreter's lock, and probes come first
+        else:
+            self._begin()  # likewise: two threads that only compute have no more of that lock than one
         self._server.run_until_stopped()
         self._over.set()
         if self._server.retired:
@@ -111,6 +119,9 @@ class Worker:
         return self._exit.exit_code if self._exit else 0
 
     # --- start ----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        threading.Thread(target=self._start, name="starter", daemon=True).start()
 
     def _start(self) -> None:
         try:
@@ -169,7 +180,6 @@ class Worker:
         from runtime import weights
         from runtime.engine.choice import choose
         from runtime.engine.serial import TokenizerCodec
-        from runtime.handoff.snapshot import tokenizer_digest
         from runtime.model import Model, sampling_defaults
 
         self._kind = str(model_config(lease.manifest.files).get("model_type", ""))
@@ -205,7 +215,7 @@ class Worker:
             raw_guard=None if self._config.private_weights else mapped.guard.arm,
             defaults=sampling_defaults(loaded.generation_config),
             deterministic=self._config.deterministic,
-            tokenizer_digest=tokenizer_digest(lease.manifest.files),
+            tokenizer_digest=loaded.tokenizer_digest,
         )
 
     def _ready_parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
@@ -374,18 +384,27 @@ def _live(
     accepted: Sequence[socket.socket] = (),
 ) -> int:
     config = from_environment()
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
+    log_to_stderr(config.log_level)
     line = Line(socket.socket(fileno=control_fd))
     try:
         return Worker(config, ledger, line, warm).run(socket.socket(fileno=listen_fd), parent, accepted)
     except FunctionError as error:
         line.send(error=[error.code, error.text])
         return error.exit_code
+
+
+def log_to_stderr(level: str) -> None:
+    """Once more in each child of a layer. Levels are mostly left to the handler: to set a logger's goes through all
+    others, and a child would get a copy of each page on which one of them lies."""
+    root = logging.getLogger()
+    if not root.handlers:
+        logging.basicConfig(
+            stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+    for handler in root.handlers:
+        handler.setLevel(level.upper())
+    if root.handlers[0].level < root.level:
+        root.setLevel(level.upper())
 
 
 def main(arguments: list[str]) -> int:

@@ -67,7 +67,7 @@ class BatchedEngine(Loop[Rows]):
             memory=memory,
             token_bytes=self.shape.token_bytes,
         )
-        self._model = model.eval()
+        self._model = model.eval() if model.training else model
         self._chunk, self._fixed = chunk, fixed
         self._always, self._reuse = deterministic, reuse
         self._threads = threads

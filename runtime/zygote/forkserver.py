@@ -152,8 +152,7 @@ class ForkServer:
         if self._enter is not None:
             self._enter(request, fds)
         keep_only({0, 1, 2, *fds})
-        os.environ.clear()
-        os.environ.update(request.get("environment", {}))
+        become(request.get("environment", {}))
         os.chdir(request.get("cwd", "/"))
         reseed()
         if request.get("kind") == "zygote":
@@ -193,6 +192,13 @@ def reseed() -> None:
         numpy.seed(int.from_bytes(os.urandom(4), "little"))
     if (torch := sys.modules.get("torch")) is not None:
         torch.default_generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
+
+
+def become(environment: dict[str, str]) -> None:
+    """Has this environment. What is in it already is left alone."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
 
 
 def keep_only(fds: set[int]) -> None:

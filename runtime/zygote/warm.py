@@ -11,14 +11,17 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from runtime import imports
 from runtime.zygote.layers import Level
 
 if TYPE_CHECKING:
-    from cache_agent.client import Lease
+    from cache_agent.client import Known, Lease
     from cache_agent.manifest import Manifest
+    from runtime.app import Application
+    from runtime.server import Settings
     from runtime.weights import Loaded, Weights
 
 
@@ -35,10 +38,13 @@ class _Lent:
 class Warm:
     """A layer as its children find it. `files` are the segments that `weights` maps, by device and inode.
 
+    `http` is made for a worker to use up.
     Children of one that is `shared` belong to several containers, whose functions may not all have its model.
     """
 
     level: Level
+    http: tuple[Application, Settings] | None = None
+    known: Known | None = None
     weights: Weights | None = None
     loaded: Loaded | None = None
     files: tuple[tuple[int, int], ...] = ()
@@ -54,33 +60,36 @@ class Warm:
 
             from runtime import weights
             from runtime.engine import choice, serial  # noqa: F401
+            from runtime.handoff import book, moving  # noqa: F401
 
             for kind in kinds:
                 weights.preload_kind(kind)
 
         gc.disable()
         imports.imported(load, lean=lean)
-        from runtime import server, worker  # noqa: F401  what a child needs of our own
+        from runtime.worker import log_to_stderr
 
-        _ask_once()
+        log_to_stderr("info")
+        http = _http()
         _lay_out_once()
-        return cls("lang", shared=shared)
+        return cls("lang", http, shared=shared)
 
     def with_model(self, size: int, manifest: int, *segments: int) -> Warm:
         """The layer on top: the model of this manifest (an fd, and its size in bytes) on these segments.
 
         The fds are closed; the mappings stay, whether or not the agent lives on.
         """
-        from cache_agent.client import read_manifest
+        from cache_agent.client import Known
         from runtime.weights import Weights, assemble
 
         files = _files(segments)
-        weights = Weights(_Lent(read_manifest(manifest, size), segments))
+        known = Known(manifest, size)
+        weights = Weights(_Lent(known.manifest, segments))
         for fd in (manifest, *segments):
             os.close(fd)
         loaded = assemble(weights)
         _forward_once(loaded.model)
-        return replace(self, level="model", weights=weights, loaded=loaded, files=files)
+        return replace(self, level="model", known=known, weights=weights, loaded=loaded, files=files)
 
     def parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
         """The model that is ready, if its bytes are the very ones of this lease."""
@@ -104,24 +113,36 @@ def _one_thread() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not open it
 
 
-def _ask_once() -> None:
-    """Sends requests through the application as gunicorn would: Flask and its libraries import a lot at the first."""
-    from cache_agent.ledger import Ledger
-    from runtime.app import create_app
-    from runtime.config import FunctionConfig
-    from runtime.lifecycle import Lifecycle
+def _http() -> tuple[Application, Settings]:
+    """A worker's HTTP side, through which requests have gone as they would come from a socket: gunicorn, Flask and the
+    classes that they ask one another about import and remember a lot at the first."""
+    from gunicorn.http import RequestParser
 
-    config = FunctionConfig(model="/warm")
-    app = create_app(config, Lifecycle("warm", 1), Ledger("warm"), lambda _reason: None)
-    for method, path in (("GET", "/_/health"), ("GET", "/_/ledger"), ("GET", "/_/absent")):
+    from cache_agent.ledger import Ledger
+    from runtime.app import Application
+    from runtime.config import FunctionConfig
+    from runtime.handler import Handler
+    from runtime.lifecycle import Lifecycle
+    from runtime.server import Settings
+
+    application, settings, lifecycle = Application(), Settings(), Lifecycle("warm", 1)
+    application.serve(FunctionConfig(model="/warm"), lifecycle, Ledger("warm"), lambda _reason: None)
+    nobody: Any = SimpleNamespace(book=None)
+    lifecycle.opened(nobody, Handler(lambda event, _context: f"{event.body!r} {dict(event.query)}"))
+    for method, path in (("GET", "/_/health"), ("GET", "/_/ledger"), ("GET", "/_/absent"), ("POST", "/")):
+        head = f"{method} {path}?a=b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1"
+        asked = next(RequestParser(settings.config, iter([head.encode()]), ("127.0.0.1", 1)))
         environ: dict[str, Any] = {
-            "REQUEST_METHOD": method, "PATH_INFO": path, "SCRIPT_NAME": "", "QUERY_STRING": "a=b",
+            "REQUEST_METHOD": asked.method, "PATH_INFO": asked.path, "SCRIPT_NAME": "", "QUERY_STRING": asked.query,
             "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": "localhost",
-            "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO(),
-            "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False,
+            "CONTENT_LENGTH": "1", "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.input": asked.body,
+            "wsgi.errors": io.StringIO(), "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False,
         }  # fmt: skip
-        for _ in app(environ, lambda *_: None):
+        answer = application(environ, lambda *_: None)
+        for _ in answer:
             pass
+        getattr(answer, "close", lambda: None)()
+    return application, settings
 
 
 def _lay_out_once() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, replicas, said
+from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, said
 
 from cache_agent.errors import StoreUnavailable
 from cache_agent.snapshots.store import Key
@@ -23,14 +25,23 @@ from runtime.handoff.snapshot import Place
 
 @pytest.fixture
 def agent() -> Iterator[LocalAgent]:
-    with LocalAgent.running() as agent:
+    with tempfile.TemporaryDirectory(prefix="gp-") as place:  # short: a socket lies in it
+        agent = LocalAgent(Path(place))
         yield agent
+        agent.close()
 
 
 @pytest.fixture
 def replica(agent: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Replica]]:
-    with replicas(agent, serve, move=True) as make:
-        yield make
+    made: list[Replica] = []
+
+    def make(**options: Any) -> Replica:
+        made.append(Replica(agent, serve, move=True, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 SLOW = 0.05  # seconds per token of a source: what it answers is never over before it has moved

@@ -27,7 +27,7 @@ from werkzeug.serving import make_server
 from runtime.engine.base import SamplingParams
 from runtime.errors import FunctionError, WeightsUnavailable
 from runtime.model import Model
-from runtime.openai import ModelGate, OpenGate, blueprint
+from runtime.openai import ModelGate, OpenGate, Served, blueprint
 from runtime.sse import EventParser
 from runtime.testing import toy_model
 
@@ -54,7 +54,7 @@ class ColdGate:
 
 def make_app(gate: ModelGate, **options: Any) -> Flask:
     app = Flask("function")
-    app.register_blueprint(blueprint(gate, **options))
+    app.register_blueprint(blueprint(Served(gate, **options)))
     return app
 
 
@@ -483,12 +483,12 @@ class TestGoneClients:
 
 GUNICORN_APP = """
 from flask import Flask
-from runtime.openai import OpenGate, blueprint
+from runtime.openai import OpenGate, Served, blueprint
 from runtime.testing import toy_model
 
 model = toy_model(step_delay=0.02, context_length=50_000)
 app = Flask("function")
-app.register_blueprint(blueprint(OpenGate(model), max_body=1 << 20))
+app.register_blueprint(blueprint(Served(OpenGate(model), max_body=1 << 20)))
 app.add_url_rule("/running", view_func=lambda: str(model.engine.stats().running))
 """
 

@@ -125,20 +125,18 @@ class Pool:
         if self._lang is None and now >= self._rebuild_at:
             variables = {**os.environ, "GLOWPLUG_POOL_SECCOMP": self._seccomp}
             self._lang = boot(self._spec, environment=variables, program=PROGRAM)
-        if self._lang is not None:
-            if why := self._lang.overdue(now):
-                self._lang.kill()
-                self._lost(f"{why} and was killed", now)
-            else:
-                for event in self._lang.read():
-                    match event:
-                        case Ready():
-                            self._is_ready(event)
-                        case Lost():
-                            self._lost(event.why, now)
-                            break
-                        case _ if not self._models.takes(event, now):
-                            self._take(event, now)
+        for event in [] if self._lang is None else self._lang.read():
+            match event:
+                case Ready():
+                    self._is_ready(event)
+                case Lost():
+                    self._lost(event.why, now)
+                case _ if not self._models.takes(event, now):
+                    self._take(event, now)
+        # After what it has said: if it is the pool that was stopped, the beats are there.
+        if self._lang is not None and (why := self._lang.overdue(now)):
+            self._lang.kill()
+            self._lost(f"{why} and was killed", now)
         for event in self._models.step(now, None if self._ready is None else self._lang):
             self._take(event, now)
         for number, tenant in list(self._forks.items()):

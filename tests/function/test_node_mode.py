@@ -16,7 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_mode import POSSIBLE, PYTHON_SHIM, ROOT, SECONDS, Container, Function, Pool, comm, ended, names, status, wait
+from node_mode import (
+    POSSIBLE,
+    PYTHON_SHIM,
+    ROOT,
+    SECONDS,
+    Container,
+    Function,
+    Pool,
+    children,
+    comm,
+    ended,
+    names,
+    status,
+    wait,
+)
 
 from runtime.zygote import native
 
@@ -44,6 +58,9 @@ def handle(event, context):
         case "/slow":
             return (str(time.sleep(0.02) or number) + "\\n" for number in range(50))
         case "/environment":
+            if os.fork() == 0:  # a process that nobody here will wait for
+                os._exit(os.fork() and 0)
+            os.wait()
             return {name: os.fsencode(value).hex() for name, value in os.environ.items() if name.startswith("X_")}
         case "/exit":
             os._exit(int(event.query["code"]))
@@ -257,6 +274,8 @@ def test_settings_arrive_as_they_are(static: Callable[..., Function]) -> None:
     served.ready()
     assert served.get("/environment") == {name: os.fsencode(value).hex() for name, value in values.items()}
     assert is_static(served), served.container.log.read_text()
+    first = served.container.first()
+    wait(lambda: not children(first), "what others left behind is reaped", served.container.log)
 
 
 def test_what_is_not_plain_node_mode_is_for_the_shim_in_python(
@@ -271,11 +290,21 @@ def test_what_is_not_plain_node_mode_is_for_the_shim_in_python(
     assert (done.returncode, "GLOWPLUG_SLOTS is 'none'" in done.stderr) == (64, True), "it is no container's first"
 
 
-def test_an_answer_goes_on_when_the_pool_is_killed(
+def test_nothing_is_lost_with_a_pool_that_hangs_or_is_killed(
     tmp_path_factory: pytest.TempPathFactory, agent: Any, static: Callable[..., Function]
 ) -> None:
+    """A request that has woken a parked function, a worker that is asked for, an answer that is under way."""
     mortal = Pool(tmp_path_factory.mktemp("mortal"), "--agent", str(agent.socket)).ready()
     try:
+        idle = static(which=mortal, GLOWPLUG_HOLD="user=0.2")
+        idle.ready()
+        wait(lambda: idle.get("/_/ready") == {"state": "parked"}, "it is parked", idle.container.log)
+        mortal.process.send_signal(signal.SIGSTOP)
+        assert idle.get("/")
+        mortal.process.send_signal(signal.SIGCONT)
+        log = idle.container.log.read_text()
+        assert GIVES_WAY in log
+        assert "not forked: " in log
         served = static(which=mortal)
         first = served.ready()
         assert first["start"] == "lang"

@@ -23,7 +23,7 @@ from cache_agent.wire.requests import (
 
 _FIND = 8.0  # seconds: other nodes may be asked
 _TELL = 3.0
-_LOOK = 60.0
+_LOOK = 1.0
 
 
 def offer_to_host(channel: Channel, kin: str, owner: str) -> None:
@@ -31,12 +31,12 @@ def offer_to_host(channel: Channel, kin: str, owner: str) -> None:
     channel.send(HostRequest(kin, owner))
 
 
-def await_match(channel: Channel, leaving: Callable[[], bool]) -> socket.socket | None:
-    """The end of a pipe to a worker that drains; None when this one is `leaving`.
+def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socket | None:
+    """The end of a pipe to a worker that drains; None when this one is `unwilling`, and the channel is to be closed.
 
     Raises `AgentError`, `Disconnected`.
     """
-    while not leaving():
+    while not unwilling():
         try:
             message, fds = channel.receive(time.monotonic() + _LOOK)
         except AgentTimeout:

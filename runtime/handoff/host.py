@@ -1,6 +1,8 @@
 """Owns this worker's readiness to go on with others' requests: it waits at its agent, and serves whoever is sent.
 
 agent ◄── host(kin) ── this worker        matched + one end of a pipe ──► `Guests` on a thread of its own ── again
+
+It waits only while it has a free slot, so that nobody is sent to one who cannot take anything.
 """
 
 from __future__ import annotations
@@ -60,12 +62,13 @@ class Host:
     def _run(self) -> None:
         pause = _AGAIN[0]
         while not self._leaving.is_set():
-            if not (kin := self._kin()):
+            if not (kin := self._kin()) or self._unwilling():
                 self._leaving.wait(_LOOK)
                 continue
             begun = time.monotonic()
             try:
                 self._wait_at_agent(kin)
+                continue
             except (AgentError, Disconnected, OSError) as error:
                 log.debug("not waiting for hand-offs: %s", error)
             if time.monotonic() > begun + _AGAIN[1]:
@@ -73,14 +76,18 @@ class Host:
             self._leaving.wait(pause)
             pause = min(_AGAIN[1], 2 * pause)
 
+    def _unwilling(self) -> bool:
+        stats = self._here.engine.stats()
+        return self._leaving.is_set() or stats.running + stats.waiting >= stats.slots
+
     def _wait_at_agent(self, kin: str) -> None:
         with self._client().connect() as channel:
             with self._lock:
                 self._channel = channel
             try:
-                while not self._leaving.is_set():
+                while not self._unwilling():
                     offer_to_host(channel, kin, self._owner)
-                    self._welcome(await_match(channel, self._leaving.is_set), kin)
+                    self._welcome(await_match(channel, self._unwilling), kin)
             finally:
                 with self._lock:
                     self._channel = None

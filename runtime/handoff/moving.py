@@ -15,10 +15,11 @@ from cache_agent.wire.requests import Handed
 from runtime.config import FunctionConfig
 from runtime.engine.base import STATE_VERSION
 from runtime.handoff.book import place_of
-from runtime.handoff.departure import Departure, Told
+from runtime.handoff.departure import Departure
 from runtime.handoff.guest import Work
 from runtime.handoff.host import Host
 from runtime.handoff.live import LiveEngine
+from runtime.handoff.mover import Told
 from runtime.handoff.pipe import Pipe
 from runtime.handoff.relay import Relay
 from runtime.handoff.seal import Seal, seal

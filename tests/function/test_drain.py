@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -11,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_worker
 from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, said
 
 from cache_agent.errors import StoreUnavailable
 from cache_agent.snapshots.store import Key
-from runtime.handoff import departure
+from runtime.handoff import mover, orphans
+from runtime.handoff import pipe as pipes
 from runtime.handoff.client import ask
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import Relay
@@ -44,6 +48,7 @@ def replica(agent: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Rep
         each.close()
 
 
+FEW = " ".join(f"w{n}" for n in range(15))
 SLOW = 0.05  # seconds per token of a source: what it answers is never over before it has moved
 
 
@@ -240,6 +245,25 @@ def test_what_has_no_room_elsewhere_stays_and_moves_later(
     assert second.lifecycle.state == "ready"
 
 
+def test_one_that_is_full_is_not_asked(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
+) -> None:
+    full = replica(delay=SLOW, slots=1)
+    busy = clients.ask(full, 1, messages=[{"role": "user", "content": FEW}])
+    hosts = agent.server.desk._hosts._waiting
+    eventually(lambda: not hosts, 20, "it waits for nobody while it has no free slot")
+    free, first = replica(), replica(delay=SLOW)
+    answers = clients.ask(first, 3)
+    first.drain()
+    assert first.released.wait(20)
+    for answer in answers:
+        assert said(answer.result(30)) == WORDS
+    assert said(busy[0].result(30)) == FEW
+    moved = eventually(lambda: len(agent.handoffs()) == 3 and agent.handoffs())
+    assert {(item.destination, item.outcome) for item in moved} == {(free.name, "moved")}
+    eventually(lambda: any(waiting.owner == full.name for waiting in hosts.values()), 20, "it has a slot again")
+
+
 def test_sealed_streams_move_too(replica: Callable[..., Replica], clients: Clients) -> None:
     first, second = replica(delay=SLOW, seal=Sealed(b"k" * 32)), replica(seal=Sealed(b"k" * 32))
     answers = clients.ask(first, 2)
@@ -268,6 +292,35 @@ def owners(agent: LocalAgent, events: list[Any]) -> list[str]:
     history = agent.store.history(Key("chat", events[-1].id.partition(":")[0]))
     assert [change.epoch for change in history] == list(range(1, len(history) + 1))
     return [change.owner for change in history]
+
+
+def test_a_destination_that_is_stopped_in_the_middle_of_a_copy_aborts_back_in_time(
+    replica: Callable[..., Replica],
+    clients: Clients,
+    agent: LocalAgent,
+    eventually: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A process that SIGSTOP hits when the copy has been announced; the prompt is more than a socket holds."""
+    monkeypatch.setattr(pipes, "STALL", 0.3)
+    monkeypatch.setattr(mover, "ANSWER", 0.3)
+    first = replica(delay=SLOW)
+    long = [{"role": "user", "content": "x" * 60_000}, {"role": "user", "content": FEW}]
+    (answer,) = clients.ask(first, 1, messages=long)
+    arguments = [toy_worker.__file__, str(agent.path), "halting-worker", str(tmp_path / "told"), "halting"]
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as other:
+        try:
+            assert other.stdout is not None
+            assert int(other.stdout.readline())
+            first.drain()
+            state = Path(f"/proc/{other.pid}/stat")
+            eventually(lambda: state.read_text().rpartition(") ")[2][0] == "T", 20, "it stands still")
+            (item,) = eventually(lambda: agent.handoffs(), 10, "the source has it back")
+            assert (item.destination, item.outcome) == ("halting-worker", "back")
+            assert said(answer.result(60)) == FEW
+        finally:
+            other.kill()
 
 
 def test_a_store_that_is_away_for_a_moment_is_asked_again(
@@ -302,7 +355,7 @@ def test_what_is_nobodys_for_sure_is_given_up_and_can_be_resumed(
             return False
         raise StoreUnavailable("it is away")
 
-    monkeypatch.setattr(departure, "_COMMIT", 0.3)
+    monkeypatch.setattr(mover, "_COMMIT", 0.3)
     monkeypatch.setattr(agent.store, "transfer", never)
     events = read_while_draining(first, second, eventually)
     assert said(events) == WORDS
@@ -329,3 +382,64 @@ def test_what_was_made_over_to_one_who_is_gone_is_taken_back(
     found = owners(agent, events)
     assert found[:3] == [first.name, second.name, first.name]
     assert found[-1] == first.name, "its client never had to ask anybody else"
+
+
+def vanish(second: Replica, first: Replica) -> None:
+    """As if the second were killed: the first hears nothing more of it, and nobody is sent to it any more."""
+    assert first.moving is not None
+    assert second.moving is not None
+    second.moving._host.leave()
+    relay = first.moving._departure._relay
+    assert relay is not None
+    relay.close("it is gone")
+
+
+def test_a_request_outlives_its_destination_under_an_epoch_of_its_own(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
+) -> None:
+    first, second = replica(delay=SLOW), replica(delay=SLOW)
+    body = {"temperature": 1.0, "seed": 5, "n": 2}
+    (answer,) = clients.ask(first, 1, **body)
+    first.drain()
+    assert first.released.wait(20)
+    third = replica()
+    whole = parsed(third.post(CHAT, chat(**body))[2])
+    vanish(second, first)
+    events = answer.result(30)
+    for choice in range(2):
+        assert said(events, choice) == said(whole, choice)
+    assert frames(events)[-1]["usage"] == frames(whole)[-1]["usage"]
+    last, _ = eventually(lambda: len(agent.handoffs()) == 2 and agent.handoffs())
+    assert (last.destination, last.outcome, last.how) == (third.name, "moved", "recompute")
+    history = agent.store.history(Key("chat", last.id))
+    assert [change.owner for change in history] == [first.name, second.name, first.name, third.name]
+    assert [change.epoch for change in history] == [1, 2, 3, 4]
+
+
+def test_with_nobody_left_its_client_hears_in_time_that_it_can_ask_again(
+    replica: Callable[..., Replica], clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orphans, "PATIENCE", 0.5)
+    first, second = replica(delay=SLOW), replica(delay=SLOW)
+    (answer,) = clients.ask(first, 1)
+    first.drain()
+    assert first.released.wait(20)
+    vanish(second, first)
+    error = json.loads(answer.result(20)[-2].data)["error"]
+    assert error["code"] == "moved"
+    assert "ask for the rest" in error["message"]
+
+
+def test_somebody_who_has_claimed_it_meanwhile_keeps_it(
+    replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, eventually: Callable[..., Any]
+) -> None:
+    first, second = replica(delay=SLOW), replica(delay=SLOW)
+    (answer,) = clients.ask(first, 1)
+    first.drain()
+    assert first.released.wait(20)
+    (moved,) = eventually(agent.handoffs)
+    assert agent.store.transfer(Key("chat", moved.id), second.name, 2, "somebody-else", 30)
+    replica()
+    vanish(second, first)
+    assert json.loads(answer.result(20)[-2].data)["error"]["code"] == "moved"
+    assert agent.store.history(Key("chat", moved.id))[-1].owner == "somebody-else"

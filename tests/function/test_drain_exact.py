@@ -16,10 +16,11 @@ from tiny import GREEDY, SAMPLED, ask, run, text_of
 from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
-from runtime.handoff import departure
-from runtime.handoff.departure import Departure, Told
+from runtime.handoff import mover
+from runtime.handoff.departure import Departure
 from runtime.handoff.guest import Guests
 from runtime.handoff.live import LiveEngine
+from runtime.handoff.mover import Told
 from runtime.handoff.pipe import Pipe
 from runtime.handoff.relay import Relay
 from runtime.handoff.seal import Plain
@@ -227,7 +228,7 @@ def test_where_the_pipe_is_slow_rows_are_made_anew(pair: Callable[..., Pair], mo
 def test_a_destination_that_stands_still_aborts_back_to_the_source(
     pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(departure, "ANSWER", 0.2)
+    monkeypatch.setattr(mover, "ANSWER", 0.2)
     tested = pair("bfloat16")
     tested.deaf = True
     request = ask("moved", COUNT, sampling=SAMPLED)

@@ -40,7 +40,7 @@ FAULTS = ("worker", "other worker", "agent", "other agent", "redis", "stop worke
 DRAINS = ("worker", "other worker", "redis", "stop other worker", "agent", "other agent", "nothing")
 STREAMS = 3
 SPACE = "glowplug:snapshot:chat:"
-WORDS = " ".join(f"w{n}ü" for n in range(50))
+WORDS = " ".join(f"w{n}ü" for n in range(35))
 
 
 class Cluster:
@@ -179,7 +179,7 @@ def test_every_answer_comes_whole_and_has_one_owner_at_a_time(
         what = f"round {number}, {fault}"
         seeds = [chance.randrange(1 << 30) for _ in range(STREAMS)]
         streams = Streams(cluster.urls, seeds, silence=1 if fault.startswith("stop") else 5)
-        streams.hear(chance.randint(1, 3 * 150))
+        streams.hear(chance.randint(1, STREAMS * 150))
         if drain:
             cluster.drain()
             # The fault itself: it comes at any moment of the hand-off, or of what follows.
@@ -206,11 +206,14 @@ def test_a_destination_is_killed_and_no_client_of_the_source_notices(
     cluster: Cluster, rounds: Callable[[int, int], int], eventually: Callable[..., Any], keep: bool
 ) -> None:
     """Three workers: the first hands its streams over and relays them, then whoever has them dies."""
-    cluster.unkept = not keep
-    for number in (0, 1):
-        cluster.kill_worker(number)
+    count, killed, long = rounds(int(keep), 100), 0, " ".join([WORDS] * 3)
+    if not count:
+        pytest.skip("the full count alone; test_drain_exact.py has it on two engines in one process")
+    if not keep:
+        cluster.unkept = True
+        for number in (0, 1):
+            cluster.kill_worker(number)
     cluster.start_worker(2)
-    count, killed, long = rounds(1, 100), 0, f"{WORDS} {WORDS}"
     for number in range(count):
         chance = random.Random(f"relay {number}")
         what = f"round {number}"

@@ -178,6 +178,7 @@ def openfaas(function: Function, gateway: str = "http://127.0.0.1:8080") -> Obje
     }
     if function.namespace:
         entry["namespace"] = function.namespace
+    environment |= _hand_off(function)
     if function.inject == "tcp":
         environment["GLOWPLUG_SOCKET"] = AGENT_ADDRESS
     if function.token_secret:
@@ -196,6 +197,16 @@ def openfaas(function: Function, gateway: str = "http://127.0.0.1:8080") -> Obje
         entry["labels"] = labels
     stack = {"version": 1.0, "provider": {"name": "openfaas", "gateway": gateway}, "functions": {function.name: entry}}
     return [stack]
+
+
+def _hand_off(function: Function) -> dict[str, str]:
+    """For a function that was given several replicas: each goes on with what another one cannot finish.
+
+    It takes an agent that they share, and its socket; the namespace keeps others of the same name apart.
+    """
+    if max(function.min_scale, function.max_scale) < 2 or function.inject not in ("policy", "fields"):
+        return {}
+    return {"GLOWPLUG_HANDOFF": f"{function.namespace}/{function.name}" if function.namespace else function.name}
 
 
 def _model_annotations(function: Function) -> dict[str, str]:
@@ -229,6 +240,7 @@ def _container(function: Function) -> dict[str, Any]:
         "GLOWPLUG_DRAIN_LINGER": "0",
         "GLOWPLUG_DRAIN_GRACE": str(function.timeout - _LATE_SIGTERM - _MARGIN),
     }
+    environment |= _hand_off(function)
     if function.inject == "tcp":
         environment["GLOWPLUG_SOCKET"] = AGENT_ADDRESS
     mounts: Objects = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108  the container's own

@@ -112,6 +112,21 @@ def test_openfaas_gets_what_every_edition_takes() -> None:
     assert all(isinstance(value, str) for value in function["environment"].values())
 
 
+def test_replicas_take_over_each_others_requests_where_there_can_be_several() -> None:
+    def names(**options: Any) -> set[str]:
+        function = render.Function(**CHAT, **options)
+        (stack,) = render.openfaas(function)
+        found = [settings(spec(**options)["containers"][0]), stack["functions"]["chat"]["environment"]]
+        return {from_environment(environment).handoff_name for environment in found}
+
+    assert names(max_scale=3) == names(min_scale=2) == {"chat"}
+    assert names(max_scale=3, namespace="llm") == {"llm/chat"}
+    assert names() == names(max_scale=1) == {""}, "whether there are several is the platform's own choice"
+    assert names(max_scale=3, inject="none") == {""}, "each has an agent of its own"
+    assert names(max_scale=3, inject="tcp", token_secret="t") == {""}, "no pipe can be passed to it"
+    assert names(max_scale=3, environment={"GLOWPLUG_HANDOFF": "off"}) == {""}
+
+
 def test_the_image_runs_both_ways(template: Path) -> None:
     """The same image: its command starts the watchdog, Knative's the static shim, which starts what that would."""
     (container,) = spec()["containers"]

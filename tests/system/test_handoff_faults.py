@@ -35,7 +35,7 @@ from toy_worker import Line
 from runtime.handoff.client import ask
 
 WORKER = Path(__file__).with_name("toy_worker.py")
-TTL = 15  # seconds for which the store keeps a request
+TTL = 60  # seconds for which the store keeps a request
 FAULTS = ("worker", "other worker", "agent", "other agent", "redis", "stop worker", "nothing")
 DRAINS = ("worker", "other worker", "redis", "stop other worker", "agent", "other agent", "nothing")
 STREAMS = 3

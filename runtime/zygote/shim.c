@@ -7,8 +7,8 @@
        asking ──forked──▶ serving ──retired──▶ parked ──a request──▶ asking
           any of them ──crash, refusal, silence, an unknown word────────────▶ shim.py, with all that is there
 
-   A message is looked at before it is taken, so that shim.py finds what was not for us where it was. Built by native.py,
-   which says what PYTHON, VERSION and LOCK are. The protocols are drawn in wire.py and control.py. */
+   A message is looked at before it is taken, so that shim.py finds what was not for us where it was. Built by
+   native.py, which says what PYTHON, VERSION and LOCK are. The protocols are drawn in wire.py and control.py. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -45,7 +45,8 @@ __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
     va_start(values, format);
     int count = vsnprintf(bytes + begin, sizeof bytes - begin - 1, format, values);
     va_end(values);
-    size_t size = begin + (count < 0 ? 0 : (size_t)count < sizeof bytes - begin - 1 ? (size_t)count : sizeof bytes - begin - 2);
+    size_t room = sizeof bytes - begin - 2;
+    size_t size = begin + (count < 0 ? 0 : (size_t)count < room ? (size_t)count : room);
     bytes[size++] = '\n';
     (void)!write(2, bytes, size);
 }
@@ -99,7 +100,8 @@ _Noreturn static void leave(int code) {
 _Noreturn static void python(void) {
     char *const command[] = {PYTHON, "-P", "-m", "runtime.shim", NULL};
     execv(PYTHON, command);
-    say("%s cannot be executed: %s; build this program for the Python that is there [function]", PYTHON, strerror(errno));
+    say("%s cannot be executed: %s; build this program for the Python that is there [function]", PYTHON,
+        strerror(errno));
     leave(70);
 }
 
@@ -122,11 +124,12 @@ _Noreturn static void take_over(const char *why, bool ask_pool) {
     Text state = {bytes, 0, sizeof bytes, false};
     put(&state, "{\"why\":");
     put_string(&state, why, strlen(why));
-    put(&state, ",\"ask_pool\":%s,\"greeted\":%s,\"start_id\":\"%s\",\"spans\":[%s]", truth(ask_pool), truth(own.greeted), own.start_id, spans.at);
+    put(&state, ",\"ask_pool\":%s,\"greeted\":%s", truth(ask_pool), truth(own.greeted));
+    put(&state, ",\"start_id\":\"%s\",\"spans\":[%s]", own.start_id, spans.at);
     put(&state, ",\"number\":%lld,\"turn\":%lld,\"worker\":%lld,\"agent\":", own.number, own.turn, own.worker);
     put_string(&state, own.agent, strlen(own.agent));
-    put(&state, ",\"retired\":%s,\"parked\":%s,\"stopping\":%s", truth(own.retired), truth(own.parked), truth(own.stopping));
-    put(&state, ",\"finished\":%s", truth(own.finished));
+    put(&state, ",\"retired\":%s,\"finished\":%s", truth(own.retired), truth(own.finished));
+    put(&state, ",\"parked\":%s,\"stopping\":%s", truth(own.parked), truth(own.stopping));
     put(&state, ",\"forking\":%s,\"known\":{\"load\":%lld", truth(own.forking), own.inside);
     put_time(&state, "serves", own.serves >= 0 ? own.serves : NEVER);
     if (own.size >= 0)
@@ -147,7 +150,8 @@ _Noreturn static void take_over(const char *why, bool ask_pool) {
     int file = memfd_create("glowplug-shim", 0);
     char name[16];
     snprintf(name, sizeof name, "%d", file);
-    if (state.over || file < 0 || write(file, bytes, state.used) != (ssize_t)state.used || setenv("GLOWPLUG_SHIM_STATE", name, 1)) {
+    if (state.over || file < 0 || write(file, bytes, state.used) != (ssize_t)state.used ||
+        setenv("GLOWPLUG_SHIM_STATE", name, 1)) {
         say("shim.py cannot take over: no memory [function]");
         leave(70);
     }
@@ -167,7 +171,8 @@ static bool send_packet(const Text *text, const int *fds, size_t count) {
     if (count) {
         memset(&control, 0, sizeof control);
         message.msg_control = &control, message.msg_controllen = CMSG_SPACE(count * sizeof(int));
-        control.header = (struct cmsghdr){.cmsg_len = CMSG_LEN(count * sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+        control.header.cmsg_len = CMSG_LEN(count * sizeof(int));
+        control.header.cmsg_level = SOL_SOCKET, control.header.cmsg_type = SCM_RIGHTS;
         memcpy(CMSG_DATA(&control.header), fds, count * sizeof(int));
     }
     return !text->over && sendmsg(own.pool, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)text->used;
@@ -297,7 +302,8 @@ static void signal_worker(int number) {
 static void hear_spans(const char *rows, const char *end) {
     const char *row;
     for (int i = 0; *rows == '[' && (row = member(rows, end, NULL, i)); i++) {
-        const char *owner = *row == '[' ? member(row, end, NULL, 0) : NULL, *name = owner ? member(row, end, NULL, 1) : NULL;
+        const char *owner = *row == '[' ? member(row, end, NULL, 0) : NULL;
+        const char *name = owner ? member(row, end, NULL, 1) : NULL;
         long long start, stop;
         if (!name || *owner != '"' || *name != '"' || !whole(member(row, end, NULL, 2), end, &start) ||
             !whole(member(row, end, NULL, 3), end, &stop) || member(row, end, NULL, 4))
@@ -319,8 +325,9 @@ static void hear_spans(const char *rows, const char *end) {
 static bool hear(const char *at, const char *end) {
     if (!object(at, end))
         return true; /* user code may have got hold of the line */
-    const char *state = member(at, end, "state", 0), *load = member(at, end, "load", 0), *rows = member(at, end, "spans", 0);
-    const char *error = member(at, end, "error", 0), *agent = member(at, end, "agent", 0);
+    const char *state = member(at, end, "state", 0), *load = member(at, end, "load", 0);
+    const char *rows = member(at, end, "spans", 0), *error = member(at, end, "error", 0);
+    const char *agent = member(at, end, "agent", 0);
     long long turn, inside, size;
     if (agent && *agent == '"')
         return false;
@@ -333,7 +340,8 @@ static bool hear(const char *at, const char *end) {
         own.retired = own.finished = true;
     } else if (is(state, "drained")) {
         own.finished = true;
-    } else if (load && *load == '[' && whole(member(load, end, NULL, 0), end, &turn) && whole(member(load, end, NULL, 1), end, &inside)) {
+    } else if (load && *load == '[' && whole(member(load, end, NULL, 0), end, &turn) &&
+               whole(member(load, end, NULL, 1), end, &inside)) {
         if (turn > own.turn && inside >= 0 && !member(load, end, NULL, 2)) {
             own.turn = turn, own.inside = inside;
             tell_pool("{\"load\":%lld}", inside);
@@ -344,7 +352,8 @@ static bool hear(const char *at, const char *end) {
     }
     if (rows)
         hear_spans(rows, end);
-    const char *code = error && *error == '[' ? member(error, end, NULL, 0) : NULL, *why = code ? member(error, end, NULL, 1) : NULL;
+    const char *code = error && *error == '[' ? member(error, end, NULL, 0) : NULL;
+    const char *why = code ? member(error, end, NULL, 1) : NULL;
     if (why && *code == '"' && *why == '"' && !member(error, end, NULL, 2)) {
         char bytes[4000];
         Text text = {bytes, 0, sizeof bytes, false};
@@ -409,7 +418,8 @@ static int take_packet(void) {
     } control;
     char byte;
     struct iovec bytes = {&byte, 1};
-    struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1};
+    message.msg_control = &control, message.msg_controllen = sizeof control;
     int fd = -1;
     if (recvmsg(own.pool, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) >= 0 && CMSG_FIRSTHDR(&message) &&
         control.header.cmsg_type == SCM_RIGHTS)
@@ -465,15 +475,16 @@ static void receive(void) {
     ssize_t count = recv(connection, begin, 64, MSG_PEEK);
     if (count < 0 && errno == EAGAIN)
         count = 64; /* somebody slow */
-    static const char *const probes[][2] = {{"GET /_/health", "{\"status\":\"ok\"}\n"}, {"GET /_/ready", "{\"state\":\"parked\"}\n"}};
+    static const char *const probes[][2] = {{"GET /_/health", "{\"status\":\"ok\"}\n"},
+                                            {"GET /_/ready", "{\"state\":\"parked\"}\n"}};
     for (int i = 0; i < 2; i++) {
         size_t size = strlen(probes[i][0]);
         if (strncmp(begin, probes[i][0], size) || (begin[size] != ' ' && begin[size] != '?'))
             continue;
-        (void)!recv(connection, packet, LINE, 0); /* what is left unread would reset the connection, and its answer with it */
+        (void)!recv(connection, packet, LINE, 0); /* what is left unread would reset the connection, with its answer */
         Text text = {packet, 0, sizeof packet, false};
-        put(&text, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %zu\r\nConnection: close\r\n\r\n%s",
-            strlen(probes[i][1]), probes[i][1]);
+        put(&text, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n");
+        put(&text, "Content-Length: %zu\r\nConnection: close\r\n\r\n%s", strlen(probes[i][1]), probes[i][1]);
         (void)!send(connection, text.at, text.used, MSG_NOSIGNAL);
         shutdown(connection, SHUT_WR);
         count = 0;
@@ -541,7 +552,8 @@ static void supervise(void) {
         until = earlier(until, earlier(own.kill_at, own.parked && own.stopping ? own.leave_at : NEVER));
         /* A dead worker's pidfd stays readable: how it ended is the pool's to tell. */
         struct pollfd fds[] = {{own.pool, POLLIN, 0}, {own.signals, POLLIN, 0}, {own.line, POLLIN, 0},
-                               {own.parked ? own.listener : -1, POLLIN, 0}, {own.dead_at < NEVER ? -1 : own.pidfd, POLLIN, 0}};
+                               {own.parked ? own.listener : -1, POLLIN, 0},
+                               {own.dead_at < NEVER ? -1 : own.pidfd, POLLIN, 0}};
         int count = poll(fds, 5, milliseconds(until - now));
         if (count > 0 && fds[1].revents)
             take_signals();
@@ -554,7 +566,7 @@ static void supervise(void) {
     }
 }
 
-/* --- settings, as config.py reads them; what is not understood here is shim.py's ----------------------------------- */
+/* --- settings, as config.py reads them; what is not understood is shim.py's ----------------------------------------- */
 
 static const char *setting(const char *name, const char *otherwise) {
     const char *value = getenv(name);
@@ -588,16 +600,19 @@ static void open_port(void) {
         fcntl(own.listener, F_SETFD, FD_CLOEXEC);
         return;
     }
-    bool six = strchr(host, ':');
-    struct sockaddr_in four_name = {.sin_family = AF_INET, .sin_port = htons((uint16_t)value)};
-    struct sockaddr_in6 six_name = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)value)};
-    if (inet_pton(six ? AF_INET6 : AF_INET, host, six ? (void *)&six_name.sin6_addr : (void *)&four_name.sin_addr) != 1)
+    union {
+        struct sockaddr any;
+        struct sockaddr_in four;
+        struct sockaddr_in6 six;
+    } name = {.any = {.sa_family = strchr(host, ':') ? AF_INET6 : AF_INET}};
+    bool six = name.any.sa_family == AF_INET6;
+    *(six ? &name.six.sin6_port : &name.four.sin_port) = htons((uint16_t)value);
+    if (inet_pton(name.any.sa_family, host, six ? (void *)&name.six.sin6_addr : (void *)&name.four.sin_addr) != 1)
         python();
-    own.listener = socket(six ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    own.listener = socket(name.any.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     int on = 1;
     setsockopt(own.listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (bind(own.listener, six ? (struct sockaddr *)&six_name : (struct sockaddr *)&four_name, six ? sizeof six_name : sizeof four_name) ||
-        listen(own.listener, 1024)) {
+    if (bind(own.listener, &name.any, six ? sizeof name.six : sizeof name.four) || listen(own.listener, 1024)) {
         close_fd(&own.listener);
         python(); /* which says what is wrong */
     }
@@ -631,12 +646,12 @@ static long long executed_at(long long now) {
 
 int main(void) {
     long long born = nanoseconds();
-    const char *pool = setting("GLOWPLUG_POOL", "/run/glowplug/pool.sock"), *layers = setting("GLOWPLUG_LAYERS", "model");
-    const char *model = setting("GLOWPLUG_MODEL", NULL);
+    const char *pool = setting("GLOWPLUG_POOL", "/run/glowplug/pool.sock");
+    const char *layers = setting("GLOWPLUG_LAYERS", "model"), *model = setting("GLOWPLUG_MODEL", NULL);
     own.agent = setting("GLOWPLUG_SOCKET", "/run/glowplug/agent.sock");
     unsetenv("GLOWPLUG_SHIM_STATE");
-    bool plain = model && (!strcmp(layers, "model") || !strcmp(layers, "lang")) && strncmp(own.agent, "tcp:", 4) && getpid() == 1 &&
-                 !setting("GLOWPLUG_RELOAD", NULL) && !access(pool, F_OK);
+    bool plain = model && (!strcmp(layers, "model") || !strcmp(layers, "lang")) && strncmp(own.agent, "tcp:", 4) &&
+                 getpid() == 1 && !setting("GLOWPLUG_RELOAD", NULL) && !access(pool, F_OK);
     if (!plain || (!setting("GLOWPLUG_SOCKET", NULL) && !answers(own.agent)))
         python();
     own.linger = number("GLOWPLUG_DRAIN_LINGER", 0, 0);

@@ -99,7 +99,7 @@ def static_shim(tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.skip("needs a C compiler")
     place = tmp_path_factory.mktemp("static")
     place.chmod(0o755)
-    target = os.environ.get("GLOWPLUG_TEST_SHIM") or str(place / "glowplug-shim")
+    target = os.environ.get("STATIC_SHIM") or str(place / "glowplug-shim")
     if not os.path.exists(target):
         native.build(target)
     return target

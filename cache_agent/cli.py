@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
@@ -21,67 +18,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from cache_agent import __version__, config, daemon, logs
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient
-from cache_agent.errors import AgentError, BadConfig
-
-log = logging.getLogger("glowplug.cli")
-
-F = TypeVar("F", bound=Callable[..., Any])
+from cache_agent.commands import Parsed, asks, client, model_uri, reported
+from cache_agent.kube.commands import extender, webhook
 
 _LOAD_SECONDS = 3600.0
-_FIRST_LOOK = 2.0  # seconds that the extender waits for Redis before it answers without
-
-
-class _Parsed(click.ParamType[Any]):
-    """A click type from a parser that raises `ValueError`."""
-
-    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return self._parse(value)
-        except ValueError as error:
-            return self.fail(f"{value!r}: {error}", param, ctx)
-
-
-def model_uri(text: str) -> str:
-    """A model as people type it: a URI, or a directory of this machine."""
-    if "://" in text:
-        return text
-    return "file://" + str(Path(text).absolute()).replace("%", "%25")
-
-
-def _asks(function: F) -> F:
-    """Options shared by the commands that talk to a serving agent."""
-    function = click.option(
-        "--json", "as_json", is_flag=True, help="Print JSON for programs instead of text for people."
-    )(function)
-    return click.option(
-        "--socket", "path", type=Path, default=None, help="The agent's socket [env: GLOWPLUG_SOCKET].", metavar="PATH"
-    )(function)
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Ends the command with the error's sentence and code."""
-    try:
-        yield
-    except AgentError as error:
-        click.echo(f"glowplug-agent: {error.text} [{error.code}]", err=True)
-        sys.exit(daemon.BAD_CONFIG if isinstance(error, BadConfig) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _client(path: Path | None) -> CacheClient:
-    settings = config.from_environment()
-    shown = credentials.shown(settings.token_file)
-    return CacheClient(path or settings.socket, name="glowplug-agent", identity=shown)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,12 +32,12 @@ def main() -> None:
 
 @main.command()
 @click.option("--socket", type=Path, help="Unix socket to serve.", metavar="PATH")
-@click.option("--socket-mode", type=_Parsed("mode", config.parse_mode), help="Octal mode of the socket.")
+@click.option("--socket-mode", type=Parsed("mode", config.parse_mode), help="Octal mode of the socket.")
 @click.option("--node", help="This node's name.")
-@click.option("--dram", type=_Parsed("size", config.parse_size), help="Memory for weights, like 16G.")
+@click.option("--dram", type=Parsed("size", config.parse_size), help="Memory for weights, like 16G.")
 @click.option("--huge-pages", type=click.Choice(["auto", "always", "never"]), help="Use the pool of 2 MiB pages.")
 @click.option("--ssd", type=Path, help="Directory of a fast disk to keep models in.", metavar="DIR")
-@click.option("--ssd-size", type=_Parsed("size", config.parse_size), help="Disk space for models, like 100G.")
+@click.option("--ssd-size", type=Parsed("size", config.parse_size), help="Disk space for models, like 100G.")
 @click.option(
     "--file-root", "file_roots", type=Path, multiple=True, help="Directory that file:// may name; repeatable."
 )
@@ -107,8 +47,8 @@ def main() -> None:
 @click.option("--redis-password-file", type=Path, help="File with Redis's password.", metavar="PATH")
 @click.option("--cluster-key-file", type=Path, help="File with the secret that all agents share.", metavar="PATH")
 @click.option("--snapshot-ttl", type=float, help="Seconds that a request is kept after its last token.")
-@click.option("--snapshot-size", type=_Parsed("size", config.parse_size), help="Most that is kept of one request.")
-@click.option("--snapshot-space", type=_Parsed("size", config.parse_size), help="Most that is kept of one function.")
+@click.option("--snapshot-size", type=Parsed("size", config.parse_size), help="Most that is kept of one request.")
+@click.option("--snapshot-space", type=Parsed("size", config.parse_size), help="Most that is kept of one function.")
 @click.option("--agent-listen", help="TCP address for other nodes and distant functions.", metavar="HOST:PORT")
 @click.option("--agent-address", help="Where others reach it, if not there.", metavar="HOST:PORT")
 @click.option("--peer-witnesses", type=int, help="Nodes that must have read what a node takes from peers.")
@@ -123,7 +63,7 @@ def main() -> None:
 @click.option("--max-connections", type=int, help="Functions and commands connected at once.")
 @click.option("--kubernetes", help="URL of the Kubernetes API, to see which pods of this node are being removed.")
 @click.option("--status", help="Address for metrics, state and events over HTTP, like 127.0.0.1:9480.", metavar="ADDR")
-@click.option("--status-open", type=_Parsed("paths", config.parse_words), help="Of those, what takes no token.")
+@click.option("--status-open", type=Parsed("paths", config.parse_words), help="Of those, what takes no token.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Log for people, or an object a line.")
 @click.option(
     "--log-level",
@@ -137,7 +77,7 @@ def serve(log_level: str, **options: Any) -> None:
 
     Every option can also be set in the environment, as GLOWPLUG_SOCKET, GLOWPLUG_DRAM and so on.
     """
-    with _reported():
+    with reported():
         given = {name: value for name, value in options.items() if value is not None and value != ()}
         settings = dataclasses.replace(config.from_environment(), **given)
         logs.configure(log_level, settings.log_format)
@@ -146,12 +86,12 @@ def serve(log_level: str, **options: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@_asks
+@asks
 def load(model: str, path: Path | None, as_json: bool) -> None:
     """Bring MODEL (a URI or a directory) into this node's memory."""
     start = time.monotonic()
     with (
-        _reported(),
+        reported(),
         Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -162,7 +102,7 @@ def load(model: str, path: Path | None, as_json: bool) -> None:
             transient=True,
             disable=not sys.stderr.isatty(),
         ) as bar,
-        _client(path).lease(model_uri(model)) as lease,
+        client(path).lease(model_uri(model)) as lease,
     ):
         task = bar.add_task("loading", total=lease.manifest.nbytes)
         lease.wait_ready(time.monotonic() + _LOAD_SECONDS, lambda done, _: bar.update(task, completed=done))
@@ -181,11 +121,11 @@ def load(model: str, path: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@_asks
+@asks
 def status(path: Path | None, as_json: bool) -> None:
     """Show which models are resident, and who holds them."""
-    with _reported():
-        reply = _client(path).status()
+    with reported():
+        reply = client(path).status()
     if as_json:
         click.echo(msgspec.json.encode(reply).decode())
         return
@@ -223,11 +163,11 @@ def status(path: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.option("--since", type=int, default=0, help="Number of the last event that is known already.")
-@_asks
+@asks
 def events(since: int, path: Path | None, as_json: bool) -> None:
     """Show what happened on the node lately, and why."""
-    with _reported():
-        found = _client(path).events(since)
+    with reported():
+        found = client(path).events(since)
     if as_json:
         click.echo(msgspec.json.encode(found).decode())
         return
@@ -238,11 +178,11 @@ def events(since: int, path: Path | None, as_json: bool) -> None:
 @main.command()
 @click.argument("model")
 @click.option("--ssd", is_flag=True, help="Remove it from the SSD, too.")
-@_asks
+@asks
 def evict(model: str, ssd: bool, path: Path | None, as_json: bool) -> None:
     """Give MODEL's memory back; refused while a function holds it."""
-    with _reported():
-        reply = _client(path).evicted(model_uri(model), ssd=ssd)
+    with reported():
+        reply = client(path).evicted(model_uri(model), ssd=ssd)
     size = reply.bytes + reply.ssd
     click.echo(json.dumps({"bytes": size, "stays": reply.stays}) if as_json else f"{size / 1e6:.0f} MB given back")
     if reply.stays and not as_json:
@@ -251,41 +191,41 @@ def evict(model: str, ssd: bool, path: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@_asks
+@asks
 def pin(model: str, path: Path | None, as_json: bool) -> None:
     """Keep MODEL, which must be resident: it is not evicted until it is unpinned or the agent ends."""
-    with _reported():
-        size = _client(path).pin(model_uri(model))
+    with reported():
+        size = client(path).pin(model_uri(model))
     click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB are pinned")
 
 
 @main.command()
 @click.argument("model")
-@_asks
+@asks
 def unpin(model: str, path: Path | None, as_json: bool) -> None:
     """Let MODEL be evicted again."""
-    with _reported():
-        size = _client(path).pin(model_uri(model), pinned=False)
+    with reported():
+        size = client(path).pin(model_uri(model), pinned=False)
     click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB may be evicted")
 
 
 @main.command()
 @click.argument("model")
-@_asks
+@asks
 def prefetch(model: str, path: Path | None, as_json: bool) -> None:
     """Begin to bring MODEL into memory; `status` shows how far it is, and nobody holds it."""
-    with _reported():
-        _client(path).prefetch(model_uri(model))
+    with reported():
+        client(path).prefetch(model_uri(model))
     click.echo(json.dumps({"prefetching": model_uri(model)}) if as_json else f"{model_uri(model)} is on its way")
 
 
 @main.command()
 @click.argument("model")
-@_asks
+@asks
 def estimate(model: str, path: Path | None, as_json: bool) -> None:
     """Say how long MODEL would take to be ready on this node now."""
-    with _reported():
-        reply = _client(path).estimate(model_uri(model))
+    with reported():
+        reply = client(path).estimate(model_uri(model))
     if as_json:
         click.echo(msgspec.json.encode(reply).decode())
     else:
@@ -296,11 +236,11 @@ def estimate(model: str, path: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@_asks
+@asks
 def manifest(model: str, path: Path | None, as_json: bool) -> None:
     """Show how MODEL would be laid out; reads headers only."""
-    with _reported():
-        plan = _client(path).manifest(model_uri(model))
+    with reported():
+        plan = client(path).manifest(model_uri(model))
     if as_json:
         click.echo(msgspec.json.encode(plan).decode())
         return
@@ -323,82 +263,13 @@ def manifest(model: str, path: Path | None, as_json: bool) -> None:
 @click.option("--model", default="", help="Only functions that hold this model.")
 @click.option("--grace", type=float, default=30.0, help="Seconds the functions have.", show_default=True)
 @click.option("--reason", default="asked for", help="What the functions' logs will say.")
-@_asks
+@asks
 def drain(model: str, grace: float, reason: str, path: Path | None, as_json: bool) -> None:
     """Tell this node's functions to finish or hand over what they run."""
-    with _reported():
-        holders = _client(path).push_drain(reason, grace, model_uri(model) if model else "")
+    with reported():
+        holders = client(path).push_drain(reason, grace, model_uri(model) if model else "")
     click.echo(json.dumps({"holders": holders}) if as_json else f"{holders} functions were told")
 
 
-@main.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=int, default=9479, show_default=True, help="Port to listen on.")
-@click.option(
-    "--redis-url", help="Redis in which the agents tell what they have [env: GLOWPLUG_REDIS_URL].", metavar="URL"
-)
-@click.option("--redis-password-file", type=Path, help="File with Redis's password.", metavar="PATH")
-@click.option("--estimates", type=Path, help="JSON file that says which node has what, instead.", metavar="PATH")
-@click.option("--check", is_flag=True, help="Ask the extender that listens there whether it lives.")
-@click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
-def extender(
-    host: str,
-    port: int,
-    redis_url: str | None,
-    redis_password_file: Path | None,
-    estimates: Path | None,
-    check: bool,
-    log_level: str,
-) -> None:
-    """Tell kube-scheduler which node would start a pod's model soonest."""
-    from cache_agent.cluster import outlook
-    from cache_agent.kube.extender import Extender
-    from cache_agent.web import webserver
-
-    logs.configure(log_level)
-    with _reported(), ExitStack() as stack:
-        if check:
-            webserver.check(host, port)
-            return
-        settings = config.from_environment()
-        url = redis_url or settings.redis_url
-        known: outlook.Outlook
-        if estimates is not None:
-            known = outlook.FileOutlook(estimates)
-        elif url:
-            password = redis_password_file or settings.redis_password_file
-            known = stack.enter_context(outlook.shared(url, password, _FIRST_LOOK))
-        else:
-            log.warning("neither --redis-url nor --estimates: all nodes are equal, and none is known to have an agent")
-            known = outlook.NoOutlook()
-        answers = Extender(known)
-        routes = {
-            ("POST", "/scheduler/prioritize"): answers.prioritize,
-            ("POST", "/scheduler/filter"): answers.filter,
-        }
-        webserver.serve_until_told(webserver.WebServer(host, port, routes))
-
-
-@main.command()
-@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104
-@click.option("--port", type=int, default=9443, show_default=True, help="Port to listen on.")
-@click.option("--certificate", type=Path, required=True, help="Certificate chain, in PEM.", metavar="PATH")
-@click.option("--key", type=Path, required=True, help="Its private key, in PEM.", metavar="PATH")
-@click.option("--scheduler", default="", help="Scheduler for pods that name a model, like warm-scheduler.")
-@click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
-def webhook(host: str, port: int, certificate: Path, key: Path, scheduler: str, log_level: str) -> None:
-    """Give pods that name a model the agent's directory, in clusters without MutatingAdmissionPolicy."""
-    from cache_agent.kube import admission
-    from cache_agent.web import webserver
-
-    logs.configure(log_level)
-
-    def review(body: bytes) -> webserver.Answer:
-        try:
-            return webserver.Answer(200, json.dumps(admission.review(json.loads(body), scheduler)).encode())
-        except (ValueError, RecursionError) as error:  # `NotAReview` is one
-            raise webserver.Refused(400, str(error)) from error
-
-    with _reported():
-        pair = webserver.Certificate(certificate, key)
-        webserver.serve_until_told(webserver.WebServer(host, port, {("POST", "/admission"): review}, pair))
+main.add_command(extender)
+main.add_command(webhook)

@@ -205,7 +205,7 @@ def _node(status: StatusReply) -> Iterator[Finding]:
 
 
 def _model(socket: Path | None, model: str) -> Finding:
-    from cache_agent.cli import model_uri
+    from cache_agent.commands import model_uri
     from cache_agent.errors import AgentError
 
     try:

@@ -20,7 +20,7 @@ from runtime.commands.output import agent, bar, json_option, megabytes, print_js
 @json_option
 def warm(models: tuple[str, ...], pin: bool, no_wait: bool, timeout: float, socket: Path | None, as_json: bool) -> None:
     """Have each MODEL (a URI or a directory) in this node's memory, so that functions find it there."""
-    from cache_agent.cli import model_uri
+    from cache_agent.commands import model_uri
 
     if pin and no_wait:
         raise click.UsageError("--pin needs the model to be there, so it goes without --no-wait")

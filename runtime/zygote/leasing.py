@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SECONDS = 10.0
 
 
-class Leasing:
+class LayerLeases:
     """`ask` begins, `fileno` becomes readable, `take` gives what came: a lease whose bytes are there, or why not."""
 
     def __init__(self, config: FunctionConfig, agent: Callable[[], str], name: str) -> None:

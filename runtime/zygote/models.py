@@ -68,7 +68,7 @@ class Models:
         say: Callable[[str], None],
     ) -> None:
         self._config, self._made_of, self._most, self._number, self._say = config, made_of, most, number, say
-        self._leases = leasing.Leasing(config, lambda: agent, "pool")
+        self._leases = leasing.LayerLeases(config, lambda: agent, "pool")
         self._layers: dict[str, ModelLayer] = {}
 
     # --- what the pool tells --------------------------------------------------------------------------------------

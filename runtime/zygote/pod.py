@@ -76,7 +76,7 @@ class Pod:
         self.memory: Memory | None = None  # what workers over TCP left, if the shim keeps it
         self._pending_model: tuple[int, Any, Lease] | None = None
         self._leasing = False
-        self._leases = leasing.Leasing(config, agent, "layers")
+        self._leases = leasing.LayerLeases(config, agent, "layers")
         self.published = published.Published("pod", config.served_name, config.start_price, self._leases.client)
         self._lease: Lease | None = None
 

@@ -28,7 +28,7 @@ from runtime.errors import StaleLayer
 from runtime.wakeup import Wakeup
 from runtime.zygote import join, kernel, layers
 from runtime.zygote.forkserver import BEAT
-from runtime.zygote.leasing import Leasing
+from runtime.zygote.leasing import LayerLeases
 from runtime.zygote.models import Models
 from runtime.zygote.published import Published
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote, boot
@@ -67,7 +67,7 @@ class Pool:
         self._models = Models(config, agent, made_of, models, self._number, say)
         self._tenants: dict[int, Tenant] = {}  # by fd
         self._forks: dict[int, Tenant] = {}  # by the number that a zygote knows
-        self._published = Published("pool", path, config.start_price, Leasing(config, lambda: agent, "pool").client)
+        self._published = Published("pool", path, config.start_price, LayerLeases(config, lambda: agent, "pool").client)
 
     def run(self) -> int:
         become_subreaper()

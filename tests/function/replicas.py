@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ class LocalAgent:
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls) -> Iterator[LocalAgent]:
+        """One until the end of the block, in a directory whose path is short: a socket lies in it."""
+        with tempfile.TemporaryDirectory(prefix="gp-") as place:
+            agent = cls(Path(place))
+            yield agent
+            agent.close()
+
     @property
     def client(self) -> CacheClient:
         return CacheClient(self.path, timeout=10)
@@ -135,6 +145,19 @@ class LocalAgent:
         self.stop()
         self.server.close()
         self.agent.close(time.monotonic() + 5)
+
+
+@contextlib.contextmanager
+def replicas(agent: LocalAgent, serve: Callable[..., Any], **common: Any) -> Iterator[Callable[..., Replica]]:
+    """`make(**options)`: replicas that use this agent, until the end of the block."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: Any) -> Replica:
+            made = Replica(agent, serve, **common, **options)
+            stack.callback(made.close)
+            return made
+
+        yield make
 
 
 def chat(**more: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import toy_worker
-from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, said
+from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, replicas, said
 
 from cache_agent.errors import StoreUnavailable
 from cache_agent.snapshots.store import Key
@@ -29,23 +28,14 @@ from runtime.handoff.snapshot import Place
 
 @pytest.fixture
 def agent() -> Iterator[LocalAgent]:
-    with tempfile.TemporaryDirectory(prefix="gp-") as place:  # short: a socket lies in it
-        agent = LocalAgent(Path(place))
+    with LocalAgent.running() as agent:
         yield agent
-        agent.close()
 
 
 @pytest.fixture
 def replica(agent: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Replica]]:
-    made: list[Replica] = []
-
-    def make(**options: Any) -> Replica:
-        made.append(Replica(agent, serve, move=True, **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+    with replicas(agent, serve, move=True) as make:
+        yield make
 
 
 FEW = " ".join(f"w{n}" for n in range(15))

@@ -6,17 +6,15 @@ import contextlib
 import json
 import re
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, said
+from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, replicas, said
 
 from cache_agent.snapshots.store import Key
 from runtime.commands import ask as commands
@@ -28,23 +26,14 @@ from runtime.sse import EventParser
 
 @pytest.fixture
 def agent() -> Iterator[LocalAgent]:
-    with tempfile.TemporaryDirectory(prefix="gp-") as place:  # short: a socket lies in it
-        agent = LocalAgent(Path(place))
+    with LocalAgent.running() as agent:
         yield agent
-        agent.close()
 
 
 @pytest.fixture
 def replica(agent: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Replica]]:
-    made: list[Replica] = []
-
-    def make(**options: Any) -> Replica:
-        made.append(Replica(agent, serve, **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+    with replicas(agent, serve) as make:
+        yield make
 
 
 # --- one cut, anywhere ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import click
 import pytest
 import redis
 import yaml
@@ -34,6 +35,7 @@ from cache_agent.access import rights
 from cache_agent.cli import main
 from cache_agent.config import AgentConfig, from_environment, parse_size
 from cache_agent.policy.rights import Caller
+from runtime.cli import main as glowplug
 from runtime.commands.pool import pool
 from runtime.config import DEFAULT_SOCKET, FunctionConfig
 
@@ -166,7 +168,7 @@ def test_the_pool_is_as_privileged_as_it_must_be_and_no_more(build: Callable[...
     }
     program, command, *_ = container["command"]
     assert (program, command) == ("glowplug", "pool")
-    parsed = pool.make_context("pool", list(container["args"])).params
+    parsed = understood(glowplug, pool, container["args"])
     assert parsed["kinds"] == ("llama", "qwen2")
     assert (parsed["path"], parsed["agent"]) == (FunctionConfig.pool, DEFAULT_SOCKET)
     # Both images have it, and what is imported by different settings is not shared.
@@ -339,6 +341,12 @@ def test_the_injection_is_not_one(schema: Callable[[str, str], Schema]) -> None:
         assert "atomic" in {part.get(f"x-kubernetes-{kind}-type") for part in found for kind in ("list", "map")}
 
 
+def understood(group: click.Group, command: click.Command, arguments: list[str]) -> dict[str, Any]:
+    """As the command line takes them: below its group, whose settings a command keeps from its first use on."""
+    parent = click.Context(group, **group.context_settings)
+    return command.make_context(command.name, list(arguments), parent=parent).params
+
+
 def test_commands_take_their_arguments(combined: list[dict[str, Any]]) -> None:
     """Arguments and probes of our own image, as its command line understands them."""
     for name, pod in pods(combined):
@@ -350,7 +358,7 @@ def test_commands_take_their_arguments(combined: list[dict[str, Any]]) -> None:
             lines += [probe["command"][1:] for probe in probes if probe and probe["command"][0] == "glowplug-agent"]
             assert lines or "args" not in container or name == POOL, name
             for command, *arguments in lines:
-                main.commands[command].make_context(command, arguments)
+                understood(main, main.commands[command], arguments)
 
 
 def test_names_no_place_of_one_machine() -> None:

@@ -80,15 +80,16 @@ class Weights:
             self.guard = Guard(self._ranges)
             self.tensors = {tensor.name: self._view(tensor) for tensor in self.manifest.tensors}
 
-    def populate(self) -> None:
-        """Enters the pages of all bytes into this process's tables, so that its first forward pass does not have to
-        meet them one by one: a fork hands none of them on. For any thread; it keeps nobody waiting for long.
+    def populate(self) -> Iterator[None]:
+        """Enters the pages of all bytes into this process's tables, piece by piece, so that its first forward pass does
+        not have to meet them one by one: a fork hands none of them on. For any thread; no piece keeps others waiting.
         """
         for start, end in self._ranges:
             for place in range(start, end, _STRIDE):
                 size = ctypes.c_size_t(min(_STRIDE, end - place))
                 if _LIBC.madvise(ctypes.c_void_p(place), size, _MADV_POPULATE_READ):
                     return  # a kernel before 5.14
+                yield
 
     def close(self) -> None:
         """Unmaps what no other tensor shows any more."""

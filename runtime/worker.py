@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -192,7 +193,7 @@ class Worker:
             mapped, loaded = self._ready_parts(lease) or self._put_together(lease, deadline)
         self._await_weights(lease, deadline)
         if not self._config.private_weights:
-            threading.Thread(target=mapped.populate, name="pages", daemon=True).start()
+            threading.Thread(target=lambda: deque(mapped.populate(), 0), name="pages", daemon=True).start()
         self._lifecycle.phase = "engine"
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
         begun = time.monotonic_ns()

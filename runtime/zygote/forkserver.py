@@ -37,7 +37,7 @@ from runtime.zygote.wire import Gone, Wire
 
 BEAT = 0.25
 Fork: TypeAlias = Callable[[dict[str, Any], list[int]], int]
-Enter: TypeAlias = Callable[[dict[str, Any], list[int]], None]
+Enter: TypeAlias = Callable[[dict[str, Any], list[int], Warm], None]
 _PR_SET_NAME = 15
 _BLOCKED = (signal.SIGTERM, signal.SIGINT)
 
@@ -46,7 +46,7 @@ class ForkServer:
     """`run()` serves the wire until its other end is closed; it returns in the zygote only, never in a child.
 
     `fork` forks, and `enter` is called first of all in the child: a supervisor of foreign containers gives its own.
-    Both get the request and its fds.
+    Both get the request and its fds, `enter` also what the child finds ready.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class ForkServer:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self._enter is not None:
-            self._enter(request, fds)
+            self._enter(request, fds, self._warm)
         keep_only({0, 1, 2, *fds})
         become(request.get("environment", {}))
         os.chdir(request.get("cwd", "/"))

@@ -47,7 +47,7 @@ class Entering:
         finally:
             os.close(home)
 
-    def enter(self, request: dict[str, Any], fds: list[int]) -> None:
+    def enter(self, request: dict[str, Any], fds: list[int], warm: Warm) -> None:
         """Becomes a process of the container, and leaves in `request` and `fds` what its worker is told."""
         if "place" not in request:
             return
@@ -67,7 +67,7 @@ class Entering:
         os.close(root)
         joined = time.monotonic_ns()
         steps = [("fork", request["asked"], born), ("cgroup", born, charged), ("join", charged, joined)]
-        order, fds[:] = _ordered(Wire(socket.socket(fileno=wire)), (joined - request["asked"]) / 1e9)
+        order, fds[:] = _ordered(Wire(socket.socket(fileno=wire)), warm, (joined - request["asked"]) / 1e9)
         for target, fd in enumerate(fds[-_STDIO:]):
             os.dup2(fd, target)
         del fds[-_STDIO:]
@@ -85,16 +85,21 @@ def _leave(wire: Wire, why: str) -> NoReturn:
         os._exit(_NOT_PLACED)
 
 
-def _ordered(wire: Wire, seconds: float) -> tuple[dict[str, Any], list[int]]:
+def _ordered(wire: Wire, warm: Warm, seconds: float) -> tuple[dict[str, Any], list[int]]:
     """What to do, and its fds; it took `seconds` to come here.
 
-    There is no deadline: the pool drops it when it is not worth its memory, and the end of the container is its own.
+    Where nobody waits it rehearses; a worker is spared as much time as that takes. There is no deadline: the pool drops
+    it when it is not worth its memory, and the end of the container is its own.
     """
     poller = select.poll()
     poller.register(wire, select.POLLIN)
     try:
         if not poller.poll(_AT_ONCE):
-            wire.send({"parked": private_bytes(), "seconds": seconds})
+            begun = time.monotonic()
+            for _ in warm.rehearse():
+                if poller.poll(0):
+                    break
+            wire.send({"parked": private_bytes(), "seconds": seconds + time.monotonic() - begun})
         while (received := wire.receive()) is None:
             poller.poll()
     except Gone:

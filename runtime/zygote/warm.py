@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,15 @@ class Warm:
         _forward_once(loaded.model)
         return replace(self, level="model", known=known, weights=weights, loaded=loaded, files=files)
 
+    def rehearse(self) -> Iterator[None]:
+        """In a child that has time, which may leave off after each piece of a few ms: requests once more, so that the
+        memory that they write to is its own, and the weights' pages, entered."""
+        if self.http is not None:
+            _ask(*self.http)
+            yield
+        if self.weights is not None:
+            yield from self.weights.populate()
+
     def parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
         """The model that is ready, if its bytes are the very ones of this lease."""
         if self.weights is None or self.loaded is None:
@@ -116,16 +125,23 @@ def _one_thread() -> None:
 def _http() -> tuple[Application, Settings]:
     """A worker's HTTP side, through which requests have gone as they would come from a socket: gunicorn, Flask and the
     classes that they ask one another about import and remember a lot at the first."""
+    from runtime.app import Application
+    from runtime.server import Settings
+
+    application, settings = Application(), Settings()
+    _ask(application, settings)
+    return application, settings
+
+
+def _ask(application: Application, settings: Settings) -> None:
     from gunicorn.http import RequestParser
 
     from cache_agent.ledger import Ledger
-    from runtime.app import Application
     from runtime.config import FunctionConfig
     from runtime.handler import Handler
     from runtime.lifecycle import Lifecycle
-    from runtime.server import Settings
 
-    application, settings, lifecycle = Application(), Settings(), Lifecycle("warm", 1)
+    lifecycle = Lifecycle("warm", 1)
     application.serve(FunctionConfig(model="/warm"), lifecycle, Ledger("warm"), lambda _reason: None)
     nobody: Any = SimpleNamespace(book=None)
     lifecycle.opened(nobody, Handler(lambda event, _context: f"{event.body!r} {dict(event.query)}"))
@@ -142,7 +158,6 @@ def _http() -> tuple[Application, Settings]:
         for _ in answer:
             pass
         getattr(answer, "close", lambda: None)()
-    return application, settings
 
 
 def _lay_out_once() -> None:

@@ -69,7 +69,10 @@ HANDED = (
 
 @pytest.fixture(scope="module")
 def node(
-    agent_process: Callable[..., Any], write_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    agent_process: Callable[..., Any],
+    write_checkpoint: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    eventually: Callable[..., Any],
 ) -> Iterator[Any]:
     """An agent that has been busy: two models, one of them pinned, an eviction, three starts."""
     port = free_port()
@@ -80,6 +83,7 @@ def node(
             with agent.client.lease(model) as lease:
                 lease.wait_ready(time.monotonic() + 30)
         agent.client.pin(models[0])
+        eventually(lambda: not any(model.leases for model in agent.client.status().models), what="no lease is held")
         agent.client.evict(models[2])
         agent.client.report_start(started("summarise", models[1], *COLD, tier="origin", bytes=2 << 20))
         agent.client.report_start(started(HOSTILE, HOSTILE, error="no room [no_capacity]"))

@@ -18,6 +18,7 @@ from benchmarks.harness import Sample, Unavailable
 
 Layer = Literal["lang", "model"]
 _SECONDS = 60.0
+_SETTLED = 1.0  # what a spare has for itself before it is needed: idle workers are parked for longer
 _STEPS = ("pool: fork ms", "pool: cgroup ms", "pool: join ms")
 
 
@@ -45,6 +46,7 @@ class Node:
         with self.start(GLOWPLUG_HOLD="user=1") as function:
             _until(lambda: b"parked" in function.request("GET", "/_/ready"), "it was not parked", function)
             _until(lambda: _waits(function), "no spare waits in it", function)
+            time.sleep(_SETTLED)
             yield function
 
     def joined(self, function: Function) -> Sample:

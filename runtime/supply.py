@@ -60,7 +60,7 @@ class Supply:
 
     def find_pool(self) -> None:
         """Of the node, if there is one and it serves this container; its zygotes make the first start a fork, too."""
-        if self._config.layers == "off" or not self._config.pool or not os.path.exists(self._config.pool):
+        if self._config.layers == "off" or not os.path.exists(self._config.pool):
             return
         start = time.monotonic_ns()
         from runtime.zygote.node import Node

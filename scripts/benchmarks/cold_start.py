@@ -6,8 +6,8 @@ worker needs for its next first token: no cold start can be shorter. `pod` is a 
 whose idle worker was dropped to a layer: from the request to its first token. `node` is a container's first start,
 forked by a pool from this layer; `fork_join_ms` is that fork with the cgroup and the container that it entered,
 `charged_mb` what the container's memory cgroup is charged once it has answered. `node, spare` is a container there
-whose idle worker was dropped: what it asks for has waited in it for a second. The agent's memory is of huge pages where a pool of them
-can be had: a fresh process enters 4 KiB pages one by one in its first forward pass.
+whose idle worker was dropped: what it asks for has waited in it for a second. The agent's memory is of huge pages
+where a pool of them can be had: a fresh process enters 4 KiB pages one by one in its first forward pass.
 """
 
 from __future__ import annotations

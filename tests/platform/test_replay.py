@@ -234,7 +234,7 @@ def test_the_templates_image_answers(
     if program := os.environ.get("OF_WATCHDOG"):
         shutil.copy2(program, watchdog)
     else:
-        watchdog.write_text(STAND_IN.read_text().replace("#!/usr/bin/env python", "#!/usr/bin/python3"))
+        watchdog.write_text(STAND_IN.read_text().replace("#!/usr/bin/env python3", "#!/usr/bin/python3"))
     watchdog.chmod(0o755)
     made = replay(template / "Dockerfile", build_context, {"watchdog": watchdog})
     ship = made.build()

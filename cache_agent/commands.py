@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 
 from cache_agent import config, daemon
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AgentError, BadConfig
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING
 
 from cache_agent import limits, logs
 from cache_agent.access import control as access
-from cache_agent.agent import Agent
 from cache_agent.cluster.directory import Directory, InProcessDirectory, Node
 from cache_agent.cluster.key import ClusterKey
+from cache_agent.cluster.peer import Membership
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig, from_environment
 from cache_agent.errors import AgentError, BadConfig
-from cache_agent.handoff.neighbours import Neighbours
-from cache_agent.server import Server, listen
-from cache_agent.snapshots.shelf import cluster_key, shelf
-from cache_agent.tiers.peer import Membership
+from cache_agent.handoff.targets import Neighbours
+from cache_agent.serving.agent import Agent
+from cache_agent.serving.connection import Connection
+from cache_agent.serving.remote import RemoteConnection
+from cache_agent.serving.server import Server, listen
+from cache_agent.snapshots.index import cluster_key, shelf
 from cache_agent.wire import link
-from cache_agent.wire.connection import Connection
-from cache_agent.wire.remote import RemoteConnection
 
 if TYPE_CHECKING:
     from cache_agent.kube.witness import Removal, Witness

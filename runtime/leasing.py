@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.lease import Known, Lease
 from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, VersionMismatch
-from cache_agent.lease import Known, Lease
 from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
 from runtime.control import Line
@@ -26,7 +26,7 @@ from runtime.errors import FunctionError, NotReady
 from runtime.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
-    from cache_agent.wire.streamed import Kept
+    from cache_agent.client.streamed import Kept
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ class Leasing:
     def _memory(self) -> Kept | None:
         if not self._kept:
             return None
-        from cache_agent.wire.streamed import Kept
+        from cache_agent.client.streamed import Kept
 
         return Kept.of(self._kept, self._drop_memory)
 

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from cache_agent.manifest import Manifest, Tensor, model_config
+from cache_agent.model.manifest import Manifest, Tensor, model_config
 from runtime.errors import ModelUnusable
 from runtime.guard import Guard
 from runtime.handoff.snapshot import tokenizer_digest

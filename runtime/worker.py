@@ -25,10 +25,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cache_agent.client.lease import Lease
 from cache_agent.errors import AgentError
-from cache_agent.lease import Lease
 from cache_agent.ledger import Ledger, Span
-from cache_agent.manifest import model_config
+from cache_agent.model.manifest import model_config
 from cache_agent.wire.messages import Admitted, Drain
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line

@@ -27,7 +27,7 @@ from report import ROOT, Report
 from rich.console import Console
 from rich.table import Table
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AgentError
 from runtime.sse import EventParser
 

@@ -134,8 +134,10 @@ def identities(kind: str, token_file: Path | None, kubernetes: str) -> Identitie
     if kind == "kubernetes":
         if not kubernetes:
             raise BadConfig("GLOWPLUG_IDENTITY=kubernetes needs GLOWPLUG_KUBERNETES, the URL of the Kubernetes API")
+        from cache_agent.access.kubernetes import (
+            Api,  # nor ssl, nor http: a function that starts its own agent waits for it
+        )
         from cache_agent.access.tokenreview import TokenReview
-        from cache_agent.kube.api import Api  # nor ssl, nor http: a function that starts its own agent waits for it
 
         checks["kubernetes"] = TokenReview(Api(kubernetes))
     return Identities(checks)

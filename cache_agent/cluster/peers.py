@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 
 from cache_agent.cluster.directory import Directory
+from cache_agent.cluster.peer import Membership, Peer, PeerFailed
 from cache_agent.cluster.swarm import Liars, Swarm
 from cache_agent.errors import AgentError
-from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.loader import Load
+from cache_agent.model.checkpoint import Description
 from cache_agent.policy.fanout import place
-from cache_agent.tiers.peer import Membership, Peer, PeerFailed
 
 log = logging.getLogger("glowplug.peers")
 

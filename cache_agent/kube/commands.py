@@ -37,7 +37,7 @@ def extender(
     log_level: str,
 ) -> None:
     """Tell kube-scheduler which node would start a pod's model soonest."""
-    from cache_agent.cluster import outlook
+    from cache_agent.kube import outlook
     from cache_agent.kube.extender import Extender
     from cache_agent.web import webserver
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from cache_agent.cluster.outlook import Outlook, Unavailable
 from cache_agent.kube.admission import MODEL
+from cache_agent.kube.outlook import Outlook, Unavailable
 from cache_agent.policy import placement
 from cache_agent.web.webserver import Answer, Refused
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from cache_agent import manifest
 from cache_agent.errors import (
     AccessDenied,
     AgentError,
@@ -26,8 +25,9 @@ from cache_agent.errors import (
     OriginChanged,
     WrongRevision,
 )
-from cache_agent.loading.checkpoint import PICKLED, Description, describe, read_patiently
-from cache_agent.manifest import SourceFile
+from cache_agent.model import manifest
+from cache_agent.model.checkpoint import PICKLED, Description, describe, read_patiently
+from cache_agent.model.manifest import SourceFile
 from cache_agent.model.origin import Origin
 
 STEP = 16 << 20

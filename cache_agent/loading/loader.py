@@ -11,10 +11,10 @@ from typing import Protocol
 import xxhash
 
 from cache_agent.errors import OriginChanged
-from cache_agent.loading import content
-from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.reader import OriginReader
 from cache_agent.loading.tee import Tee
+from cache_agent.model import content
+from cache_agent.model.checkpoint import Description
 from cache_agent.model.origin import Origin
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.ssd import Reading

@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import quote
 
 from cache_agent.errors import BadModelURI, ModelNotFound, OriginChanged
-from cache_agent.loading.checkpoint import describe
 from cache_agent.loading.copying import (
     PARALLEL,
     STEP,
@@ -27,7 +26,8 @@ from cache_agent.loading.copying import (
     revision,
     wanted,
 )
-from cache_agent.manifest import SourceFile
+from cache_agent.model.checkpoint import describe
+from cache_agent.model.manifest import SourceFile
 from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.tiers.origin import FileOrigin
 from cache_agent.tiers.s3 import S3, S3Origin

@@ -14,13 +14,13 @@ import hashlib
 import os
 from collections.abc import Sequence
 
-from cache_agent import manifest as manifests
 from cache_agent.ledger import Ledger
-from cache_agent.loading import content
-from cache_agent.loading.checkpoint import Description, describe
-from cache_agent.manifest import Manifest
+from cache_agent.model import content
+from cache_agent.model import manifest as manifests
+from cache_agent.model.checkpoint import Description, describe
+from cache_agent.model.manifest import Manifest
 from cache_agent.model.origin import Origin
-from cache_agent.residency.held import Held
+from cache_agent.residency.leases import Held
 from cache_agent.tiers.dram import Dram
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

@@ -16,19 +16,19 @@ from cache_agent.cluster.directory import Directory, Holding
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.errors import OriginChanged, translated
-from cache_agent.loading import content
+from cache_agent.journal.journal import Journal
 from cache_agent.loading.loader import Load
-from cache_agent.loading.resolving import Resolver
-from cache_agent.loading.revisions import Revisions
+from cache_agent.model import content
 from cache_agent.model.uri import parse_uri
 from cache_agent.residency import events
-from cache_agent.residency.books import Books
+from cache_agent.residency.background import HERE, Jobs, Lane, here, lane_of
 from cache_agent.residency.events import Action, Event
-from cache_agent.residency.held import Held, Resolution
-from cache_agent.residency.jobs import HERE, Jobs, Lane, here, lane_of
-from cache_agent.residency.keeping import Keeping
+from cache_agent.residency.leases import Held, Resolution
+from cache_agent.residency.ledger import Books
+from cache_agent.residency.resolving import Resolver
+from cache_agent.residency.retention import Keeping
+from cache_agent.residency.revisions import Revisions
 from cache_agent.tiers.dram import Dram
-from cache_agent.web.journal import Journal
 
 log = logging.getLogger("glowplug.agent")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from cache_agent.cluster.directory import Directory
 from cache_agent.policy.estimate import Measured
 from cache_agent.residency.entry import Entry
-from cache_agent.residency.held import Held
+from cache_agent.residency.leases import Held
 from cache_agent.tiers.quarantine import Quarantined
 from cache_agent.tiers.ssd import Stored
 from cache_agent.wire.operations import (

@@ -26,7 +26,7 @@ from cache_agent.errors import (
     OriginChanged,
     OriginUnavailable,
 )
-from cache_agent.manifest import SourceFile
+from cache_agent.model.manifest import SourceFile
 from cache_agent.model.uri import ModelURI
 from cache_agent.tiers.origin import ReadScattered
 from cache_agent.tiers.s3 import PATIENCE

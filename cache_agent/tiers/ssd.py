@@ -26,7 +26,7 @@ import msgspec
 import xxhash
 
 from cache_agent.errors import BadConfig
-from cache_agent.manifest import LAYOUT, Manifest, encode
+from cache_agent.model.manifest import LAYOUT, Manifest, encode
 from cache_agent.policy import eviction
 from cache_agent.tiers import image
 from cache_agent.tiers.image import BadImage, Index, Segments

@@ -9,7 +9,7 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from cache_agent import __version__
-from cache_agent.web.journal import ERROR_BUCKETS, Counts, Journal
+from cache_agent.journal.journal import ERROR_BUCKETS, Counts, Journal
 from cache_agent.wire.operations import StatusReply
 
 Values = Mapping[str, int] | Mapping[str, float] | Mapping[tuple[str, str], int] | Mapping[tuple[str, str], float]

@@ -27,8 +27,8 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wsgi import ClosingIterator
 
 from cache_agent.access.control import Access
-from cache_agent.agent import Agent
 from cache_agent.errors import AccessDenied, AgentError, BadConfig
+from cache_agent.serving.agent import Agent
 from cache_agent.web import dashboard
 from cache_agent.web.metrics import Collector
 from cache_agent.web.wsgi import WsgiServer, listen

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from cache_agent.errors import BadConfig, ProtocolError
-from cache_agent.manifest import PAGE
-from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.model.manifest import PAGE
+from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.message import Message
 
 SLOWEST = 64 << 10  # bytes per second

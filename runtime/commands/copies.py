@@ -59,8 +59,8 @@ def pull(uri: str, directory: Path, s3_endpoint: str | None, as_json: bool) -> N
 
         from cache_agent import config
         from cache_agent.loading import copying
-        from cache_agent.loading.origins import Origins
         from cache_agent.model.uri import parse_uri
+        from cache_agent.tiers.origins import Origins
 
         settings = config.from_environment()
         settings = dataclasses.replace(settings, s3_endpoint=s3_endpoint or settings.s3_endpoint)

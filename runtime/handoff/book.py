@@ -6,8 +6,8 @@ import os
 import secrets
 from collections.abc import Callable
 
-from cache_agent.client import CacheClient
-from cache_agent.snapshots.client import SnapshotClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.snapshots import SnapshotClient
 from runtime.config import FunctionConfig
 from runtime.handoff.checkpoint import Checkpoints
 from runtime.handoff.seal import seal

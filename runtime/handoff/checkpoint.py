@@ -19,8 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.errors import AgentError
-from cache_agent.snapshots.client import SnapshotClient
 from cache_agent.snapshots.store import Claimed, Keep, Key
 from cache_agent.wire.requests import KeptStatus
 from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, TokenEvent

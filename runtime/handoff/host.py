@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.handoff import await_match, offer_to_host
 from cache_agent.errors import AgentError
-from cache_agent.handoff.client import await_match, offer_to_host
-from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.wire.channel import Channel, Disconnected
 from runtime.handoff.guest import Guests, Taking, Work
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.handoff.seal import Seal

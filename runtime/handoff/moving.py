@@ -8,9 +8,9 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.handoff import find_destination, report
 from cache_agent.errors import AgentError, NoDestination
-from cache_agent.handoff.client import find_destination, report
 from cache_agent.wire.requests import Handed
 from runtime.config import FunctionConfig
 from runtime.engine.base import STATE_VERSION

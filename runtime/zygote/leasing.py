@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from runtime.config import FunctionConfig
 
 if TYPE_CHECKING:
-    from cache_agent.client import CacheClient
-    from cache_agent.lease import Lease
-    from cache_agent.wire.streamed import Kept
+    from cache_agent.client.cache_client import CacheClient
+    from cache_agent.client.lease import Lease
+    from cache_agent.client.streamed import Kept
 
 _SECONDS = 10.0
 
@@ -40,8 +40,8 @@ class LayerLeases:
 
     def client(self) -> CacheClient:
         """Speaks to the agent as this supervisor."""
-        from cache_agent.access import credentials
-        from cache_agent.client import CacheClient
+        from cache_agent.client import credentials
+        from cache_agent.client.cache_client import CacheClient
 
         config = self._config
         identity = credentials.shown(config.token_file, config.identity_file)
@@ -84,7 +84,7 @@ class LayerLeases:
 def _kept(memory: Sequence[int]) -> Kept | None:
     if not memory:
         return None
-    from cache_agent.wire.streamed import Kept
+    from cache_agent.client.streamed import Kept
 
     return Kept.of(memory)
 

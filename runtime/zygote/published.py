@@ -26,7 +26,7 @@ from cache_agent.policy.keepalive import Decision
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cache_agent.client import CacheClient
+    from cache_agent.client.cache_client import CacheClient
     from runtime.zygote.telling import Telling
 
 State = Literal["building", "used", "idle", "absent"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cache_agent.client import CacheClient
+    from cache_agent.client.cache_client import CacheClient
 
 _SETTLED = 3.0  # seconds before the first word: a start needs the processor more
 _AGAIN = 30.0  # seconds after which it is said again though nothing has changed: so it is known to live

@@ -77,7 +77,7 @@ def tensorizer(job: Job) -> Any:
 
 def glowplug(job: Job) -> Any:
     """As a worker does it: the model is put together while its bytes arrive."""
-    from cache_agent.client import CacheClient
+    from cache_agent.client.cache_client import CacheClient
     from runtime import weights
 
     lease = CacheClient(job["socket"]).lease(job["uri"])
@@ -89,7 +89,7 @@ def glowplug(job: Job) -> Any:
 
 def attach(job: Job) -> None:
     """No model on top: lease, map, and a view for every tensor."""
-    from cache_agent.client import CacheClient
+    from cache_agent.client.cache_client import CacheClient
     from runtime.weights import Weights
 
     lease = CacheClient(job["socket"]).lease(job["uri"])

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from cache_agent import manifest
 from cache_agent.errors import (
     AccessDenied,
     BadCheckpoint,
@@ -24,6 +23,7 @@ from cache_agent.errors import (
     WrongRevision,
 )
 from cache_agent.loading import copying, pushing
+from cache_agent.model import manifest
 from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.origin import FileOrigin
@@ -220,7 +220,7 @@ def test_places_that_nothing_is_pushed_to(uri, tmp_path, write_checkpoint):
 
 def test_a_model_is_visible_only_when_it_is_complete(tmp_path, write_checkpoint, checkpoint_files):
     origin = FileOrigin(parse_uri(f"file://{write_checkpoint(tmp_path / 'm', shards=2)}"), [tmp_path])
-    from cache_agent.loading.checkpoint import describe
+    from cache_agent.model.checkpoint import describe
 
     names = [file.name for file in copying.wanted(origin.files(), describe(origin))]
     assert names[-1] == "config.json"

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from cache_agent.cluster.outlook import FileOutlook, NoOutlook, Unavailable
 from cache_agent.kube.extender import Extender
+from cache_agent.kube.outlook import FileOutlook, NoOutlook, Unavailable
 from cache_agent.policy.placement import Node, Tier, View
 from cache_agent.web.webserver import MAX_BODY, Refused, WebServer
 

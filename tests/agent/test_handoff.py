@@ -9,15 +9,15 @@ import threading
 
 import pytest
 
+from cache_agent.client.handoff import await_match, find_destination, offer_to_host, report
 from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.cluster.key import ClusterKey
 from cache_agent.errors import NoDestination, SnapshotForged
-from cache_agent.handoff import crossing as crossings
-from cache_agent.handoff.client import await_match, find_destination, offer_to_host, report
-from cache_agent.handoff.crossing import Crossing
-from cache_agent.handoff.hosts import Hosts, Waiting
+from cache_agent.handoff import splice as crossings
+from cache_agent.handoff.destinations import Hosts, Waiting
+from cache_agent.handoff.splice import Crossing
 from cache_agent.wire import link
-from cache_agent.wire.fdsocket import Disconnected
+from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.requests import Handed, Relay
 
 KEY = ClusterKey(b"only for these tests, only for these")

@@ -19,8 +19,8 @@ from cache_agent.errors import (
     OriginUnavailable,
     UnsafeCheckpoint,
 )
-from cache_agent.loading.checkpoint import describe
 from cache_agent.loading.loader import Load
+from cache_agent.model.checkpoint import describe
 from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.hf import Hub, HubOrigin

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from cache_agent.access import credentials, tokenreview
+from cache_agent.access import tokenreview
 from cache_agent.access.control import Access
 from cache_agent.access.identity import Identities, Tokens, identities
+from cache_agent.access.kubernetes import Api
 from cache_agent.access.tokenreview import TokenReview
-from cache_agent.client import CacheClient
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AccessDenied, BadConfig, IdentityUnavailable
-from cache_agent.kube.api import Api
 from cache_agent.policy.rights import Caller
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Drain, Identity

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from leased import FAKE, contents, large_tensors, soon, tensors_of
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AccessDenied, AgentError, LeaseLost, OriginChanged, OriginUnavailable
-from cache_agent.manifest import CHUNK, PAGE
+from cache_agent.model.manifest import CHUNK, PAGE
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Admitted, Drain

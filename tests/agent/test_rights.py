@@ -21,7 +21,7 @@ from cache_agent.access import control as access
 from cache_agent.access import rights
 from cache_agent.access.control import Access
 from cache_agent.access.rights import RightsFile
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.logs import JsonFormatter, TextFormatter
 from cache_agent.model.uri import parse_uri

@@ -22,9 +22,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from cache_agent.errors import AccessDenied, OriginChanged, OriginUnavailable
-from cache_agent.loading.checkpoint import describe
 from cache_agent.loading.loader import Load
-from cache_agent.manifest import CHUNK
+from cache_agent.model.checkpoint import describe
+from cache_agent.model.manifest import CHUNK
 from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.s3 import S3, S3Origin

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 from leased import FAKE, soon
 
-from cache_agent import server as servers
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentUnreachable, BadConfig, ProtocolError
+from cache_agent.serving import connection as connections
+from cache_agent.serving import server as servers
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.wire import connection as connections
-from cache_agent.wire.fdsocket import Channel
+from cache_agent.wire.channel import Channel
 from cache_agent.wire.messages import ErrorReply, Granted, Hello, Identity, LeaseRequest, ManifestRequest, Welcome
 from cache_agent.wire.operations import EvictRequest, PushDrain, StatusReply, StatusRequest
 from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, VERSION, Decoder, encode

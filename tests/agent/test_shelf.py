@@ -8,10 +8,10 @@ import time
 
 import pytest
 
+from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentError, AgentUnreachable, BadConfig, ProtocolError, StoreUnavailable
-from cache_agent.snapshots.client import SnapshotClient
-from cache_agent.snapshots.shelf import Shelf, shelf
+from cache_agent.snapshots.index import Shelf, shelf
 from cache_agent.snapshots.store import InProcessSnapshots, Keep, Key
 from cache_agent.snapshots.store_redis import RedisSnapshots
 from cache_agent.wire import blobs

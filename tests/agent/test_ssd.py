@@ -18,7 +18,7 @@ import pytest
 from leased import FAKE, contents, large_tensors, soon, tensors_of, whole
 
 from cache_agent.errors import AgentError, BadConfig
-from cache_agent.manifest import CHUNK, LAYOUT, PAGE, Manifest
+from cache_agent.model.manifest import CHUNK, LAYOUT, PAGE, Manifest
 from cache_agent.tiers import image
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.ssd import Ssd

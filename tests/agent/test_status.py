@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cache_agent.access.control import Access, from_config
 from cache_agent.errors import BadConfig, ModelNotFound
+from cache_agent.journal import journal as journals
+from cache_agent.journal.journal import OTHERS, Journal
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.web import journal as journals
 from cache_agent.web import status as statuses
-from cache_agent.web.journal import OTHERS, Journal
 from cache_agent.web.status import Status, parse_address
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import BadConfig
 from cache_agent.kube import witness
 from cache_agent.kube.witness import Metadata, Removal, Watched, Witness

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from cache_agent.handoff import client as handoffs
+from cache_agent.client import handoff as handoffs
 from cache_agent.ledger import Span
 from cache_agent.wire.layers import Layer, LayersTold
 from cache_agent.wire.operations import Started

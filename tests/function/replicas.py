@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cache_agent.agent import Agent
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.config import AgentConfig
 from cache_agent.ledger import Ledger
-from cache_agent.server import Server, listen
-from cache_agent.snapshots.client import SnapshotClient
-from cache_agent.snapshots.shelf import Shelf
+from cache_agent.serving.agent import Agent
+from cache_agent.serving.server import Server, listen
+from cache_agent.snapshots.index import Shelf
 from cache_agent.snapshots.store import InProcessSnapshots
 from cache_agent.wire.requests import HandoffRecord
 from runtime.app import create_app

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 # Modules without I/O, clock or threads, by the design; `policy` is a package of such.
 PURE = [
-    "cache_agent/manifest.py",
+    "cache_agent/model/manifest.py",
     "cache_agent/model/uri.py",
     "cache_agent/model/origin.py",
     "cache_agent/wire/messages.py",
@@ -26,12 +26,12 @@ PURE = [
     "cache_agent/wire/peers.py",
     "cache_agent/wire/layers.py",
     "cache_agent/wire/protocol.py",
-    "cache_agent/loading/safetensors.py",
+    "cache_agent/model/safetensors.py",
     "cache_agent/residency/machine.py",
     "cache_agent/residency/events.py",
     "cache_agent/web/diagnosis.py",
     "cache_agent/loading/parallelism.py",
-    "cache_agent/loading/ranges.py",
+    "cache_agent/model/ranges.py",
     "cache_agent/residency/entry.py",
     "cache_agent/residency/catalogue.py",
     "runtime/engine/generation.py",
@@ -135,7 +135,7 @@ def test_what_the_shim_imports_is_standard_library_alone(module: str) -> None:
 def test_the_workers_http_side_needs_no_torch() -> None:
     """Everything that must be there before the first probe is answered."""
     loaded = _loaded_by("import runtime.worker, runtime.app, runtime.server, runtime.handler", *HEAVY)
-    assert {"flask", "gunicorn", "runtime.openai", "cache_agent.client"} <= loaded
+    assert {"flask", "gunicorn", "runtime.openai", "cache_agent.client.cache_client"} <= loaded
     assert "boto3" not in loaded, "the worker talks to its agent only"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import ProtocolError
 from cache_agent.wire.layers import LayersTold
 from runtime.zygote import telling

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from runtime import baseset, render
 
 ROOT = Path(__file__).parents[2]

@@ -19,9 +19,9 @@ import time
 import weakref
 from typing import Any, NamedTuple
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.ledger import Ledger
-from cache_agent.snapshots.client import SnapshotClient
 from runtime.app import create_app
 from runtime.config import FunctionConfig
 from runtime.engine.base import TokenEvent

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import msgspec
 from flask import Blueprint, Response
 
+from cache_agent.journal.reported import Told
 from cache_agent.web.diagnosis import Node, diagnose
-from cache_agent.web.told import Told
 from cache_agent.wire.operations import ClusterReply, Start, StatusReply
 
 PAGE = "/dashboard"

@@ -12,17 +12,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from cache_agent import __version__, manifest
+from cache_agent import __version__
 from cache_agent.access.audit import Trail
 from cache_agent.access.control import Access
-from cache_agent.agent import Agent
 from cache_agent.errors import AgentError, InternalError, ProtocolError, VersionMismatch
-from cache_agent.handoff.desk import Asked, Desk
+from cache_agent.handoff.broker import Asked, Desk
 from cache_agent.loading.loader import Load
+from cache_agent.model import manifest
 from cache_agent.policy.rights import NOBODY, Grant
 from cache_agent.residency import report
+from cache_agent.serving.agent import Agent
 from cache_agent.wire.blobs import sealed_bytes
-from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.message import TEXT_LIMIT, Message
 from cache_agent.wire.messages import (

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from cache_agent.ledger import Ledger
-from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.loader import Load
 from cache_agent.loading.tee import Tee
-from cache_agent.manifest import encode
+from cache_agent.model.checkpoint import Description
+from cache_agent.model.manifest import encode
 from cache_agent.model.origin import Origin
 from cache_agent.policy.rights import EVERYTHING, NOBODY, Caller, Grant
 from cache_agent.tiers.dram import Dram

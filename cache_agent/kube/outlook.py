@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.cluster.directory import Directory, Holding
 from cache_agent.cluster.directory import Node as Living
 from cache_agent.errors import BadModelURI

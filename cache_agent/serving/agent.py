@@ -7,29 +7,29 @@ import time
 from collections.abc import Callable
 from itertools import count
 
-from cache_agent import manifest
 from cache_agent.cluster.directory import Directory, Holding
 from cache_agent.cluster.peers import Peers
-from cache_agent.cluster.sharing import Sharing
 from cache_agent.config import AgentConfig
-from cache_agent.loading.checkpoint import describe
-from cache_agent.loading.origins import Origins
-from cache_agent.loading.resolving import Resolver
-from cache_agent.loading.revisions import Revisions
+from cache_agent.journal.journal import Journal
+from cache_agent.journal.reported import Told
+from cache_agent.model import manifest
+from cache_agent.model.checkpoint import describe
 from cache_agent.model.origin import Origin
 from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.policy.quota import Account
 from cache_agent.residency import events, report
-from cache_agent.residency.answers import Answers
-from cache_agent.residency.books import Books
 from cache_agent.residency.driver import Driver
 from cache_agent.residency.events import Event
-from cache_agent.residency.held import Asked, Errand, Holder, Resolution
-from cache_agent.residency.keeping import Keeping
-from cache_agent.residency.offers import Offers
+from cache_agent.residency.grants import Answers
+from cache_agent.residency.leases import Asked, Errand, Holder, Resolution
+from cache_agent.residency.ledger import Books
+from cache_agent.residency.resolving import Resolver
+from cache_agent.residency.retention import Keeping
+from cache_agent.residency.revisions import Revisions
+from cache_agent.residency.spares import Offers
+from cache_agent.serving.sharing import Sharing
+from cache_agent.tiers.origins import Origins
 from cache_agent.tiers.ssd import Ssd
-from cache_agent.web.journal import Journal
-from cache_agent.web.told import Told
 from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.messages import Drain
 from cache_agent.wire.operations import ClusterReply, EstimateReply, EvictReply, ModelStatus, StatusReply

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import msgspec
 
 from cache_agent.errors import BadCheckpoint
-from cache_agent.loading.safetensors import ITEM_BYTES, RawTensor
+from cache_agent.model.safetensors import ITEM_BYTES, RawTensor
 
 FORMAT = 1
 LAYOUT = 1

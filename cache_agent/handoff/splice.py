@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from cache_agent.cluster.key import ClusterKey, Side
 from cache_agent.errors import AgentError, AgentTimeout, ProtocolError
-from cache_agent.wire.fdsocket import Disconnected
+from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.messages import ErrorReply
 from cache_agent.wire.requests import Relay

@@ -15,13 +15,13 @@ from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.errors import OriginUnavailable
 from cache_agent.ledger import Ledger
-from cache_agent.loading.checkpoint import Description, describe
-from cache_agent.loading.confirmed import Confirmed
-from cache_agent.loading.revisions import Revisions
+from cache_agent.model.checkpoint import Description, describe
 from cache_agent.model.origin import Origin
 from cache_agent.model.uri import ModelURI, parse_uri
-from cache_agent.residency.held import Resolution
-from cache_agent.residency.keeping import Keeping
+from cache_agent.residency.confirmed import Confirmed
+from cache_agent.residency.leases import Resolution
+from cache_agent.residency.retention import Keeping
+from cache_agent.residency.revisions import Revisions
 
 log = logging.getLogger("glowplug.agent")
 

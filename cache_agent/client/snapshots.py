@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.lease import expect
 from cache_agent.errors import AgentError, AgentUnreachable
-from cache_agent.lease import expect
 from cache_agent.snapshots.store import Claimed, Keep, Key
 from cache_agent.wire import blobs
-from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.requests import (
     Checkpoint,
     Checkpointed,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cache_agent.web.journal import Journal
-from cache_agent.web.layers import Layers
-from cache_agent.web.starts import Starts
+from cache_agent.journal.journal import Journal
+from cache_agent.journal.layers import Layers
+from cache_agent.journal.starts import Starts
 from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.operations import Started
 

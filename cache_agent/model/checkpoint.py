@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from cache_agent import manifest
 from cache_agent.errors import BadCheckpoint, OriginUnavailable, UnsafeCheckpoint
-from cache_agent.loading import safetensors
-from cache_agent.manifest import Manifest, Source, SourceFile, WeightFile
+from cache_agent.model import manifest, safetensors
+from cache_agent.model.manifest import Manifest, Source, SourceFile, WeightFile
 from cache_agent.model.origin import Origin
 
 _SINGLE = "model.safetensors"

@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 
 from cache_agent import __version__
 from cache_agent.access.control import Access
-from cache_agent.agent import Agent
 from cache_agent.cluster.key import ClusterKey, nonce
-from cache_agent.cluster.sharing import Following
 from cache_agent.errors import AccessDenied, ModelNotFound, NoDestination, ProtocolError
-from cache_agent.handoff.crossing import Crossing
-from cache_agent.handoff.desk import Desk
+from cache_agent.handoff.broker import Desk
+from cache_agent.handoff.splice import Crossing
 from cache_agent.loading.loader import Load
-from cache_agent.manifest import CHUNK
-from cache_agent.wire.connection import Connection
-from cache_agent.wire.fdsocket import Disconnected
+from cache_agent.model.manifest import CHUNK
+from cache_agent.serving.agent import Agent
+from cache_agent.serving.connection import Connection
+from cache_agent.serving.sharing import Following
+from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from cache_agent.cluster.key import nonce
 from cache_agent.errors import NoDestination, ProtocolError
-from cache_agent.handoff.hosts import Hosts, Waiting
-from cache_agent.handoff.neighbours import Neighbours
+from cache_agent.handoff.destinations import Hosts, Waiting
+from cache_agent.handoff.targets import Neighbours
+from cache_agent.journal.journal import Journal
 from cache_agent.policy.rights import Caller
-from cache_agent.snapshots.shelf import Shelf
-from cache_agent.web.journal import Journal
+from cache_agent.snapshots.index import Shelf
 from cache_agent.wire import blobs
 from cache_agent.wire.message import Message
 from cache_agent.wire.requests import (

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cache_agent.access.control import Access
-from cache_agent.agent import Agent
 from cache_agent.errors import BadConfig
-from cache_agent.handoff.desk import Desk
-from cache_agent.snapshots import shelf as shelves
-from cache_agent.snapshots.shelf import Shelf
-from cache_agent.wire.connection import Connection
+from cache_agent.handoff.broker import Desk
+from cache_agent.serving.agent import Agent
+from cache_agent.serving.connection import Connection
+from cache_agent.snapshots import index as shelves
+from cache_agent.snapshots.index import Shelf
 
 log = logging.getLogger("glowplug.server")
 

@@ -6,9 +6,9 @@ import hashlib
 import mmap
 from collections.abc import Sequence
 
-from cache_agent import manifest as manifests
-from cache_agent.loading.checkpoint import Description
-from cache_agent.manifest import Manifest, Tensor
+from cache_agent.model import manifest as manifests
+from cache_agent.model.checkpoint import Description
+from cache_agent.model.manifest import Manifest, Tensor
 
 _HASH_STEP = 8 << 20
 _DIGEST = 32  # hex digits: 128 bits of SHA-256, which nobody can aim at

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 
 from cache_agent.errors import BadCheckpoint
-from cache_agent.loading.checkpoint import Description, decode_description, encode_description
 from cache_agent.loading.loader import Load
 from cache_agent.loading.tee import Tee
-from cache_agent.manifest import Manifest, chunk_place
+from cache_agent.model.checkpoint import Description, decode_description, encode_description
+from cache_agent.model.manifest import Manifest, chunk_place
 from cache_agent.residency import report
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.ssd import Reading, Ssd, Stored, Writing

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from cache_agent.cluster.key import ClusterKey, nonce
 from cache_agent.errors import AccessDenied, AgentTimeout, AgentUnreachable, ProtocolError, from_wire
-from cache_agent.loading import content
-from cache_agent.loading.checkpoint import Description, decode_description
-from cache_agent.manifest import LAYOUT, MAX_MANIFEST
-from cache_agent.wire.fdsocket import Disconnected
+from cache_agent.model import content
+from cache_agent.model.checkpoint import Description, decode_description
+from cache_agent.model.manifest import LAYOUT, MAX_MANIFEST
+from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link, dial
 from cache_agent.wire.messages import Answer, Challenge, ErrorReply, Hello, Identity, Welcome
 from cache_agent.wire.peers import Chunk, Described, DescribeRequest, FetchRequest, FollowRequest, Holds

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cache_agent import manifest as manifests
-from cache_agent.access import credentials
+from cache_agent.client import credentials
 from cache_agent.errors import (
     AgentUnreachable,
     LeaseLost,
     VersionMismatch,
 )
-from cache_agent.manifest import Manifest
-from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.model import manifest as manifests
+from cache_agent.model.manifest import Manifest
+from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.link import Link, dial
 from cache_agent.wire.message import Message
@@ -63,9 +63,9 @@ from cache_agent.wire.operations import (
 from cache_agent.wire.protocol import VERSION
 
 if TYPE_CHECKING:
-    from cache_agent.wire.streamed import Kept
+    from cache_agent.client.streamed import Kept
 
-from cache_agent.lease import Known, Lease, expect, read_manifest
+from cache_agent.client.lease import Known, Lease, expect, read_manifest
 
 M = TypeVar("M", bound=Message)
 
@@ -122,7 +122,7 @@ class CacheClient:
         try:
             by = deadline or time.monotonic() + _DESCRIBE_SECONDS
             if isinstance(channel, Link):
-                from cache_agent.wire import streamed
+                from cache_agent.client import streamed
 
                 if (found := streamed.lease(channel, model, start_id, by, kept)) is not None:
                     return found
@@ -161,7 +161,7 @@ class CacheClient:
 
     def _hold(self, channel: Link, model: str, source: str, deadline: float) -> Adopted:
         """A lease on what this process has already. Memory cannot be given over TCP, so that it stays our own."""
-        from cache_agent.wire.streamed import receive_manifest
+        from cache_agent.client.streamed import receive_manifest
 
         channel.send(LeaseRequest(model, have=source))
         if receive_manifest(channel, expect(channel, Streaming, deadline)[0]).source != source:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from cache_agent import limits
 from cache_agent.errors import translated
-from cache_agent.loading.revisions import Revisions
 from cache_agent.model.origin import Origin
 from cache_agent.model.uri import ModelURI
 from cache_agent.residency import adoption
+from cache_agent.residency.background import Jobs, Lane, lane_of
 from cache_agent.residency.events import Event, Offered, OfferFailed
-from cache_agent.residency.held import Held, Resident
-from cache_agent.residency.jobs import Jobs, Lane, lane_of
+from cache_agent.residency.leases import Held, Resident
+from cache_agent.residency.revisions import Revisions
 
 log = logging.getLogger("glowplug.agent")
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from cache_agent import manifest as manifests
 from cache_agent.errors import (
     AgentTimeout,
     LeaseLost,
@@ -19,8 +18,9 @@ from cache_agent.errors import (
     from_wire,
 )
 from cache_agent.ledger import Span
-from cache_agent.manifest import Manifest
-from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.model import manifest as manifests
+from cache_agent.model.manifest import Manifest
+from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
     Admitted,

@@ -11,11 +11,11 @@ import time
 
 from cache_agent.cluster.directory import Directory, Node
 from cache_agent.cluster.key import nonce
+from cache_agent.cluster.peer import Membership, dial_peer
 from cache_agent.errors import AgentError
-from cache_agent.handoff.crossing import Crossing
-from cache_agent.handoff.hosts import Waiting
-from cache_agent.tiers.peer import Membership, dial_peer
-from cache_agent.wire.fdsocket import Disconnected
+from cache_agent.handoff.destinations import Waiting
+from cache_agent.handoff.splice import Crossing
+from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.requests import HandoffRequest, Matched
 

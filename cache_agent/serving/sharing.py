@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cache_agent.errors import ModelNotFound
-from cache_agent.loading import content
-from cache_agent.loading.checkpoint import encode_description
 from cache_agent.loading.loader import Load
-from cache_agent.manifest import LAYOUT
-from cache_agent.residency.held import Held
-from cache_agent.residency.keeping import Keeping
+from cache_agent.model import content
+from cache_agent.model.checkpoint import encode_description
+from cache_agent.model.manifest import LAYOUT
+from cache_agent.residency.leases import Held
+from cache_agent.residency.retention import Keeping
 from cache_agent.wire.link import Link
 from cache_agent.wire.peers import Chunk, Described, Said
 

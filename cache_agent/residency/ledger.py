@@ -10,7 +10,7 @@ import time
 
 from cache_agent.policy.estimate import Estimate, Estimator, shared
 from cache_agent.residency import adoption, report
-from cache_agent.residency.held import Held, Resident
+from cache_agent.residency.leases import Held, Resident
 from cache_agent.residency.machine import Residency
 from cache_agent.wire.operations import EstimateReply, ModelStatus, TierStatus
 

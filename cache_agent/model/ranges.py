@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from cache_agent import manifest as manifests
-from cache_agent.manifest import Manifest
+from cache_agent.model import manifest as manifests
+from cache_agent.model.manifest import Manifest
 
 LARGEST = 16 << 20  # beyond it, a store's round trip is no longer seen
 SMALLEST = 4 << 20

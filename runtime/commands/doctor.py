@@ -100,7 +100,7 @@ def _machine(settings: AgentConfig) -> Iterator[Finding]:
 
 
 def _base() -> Finding:
-    from runtime import baseset
+    from runtime.commands import baseset
     from runtime.errors import FunctionError
 
     try:

@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from runtime import imports
-from runtime.zygote.layers import Level
+from runtime.layers.keys import Level
+from runtime.worker import imports
 
 if TYPE_CHECKING:
     from cache_agent.client.lease import Known, Lease
     from cache_agent.model.manifest import Manifest
-    from runtime.app import Application
-    from runtime.server import Settings
-    from runtime.weights import Loaded, Weights
+    from runtime.http.application import Application
+    from runtime.http.server import Settings
+    from runtime.worker.weights import Loaded, Weights
 
 
 _PROMPT = 32  # tokens
@@ -58,16 +58,16 @@ class Warm:
         def load() -> None:
             import numpy.random  # noqa: F401  numpy leaves it to the first who asks
 
-            from runtime import weights
             from runtime.engine import choice, serial  # noqa: F401
-            from runtime.handoff import book, moving  # noqa: F401
+            from runtime.handoff import incoming  # noqa: F401
+            from runtime.worker import weights
 
             for kind in kinds:
                 weights.preload_kind(kind)
 
         gc.disable()
         imports.imported(load, lean=lean)
-        from runtime.worker import log_to_stderr
+        from runtime.worker.worker import log_to_stderr
 
         log_to_stderr("info")
         http = _http()
@@ -80,7 +80,7 @@ class Warm:
         The fds are closed; the mappings stay, whether or not the agent lives on.
         """
         from cache_agent.client.lease import Known
-        from runtime.weights import Weights, assemble
+        from runtime.worker.weights import Weights, assemble
 
         files = _files(segments)
         known = Known(manifest, size)
@@ -125,8 +125,8 @@ def _one_thread() -> None:
 def _http() -> tuple[Application, Settings]:
     """A worker's HTTP side, through which requests have gone as they would come from a socket: gunicorn, Flask and the
     classes that they ask one another about import and remember a lot at the first."""
-    from runtime.app import Application
-    from runtime.server import Settings
+    from runtime.http.application import Application
+    from runtime.http.server import Settings
 
     application, settings = Application(), Settings()
     _ask(application, settings)
@@ -138,8 +138,8 @@ def _ask(application: Application, settings: Settings) -> None:
 
     from cache_agent.ledger import Ledger
     from runtime.config import FunctionConfig
-    from runtime.handler import Handler
-    from runtime.lifecycle import Lifecycle
+    from runtime.function.handler import Handler
+    from runtime.http.lifecycle import Lifecycle
 
     lifecycle = Lifecycle("warm", 1)
     application.serve(FunctionConfig(model="/warm"), lifecycle, Ledger("warm"), lambda _reason: None)

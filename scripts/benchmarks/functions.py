@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.containers import NAMESPACES, Container, MemoryCgroup, container
 from benchmarks.harness import Sample, Unavailable
-from runtime.zygote import native
+from runtime.container import native
 
 PROMPT_TOKENS = 32  # the checkpoints' tokenizer merges letters only: every digit is a token
 _FOLDER = Path(__file__).parent / "function"
@@ -158,7 +158,7 @@ def glowplug(
         **settings,
         **({"GLOWPLUG_SOCKET": str(agent)} if agent else {}),
     )
-    command = [str(static_shim())] if static and static_shim() else [sys.executable, "-m", "runtime.shim"]
+    command = [str(static_shim())] if static and static_shim() else [sys.executable, "-m", "runtime.container.shim"]
     with _started(command, environment, port, "/_/health", "/_/ledger", cgroup) as function:
         yield function
 

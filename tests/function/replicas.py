@@ -21,16 +21,16 @@ from cache_agent.serving.server import Server, listen
 from cache_agent.snapshots.index import Shelf
 from cache_agent.snapshots.store import InProcessSnapshots
 from cache_agent.wire.requests import HandoffRecord
-from runtime.app import create_app
 from runtime.config import FunctionConfig
-from runtime.handler import Handler
-from runtime.handoff.checkpoint import Checkpoints
-from runtime.handoff.moving import Moving
-from runtime.handoff.seal import Plain
-from runtime.handoff.snapshot import Place
-from runtime.lifecycle import Lifecycle
+from runtime.function.handler import Handler
+from runtime.function.testing import toy_model
+from runtime.handoff.incoming import Moving
+from runtime.http.application import create_app
+from runtime.http.lifecycle import Lifecycle
+from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.seal import Plain
+from runtime.resume.snapshot import Place
 from runtime.sse import EventParser
-from runtime.testing import toy_model
 
 CHAT = "/v1/chat/completions"
 WORDS = " ".join(f"w{n}ü" for n in range(60))

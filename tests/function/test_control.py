@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.control import MAX_LINE, Line, Lines, checked_spans
+from runtime.process.control import MAX_LINE, Line, Lines, checked_spans
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),

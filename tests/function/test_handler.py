@@ -22,7 +22,7 @@ from runtime.errors import (
     HandlerNotFound,
     SharedWeightsError,
 )
-from runtime.handler import Context, Event, Handler, error_json, load, to_response, toy_context
+from runtime.function.handler import Context, Event, Handler, error_json, load, to_response, toy_context
 
 MODEL: Any = object()
 EVENTS = "text/event-stream"

@@ -36,12 +36,12 @@ PURE = [
     "cache_agent/residency/catalogue.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
-    "runtime/zygote/layers.py",
-    "runtime/handoff/snapshot.py",
-    "runtime/handoff/record.py",
-    "runtime/handoff/position.py",
-    "runtime/handoff/move.py",
-    "runtime/handoff/talk.py",
+    "runtime/layers/keys.py",
+    "runtime/resume/snapshot.py",
+    "runtime/resume/record.py",
+    "runtime/resume/position.py",
+    "runtime/handoff/migration_table.py",
+    "runtime/handoff/messages.py",
     "cache_agent/wire/message.py",
     "cache_agent/wire/requests.py",
     "cache_agent/wire/signing.py",
@@ -117,7 +117,7 @@ def test_the_runtime_uses_only_public_names_of_the_agent() -> None:
 
 
 def test_the_shim_is_standard_library_and_a_few_modules_of_ours() -> None:
-    loaded = _loaded_by("import runtime.shim")
+    loaded = _loaded_by("import runtime.container.shim")
     ours = {name for name in loaded if name.split(".")[0] in ("runtime", "cache_agent")}
     light = {"children", "config", "control", "crashes", "errors", "port", "shim", "supply", "wakeup"}
     assert ours == {"runtime", *(f"runtime.{name}" for name in light)}
@@ -126,7 +126,9 @@ def test_the_shim_is_standard_library_and_a_few_modules_of_ours() -> None:
     assert not foreign
 
 
-@pytest.mark.parametrize("module", ["runtime.config", "runtime.control", "runtime.errors", "runtime.parked"])
+@pytest.mark.parametrize(
+    "module", ["runtime.config", "runtime.process.control", "runtime.errors", "runtime.container.standby"]
+)
 def test_what_the_shim_imports_is_standard_library_alone(module: str) -> None:
     new = {name.split(".")[0] for name in _loaded_by(f"import {module}") - _loaded_by("pass")}
     assert new <= {*sys.stdlib_module_names, "runtime"}
@@ -134,8 +136,10 @@ def test_what_the_shim_imports_is_standard_library_alone(module: str) -> None:
 
 def test_the_workers_http_side_needs_no_torch() -> None:
     """Everything that must be there before the first probe is answered."""
-    loaded = _loaded_by("import runtime.worker, runtime.app, runtime.server, runtime.handler", *HEAVY)
-    assert {"flask", "gunicorn", "runtime.openai", "cache_agent.client.cache_client"} <= loaded
+    loaded = _loaded_by(
+        "import runtime.worker.worker, runtime.http.application, runtime.http.server, runtime.function.handler", *HEAVY
+    )
+    assert {"flask", "gunicorn", "runtime.http.routes", "cache_agent.client.cache_client"} <= loaded
     assert "boto3" not in loaded, "the worker talks to its agent only"
 
 
@@ -148,7 +152,7 @@ def test_the_command_line_needs_no_torch() -> None:
 
 
 def test_the_toy_needs_no_torch() -> None:
-    assert "runtime.engine.toy" in _loaded_by("import runtime.testing", *HEAVY)
+    assert "runtime.engine.toy" in _loaded_by("import runtime.function.testing", *HEAVY)
 
 
 @pytest.mark.parametrize("path", PURE)

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from cache_agent.policy.keepalive import Layer, keep
 from runtime.commands.layers import layers
 from runtime.config import FunctionConfig
-from runtime.zygote import published
-from runtime.zygote.pod import Pod
+from runtime.container.pod import Pod
+from runtime.layers import published
 
 LANG = Layer("lang", 3.0, 300_000_000)
 

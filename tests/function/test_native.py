@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import takeover
+from runtime.container import native, takeover
 from runtime.errors import BadConfig, FunctionError
-from runtime.zygote import native
 
 HARNESS = """
 #include "text.h"

@@ -26,10 +26,10 @@ from werkzeug.serving import make_server
 
 from runtime.engine.base import SamplingParams
 from runtime.errors import FunctionError, WeightsUnavailable
-from runtime.model import Model
-from runtime.openai import ModelGate, OpenGate, Served, blueprint
+from runtime.function.model import Model
+from runtime.function.testing import toy_model
+from runtime.http.routes import ModelGate, OpenGate, Served, blueprint
 from runtime.sse import EventParser
-from runtime.testing import toy_model
 
 HELLO: list[Any] = [{"role": "user", "content": "Grüße, 你好 warm world"}]
 

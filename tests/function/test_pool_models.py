@@ -15,11 +15,11 @@ import pytest
 
 from cache_agent.tiers.fake import FakeOrigin
 from runtime.config import FunctionConfig
-from runtime.zygote import wire as wires
-from runtime.zygote.layers import Needs
-from runtime.zygote.models import Models
-from runtime.zygote.spawn import Forked, Refused, Zygote
-from runtime.zygote.wire import Wire
+from runtime.layers.keys import Needs
+from runtime.layers.spawn import Forked, Refused, Zygote
+from runtime.pool.models import Models
+from runtime.process import wire as wires
+from runtime.process.wire import Wire
 
 ONE, OTHER = "fake://m/one", "fake://m/other"
 LANG = Needs(machine="m", python="p", base="b", domain="d", preload=("llama",))

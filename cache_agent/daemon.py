@@ -25,7 +25,7 @@ from cache_agent.cluster.peer import Membership
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig, from_environment
 from cache_agent.errors import AgentError, BadConfig
-from cache_agent.handoff.targets import Neighbours
+from cache_agent.handoff.targets import Targets
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
 from cache_agent.serving.remote import RemoteConnection
@@ -69,7 +69,7 @@ class Daemon:
         self._server = Server(self._agent, self._sock, self._access, shelf=self._shelf)
         if key is not None:
             me = Membership(config.node_name, config.advertised, key)
-            self._server.desk.neighbours = Neighbours(me, directory)
+            self._server.desk.neighbours = Targets(me, directory)
         if config.agent_listen and not self._private:
             remote = link.listen(config.agent_listen)
             # Half of all connections stay this node's own, whoever knocks from outside.

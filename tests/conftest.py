@@ -39,7 +39,7 @@ from cache_agent.cluster.peer import Membership
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentError, AgentUnreachable, ModelNotFound
-from cache_agent.handoff.targets import Neighbours
+from cache_agent.handoff.targets import Targets
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.remote import RemoteConnection
 from cache_agent.serving.server import Server, listen
@@ -458,7 +458,7 @@ class LocalAgent:
         self.agent = Agent(self.config, self.directory, self._open, peers)
         access = access or from_config(self.config)
         self.server = Server(self.agent, listen(socket_path, 0o600), access)
-        self.server.desk.neighbours = Neighbours(me, self.directory) if me else None
+        self.server.desk.neighbours = Targets(me, self.directory) if me else None
         self.server.open_door(
             tcp, lambda sock: RemoteConnection(self.agent, sock, access, self.server.forget, self.server.desk, key), 512
         )

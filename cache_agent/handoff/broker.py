@@ -9,8 +9,8 @@ from typing import Protocol
 
 from cache_agent.cluster.key import nonce
 from cache_agent.errors import NoDestination, ProtocolError
-from cache_agent.handoff.destinations import Hosts, Waiting
-from cache_agent.handoff.targets import Neighbours
+from cache_agent.handoff.destinations import Destinations, Waiting
+from cache_agent.handoff.targets import Targets
 from cache_agent.journal.journal import Journal
 from cache_agent.policy.rights import Caller
 from cache_agent.snapshots.index import Shelf
@@ -47,13 +47,13 @@ class Visitor(Protocol):
 Say = Callable[[Message, Sequence[int]], None]  # answers the worker that asks, at once
 
 
-class Desk:
+class Broker:
     """Any thread."""
 
     def __init__(self, shelf: Shelf, journal: Journal, node: str) -> None:
-        self.neighbours: Neighbours | None = None  # where other nodes are to be asked, too
+        self.neighbours: Targets | None = None  # where other nodes are to be asked, too
         self._shelf, self._journal, self._node = shelf, journal, node
-        self._hosts: Hosts[Visitor] = Hosts()
+        self._hosts: Destinations[Visitor] = Destinations()
 
     def answer(self, visitor: Visitor, message: Asked, fds: Sequence[int], say: Say) -> None:
         """Raises any `AgentError`; closes `fds`."""

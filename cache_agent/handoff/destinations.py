@@ -18,7 +18,7 @@ class Waiting(NamedTuple):
     owner: str
 
 
-class Hosts(Generic[T]):
+class Destinations(Generic[T]):
     """Any thread. `T` is whatever a worker that waits is known by."""
 
     def __init__(self) -> None:

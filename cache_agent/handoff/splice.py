@@ -31,7 +31,7 @@ _LOOK = 1.0
 _STALL = 10.0  # seconds that a worker may take no byte
 
 
-class Crossing:
+class Splice:
     """One hand-off. `run` returns when either side has ended it; the link and the socket stay the caller's to close."""
 
     def __init__(self, link: Link, sock: socket.socket, key: ClusterKey, nonces: tuple[str, str], side: Side) -> None:

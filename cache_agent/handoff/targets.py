@@ -14,7 +14,7 @@ from cache_agent.cluster.key import nonce
 from cache_agent.cluster.peer import Membership, dial_peer
 from cache_agent.errors import AgentError
 from cache_agent.handoff.destinations import Waiting
-from cache_agent.handoff.splice import Crossing
+from cache_agent.handoff.splice import Splice
 from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.requests import HandoffRequest, Matched
@@ -25,7 +25,7 @@ _SECONDS = 5.0  # for all nodes together
 _ONE = 1.0
 
 
-class Neighbours:
+class Targets:
     """Any thread. Nodes are asked in an order of chance, so that of many not always the same ones are."""
 
     def __init__(self, me: Membership, directory: Directory) -> None:
@@ -59,11 +59,11 @@ class Neighbours:
         except BaseException:
             link.close()
             raise
-        crossing = Crossing(link, near, self._me.key, (mine, reply.nonce), "caller")
+        crossing = Splice(link, near, self._me.key, (mine, reply.nonce), "caller")
         threading.Thread(target=_cross, args=(crossing, link, near), name="crossing", daemon=True).start()
         return far, reply
 
 
-def _cross(crossing: Crossing, link: Link, sock: socket.socket) -> None:
+def _cross(crossing: Splice, link: Link, sock: socket.socket) -> None:
     with contextlib.closing(link), sock:
         crossing.run()

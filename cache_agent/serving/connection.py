@@ -16,7 +16,7 @@ from cache_agent import __version__
 from cache_agent.access.audit import Trail
 from cache_agent.access.control import Access
 from cache_agent.errors import AgentError, InternalError, ProtocolError, VersionMismatch
-from cache_agent.handoff.broker import Asked, Desk
+from cache_agent.handoff.broker import Asked, Broker
 from cache_agent.loading.loader import Load
 from cache_agent.model import manifest
 from cache_agent.policy.rights import NOBODY, Grant
@@ -71,7 +71,7 @@ class Connection:
     channel_type = Channel
 
     def __init__(
-        self, agent: Agent, sock: socket.socket, access: Access, on_end: Callable[[Connection], None], desk: Desk
+        self, agent: Agent, sock: socket.socket, access: Access, on_end: Callable[[Connection], None], desk: Broker
     ) -> None:
         self._agent = agent
         self._channel = self.channel_type(sock, of_agent=True)

@@ -15,8 +15,8 @@ from cache_agent import __version__
 from cache_agent.access.control import Access
 from cache_agent.cluster.key import ClusterKey, nonce
 from cache_agent.errors import AccessDenied, ModelNotFound, NoDestination, ProtocolError
-from cache_agent.handoff.broker import Desk
-from cache_agent.handoff.splice import Crossing
+from cache_agent.handoff.broker import Broker
+from cache_agent.handoff.splice import Splice
 from cache_agent.loading.loader import Load
 from cache_agent.model.manifest import CHUNK
 from cache_agent.serving.agent import Agent
@@ -61,7 +61,7 @@ class RemoteConnection(Connection):
         sock: socket.socket,
         access: Access,
         on_end: Callable[[Connection], None],
-        desk: Desk,
+        desk: Broker,
         key: ClusterKey | None,
     ) -> None:
         super().__init__(agent, sock, access, on_end, desk)
@@ -140,7 +140,7 @@ class RemoteConnection(Connection):
             return
         with sock:
             self._say(found)
-            crossing = Crossing(self._link, sock, self._key, (asked.nonce, found.nonce), "called")
+            crossing = Splice(self._link, sock, self._key, (asked.nonce, found.nonce), "called")
             crossing.run(lambda: self._stopping)
         raise Disconnected("the hand-off has ended")
 

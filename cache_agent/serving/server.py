@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cache_agent.access.control import Access
 from cache_agent.errors import BadConfig
-from cache_agent.handoff.broker import Desk
+from cache_agent.handoff.broker import Broker
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
 from cache_agent.snapshots import index as shelves
@@ -85,7 +85,7 @@ class Server:
         self._access = access or Access()
         self._doors: dict[int, tuple[socket.socket, Opener, int]] = {}
         kept, allowed = shelf or shelves.shelf(agent.config, private=True), self._access
-        self.desk = desk = Desk(kept, agent.journal, agent.node)
+        self.desk = desk = Broker(kept, agent.journal, agent.node)
         self.open_door(
             sock, lambda sock: Connection(agent, sock, allowed, self.forget, desk), agent.config.max_connections
         )

@@ -14,8 +14,8 @@ from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.cluster.key import ClusterKey
 from cache_agent.errors import NoDestination, SnapshotForged
 from cache_agent.handoff import splice as crossings
-from cache_agent.handoff.destinations import Hosts, Waiting
-from cache_agent.handoff.splice import Crossing
+from cache_agent.handoff.destinations import Destinations, Waiting
+from cache_agent.handoff.splice import Splice
 from cache_agent.wire import link
 from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.requests import Handed, Relay
@@ -113,7 +113,7 @@ def test_another_function_or_oneself_is_no_destination(start_local_agent, host, 
 
 
 def test_who_waits_longest_is_next_and_a_namespace_is_among_itself():
-    hosts = Hosts()
+    hosts = Destinations()
     for name in ("a", "b", "c"):
         hosts.wait(name, Waiting("team", KIN, name))
     hosts.wait("a", Waiting("team", KIN, "a"))
@@ -154,7 +154,7 @@ def crossing():
         theirs = link.Link(door.accept()[0], of_agent=False)
     near, worker = socket.socketpair()
     mine.state = theirs.state = "relaying"
-    tested = Crossing(mine, near, KEY, ("a" * 32, "b" * 32), "caller")
+    tested = Splice(mine, near, KEY, ("a" * 32, "b" * 32), "caller")
     thread = threading.Thread(target=tested.run)
     thread.start()
     worker.settimeout(20)

@@ -13,7 +13,7 @@ from cache_agent.handoff.destinations import Destinations, Waiting
 from cache_agent.handoff.targets import Targets
 from cache_agent.journal.journal import Journal
 from cache_agent.policy.rights import Caller
-from cache_agent.snapshots.index import Shelf
+from cache_agent.snapshots.index import SnapshotIndex
 from cache_agent.wire import blobs
 from cache_agent.wire.message import Message
 from cache_agent.wire.requests import (
@@ -50,7 +50,7 @@ Say = Callable[[Message, Sequence[int]], None]  # answers the worker that asks, 
 class Broker:
     """Any thread."""
 
-    def __init__(self, shelf: Shelf, journal: Journal, node: str) -> None:
+    def __init__(self, shelf: SnapshotIndex, journal: Journal, node: str) -> None:
         self.neighbours: Targets | None = None  # where other nodes are to be asked, too
         self._shelf, self._journal, self._node = shelf, journal, node
         self._hosts: Destinations[Visitor] = Destinations()

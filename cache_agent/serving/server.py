@@ -20,7 +20,7 @@ from cache_agent.handoff.broker import Broker
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
 from cache_agent.snapshots import index as shelves
-from cache_agent.snapshots.index import Shelf
+from cache_agent.snapshots.index import SnapshotIndex
 
 log = logging.getLogger("glowplug.server")
 
@@ -75,7 +75,7 @@ class Server:
     """
 
     def __init__(
-        self, agent: Agent, sock: socket.socket, access: Access | None = None, *, shelf: Shelf | None = None
+        self, agent: Agent, sock: socket.socket, access: Access | None = None, *, shelf: SnapshotIndex | None = None
     ) -> None:
         """Without `access` whoever can open the socket may do everything; without a `shelf` requests are kept in this
 

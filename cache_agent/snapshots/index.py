@@ -24,7 +24,7 @@ _OWNER = re.compile(r"[A-Za-z0-9._/-]{8,200}")
 _MOST_LEASE = 60.0
 
 
-class Shelf:
+class SnapshotIndex:
     """Every method may be called from any thread. `within` is the namespace that the caller proved, or "": it keeps
     functions of other namespaces out."""
 
@@ -66,7 +66,7 @@ class Shelf:
         self._store.close()
 
 
-def shelf(config: AgentConfig, *, private: bool) -> Shelf:
+def shelf(config: AgentConfig, *, private: bool) -> SnapshotIndex:
     """As the settings have it; a `private` agent, and one without a key or a Redis, keeps all to itself.
 
     Raises `BadConfig`.
@@ -74,10 +74,10 @@ def shelf(config: AgentConfig, *, private: bool) -> Shelf:
     key = cluster_key(config.cluster_key_file)
     limits = config.snapshot_ttl, config.snapshot_size, config.snapshot_space
     if private or not (key and config.redis_url):
-        return Shelf(InProcessSnapshots(*limits), secrets.token_bytes(keyfile.LEAST))
+        return SnapshotIndex(InProcessSnapshots(*limits), secrets.token_bytes(keyfile.LEAST))
     from cache_agent.snapshots.store_redis import RedisSnapshots  # redis-py is a tenth of a second that few agents need
 
-    return Shelf(RedisSnapshots(config.redis_url, *limits, password_file=config.redis_password_file), key)
+    return SnapshotIndex(RedisSnapshots(config.redis_url, *limits, password_file=config.redis_password_file), key)
 
 
 def cluster_key(path: Path | None) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentError, AgentUnreachable, BadConfig, ProtocolError, StoreUnavailable
-from cache_agent.snapshots.index import Shelf, shelf
+from cache_agent.snapshots.index import SnapshotIndex, shelf
 from cache_agent.snapshots.store import InProcessSnapshots, Keep, Key
 from cache_agent.snapshots.store_redis import RedisSnapshots
 from cache_agent.wire import blobs
@@ -94,7 +94,7 @@ def test_what_is_too_large_is_said_of_that_one_alone(start_local_agent, open_cli
     ],
 )
 def test_names_that_are_none_are_refused(space, id_, owner, lease):
-    tested = Shelf(InProcessSnapshots(10, 1000, 1000), b"k" * 32)
+    tested = SnapshotIndex(InProcessSnapshots(10, 1000, 1000), b"k" * 32)
     with pytest.raises(ProtocolError):
         tested.claim(ClaimRequest(space, id_, owner, lease))
     with pytest.raises(ProtocolError):
@@ -102,7 +102,7 @@ def test_names_that_are_none_are_refused(space, id_, owner, lease):
 
 
 def test_what_a_caller_is_goes_before_its_space():
-    tested = Shelf(InProcessSnapshots(10, 1000, 1000), b"k" * 32)
+    tested = SnapshotIndex(InProcessSnapshots(10, 1000, 1000), b"k" * 32)
     tested.keep(Checkpoint([KeepItem(*KEY, A, 1, 0, [1], 0.0)]), [b"x"], within="team-a")
     assert tested.claim(ClaimRequest(*KEY, B, 1.0), within="team-b").outcome == "absent"
     assert tested.claim(ClaimRequest(*KEY, B, 1.0)).outcome == "absent"
@@ -175,7 +175,7 @@ def test_what_was_changed_moved_or_never_signed_is_refused(redis_url, refused):
     import redis
 
     store = RedisSnapshots(redis_url, 20, 10_000, 10_000)
-    tested = Shelf(store, b"k" * 32)
+    tested = SnapshotIndex(store, b"k" * 32)
     pieces = f"glowplug:snapshot:{KEY.space}:{KEY.id}:pieces"
     with redis.Redis.from_url(redis_url) as client:
 

@@ -18,7 +18,7 @@ from cache_agent.config import AgentConfig
 from cache_agent.ledger import Ledger
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.server import Server, listen
-from cache_agent.snapshots.index import Shelf
+from cache_agent.snapshots.index import SnapshotIndex
 from cache_agent.snapshots.store import InProcessSnapshots
 from cache_agent.wire.requests import HandoffRecord
 from runtime.config import FunctionConfig
@@ -117,7 +117,7 @@ class LocalAgent:
         config = AgentConfig(socket=self.path, dram=1 << 20, huge_pages="never")
         self.agent = Agent(config, InProcessDirectory())
         self.store = InProcessSnapshots(60.0, 1 << 20, 8 << 20)
-        self.server = Server(self.agent, listen(self.path, 0o600), shelf=Shelf(self.store, b"k" * 32))
+        self.server = Server(self.agent, listen(self.path, 0o600), shelf=SnapshotIndex(self.store, b"k" * 32))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 

@@ -57,7 +57,7 @@ class _Job(NamedTuple):
     arguments: tuple[object, ...]
 
 
-class Jobs:
+class Background:
     """Every method may be called from any thread, and none blocks."""
 
     def __init__(self, name: str, *, of_origin: int, of_place: int) -> None:

@@ -21,12 +21,12 @@ from cache_agent.loading.loader import Load
 from cache_agent.model import content
 from cache_agent.model.uri import parse_uri
 from cache_agent.residency import events
-from cache_agent.residency.background import HERE, Jobs, Lane, here, lane_of
+from cache_agent.residency.background import HERE, Background, Lane, here, lane_of
 from cache_agent.residency.events import Action, Event
 from cache_agent.residency.leases import Held, Resolution
-from cache_agent.residency.ledger import Books
+from cache_agent.residency.ledger import ResidencyLedger
 from cache_agent.residency.resolving import Resolver
-from cache_agent.residency.retention import Keeping
+from cache_agent.residency.retention import Retention
 from cache_agent.residency.revisions import Revisions
 from cache_agent.tiers.dram import Dram
 
@@ -47,10 +47,10 @@ class Driver:
     def __init__(
         self,
         config: AgentConfig,
-        books: Books,
+        books: ResidencyLedger,
         directory: Directory,
         journal: Journal,
-        keeping: Keeping,
+        keeping: Retention,
         revisions: Revisions,
         resolver: Resolver,
         peers: Peers | None,
@@ -59,8 +59,8 @@ class Driver:
         self._config, self._books, self._directory, self._journal = config, books, directory, journal
         self._keeping, self._revisions, self._resolver, self._peers = keeping, revisions, resolver, peers
         self._tell = tell
-        self._resolves = Jobs("resolve", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
-        self._loads = Jobs("load", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
+        self._resolves = Background("resolve", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
+        self._loads = Background("load", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
 
     def act(self, action: Action, resolved: Resolution | None) -> None:

@@ -16,17 +16,17 @@ from cache_agent.policy.rights import Grant
 from cache_agent.residency import events
 from cache_agent.residency.events import Action
 from cache_agent.residency.leases import Asked, Holder
-from cache_agent.residency.ledger import Books
-from cache_agent.residency.spares import Offers
+from cache_agent.residency.ledger import ResidencyLedger
+from cache_agent.residency.spares import Spares
 from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.messages import Admitted, Adopted, ErrorReply, Granted, Ready
 from cache_agent.wire.operations import EvictReply, PinReply
 
 
-class Answers:
+class Grants:
     """For who holds the books' lock."""
 
-    def __init__(self, books: Books, offers: Offers, journal: Journal) -> None:
+    def __init__(self, books: ResidencyLedger, offers: Spares, journal: Journal) -> None:
         self._books, self._offers, self._journal = books, offers, journal
         self._asked: dict[int, Asked] = {}
 

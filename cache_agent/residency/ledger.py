@@ -15,7 +15,7 @@ from cache_agent.residency.machine import Residency
 from cache_agent.wire.operations import EstimateReply, ModelStatus, TierStatus
 
 
-class Books:
+class ResidencyLedger:
     """Every method may be called from any thread; the fields are for who holds `lock`."""
 
     def __init__(self, capacity: int, revalidate: float) -> None:

@@ -20,7 +20,7 @@ from cache_agent.model.origin import Origin
 from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.residency.confirmed import Confirmed
 from cache_agent.residency.leases import Resolution
-from cache_agent.residency.retention import Keeping
+from cache_agent.residency.retention import Retention
 from cache_agent.residency.revisions import Revisions
 
 log = logging.getLogger("glowplug.agent")
@@ -33,7 +33,7 @@ class Resolver:
         self,
         open_origin: Callable[[ModelURI], Origin],
         revisions: Revisions,
-        keeping: Keeping,
+        keeping: Retention,
         directory: Directory,
         peers: Peers | None,
         config: AgentConfig,

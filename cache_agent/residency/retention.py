@@ -43,7 +43,7 @@ def _chunk(ssd: Ssd | None, source: str, number: int) -> Iterator[memoryview | N
             yield view if right else None
 
 
-class Keeping:
+class Retention:
     """Any thread. Without an SSD there is nothing to find and nothing is kept."""
 
     def __init__(self, ssd: Ssd | None, pinned: Callable[[], Collection[str]]) -> None:

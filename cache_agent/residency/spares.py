@@ -18,7 +18,7 @@ from cache_agent.errors import translated
 from cache_agent.model.origin import Origin
 from cache_agent.model.uri import ModelURI
 from cache_agent.residency import adoption
-from cache_agent.residency.background import Jobs, Lane, lane_of
+from cache_agent.residency.background import Background, Lane, lane_of
 from cache_agent.residency.events import Event, Offered, OfferFailed
 from cache_agent.residency.leases import Held, Resident
 from cache_agent.residency.revisions import Revisions
@@ -28,7 +28,7 @@ log = logging.getLogger("glowplug.agent")
 _AT_ONCE = 4  # of one origin's models
 
 
-class Offers:
+class Spares:
     """Every method may be called from any thread."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Offers:
         self._sizes: dict[int, int] = {}
         self._orphans: dict[int, tuple[str, int]] = {}  # lease -> what its function maps and nobody else can have
         self._roots = roots
-        self._jobs = Jobs("adoption", of_origin=max(2, min(_AT_ONCE, limits.cpu_quota() // 2)), of_place=1)
+        self._jobs = Background("adoption", of_origin=max(2, min(_AT_ONCE, limits.cpu_quota() // 2)), of_place=1)
 
     def examine(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> None:
         """Begins, and takes over `fds`. Raises `RuntimeError` after `close`, and leaves them then."""

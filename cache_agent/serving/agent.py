@@ -20,13 +20,13 @@ from cache_agent.policy.quota import Account
 from cache_agent.residency import events, report
 from cache_agent.residency.driver import Driver
 from cache_agent.residency.events import Event
-from cache_agent.residency.grants import Answers
+from cache_agent.residency.grants import Grants
 from cache_agent.residency.leases import Asked, Errand, Holder, Resolution
-from cache_agent.residency.ledger import Books
+from cache_agent.residency.ledger import ResidencyLedger
 from cache_agent.residency.resolving import Resolver
-from cache_agent.residency.retention import Keeping
+from cache_agent.residency.retention import Retention
 from cache_agent.residency.revisions import Revisions
-from cache_agent.residency.spares import Offers
+from cache_agent.residency.spares import Spares
 from cache_agent.serving.sharing import Sharing
 from cache_agent.tiers.origins import Origins
 from cache_agent.tiers.ssd import Ssd
@@ -53,15 +53,15 @@ class Agent:
         self.journal = Journal()
         self.told = Told(self.journal)
         self._numbers = count(1)
-        self._books = books = Books(config.capacity, config.revalidate)
+        self._books = books = ResidencyLedger(config.capacity, config.revalidate)
         ssd = Ssd(config.ssd, config.ssd_size, self._tell_image, self._image_evicted) if config.ssd else None
-        self._keeping = keeping = Keeping(ssd, books.pinned)
+        self._keeping = keeping = Retention(ssd, books.pinned)
         self._revisions = revisions = Revisions(directory, ssd, self.node, believe=0 if peers else 1)
         self.sharing = Sharing(books.held_of, books.lock, keeping)
         resolver = Resolver(self._open_origin, revisions, keeping, directory, peers, config)
         self._driver = Driver(config, books, directory, self.journal, keeping, revisions, resolver, peers, self._handle)
-        self._offers = Offers(self._open_origin, revisions, books.resident, self._handle, config.file_roots)
-        self._answers = Answers(books, self._offers, self.journal)
+        self._offers = Spares(self._open_origin, revisions, books.resident, self._handle, config.file_roots)
+        self._answers = Grants(books, self._offers, self.journal)
 
     # --- what connections ask for ---------------------------------------------------------------------------------
 

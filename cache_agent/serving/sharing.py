@@ -13,7 +13,7 @@ from cache_agent.model import content
 from cache_agent.model.checkpoint import encode_description
 from cache_agent.model.manifest import LAYOUT
 from cache_agent.residency.leases import Held
-from cache_agent.residency.retention import Keeping
+from cache_agent.residency.retention import Retention
 from cache_agent.wire.link import Link
 from cache_agent.wire.peers import Chunk, Described, Said
 
@@ -23,7 +23,7 @@ MOST_SAID = 4096  # chunks in one message
 class Sharing:
     """Any thread; what is sent is sent in the caller's."""
 
-    def __init__(self, held: Callable[[str], Held | None], lock: threading.RLock, keeping: Keeping) -> None:
+    def __init__(self, held: Callable[[str], Held | None], lock: threading.RLock, keeping: Retention) -> None:
         """`held(source)` is the copy in memory, which nobody closes under `lock`."""
         self._held, self._lock, self._keeping = held, lock, keeping
 

@@ -63,7 +63,7 @@ from cache_agent.wire.operations import (
 from cache_agent.wire.protocol import VERSION
 
 if TYPE_CHECKING:
-    from cache_agent.client.streamed import Kept
+    from cache_agent.client.streamed import Leftover
 
 from cache_agent.client.lease import Known, Lease, expect, read_manifest
 
@@ -109,7 +109,7 @@ class CacheClient:
         *,
         start_id: str = "",
         deadline: float | None = None,
-        kept: Kept | None = None,
+        kept: Leftover | None = None,
         known: Known | None = None,
     ) -> Lease:
         """Returns as soon as memory is reserved and mapped into the reply; the bytes may still be on their way.

@@ -38,7 +38,7 @@ def receive_manifest(link: Link, streaming: Streaming) -> Manifest:
     return found
 
 
-class Kept(NamedTuple):
+class Leftover(NamedTuple):
     """Fds of the memory of an earlier lease over TCP: its manifest, and its segments. They stay who has them's.
 
     `drop` is called when they turn out to be of no use, before other memory is taken.
@@ -49,12 +49,12 @@ class Kept(NamedTuple):
     drop: Callable[[], None] = lambda: None
 
     @classmethod
-    def of(cls, fds: Sequence[int], drop: Callable[[], None] = lambda: None) -> Kept | None:
+    def of(cls, fds: Sequence[int], drop: Callable[[], None] = lambda: None) -> Leftover | None:
         """The manifest's first; None where there are none."""
         return cls(fds[0], fds[1:], drop) if fds else None
 
 
-def lease(link: Link, model: str, start_id: str, deadline: float, kept: Kept | None) -> StreamedLease | None:
+def lease(link: Link, model: str, start_id: str, deadline: float, kept: Leftover | None) -> StreamedLease | None:
     """A lease whose bytes come over the link, or are `kept` if those are still what the model is.
 
     None if they are, and the agent lays them out differently: they are of no use. Raises the agent's errors.
@@ -71,7 +71,7 @@ def lease(link: Link, model: str, start_id: str, deadline: float, kept: Kept | N
     return StreamedLease(link, manifest, Dram(manifest.segments, name="glowplug:streamed"))
 
 
-def _kept_manifest(kept: Kept) -> Manifest | None:
+def _kept_manifest(kept: Leftover) -> Manifest | None:
     """What kept memory is; None for what is not whole and sealed memory of ours."""
     try:
         found = read_manifest(kept.manifest, os.fstat(kept.manifest).st_size)

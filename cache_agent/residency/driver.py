@@ -23,7 +23,7 @@ from cache_agent.model.uri import parse_uri
 from cache_agent.residency import events
 from cache_agent.residency.background import HERE, Background, Lane, here, lane_of
 from cache_agent.residency.events import Action, Event
-from cache_agent.residency.leases import Held, Resolution
+from cache_agent.residency.leases import EntryMemory, Resolution
 from cache_agent.residency.ledger import ResidencyLedger
 from cache_agent.residency.resolving import Resolver
 from cache_agent.residency.retention import Retention
@@ -128,7 +128,7 @@ class Driver:
         if self._peers is not None and not known:  # what others found it to be is proved before anything is ready
             known = self._revisions.stated(description.source.id, self._config.peer_witnesses)
         plan = description.manifest
-        held = Held(description, ledger)
+        held = EntryMemory(description, ledger)
         start = time.monotonic()
         image = None
         try:

@@ -15,7 +15,7 @@ from cache_agent.model.uri import parse_uri
 from cache_agent.policy.rights import Grant
 from cache_agent.residency import events
 from cache_agent.residency.events import Action
-from cache_agent.residency.leases import Asked, Holder
+from cache_agent.residency.leases import Holder, PendingRequest
 from cache_agent.residency.ledger import ResidencyLedger
 from cache_agent.residency.spares import Spares
 from cache_agent.wire.message import TEXT_LIMIT
@@ -28,9 +28,9 @@ class Grants:
 
     def __init__(self, books: ResidencyLedger, offers: Spares, journal: Journal) -> None:
         self._books, self._offers, self._journal = books, offers, journal
-        self._asked: dict[int, Asked] = {}
+        self._asked: dict[int, PendingRequest] = {}
 
-    def expect(self, number: int, asked: Asked) -> None:
+    def expect(self, number: int, asked: PendingRequest) -> None:
         """A request begins."""
         self._asked[number] = asked
 
@@ -41,7 +41,7 @@ class Grants:
     def holder(self, number: int) -> Holder:
         return self._asked[number].holder
 
-    def take(self, number: int) -> Asked:
+    def take(self, number: int) -> PendingRequest:
         """A request that is answered by whoever takes it."""
         return self._asked.pop(number)
 

@@ -47,7 +47,7 @@ class Holder(Protocol):
 
 
 @dataclass(slots=True)
-class Held:
+class EntryMemory:
     """The memory and the story of one residency entry. `tier` is where its bytes came from."""
 
     description: Description
@@ -88,7 +88,7 @@ class Held:
 
 
 @dataclass(slots=True)
-class Asked:
+class PendingRequest:
     """A request under way, about a URI. `evict_image` is one whose images are to go once the memory is given back."""
 
     holder: Holder

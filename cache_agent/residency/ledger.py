@@ -10,7 +10,7 @@ import time
 
 from cache_agent.policy.estimate import Estimate, Estimator, shared
 from cache_agent.residency import adoption, report
-from cache_agent.residency.leases import Held, Resident
+from cache_agent.residency.leases import EntryMemory, Resident
 from cache_agent.residency.machine import Residency
 from cache_agent.wire.operations import EstimateReply, ModelStatus, TierStatus
 
@@ -22,11 +22,11 @@ class ResidencyLedger:
         """As `Residency`."""
         self.lock = threading.RLock()  # guards everything below
         self.residency = Residency(capacity, revalidate)
-        self.held: dict[int, Held] = {}
+        self.held: dict[int, EntryMemory] = {}
         self.closing = False
         self._estimator = Estimator()
 
-    def held_of(self, source: str) -> Held | None:
+    def held_of(self, source: str) -> EntryMemory | None:
         """The copy in memory, or on its way there."""
         with self.lock:
             entry = self.residency.entry_with(source)
@@ -90,13 +90,13 @@ class ResidencyLedger:
         with self.lock:
             return EstimateReply(*self._estimator.predict(tier, self._work(tier, size)), size)
 
-    def expect(self, held: Held) -> Estimate:
+    def expect(self, held: EntryMemory) -> Estimate:
         """What a load that begins now will take; it notes its work."""
         with self.lock:
             held.work = self._work(held.tier, held.description.manifest.nbytes)
             return self._estimator.predict(held.tier, held.work)
 
-    def learn(self, held: Held, expected: Estimate, seconds: float) -> None:
+    def learn(self, held: EntryMemory, expected: Estimate, seconds: float) -> None:
         """What it took."""
         with self.lock:
             self._estimator.learn(held.tier, held.work, expected, seconds)

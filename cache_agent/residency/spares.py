@@ -20,7 +20,7 @@ from cache_agent.model.uri import ModelURI
 from cache_agent.residency import adoption
 from cache_agent.residency.background import Background, Lane, lane_of
 from cache_agent.residency.events import Event, Offered, OfferFailed
-from cache_agent.residency.leases import Held, Resident
+from cache_agent.residency.leases import EntryMemory, Resident
 from cache_agent.residency.revisions import Revisions
 
 log = logging.getLogger("glowplug.agent")
@@ -45,7 +45,7 @@ class Spares:
         """
         self._open_origin, self._revisions, self._resident, self._tell = open_origin, revisions, resident, tell
         self._lock = threading.Lock()  # guards what follows; nothing is called under it
-        self._proved: dict[int, Held] = {}  # and not yet an entry's
+        self._proved: dict[int, EntryMemory] = {}  # and not yet an entry's
         self._sizes: dict[int, int] = {}
         self._orphans: dict[int, tuple[str, int]] = {}  # lease -> what its function maps and nobody else can have
         self._roots = roots
@@ -56,7 +56,7 @@ class Spares:
         memory = Lane(lane_of(uri, self._roots).origin, str(adoption.inodes(fds)))
         self._jobs.submit(memory, self._examine, lease, uri, source, fds)
 
-    def take(self, lease: int) -> Held:
+    def take(self, lease: int) -> EntryMemory:
         """What was proved is the caller's from now on."""
         with self._lock:
             return self._proved.pop(lease)

@@ -21,7 +21,7 @@ from cache_agent.residency import events, report
 from cache_agent.residency.driver import Driver
 from cache_agent.residency.events import Event
 from cache_agent.residency.grants import Grants
-from cache_agent.residency.leases import Asked, Errand, Holder, Resolution
+from cache_agent.residency.leases import Errand, Holder, PendingRequest, Resolution
 from cache_agent.residency.ledger import ResidencyLedger
 from cache_agent.residency.resolving import Resolver
 from cache_agent.residency.retention import Retention
@@ -180,7 +180,7 @@ class Agent:
     def _ask(self, holder: Holder, model: str, event: Callable[[int], Event], *, evict_image: str = "") -> int:
         number = next(self._numbers)
         with self._books.lock:
-            self._answers.expect(number, Asked(holder, model, evict_image=evict_image))
+            self._answers.expect(number, PendingRequest(holder, model, evict_image=evict_image))
         self._handle(event(number))
         return number
 

@@ -12,7 +12,7 @@ from cache_agent.loading.loader import Load
 from cache_agent.model import content
 from cache_agent.model.checkpoint import encode_description
 from cache_agent.model.manifest import LAYOUT
-from cache_agent.residency.leases import Held
+from cache_agent.residency.leases import EntryMemory
 from cache_agent.residency.retention import Retention
 from cache_agent.wire.link import Link
 from cache_agent.wire.peers import Chunk, Described, Said
@@ -23,7 +23,7 @@ MOST_SAID = 4096  # chunks in one message
 class Sharing:
     """Any thread; what is sent is sent in the caller's."""
 
-    def __init__(self, held: Callable[[str], Held | None], lock: threading.RLock, keeping: Retention) -> None:
+    def __init__(self, held: Callable[[str], EntryMemory | None], lock: threading.RLock, keeping: Retention) -> None:
         """`held(source)` is the copy in memory, which nobody closes under `lock`."""
         self._held, self._lock, self._keeping = held, lock, keeping
 
@@ -99,7 +99,12 @@ class Following:
     """What one other node was told of a source. One thread."""
 
     def __init__(
-        self, source: str, held: Held | None, load: Load | None, chunks: int, find: Callable[[str], Held | None]
+        self,
+        source: str,
+        held: EntryMemory | None,
+        load: Load | None,
+        chunks: int,
+        find: Callable[[str], EntryMemory | None],
     ) -> None:
         self.load = load
         self._source, self._of, self._find = source, held, find

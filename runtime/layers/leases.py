@@ -16,7 +16,7 @@ from runtime.config import FunctionConfig
 if TYPE_CHECKING:
     from cache_agent.client.cache_client import CacheClient
     from cache_agent.client.lease import Lease
-    from cache_agent.client.streamed import Kept
+    from cache_agent.client.streamed import Leftover
 
 _SECONDS = 10.0
 
@@ -81,12 +81,12 @@ class LayerLeases:
             self._waker.send(b"\0")
 
 
-def _kept(memory: Sequence[int]) -> Kept | None:
+def _kept(memory: Sequence[int]) -> Leftover | None:
     if not memory:
         return None
-    from cache_agent.client.streamed import Kept
+    from cache_agent.client.streamed import Leftover
 
-    return Kept.of(memory)
+    return Leftover.of(memory)
 
 
 def lost(lease: Lease) -> str:

@@ -26,7 +26,7 @@ from runtime.http.lifecycle import Lifecycle
 from runtime.process.control import Line
 
 if TYPE_CHECKING:
-    from cache_agent.client.streamed import Kept
+    from cache_agent.client.streamed import Leftover
 
 T = TypeVar("T")
 
@@ -125,12 +125,12 @@ class Leasing:
         """The shim's answer: the socket of the agent that it has started."""
         self._private.put(path)
 
-    def _memory(self) -> Kept | None:
+    def _memory(self) -> Leftover | None:
         if not self._kept:
             return None
-        from cache_agent.client.streamed import Kept
+        from cache_agent.client.streamed import Leftover
 
-        return Kept.of(self._kept, self._drop_memory)
+        return Leftover.of(self._kept, self._drop_memory)
 
     def _drop_memory(self) -> None:
         """It is another model's by now, and there may not be room for both."""

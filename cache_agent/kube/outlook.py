@@ -17,7 +17,7 @@ from cache_agent.cluster.directory import Node as Living
 from cache_agent.errors import BadModelURI
 from cache_agent.model.uri import parse_uri
 from cache_agent.policy import placement
-from cache_agent.policy.placement import Node, Tier, View
+from cache_agent.policy.placement import PlacementNode, Tier, View
 from cache_agent.stamp import Stamp, stamp
 
 
@@ -161,8 +161,8 @@ class AgentOutlook:
         status = self._client.status()
         for entry in status.models:
             if entry.model == model:
-                return View(entry.bytes, (Node(status.node, tiers=(Tier("dram", entry.done),)),))
-        return View(self._client.manifest(model).nbytes, (Node(status.node),))
+                return View(entry.bytes, (PlacementNode(status.node, tiers=(Tier("dram", entry.done),)),))
+        return View(self._client.manifest(model).nbytes, (PlacementNode(status.node),))
 
     def alive(self) -> frozenset[str]:
         return frozenset({self._client.status().node})

@@ -49,7 +49,7 @@ class Running(msgspec.Struct, frozen=True):
     move_seconds: Seconds | None = None
 
 
-class Node(msgspec.Struct, frozen=True):
+class PlacementNode(msgspec.Struct, frozen=True):
     """What is known of one node. `queue` is the loading that is before us, in seconds; `places` are free ones.
 
     `alive`: its agent was heard of lately. Without one the function reads the origin by itself, for itself. `capacity`
@@ -71,7 +71,7 @@ class View(msgspec.Struct, frozen=True):
     """A model of so many bytes, as the nodes see it."""
 
     bytes: Bytes
-    nodes: tuple[Node, ...] = ()
+    nodes: tuple[PlacementNode, ...] = ()
 
 
 class Decision(NamedTuple):
@@ -85,7 +85,7 @@ class Decision(NamedTuple):
     why: str
 
 
-def decide(size: int, node: Node) -> Decision:
+def decide(size: int, node: PlacementNode) -> Decision:
     """What a node offers for a model of `size` bytes."""
     load, tier, measured, steps = _loading(size, node)
     if node.alive and 0 < node.capacity < size:
@@ -112,7 +112,7 @@ def rank(view: View) -> list[Decision]:
 def covering(view: View, names: Iterable[str]) -> View:
     """The view with a node for each name: of one that nothing is known of, that it has no agent."""
     known = {node.name for node in view.nodes}
-    return View(view.bytes, (*view.nodes, *(Node(name, alive=False) for name in names if name not in known)))
+    return View(view.bytes, (*view.nodes, *(PlacementNode(name, alive=False) for name in names if name not in known)))
 
 
 def scores(decisions: Iterable[Decision], names: Sequence[str]) -> dict[str, int]:
@@ -145,7 +145,7 @@ def from_holdings(
     return View(
         size,
         tuple(
-            Node(
+            PlacementNode(
                 name,
                 name in alive,
                 tuple(found),
@@ -157,7 +157,7 @@ def from_holdings(
     )
 
 
-def _loading(size: int, node: Node) -> tuple[float, str, float, str]:
+def _loading(size: int, node: PlacementNode) -> tuple[float, str, float, str]:
     """(seconds, the tier that most of them go to, share of them that was measured, the sum in words)."""
     origin = Tier("origin", size, node.origin)
     tiers = sorted(node.tiers, key=lambda tier: -tier.rate) if node.alive else []

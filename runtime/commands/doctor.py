@@ -244,9 +244,9 @@ def _served(url: str) -> Start | None:
 
 def last_start(start: Start, ssd: bool, huge_pages: bool) -> dict[str, Any] | None:
     """The diagnosis of a start, for people and programs."""
-    from cache_agent.web.diagnosis import Node, diagnose
+    from cache_agent.web.diagnosis import NodeFacts, diagnose
 
-    found = diagnose(start.spans, start.tier, Node(start.bytes, ssd, huge_pages))
+    found = diagnose(start.spans, start.tier, NodeFacts(start.bytes, ssd, huge_pages))
     if found is None:
         return None
     return {

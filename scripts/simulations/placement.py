@@ -84,7 +84,7 @@ def shipped(cluster: Cluster, model: int, now: float) -> Choice:
             running.append(placement.Running(cluster.ends_in(node, now)))
         queue = 0.0 if model in node.dram else node.queue(now)
         nodes.append(
-            placement.Node(
+            placement.PlacementNode(
                 node.name,
                 tiers=tuple(tiers),
                 queue=queue,

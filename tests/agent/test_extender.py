@@ -19,7 +19,7 @@ import pytest
 
 from cache_agent.kube.extender import Extender
 from cache_agent.kube.outlook import FileOutlook, NoOutlook, Unavailable
-from cache_agent.policy.placement import Node, Tier, View
+from cache_agent.policy.placement import PlacementNode, Tier, View
 from cache_agent.web.webserver import MAX_BODY, Refused, WebServer
 
 MODEL = "s3://models/a"
@@ -192,7 +192,7 @@ def test_estimates_follow_the_file(estimates: Path) -> None:
 
 @pytest.fixture
 def server() -> Iterator[WebServer]:
-    nodes = tuple(Node(f"node-{number}", tiers=(Tier("ssd", number, 1e9),)) for number in range(300))
+    nodes = tuple(PlacementNode(f"node-{number}", tiers=(Tier("ssd", number, 1e9),)) for number in range(300))
     extender = Extender(Known(View(10**9, nodes)))
     routes = {("POST", "/scheduler/prioritize"): extender.prioritize, ("POST", "/broken"): lambda _: 1 / 0}
     with WebServer("127.0.0.1", 0, routes) as made:  # type: ignore[arg-type]

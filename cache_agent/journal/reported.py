@@ -9,7 +9,7 @@ from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.operations import Started
 
 
-class Told:
+class FunctionReports:
     """For those who look at the node; nothing else follows from it. Any thread."""
 
     def __init__(self, journal: Journal) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import msgspec
 from flask import Blueprint, Response
 
-from cache_agent.journal.reported import Told
+from cache_agent.journal.reported import FunctionReports
 from cache_agent.web.diagnosis import NodeFacts, diagnose
 from cache_agent.wire.operations import ClusterReply, Start, StatusReply
 
@@ -36,7 +36,7 @@ class ShownAgent(Protocol):
     """What of an agent is shown."""
 
     @property
-    def told(self) -> Told: ...
+    def told(self) -> FunctionReports: ...
 
     def full_status(self) -> StatusReply: ...
 

@@ -23,7 +23,7 @@ import msgspec
 from cache_agent.config import parse_size
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.model.uri import parse_uri
-from cache_agent.policy.rights import ANY, Grant, Prefix, Rights, pieces
+from cache_agent.policy.rights import ANY, Permission, Prefix, Rights, pieces
 from cache_agent.stamp import Stamp, stamp
 
 log = logging.getLogger("glowplug.rights")
@@ -96,7 +96,7 @@ def read(path: Path) -> Rights:
         raise BadConfig(f"GLOWPLUG_RIGHTS={path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of msgspec
         raise BadConfig(f"GLOWPLUG_RIGHTS={path}: {error}") from error
-    grants: dict[tuple[str, str], Grant] = {}
+    grants: dict[tuple[str, str], Permission] = {}
     for kind, table in (("namespace", found.namespace), ("account", found.account), ("token", found.token)):
         for name, given in table.items():
             where = f"GLOWPLUG_RIGHTS={path}: [{kind}.{name}]"
@@ -106,14 +106,14 @@ def read(path: Path) -> Rights:
     return Rights(grants)
 
 
-def _grant(given: _Grant, where: str) -> Grant:
+def _grant(given: _Grant, where: str) -> Permission:
     try:
         dram = parse_size(given.dram) if isinstance(given.dram, str) else given.dram
     except ValueError as error:
         raise BadConfig(f"{where} dram = {given.dram!r}: {error}") from error
     if dram is not None and dram < 0:
         raise BadConfig(f"{where} dram = {given.dram!r}: use a number of bytes, or one with K, M, G or T")
-    return Grant(tuple(_prefix(text, where) for text in given.models), given.admin, dram)
+    return Permission(tuple(_prefix(text, where) for text in given.models), given.admin, dram)
 
 
 def _prefix(text: str, where: str) -> Prefix:

@@ -51,13 +51,13 @@ class Layers:
 
 
 def _status(layer: Layer, price: float, now: float) -> LayerStatus:
-    kept = keepalive.Layer(layer.level, layer.seconds, layer.bytes)
+    kept = keepalive.LayerCost(layer.level, layer.seconds, layer.bytes)
     worth = keepalive.beta(kept, price)
     idle = None if layer.since is None else max(0.0, now - layer.since)
     left = back = None
     if idle is not None:
         hold, rebuild, until = (math.inf if end is None else end for end in (layer.hold, layer.rebuild, layer.until))
-        change = keepalive.Decision(kept, price, hold, rebuild, until).changes_in(idle)
+        change = keepalive.HoldDecision(kept, price, hold, rebuild, until).changes_in(idle)
         if layer.state == "idle":
             left = change
         elif layer.state == "absent" and layer.rebuild is not None and idle < layer.rebuild:

@@ -43,7 +43,7 @@ class Helper(Protocol):
         ...
 
 
-class Load:
+class ModelLoad:
     """The bytes of one model on their way. Progress may be read, and watched, from any thread."""
 
     def __init__(

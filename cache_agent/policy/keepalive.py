@@ -45,7 +45,7 @@ _UNSEEN = 0.1  # u: what a build costs, in starts, while nobody waits for it; pr
 _FAR_CHEAPER = 0.8  # of the cost of holding it from the begin; chance alone gives a window some advantage
 
 
-class Layer(NamedTuple):
+class LayerCost(NamedTuple):
     """`seconds` to build it on top of the layer below, as measured; `bytes` that are freed when it goes."""
 
     name: str
@@ -53,7 +53,7 @@ class Layer(NamedTuple):
     bytes: int
 
 
-class Decision(NamedTuple):
+class HoldDecision(NamedTuple):
     """What becomes of a layer while it is idle, in seconds since it began to be so.
 
     It is held up to and including `hold`, dropped, built again from `rebuild` on, and dropped for good after `until`;
@@ -61,7 +61,7 @@ class Decision(NamedTuple):
     have been held for `held` seconds of them.
     """
 
-    layer: Layer
+    layer: LayerCost
     rho: float
     hold: float
     rebuild: float = math.inf
@@ -144,7 +144,7 @@ class History:
         return None if self.since is None else max(0.0, now - self.since)
 
 
-def beta(layer: Layer, rho: float) -> float:
+def beta(layer: LayerCost, rho: float) -> float:
     """The seconds for which holding a layer costs as much as building it once."""
     if not (rho >= 0 and layer.seconds >= 0 and layer.bytes >= 0):
         raise ValueError(f"a price cannot be negative: ρ is {rho}, the layer {layer}")
@@ -154,7 +154,7 @@ def beta(layer: Layer, rho: float) -> float:
     return worth / (layer.bytes / GB)
 
 
-def pooled(stack: Sequence[Layer]) -> Layer:
+def pooled(stack: Sequence[LayerCost]) -> LayerCost:
     """The first of `stack` as it has to be priced: together with those of the layers below it that go with it.
 
     `stack` is a layer and the ones it stands on that nothing else needs, the nearest first. Holding it holds all of
@@ -166,11 +166,11 @@ def pooled(stack: Sequence[Layer]) -> Layer:
     for layer in stack:
         seconds, size = seconds + layer.seconds, size + layer.bytes
         if seconds * best.bytes < best.seconds * size:
-            best = Layer(best.name, seconds, size)
+            best = LayerCost(best.name, seconds, size)
     return best
 
 
-def keep(layer: Layer, gaps: Iterable[float], rho: float, *, ahead: bool = True) -> Decision:
+def keep(layer: LayerCost, gaps: Iterable[float], rho: float, *, ahead: bool = True) -> HoldDecision:
     """For how long an idle layer is held at the exchange rate `rho` (GB·s per s), and whether it is built ahead.
 
     `gaps` are the idle times that ended, in order; the last 64 count. Raises `ValueError` for a negative price.
@@ -178,7 +178,7 @@ def keep(layer: Layer, gaps: Iterable[float], rho: float, *, ahead: bool = True)
     limit = beta(layer, rho)
     known = sorted(gap for gap in deque(gaps, HISTORY) if 0.0 <= gap < math.inf)
     if limit in (0.0, math.inf) or len(known) < _ENOUGH:
-        return Decision(layer, rho, limit, known=len(known), hits=len(known), held=sum(known))
+        return HoldDecision(layer, rho, limit, known=len(known), hits=len(known), held=sum(known))
     # Costs are in seconds of holding: one start counts for β of them. `sums[k]` is that of the k shortest gaps.
     sums = [0.0, *accumulate(known)]
     count = len(known)
@@ -188,14 +188,14 @@ def keep(layer: Layer, gaps: Iterable[float], rho: float, *, ahead: bool = True)
     best, index = limit * count, -1  # T = 0: every gap but those of no length ends in a start
     if (least := min(costs)) < best:
         best, index = least, costs.index(least)
-    plain = Decision(layer, rho, 0.0, known=count)
+    plain = HoldDecision(layer, rho, 0.0, known=count)
     if index >= 0:
         held = sums[index + 1] + (count - 1 - index) * known[index]
-        plain = Decision(layer, rho, known[index], hits=index + 1, known=count, held=held)
+        plain = HoldDecision(layer, rho, known[index], hits=index + 1, known=count, held=held)
     return (_window(layer, rho, known, sums, best) if ahead else None) or plain
 
 
-def _window(layer: Layer, rho: float, known: list[float], sums: list[float], plain: float) -> Decision | None:
+def _window(layer: LayerCost, rho: float, known: list[float], sums: list[float], plain: float) -> HoldDecision | None:
     """The best window, if it costs far less than `plain`.
 
     Its cost is one sum over its first gap i and another over its last gap j, so that one pass from the end finds both:
@@ -224,7 +224,7 @@ def _window(layer: Layer, rho: float, known: list[float], sums: list[float], pla
     if rebuild <= 0:
         return None
     held = sum(min(gap, until) - begin + lead for gap in known[first:])
-    return Decision(layer, rho, 0.0, rebuild, until + slack, hits, count, held)
+    return HoldDecision(layer, rho, 0.0, rebuild, until + slack, hits, count, held)
 
 
 def _span(seconds: float) -> str:

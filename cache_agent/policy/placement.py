@@ -42,7 +42,7 @@ class Tier(msgspec.Struct, frozen=True):
         return self.bandwidth or ASSUMED.get(self.name, ASSUMED["origin"])
 
 
-class Running(msgspec.Struct, frozen=True):
+class RunningModel(msgspec.Struct, frozen=True):
     """What takes a place that the model needs. `move_seconds` None: it cannot be moved."""
 
     ends_in: Seconds
@@ -62,7 +62,7 @@ class PlacementNode(msgspec.Struct, frozen=True):
     queue: Seconds = 0.0
     attach: Seconds = 0.05
     places: int = 1
-    running: tuple[Running, ...] = ()
+    running: tuple[RunningModel, ...] = ()
     origin: Seconds = 0.0  # bytes per second of the origin, as this node measured it; 0 if it did not
     capacity: Bytes = 0
 
@@ -74,7 +74,7 @@ class View(msgspec.Struct, frozen=True):
     nodes: tuple[PlacementNode, ...] = ()
 
 
-class Decision(NamedTuple):
+class PlacementDecision(NamedTuple):
     """The quickest way to the model on a node. `measured`: which share of the loading time rests on measurements."""
 
     node: str
@@ -85,26 +85,28 @@ class Decision(NamedTuple):
     why: str
 
 
-def decide(size: int, node: PlacementNode) -> Decision:
+def decide(size: int, node: PlacementNode) -> PlacementDecision:
     """What a node offers for a model of `size` bytes."""
     load, tier, measured, steps = _loading(size, node)
     if node.alive and 0 < node.capacity < size:
         why = f"its agent has {node.capacity / 1e6:.0f} MB for weights in all, and refuses {size / 1e6:.0f} MB"
-        return Decision(node.name, "none", math.inf, tier, 1.0, why)
+        return PlacementDecision(node.name, "none", math.inf, tier, 1.0, why)
     if node.places > 0:
-        return Decision(node.name, "load", load, tier, measured, steps)
+        return PlacementDecision(node.name, "load", load, tier, measured, steps)
     ways: list[tuple[float, str, str]] = []
     for running in node.running:
         ways.append((running.ends_in, "wait", f"wait {running.ends_in:.2f} s for what runs there to end"))
         if running.move_seconds is not None:
             ways.append((running.move_seconds, "move", f"move what runs there in {running.move_seconds:.2f} s"))
     if not ways:
-        return Decision(node.name, "none", math.inf, tier, measured, "no place is free, and nothing is known to end")
+        return PlacementDecision(
+            node.name, "none", math.inf, tier, measured, "no place is free, and nothing is known to end"
+        )
     before, way, text = min(ways)
-    return Decision(node.name, way, before + load, tier, measured, f"{text}; {steps}")
+    return PlacementDecision(node.name, way, before + load, tier, measured, f"{text}; {steps}")
 
 
-def rank(view: View) -> list[Decision]:
+def rank(view: View) -> list[PlacementDecision]:
     """All nodes, the soonest first."""
     return sorted((decide(view.bytes, node) for node in view.nodes), key=lambda found: (found.seconds, found.node))
 
@@ -115,7 +117,7 @@ def covering(view: View, names: Iterable[str]) -> View:
     return View(view.bytes, (*view.nodes, *(PlacementNode(name, alive=False) for name in names if name not in known)))
 
 
-def scores(decisions: Iterable[Decision], names: Sequence[str]) -> dict[str, int]:
+def scores(decisions: Iterable[PlacementDecision], names: Sequence[str]) -> dict[str, int]:
     """0 … 10 for each name; one without a decision gets 0, as the slowest one does.
 
     The scale is logarithmic, because 0.1 s against 1 s matters as much as 1 s against 10 s; and it shrinks where all

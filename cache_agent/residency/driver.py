@@ -17,7 +17,7 @@ from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.errors import OriginChanged, translated
 from cache_agent.journal.journal import Journal
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
 from cache_agent.model import content
 from cache_agent.model.uri import parse_uri
 from cache_agent.residency import events
@@ -36,7 +36,7 @@ _OF_ORIGIN, _OF_PLACE = 16, 8  # resolved at once, and loaded at once
 
 
 class Tell(Protocol):
-    """Takes an event to residency; `resolved` is what a `Load` that follows from it is to read."""
+    """Takes an event to residency; `resolved` is what a `ModelLoad` that follows from it is to read."""
 
     def __call__(self, event: Event, *, resolved: Resolution | None = None) -> None: ...
 
@@ -136,7 +136,7 @@ class Driver:
                 held.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")
                 held.keep_manifest()
             image = self._keeping.open(plan)
-            held.load = load = Load(
+            held.load = load = ModelLoad(
                 description,
                 origin,
                 held.dram,
@@ -195,7 +195,7 @@ class Driver:
             if maps:
                 self._keeping.repair(load, maps)
 
-    def _holding(self, load: Load) -> Holding:
+    def _holding(self, load: ModelLoad) -> Holding:
         return Holding(self._config.node_name, "dram", load.progress()[1], load.total)
 
     def _admit(self, entry: int) -> None:

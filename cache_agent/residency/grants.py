@@ -12,7 +12,7 @@ from cache_agent.errors import InternalError, NoCapacity
 from cache_agent.journal.journal import Journal
 from cache_agent.ledger import Span
 from cache_agent.model.uri import parse_uri
-from cache_agent.policy.rights import Grant
+from cache_agent.policy.rights import Permission
 from cache_agent.residency import events
 from cache_agent.residency.events import Action
 from cache_agent.residency.leases import Holder, PendingRequest
@@ -108,7 +108,7 @@ class Grants:
         holder.deliver(Granted(source, held.manifest_bytes, sizes, held.dram.page, len(fds)), fds, held.load)
 
 
-def _may_have(grant: Grant, model: str) -> bool:
+def _may_have(grant: Permission, model: str) -> bool:
     uri = parse_uri(model)  # it was one before
     return grant.covers(uri.scheme, uri.place)
 

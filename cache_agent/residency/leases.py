@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from cache_agent.ledger import Ledger
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
 from cache_agent.loading.tee import Tee
 from cache_agent.model.checkpoint import Description
 from cache_agent.model.manifest import encode
 from cache_agent.model.origin import Origin
-from cache_agent.policy.rights import EVERYTHING, NOBODY, Caller, Grant
+from cache_agent.policy.rights import EVERYTHING, NOBODY, Caller, Permission
 from cache_agent.tiers.dram import Dram
 from cache_agent.wire.blobs import sealed_bytes
 from cache_agent.wire.message import Message
@@ -39,11 +39,11 @@ class Holder(Protocol):
     def caller(self) -> Caller: ...
 
     @property
-    def grant(self) -> Grant:
+    def grant(self) -> Permission:
         """What the caller may have now."""
         ...
 
-    def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None: ...
+    def deliver(self, message: Message, fds: list[int], load: ModelLoad | None = None) -> None: ...
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class EntryMemory:
     description: Description
     ledger: Ledger
     dram: Dram | None = None
-    load: Load | None = None
+    load: ModelLoad | None = None
     tee: Tee | None = None
     tier: str = "origin"
     work: int = 0  # bytes that pass on its tier until it is loaded
@@ -109,7 +109,7 @@ class Errand:
         self.lease = 0
         self._uri, self._later, self._release = uri, later, release
 
-    def deliver(self, message: Message, fds: list[int], _load: Load | None = None) -> None:
+    def deliver(self, message: Message, fds: list[int], _load: ModelLoad | None = None) -> None:
         for fd in fds:
             os.close(fd)
         if isinstance(message, ErrorReply):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 
 from cache_agent.errors import BadCheckpoint
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
 from cache_agent.loading.tee import Tee
 from cache_agent.model.checkpoint import Description, decode_description, encode_description
 from cache_agent.model.manifest import Manifest, chunk_place
@@ -103,7 +103,7 @@ class Retention:
         if self._ssd is not None:
             self._ssd.discard(source, "damaged, and the origin has other bytes now")
 
-    def repair(self, load: Load, maps: list[mmap.mmap]) -> None:
+    def repair(self, load: ModelLoad, maps: list[mmap.mmap]) -> None:
         """Writes the chunks that the load found damaged anew, from memory; closes `maps`."""
         chunks = list(load.manifest.chunks())
         try:

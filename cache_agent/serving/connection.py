@@ -17,9 +17,9 @@ from cache_agent.access.audit import Trail
 from cache_agent.access.control import Access
 from cache_agent.errors import AgentError, InternalError, ProtocolError, VersionMismatch
 from cache_agent.handoff.broker import Asked, Broker
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
 from cache_agent.model import manifest
-from cache_agent.policy.rights import NOBODY, Grant
+from cache_agent.policy.rights import NOBODY, Permission
 from cache_agent.residency import report
 from cache_agent.serving.agent import Agent
 from cache_agent.wire.blobs import sealed_bytes
@@ -81,13 +81,13 @@ class Connection:
         self._on_end = on_end
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
-        self._outbox: deque[tuple[Message, list[int], Load | None]] = deque()
+        self._outbox: deque[tuple[Message, list[int], ModelLoad | None]] = deque()
         self._closed = False
         self._stopping = False
         self._asked = 0
         self.pod = ""
         self.caller = NOBODY
-        self._load: Load | None = None
+        self._load: ModelLoad | None = None
         self._reported = -1
         self._report_at = 0.0
         self.thread = threading.Thread(target=self._run, name=f"connection-{sock.fileno()}", daemon=True)
@@ -95,10 +95,10 @@ class Connection:
     # --- for other threads ----------------------------------------------------------------------------------------
 
     @property
-    def grant(self) -> Grant:
+    def grant(self) -> Permission:
         return self._access.grant(self.caller)
 
-    def deliver(self, message: Message, fds: list[int], load: Load | None = None) -> None:
+    def deliver(self, message: Message, fds: list[int], load: ModelLoad | None = None) -> None:
         """Queues a message; `load` is what its progress reports will be about."""
         with self._lock:
             if not self._closed:

@@ -17,7 +17,7 @@ from cache_agent.cluster.key import ClusterKey, nonce
 from cache_agent.errors import AccessDenied, ModelNotFound, NoDestination, ProtocolError
 from cache_agent.handoff.broker import Broker
 from cache_agent.handoff.splice import Splice
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
 from cache_agent.model.manifest import CHUNK
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
@@ -238,7 +238,7 @@ class _Stream:
     def complete(self) -> bool:
         return self.sent == self._sizes
 
-    def due(self, load: Load | None) -> tuple[int, int, int] | None:
+    def due(self, load: ModelLoad | None) -> tuple[int, int, int] | None:
         """(segment, offset, size) of what can go out next."""
         there = self._sizes
         if load is not None and not load.finished.is_set():

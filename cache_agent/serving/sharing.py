@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cache_agent.errors import ModelNotFound
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
 from cache_agent.model import content
 from cache_agent.model.checkpoint import encode_description
 from cache_agent.model.manifest import LAYOUT
@@ -102,7 +102,7 @@ class Following:
         self,
         source: str,
         held: EntryMemory | None,
-        load: Load | None,
+        load: ModelLoad | None,
         chunks: int,
         find: Callable[[str], EntryMemory | None],
     ) -> None:

@@ -34,10 +34,10 @@ Kept = Literal["user", "model", "lang"]
 _SETTLED = 2.0  # seconds of idleness after which there is time for building
 _RETRY = 30.0  # seconds after which a layer that could not be built is tried again; doubles each time
 # What building and memory are taken for until they were measured.
-_GUESSED: Mapping[Kept, keepalive.Layer] = {
-    "user": keepalive.Layer("user", 0.3, 100 << 20),
-    "model": keepalive.Layer("model", 0.2, 50 << 20),
-    "lang": keepalive.Layer("lang", 2.0, 250 << 20),
+_GUESSED: Mapping[Kept, keepalive.LayerCost] = {
+    "user": keepalive.LayerCost("user", 0.3, 100 << 20),
+    "model": keepalive.LayerCost("model", 0.2, 50 << 20),
+    "lang": keepalive.LayerCost("lang", 2.0, 250 << 20),
 }
 _ROOM = 350 << 20  # bytes that a zygote may take before its pages are shared
 
@@ -172,7 +172,7 @@ class Pod:
             for event in kept.zygote.read():
                 match event:
                     case Ready(level, _, seconds, size):
-                        kept.cost = keepalive.Layer(kept.level, seconds, size)
+                        kept.cost = keepalive.LayerCost(kept.level, seconds, size)
                         kept.pause = _RETRY
                         if not self._serving:
                             kept.history.idle(now)
@@ -231,13 +231,13 @@ class Pod:
 
     # --- building and dropping ------------------------------------------------------------------------------------
 
-    def _decide(self, level: Kept) -> keepalive.Decision:
+    def _decide(self, level: Kept) -> keepalive.HoldDecision:
         kept, rho = self._kept[level], self._config.start_price
         cost = kept.cost
         if level == "user" and not self._kept["lang"].ready:  # without it the next one has to be booted
             cost = cost._replace(seconds=self._boot_seconds)
         if level in self._hold:
-            return keepalive.Decision(cost, rho, self._hold[level])
+            return keepalive.HoldDecision(cost, rho, self._hold[level])
         return keepalive.keep(cost, kept.history.gaps, rho)
 
     def _wanted(self, level: Kept, now: float) -> bool:

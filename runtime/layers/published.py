@@ -7,7 +7,7 @@
 `model` is the URI of a model that a pool holds or that one of its functions serves, "" in a pod; a pool's `user` layers
 also have the `function`'s name; `state` is `building`, `used` (something runs,
 or stands on it), `idle` or `absent`; `since` is when it became idle, in seconds of CLOCK_MONOTONIC, null while it is
-used; `hold`, `rebuild` and `until` are seconds of idleness as in `Decision`, null for never. The file is gone when its
+used; `hold`, `rebuild` and `until` are seconds of idleness as in `HoldDecision`, null for never. The file is gone when its
 supervisor ends; one that was left behind is known by its pid.
 Standard library only.
 """
@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from cache_agent.policy.keepalive import Decision
+from cache_agent.policy.keepalive import HoldDecision
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ _PREFIX = "glowplug-layers-"
 _APART = 1.0  # seconds between two writes: requests come oftener than anybody looks
 
 
-def entry(level: str, state: State, since: float | None, decision: Decision, model: str = "") -> dict[str, Any]:
+def entry(level: str, state: State, since: float | None, decision: HoldDecision, model: str = "") -> dict[str, Any]:
     """One layer, and what is decided for it."""
     ends = {"hold": decision.hold, "rebuild": decision.rebuild, "until": decision.until}
     return {

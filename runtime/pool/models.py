@@ -30,7 +30,7 @@ _SETTLED = 2.0  # seconds for which a worker has to live, so that its function m
 _RETRY = 30.0  # seconds after which a layer that could not be built is tried again; doubles each time
 _ROOM = 150 << 20  # bytes that a layer may take of its own
 _KNOWN = 256  # models whose requests are remembered
-_GUESSED = keepalive.Layer("model", 0.2, 100 << 20)
+_GUESSED = keepalive.LayerCost("model", 0.2, 100 << 20)
 
 
 class ModelLayer:
@@ -184,9 +184,9 @@ class Models:
             self._layers[uri] = ModelLayer(uri, replace(self._made_of, model=uri))
         return self._layers[uri]
 
-    def _decide(self, layer: ModelLayer) -> keepalive.Decision:
+    def _decide(self, layer: ModelLayer) -> keepalive.HoldDecision:
         if "model" in self._config.holds:
-            return keepalive.Decision(layer.cost, self._config.start_price, self._config.holds["model"])
+            return keepalive.HoldDecision(layer.cost, self._config.start_price, self._config.holds["model"])
         return keepalive.keep(layer.cost, layer.history.gaps, self._config.start_price)
 
     def _wanted(self, layer: ModelLayer, now: float) -> bool:
@@ -227,7 +227,7 @@ class Models:
             match event:
                 case Ready(_, _, seconds, size):
                     weights = 0 if layer.lease is None else layer.lease.manifest.nbytes
-                    layer.cost, layer.pause = keepalive.Layer("model", seconds, size + weights), _RETRY
+                    layer.cost, layer.pause = keepalive.LayerCost("model", seconds, size + weights), _RETRY
                     self._say(f"the model layer of {layer.uri} is ready: {seconds:.2f} s, {size / 1e6:.0f} MB")
                 case Lost(why):
                     self._postpone(layer, f"its zygote was lost: {why}", now)

@@ -17,7 +17,7 @@ from cache_agent.policy import keepalive
 from runtime.config import from_environment
 from runtime.layers import published
 
-_GUESSED = keepalive.Layer("user", 0.3, 100 << 20)
+_GUESSED = keepalive.LayerCost("user", 0.3, 100 << 20)
 _AGAIN = 1.0  # seconds after which what was wanted is said again
 _SETTINGS = ("MODEL", "NAME", "LAYERS", "PRIVATE_WEIGHTS", "HOLD", "START_PRICE")
 
@@ -42,7 +42,7 @@ class Serving:
         self._again_at = 0.0
         self._cost = _GUESSED
         self._history = keepalive.History()
-        self._decision: keepalive.Decision | None = None
+        self._decision: keepalive.HoldDecision | None = None
 
     # --- what the pool sees, and the shim tells -------------------------------------------------------------------
 
@@ -83,11 +83,11 @@ class Serving:
     # --- what is decided ------------------------------------------------------------------------------------------
 
     @property
-    def decision(self) -> keepalive.Decision:
+    def decision(self) -> keepalive.HoldDecision:
         if self._decision is None:
             price = self._config.start_price
             if (held := self._config.holds.get("user")) is not None:
-                self._decision = keepalive.Decision(self._cost, price, held)
+                self._decision = keepalive.HoldDecision(self._cost, price, held)
             else:
                 self._decision = keepalive.keep(self._cost, self._history.gaps, price)
         return self._decision

@@ -27,7 +27,7 @@ from runtime.process import wire as wires
 from runtime.process.wire import Gone, Wire
 from runtime.zygote.join import Place
 
-_GUESSED = keepalive.Layer("spare", 0.03, 8 << 20)
+_GUESSED = keepalive.LayerCost("spare", 0.03, 8 << 20)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +72,7 @@ class Tenant:
     worker: Placed | None = None
     broken: str = ""  # a spare that was lost here, so that none is forked ahead before there was a worker again
     history: keepalive.History = field(default_factory=keepalive.History)
-    cost: keepalive.Layer = _GUESSED
+    cost: keepalive.LayerCost = _GUESSED
 
     def wanted(self, now: float, rho: float) -> bool:
         """Whether there should be a spare, though nobody asks."""
@@ -147,7 +147,7 @@ class Tenant:
             while placed is not None and (received := placed.wire.receive()) is not None:
                 match received:
                     case {"parked": int(size), "seconds": float(seconds)}, []:
-                        self.cost = keepalive.Layer("spare", seconds, size or self.cost.bytes)
+                        self.cost = keepalive.LayerCost("spare", seconds, size or self.cost.bytes)
                     case {"failed": str(why)}, []:
                         return why
         return ""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_agent.policy import placement
-from cache_agent.policy.placement import PlacementNode, Running, Tier, View
+from cache_agent.policy.placement import PlacementNode, RunningModel, Tier, View
 
 GB = 10**9
 MODEL = 4 * GB
@@ -47,14 +47,14 @@ def test_what_nobody_measured_is_said() -> None:
 @pytest.mark.parametrize(
     ("running", "way", "expected"),
     [
-        ((Running(5.0),), "wait", 5.05),
-        ((Running(5.0, 0.5),), "move", 0.55),
-        ((Running(0.2, 0.5),), "wait", 0.25),
-        ((Running(5.0, 4.0), Running(1.0)), "wait", 1.05),
+        ((RunningModel(5.0),), "wait", 5.05),
+        ((RunningModel(5.0, 0.5),), "move", 0.55),
+        ((RunningModel(0.2, 0.5),), "wait", 0.25),
+        ((RunningModel(5.0, 4.0), RunningModel(1.0)), "wait", 1.05),
         ((), "none", math.inf),
     ],
 )
-def test_load_wait_or_move(running: tuple[Running, ...], way: str, expected: float) -> None:
+def test_load_wait_or_move(running: tuple[RunningModel, ...], way: str, expected: float) -> None:
     node = PlacementNode("n", tiers=(Tier("dram", MODEL),), places=0, running=running)
     found = placement.decide(MODEL, node)
     assert (found.way, found.seconds) == (way, pytest.approx(expected))
@@ -62,7 +62,7 @@ def test_load_wait_or_move(running: tuple[Running, ...], way: str, expected: flo
 
 def test_moving_pays_only_where_loading_elsewhere_is_slower() -> None:
     """ServerlessLLM's figure: the node with the model in memory is busy, a free one has it on disk only."""
-    busy = PlacementNode("busy", tiers=(Tier("dram", MODEL),), places=0, running=(Running(30.0, 1.0),))
+    busy = PlacementNode("busy", tiers=(Tier("dram", MODEL),), places=0, running=(RunningModel(30.0, 1.0),))
     assert (
         placement.rank(View(MODEL, (busy, PlacementNode("free", tiers=(Tier("ssd", MODEL, 1.0 * GB),)))))[0].node
         == "busy"
@@ -83,7 +83,7 @@ def test_scores_leave_other_reasons_their_say() -> None:
     """Where all are about equal nothing is preferred; what is far better gets all of the range."""
 
     def scores(*seconds: float) -> list[int]:
-        found = [placement.Decision(str(n), "load", s, "", 1.0, "") for n, s in enumerate(seconds)]
+        found = [placement.PlacementDecision(str(n), "load", s, "", 1.0, "") for n, s in enumerate(seconds)]
         return list(placement.scores(found, [str(n) for n in range(len(seconds))]).values())
 
     assert scores(5.0, 5.0, 5.0) == [0, 0, 0]
@@ -96,7 +96,10 @@ def test_scores_leave_other_reasons_their_say() -> None:
 
 
 def test_the_unknown_come_last() -> None:
-    found = [placement.Decision("a", "load", 1.0, "", 1.0, ""), placement.Decision("b", "load", 9.0, "", 1.0, "")]
+    found = [
+        placement.PlacementDecision("a", "load", 1.0, "", 1.0, ""),
+        placement.PlacementDecision("b", "load", 9.0, "", 1.0, ""),
+    ]
     assert placement.scores(found, ["x", "a", "b"]) == {"x": 0, "a": 10, "b": 0}
     assert placement.scores(found, ["x"]) == {"x": 0}
     view = placement.covering(View(MODEL, (PlacementNode("a", tiers=(Tier("dram", MODEL),)),)), ["x", "a"])
@@ -117,7 +120,7 @@ names = st.sampled_from(["dram", "ssd", "peer", "origin", "another"])
 sizes = st.integers(0, 1 << 40)
 finite = st.floats(0, 1e9)
 tiers = st.builds(Tier, names, sizes, st.one_of(st.just(0.0), st.floats(1e3, 1e12)))
-running = st.builds(Running, finite, st.one_of(st.none(), finite))
+running = st.builds(RunningModel, finite, st.one_of(st.none(), finite))
 node = st.builds(
     PlacementNode,
     name=st.sampled_from("abcdefgh"),

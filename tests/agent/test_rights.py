@@ -25,7 +25,7 @@ from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.logs import JsonFormatter, TextFormatter
 from cache_agent.model.uri import parse_uri
-from cache_agent.policy.rights import NOTHING, Caller, Grant, Prefix, Rights, pieces
+from cache_agent.policy.rights import NOTHING, Caller, Permission, Prefix, Rights, pieces
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Identity
 
@@ -37,12 +37,12 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def grant(tmp_path: Path, *models: str) -> Grant:
+def grant(tmp_path: Path, *models: str) -> Permission:
     text = f"[namespace.llm]\nmodels = {json.dumps(models)}\n"
     return rights.read(write(tmp_path / "rights.toml", text)).of(CHAT)
 
 
-def covers(given: Grant, uri: str) -> bool:
+def covers(given: Permission, uri: str) -> bool:
     parsed = parse_uri(uri)
     return given.covers(parsed.scheme, parsed.place)
 
@@ -146,7 +146,7 @@ def test_what_is_granted_lies_below_the_prefix_for_every_reader(parts: list[str]
     uri = f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(['models', 'llm', *parts])}"
     prefix = Prefix(scheme, ("models", "llm"))
     parsed = parse_uri(uri)
-    if Grant((prefix,)).covers(parsed.scheme, parsed.place):
+    if Permission((prefix,)).covers(parsed.scheme, parsed.place):
         assert {place[:2] for place in worst(parsed.place)} == {("models", "llm")}, uri
         assert parsed.place.strip("/").startswith("models/llm")
 
@@ -161,10 +161,10 @@ def test_pieces_are_plain_whatever_comes(place: str, scheme: str) -> None:
 
 def test_the_closest_grant_alone_counts() -> None:
     grants = {
-        ("namespace", "*"): Grant(dram=1),
-        ("namespace", "llm"): Grant(dram=2),
-        ("account", "llm/batch"): Grant(dram=3),
-        ("token", "ops"): Grant(admin=True),
+        ("namespace", "*"): Permission(dram=1),
+        ("namespace", "llm"): Permission(dram=2),
+        ("account", "llm/batch"): Permission(dram=3),
+        ("token", "ops"): Permission(admin=True),
     }
     found = Rights(grants)
     assert found.of(CHAT).dram == 2

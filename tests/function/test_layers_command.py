@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cache_agent.policy.keepalive import Layer, keep
+from cache_agent.policy.keepalive import LayerCost, keep
 from runtime.commands.layers import layers
 from runtime.config import FunctionConfig
 from runtime.container.pod import Pod
 from runtime.layers import published
 
-LANG = Layer("lang", 3.0, 300_000_000)
+LANG = LayerCost("lang", 3.0, 300_000_000)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_says_what_is_held_for_how_long_and_why() -> None:
     supervisor = published.Published("pod", "chat", 60.0)
     supervisor.write(
         [
-            published.entry("user", "absent", since, keep(Layer("user", 0.3, 100_000_000), [500.0] * 8, 60.0)),
+            published.entry("user", "absent", since, keep(LayerCost("user", 0.3, 100_000_000), [500.0] * 8, 60.0)),
             published.entry("lang", "idle", since, decision),
         ]
     )
@@ -60,7 +60,7 @@ def test_says_what_is_held_for_how_long_and_why() -> None:
 
 
 def test_what_lasts_for_ever_and_what_is_used() -> None:
-    free = keep(Layer("bare", 1.0, 0), [], 60.0)
+    free = keep(LayerCost("bare", 1.0, 0), [], 60.0)
     supervisor = published.Published("pod", "chat", 60.0)
     supervisor.write(
         [published.entry("bare", "idle", time.monotonic(), free), published.entry("lang", "used", None, free)]

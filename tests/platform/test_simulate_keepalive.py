@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from cache_agent.policy import keepalive
-from cache_agent.policy.keepalive import Layer
+from cache_agent.policy.keepalive import LayerCost
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MB, GB = 10**6, 10**9
-BARE, LANG = Layer("bare", 1.0, 100 * MB), Layer("lang:py", 2.0, 200 * MB)
-USERS = [Layer(f"user:{name}", 4.0, 300 * MB) for name in "AB"]
+BARE, LANG = LayerCost("bare", 1.0, 100 * MB), LayerCost("lang:py", 2.0, 200 * MB)
+USERS = [LayerCost(f"user:{name}", 4.0, 300 * MB) for name in "AB"]
 NEVER = math.inf
 
 
@@ -52,7 +52,7 @@ def holding(sim: Any, **seconds: float) -> Any:
     """A rule that holds each kind of layer for a fixed time."""
 
     class Holding(sim.worlds.Rule):
-        def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Any:
+        def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Any:
             return sim.worlds.Hold(seconds[layer.name.partition(":")[0]])
 
     return Holding()
@@ -106,7 +106,7 @@ def test_idle_memory_of_zygotes(sim: Any, two: Any) -> None:
 
 def test_a_layer_is_built_ahead(sim: Any, two: Any) -> None:
     class Ahead(sim.worlds.Rule):
-        def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Any:
+        def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Any:
             return sim.worlds.Hold(0.0, 50.0, 70.0) if layer.name.startswith("user") else sim.worlds.Hold(0.0)
 
     trace = calls(sim, (0, 0), (70, 0), (300, 0))
@@ -153,7 +153,7 @@ def test_faascache_stays_within_its_memory(sim: Any, two: Any) -> None:
 
 def test_faascache_lets_go_of_what_is_cheap(sim: Any) -> None:
     functions = [
-        sim.functions.Function(name, (BARE, LANG, Layer(f"user:{name}", seconds, 300 * MB)), 1.0)
+        sim.functions.Function(name, (BARE, LANG, LayerCost(f"user:{name}", seconds, 300 * MB)), 1.0)
         for name, seconds in (("dear", 40.0), ("cheap", 1.0), ("third", 5.0))
     ]
     rule = sim.rules.FaasCache(1.3 * GB)
@@ -169,7 +169,7 @@ def test_rainbowcakes_rule(sim: Any, two: Any) -> None:
         rule.arrive(two[0], float(second))
     # Six arrivals in 50 s, seen at 60: a mean of 10 s; -10 · ln 0.2 = 16.1 s.
     assert rule.idle(USERS[0], [LANG, BARE], 2, 60.0).hold == pytest.approx(0.249 * 4 / 0.3)  # β = 3.3 s is less
-    slow = Layer("user:A", 400.0, 300 * MB)
+    slow = LayerCost("user:A", 400.0, 300 * MB)
     assert rule.idle(slow, [LANG, BARE], 2, 60.0).hold == pytest.approx(16.094, abs=1e-3)
     code = sim.rules.RainbowCake(code=True)
     code.arrive(two[0], 0.0)
@@ -240,9 +240,9 @@ def test_reads_arrivals_per_minute(sim: Any, tmp_path: Path) -> None:
     (work,) = sim.functions.load(curve)
     first, second = work.functions
     assert first.layers == (
-        Layer("bare", pytest.approx(0.32), 25 * MB),
-        Layer("lang:js", 0.4, 128 * MB),
-        Layer("user:AC", 1.8, 55 * MB),
+        LayerCost("bare", pytest.approx(0.32), 25 * MB),
+        LayerCost("lang:js", 0.4, 128 * MB),
+        LayerCost("user:AC", 1.8, 55 * MB),
     )
     assert second.layers[0] == first.layers[0]
     assert first.seconds == pytest.approx(2.0)

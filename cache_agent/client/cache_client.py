@@ -27,12 +27,12 @@ from cache_agent.wire.messages import (
     Granted,
     Hello,
     Identity,
+    LeaseReady,
     LeaseRequest,
     ManifestInline,
     ManifestReply,
     ManifestRequest,
     Offer,
-    Ready,
     Streaming,
     Welcome,
 )
@@ -166,7 +166,7 @@ class CacheClient:
         channel.send(LeaseRequest(model, have=source))
         if receive_manifest(channel, expect(channel, Streaming, deadline)[0]).source != source:
             raise LeaseLost(f"{model} has other files by now; this function goes on with those that it has")
-        ready, _ = expect(channel, Ready, deadline)
+        ready, _ = expect(channel, LeaseReady, deadline)
         return Adopted(ready.revision, False, "bytes that came over TCP are this function's own")
 
     def status(self) -> StatusReply:

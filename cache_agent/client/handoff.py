@@ -14,9 +14,9 @@ from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.messages import ErrorReply
 from cache_agent.wire.requests import (
     MAX_ITEMS,
-    Handed,
     HandedReply,
     HandedReport,
+    HandoffOutcome,
     HandoffRequest,
     HostRequest,
     Matched,
@@ -58,7 +58,7 @@ def find_destination(client: CacheClient, kin: str, owner: str) -> socket.socket
             raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
 
 
-def report(client: CacheClient, items: Sequence[Handed]) -> None:
+def report(client: CacheClient, items: Sequence[HandoffOutcome]) -> None:
     """Raises any `AgentError`."""
     with client.connect() as channel:
         try:

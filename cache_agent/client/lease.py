@@ -23,13 +23,13 @@ from cache_agent.model.manifest import Manifest
 from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
-    Admitted,
     AnyMessage,
     Drain,
     ErrorReply,
     Granted,
+    LeaseReady,
     Progress,
-    Ready,
+    RevisionNotice,
 )
 
 if TYPE_CHECKING:
@@ -81,13 +81,13 @@ class Lease:
             if isinstance(message, Progress) and on_progress is not None:
                 on_progress(message.done, message.total)
 
-    def next_event(self, timeout: float) -> Drain | Admitted | None:
+    def next_event(self, timeout: float) -> Drain | RevisionNotice | None:
         """What the agent pushes to a ready lease, or None after `timeout` seconds. Raises `LeaseLost`."""
         try:
             message = self._next(time.monotonic() + timeout)
         except AgentTimeout:
             return None
-        return message if isinstance(message, (Drain, Admitted)) else None
+        return message if isinstance(message, (Drain, RevisionNotice)) else None
 
     def _next(self, deadline: float) -> AnyMessage:
         try:
@@ -97,10 +97,10 @@ class Lease:
         match message:
             case ErrorReply(code, text):
                 raise from_wire(code, text)
-            case Ready(tier, revision, spans):
+            case LeaseReady(tier, revision, spans):
                 self.ready, self.tier, self.spans = True, tier, spans
                 self.revision = revision or self.revision
-            case Admitted(revision):
+            case RevisionNotice(revision):
                 self.revision = revision
         return message
 

@@ -21,7 +21,7 @@ from cache_agent.tiers.dram import Dram
 from cache_agent.wire.blobs import sealed_bytes
 from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
-from cache_agent.wire.messages import ErrorReply, LeaseRequest, Piece, Ready, Streaming
+from cache_agent.wire.messages import ErrorReply, LeaseReady, LeaseRequest, StreamedPiece, Streaming
 
 _PATIENCE = 30.0  # seconds without a byte, once a piece has begun
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -147,12 +147,12 @@ class StreamedLease(Lease):
             self._failure, self._ended = failure, True
             self._lock.notify_all()
 
-    def _receive(self) -> Ready:
+    def _receive(self) -> LeaseReady:
         sent = list(self.arrived)
         while True:
             message, _ = self._link.receive(time.monotonic() + _SILENCE)
             match message:
-                case Piece(segment, offset, size):
+                case StreamedPiece(segment, offset, size):
                     if segment >= len(sent) or offset != sent[segment]:
                         raise ProtocolError("the agent sent a piece out of turn")
                     if offset + size > self.manifest.segments[segment]:
@@ -166,7 +166,7 @@ class StreamedLease(Lease):
                     with self._lock:
                         self._done += size
                         self._lock.notify_all()
-                case Ready():
+                case LeaseReady():
                     if sent != list(self.manifest.segments):
                         raise ProtocolError("the agent called the weights complete before all had come")
                     return message

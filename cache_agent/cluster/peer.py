@@ -16,7 +16,7 @@ from cache_agent.model.checkpoint import Description, decode_description
 from cache_agent.model.manifest import LAYOUT, MAX_MANIFEST
 from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link, dial
-from cache_agent.wire.messages import Answer, Challenge, ErrorReply, Hello, Identity, Welcome
+from cache_agent.wire.messages import Challenge, ChallengeAnswer, ErrorReply, Hello, Identity, Welcome
 from cache_agent.wire.peers import Chunk, Described, DescribeRequest, FetchRequest, FollowRequest, Holds
 from cache_agent.wire.protocol import VERSION
 
@@ -163,7 +163,7 @@ def dial_peer(address: str, key: ClusterKey, node: str, own_address: str, timeou
             raise AccessDenied(f"the agent at {address} did not prove that it knows the cluster's key")
         key.check(challenge.proof, "called", mine, challenge.nonce, node, challenge.node)
         proof = key.proof("caller", mine, challenge.nonce, node, challenge.node)
-        link.send(Answer(proof, own_address))
+        link.send(ChallengeAnswer(proof, own_address))
         welcome, _ = link.receive(deadline)
         if isinstance(welcome, ErrorReply):
             raise from_wire(welcome.code, welcome.text)

@@ -21,7 +21,7 @@ from cache_agent.errors import AgentError, AgentTimeout, ProtocolError
 from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.messages import ErrorReply
-from cache_agent.wire.requests import Relay
+from cache_agent.wire.requests import RelayedBytes
 
 log = logging.getLogger("glowplug.handoff")
 
@@ -75,7 +75,7 @@ class Splice:
                 return
             signed = self._key.sign(self._about(self._mine, number), data)
             number += 1
-            self._link.send(Relay(len(signed)))
+            self._link.send(RelayedBytes(len(signed)))
             self._link.send_bytes(signed)
 
     def _inward(self, stopping: Callable[[], bool]) -> None:
@@ -87,7 +87,7 @@ class Splice:
                 continue
             if isinstance(message, ErrorReply):
                 raise Disconnected(message.text)
-            if not isinstance(message, Relay) or message.body > _MOST:
+            if not isinstance(message, RelayedBytes) or message.body > _MOST:
                 raise ProtocolError("a hand-off goes on with pieces of a bounded size")
             signed = self._link.read(message.body, _STALL)
             self._hand_on(self._key.verified(self._about(self._theirs, number), signed))

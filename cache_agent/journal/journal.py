@@ -18,7 +18,7 @@ from msgspec.structs import asdict
 
 from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.operations import EventRecord
-from cache_agent.wire.requests import Handed, HandoffRecord
+from cache_agent.wire.requests import HandoffOutcome, HandoffRecord
 
 log = logging.getLogger("glowplug.events")
 
@@ -117,7 +117,7 @@ class Journal:
             self._counts.refusals[code] += 1
         self.record("refused", model, f"refused {model}: {text} [{code}]")
 
-    def handed(self, node: str, items: Sequence[Handed]) -> None:
+    def handed(self, node: str, items: Sequence[HandoffOutcome]) -> None:
         """Requests that a worker of this node has handed over, or tried to."""
         for item in items:
             with self._changed:

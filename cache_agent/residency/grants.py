@@ -19,7 +19,7 @@ from cache_agent.residency.leases import Holder, PendingRequest
 from cache_agent.residency.ledger import ResidencyLedger
 from cache_agent.residency.spares import Spares
 from cache_agent.wire.message import TEXT_LIMIT
-from cache_agent.wire.messages import Admitted, Adopted, ErrorReply, Granted, Ready
+from cache_agent.wire.messages import Adopted, ErrorReply, Granted, LeaseReady, RevisionNotice
 from cache_agent.wire.operations import EvictReply, PinReply
 
 
@@ -56,7 +56,7 @@ class Grants:
                 spans = [Span("agent", "lease", asked.start, time.monotonic_ns())]
                 spans += [] if resident else held.ledger.spans()
                 tier = "dram" if resident else held.tier
-                asked.holder.deliver(Ready(tier, revision, spans), [])
+                asked.holder.deliver(LeaseReady(tier, revision, spans), [])
                 self._journal.leased(asked.model, tier)
             case events.Adopt(lease, entry, fresh):
                 offered = self._offers.take(lease)
@@ -73,7 +73,7 @@ class Grants:
                 self._journal.record("orphaned", uri, f"{uri} stays a function's own: {why}")
                 self._asked[lease].holder.deliver(Adopted("", False, why[:TEXT_LIMIT]), [])
             case events.Announce(lease, revision):
-                self._asked[lease].holder.deliver(Admitted(revision), [])
+                self._asked[lease].holder.deliver(RevisionNotice(revision), [])
             case events.Refuse(lease, error):
                 asked = self._asked.pop(lease)
                 text = error.text

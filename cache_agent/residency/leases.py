@@ -19,7 +19,7 @@ from cache_agent.policy.rights import EVERYTHING, NOBODY, Caller, Permission
 from cache_agent.tiers.dram import Dram
 from cache_agent.wire.blobs import sealed_bytes
 from cache_agent.wire.message import Message
-from cache_agent.wire.messages import ErrorReply, Ready
+from cache_agent.wire.messages import ErrorReply, LeaseReady
 
 log = logging.getLogger("glowplug.agent")
 
@@ -114,9 +114,9 @@ class Errand:
             os.close(fd)
         if isinstance(message, ErrorReply):
             log.warning("prefetching %s failed: %s", self._uri, message.text)
-        if isinstance(message, Ready):
+        if isinstance(message, LeaseReady):
             log.info("prefetched %s from %s", self._uri, message.tier)
-        if isinstance(message, (Ready, ErrorReply)):
+        if isinstance(message, (LeaseReady, ErrorReply)):
             self._later(lambda: self._release(self.lease))
 
 

@@ -26,18 +26,18 @@ from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
-    Admitted,
-    Answer,
     AnyMessage,
     Challenge,
+    ChallengeAnswer,
     Granted,
     Hello,
+    LeaseReady,
     LeaseRequest,
     ManifestInline,
     ManifestReply,
     Offer,
-    Piece,
-    Ready,
+    RevisionNotice,
+    StreamedPiece,
     Streaming,
     Welcome,
 )
@@ -99,7 +99,7 @@ class RemoteConnection(Connection):
                 "GLOWPLUG_TOKEN_FILE"
             )
 
-    def _prove(self, answer: Answer) -> None:
+    def _prove(self, answer: ChallengeAnswer) -> None:
         assert self._key is not None, "challenged with it"
         self._key.check(answer.proof, "caller", *self._nonces, self._peer, self._agent.node)
         self._address = answer.address
@@ -110,7 +110,7 @@ class RemoteConnection(Connection):
     def _answer(self, message: AnyMessage, fds: list[int]) -> None:
         self._heard = time.monotonic()
         match message:
-            case Answer():
+            case ChallengeAnswer():
                 self._prove(message)
             case FetchRequest(source, number, layout):
                 self._attempt(lambda: self._agent.sharing.send(self._link, source, number, layout))
@@ -171,7 +171,7 @@ class RemoteConnection(Connection):
             case ManifestReply(size):
                 super()._say(ManifestInline(size))
                 self._link.send_bytes(os.pread(fds[0], size, 0))
-            case Ready() | Admitted() if self._stream is not None:
+            case LeaseReady() | RevisionNotice() if self._stream is not None:
                 self._stream.after.append(message)
             case _:
                 super()._say(message, fds)
@@ -197,7 +197,7 @@ class RemoteConnection(Connection):
         due = stream.due(self._load)
         if due is not None:
             segment, offset, size = due
-            self._channel.send(Piece(segment, offset, size))
+            self._channel.send(StreamedPiece(segment, offset, size))
             self._link.send_file(stream.fds[segment], offset, size)
             stream.sent[segment] += size
         if stream.complete and stream.after:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.handoff import find_destination, report
 from cache_agent.errors import AgentError, NoDestination
-from cache_agent.wire.requests import Handed
+from cache_agent.wire.requests import HandoffOutcome
 from runtime.config import FunctionConfig
 from runtime.engine.base import STATE_VERSION
 from runtime.function.model import Model
@@ -89,7 +89,7 @@ class Moving:
 
     def _report(self, told: Sequence[Told]) -> None:
         items = [
-            Handed(
+            HandoffOutcome(
                 self._function,
                 each.id,
                 self._owner,

@@ -29,7 +29,7 @@ from cache_agent.client.lease import Lease
 from cache_agent.errors import AgentError
 from cache_agent.ledger import Ledger, Span
 from cache_agent.model.manifest import model_config
-from cache_agent.wire.messages import Admitted, Drain
+from cache_agent.wire.messages import Drain, RevisionNotice
 from runtime.config import FunctionConfig, from_environment
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, StaleLayer, WeightsUnavailable
 from runtime.http.lifecycle import Lifecycle
@@ -281,7 +281,7 @@ class Worker:
             try:
                 while True:
                     match self._lease.next_event(60.0):
-                        case Admitted(revision):
+                        case RevisionNotice(revision):
                             model.revision = model.engine.revision = revision
                         case Drain(reason, _):
                             self._drain(f"the agent says: {reason}")

@@ -18,7 +18,7 @@ from cache_agent.handoff.destinations import Destinations, Waiting
 from cache_agent.handoff.splice import Splice
 from cache_agent.wire import link
 from cache_agent.wire.channel import Disconnected
-from cache_agent.wire.requests import Handed, Relay
+from cache_agent.wire.requests import HandoffOutcome, RelayedBytes
 
 KEY = ClusterKey(b"only for these tests, only for these")
 KIN, SOURCE, OTHER = "chat:00ff:plain", "worker-source", "worker-other"
@@ -129,8 +129,8 @@ def test_who_waits_longest_is_next_and_a_namespace_is_among_itself():
 def test_what_is_told_is_counted_and_shown(start_local_agent):
     agent = start_local_agent({})
     items = [
-        Handed("chat", "gen-1", SOURCE, OTHER, 12, 0.025, "kv", "moved"),
-        Handed("chat", "gen-2", SOURCE, OTHER, 0, 5.0, "relay", "back", "it took no byte"),
+        HandoffOutcome("chat", "gen-1", SOURCE, OTHER, 12, 0.025, "kv", "moved"),
+        HandoffOutcome("chat", "gen-2", SOURCE, OTHER, 0, 5.0, "relay", "back", "it took no byte"),
     ]
     report(agent.client, items)
     newest, oldest = agent.client.status().handoffs
@@ -168,7 +168,7 @@ def crossing():
 
 
 def say(theirs, signed):
-    theirs.send(Relay(len(signed)))
+    theirs.send(RelayedBytes(len(signed)))
     theirs.send_bytes(signed)
 
 
@@ -214,5 +214,5 @@ def test_a_signature_is_for_one_place_only():
 
 def test_a_piece_is_bounded(crossing):
     _, worker, theirs = crossing
-    theirs.send(Relay(crossings._MOST + 1))
+    theirs.send(RelayedBytes(crossings._MOST + 1))
     assert worker.recv(100) == b""

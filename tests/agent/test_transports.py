@@ -24,7 +24,7 @@ from cache_agent.cluster.peer import Membership, Peer, PeerFailed
 from cache_agent.errors import AccessDenied, AgentError, AgentUnreachable, LeaseLost
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.link import Link, parse_address
-from cache_agent.wire.messages import Admitted, Drain, Identity
+from cache_agent.wire.messages import Drain, Identity, RevisionNotice
 
 URI = "s3://models/m"
 TOKEN = "a secret of these tests"
@@ -57,7 +57,7 @@ def test_a_lease_brings_the_bytes(client, tensors):
         assert lease.tier == "origin"
         assert {span.name for span in lease.spans} >= {"lease", "resolve", "transfer"}
         while not lease.revision:
-            assert isinstance(lease.next_event(30), Admitted)
+            assert isinstance(lease.next_event(30), RevisionNotice)
     with client.lease(URI, deadline=soon()) as lease:
         lease.wait_ready(soon())
         assert (lease.tier, tensors_of(lease)["model.norm.weight"]) == ("dram", tensors["model.norm.weight"][2])
@@ -116,7 +116,7 @@ def test_a_drain_reaches_the_holder(client, agent):
         lease.wait_ready(soon())
         assert agent.agent.push_drain("update", 5.0) == 1
         found = lease.next_event(30)
-        while isinstance(found, Admitted):
+        while isinstance(found, RevisionNotice):
             found = lease.next_event(30)
         assert found == Drain("update", 5.0)
 

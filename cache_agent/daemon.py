@@ -24,7 +24,7 @@ from cache_agent.cluster.key import ClusterKey
 from cache_agent.cluster.peer import Membership
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig, from_environment
-from cache_agent.errors import AgentError, BadConfig
+from cache_agent.errors import AgentError, BadSetting
 from cache_agent.handoff.targets import Targets
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
@@ -144,7 +144,7 @@ def _peers(config: AgentConfig, directory: Directory, key: ClusterKey | None) ->
 
 
 def _directory(config: AgentConfig) -> Directory:
-    """Raises `BadConfig`."""
+    """Raises `BadSetting`."""
     if not config.redis_url:
         return InProcessDirectory()
     from cache_agent.cluster.directory_redis import (
@@ -175,7 +175,7 @@ def private(fd: int, parent: int) -> None:
         Daemon(config, listening=socket.socket(fileno=fd)).run()
     except AgentError as error:
         print(f"glowplug-agent: {error.text} [{error.code}]", file=sys.stderr)
-        sys.exit(BAD_CONFIG if isinstance(error, BadConfig) else 1)
+        sys.exit(BAD_CONFIG if isinstance(error, BadSetting) else 1)
 
 
 def _end_with(parent: int) -> None:

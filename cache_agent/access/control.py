@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from cache_agent.access.identity import Anybody, Check, Identities, identities
 from cache_agent.config import AgentConfig
-from cache_agent.errors import AccessDenied, AgentError, BadConfig
+from cache_agent.errors import AccessDenied, AgentError, BadSetting
 from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.policy.rights import EVERYTHING, Caller, Permission, pieces
 from cache_agent.wire.messages import Identity
@@ -105,12 +105,12 @@ def _real(parts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def from_config(config: AgentConfig) -> Access:
-    """Raises `BadConfig`."""
+    """Raises `BadSetting`."""
     check = identities(config.identity, config.token_file, config.kubernetes)
     if config.rights is None:
         return Access(check)
     if check.anybody:
-        raise BadConfig("GLOWPLUG_RIGHTS says who may have what, and nobody is asked who he is: set GLOWPLUG_IDENTITY")
+        raise BadSetting("GLOWPLUG_RIGHTS says who may have what, and nobody is asked who he is: set GLOWPLUG_IDENTITY")
     from cache_agent.access.rights import RightsFile
 
     return Access(check, RightsFile(config.rights))

@@ -8,7 +8,7 @@ from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _CONNECT_SECONDS = 5.0
@@ -18,10 +18,10 @@ class Api:
     """One API server, as the ServiceAccount whose files `account` holds (`token` and `ca.crt`)."""
 
     def __init__(self, url: str, account: Path = SERVICE_ACCOUNT) -> None:
-        """Raises `BadConfig`."""
+        """Raises `BadSetting`."""
         place = urlsplit(url)
         if place.scheme not in ("http", "https") or not place.hostname:
-            raise BadConfig(f"GLOWPLUG_KUBERNETES={url!r} is no URL; use https://kubernetes.default.svc")
+            raise BadSetting(f"GLOWPLUG_KUBERNETES={url!r} is no URL; use https://kubernetes.default.svc")
         self._secure = place.scheme == "https"
         self._host, self._port = place.hostname, place.port
         self._prefix = place.path.rstrip("/")

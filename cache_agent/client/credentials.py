@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cache_agent.access.identity import read_token
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 from cache_agent.wire.messages import Identity
 
 OPERATOR = "operator"  # of a directory of secrets, the one that the agent's own commands show
@@ -20,7 +20,7 @@ def none() -> Identity:
 
 
 def shown(token_file: Path | str | None, identity_file: Path | str | None = None) -> Callable[[], Identity]:
-    """What to call for an identity; a secret goes before a ServiceAccount, "" is no file. It raises `BadConfig`."""
+    """What to call for an identity; a secret goes before a ServiceAccount, "" is no file. It raises `BadSetting`."""
     if token_file:
         return lambda: Identity("token", read_token(_single(Path(token_file))))
     if identity_file:
@@ -32,7 +32,7 @@ def _single(path: Path) -> Path:
     if not path.is_dir():
         return path
     if not (path / OPERATOR).is_file():
-        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} is a directory without {OPERATOR!r}; name the file of one secret")
+        raise BadSetting(f"GLOWPLUG_TOKEN_FILE={path} is a directory without {OPERATOR!r}; name the file of one secret")
     return path / OPERATOR
 
 

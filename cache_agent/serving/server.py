@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cache_agent.access.control import Access
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 from cache_agent.handoff.broker import Broker
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
@@ -29,7 +29,7 @@ _BACKLOG = 256
 
 
 def listen(path: Path, mode: int) -> socket.socket:
-    """A listening unix socket at `path`, replacing one that nobody serves. Raises `BadConfig`."""
+    """A listening unix socket at `path`, replacing one that nobody serves. Raises `BadSetting`."""
     server = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)
@@ -42,18 +42,18 @@ def listen(path: Path, mode: int) -> socket.socket:
         server.listen(_BACKLOG)
     except OSError as error:
         server.close()
-        raise BadConfig(f"cannot listen on {path}: {error.strerror or error}; choose another --socket") from error
-    except BadConfig:
+        raise BadSetting(f"cannot listen on {path}: {error.strerror or error}; choose another --socket") from error
+    except BadSetting:
         server.close()
         raise
     return server
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes a socket on which nobody listens. Raises `BadConfig` when somebody does, however busy, or it is none."""
+    """Removes a socket on which nobody listens. Raises `BadSetting` when somebody does, however busy, or it is none."""
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise BadConfig(f"{path} exists and is no socket; choose another --socket")
+            raise BadSetting(f"{path} exists and is no socket; choose another --socket")
         probe.setblocking(False)
         try:
             probe.connect(str(path))
@@ -62,7 +62,7 @@ def _remove_stale(path: Path) -> None:
             return
         except BlockingIOError:
             pass  # its backlog is full
-        raise BadConfig(f"an agent already serves {path}; stop it, or choose another --socket")
+        raise BadSetting(f"an agent already serves {path}; stop it, or choose another --socket")
 
 
 Opener = Callable[[socket.socket], Connection]

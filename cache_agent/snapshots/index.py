@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cache_agent.access import keyfile
 from cache_agent.config import AgentConfig
-from cache_agent.errors import BadConfig, ProtocolError, SnapshotTooLarge
+from cache_agent.errors import BadSetting, ProtocolError, SnapshotTooLarge
 from cache_agent.snapshots.store import Change, Claimed, InProcessSnapshots, Keep, Key, Snapshots
 from cache_agent.wire.requests import Checkpoint, Checkpointed, ClaimRequest, KeptStatus, TransferRequest
 from cache_agent.wire.signing import sign, verified
@@ -69,7 +69,7 @@ class SnapshotIndex:
 def shelf(config: AgentConfig, *, private: bool) -> SnapshotIndex:
     """As the settings have it; a `private` agent, and one without a key or a Redis, keeps all to itself.
 
-    Raises `BadConfig`.
+    Raises `BadSetting`.
     """
     key = cluster_key(config.cluster_key_file)
     limits = config.snapshot_ttl, config.snapshot_size, config.snapshot_space
@@ -81,13 +81,13 @@ def shelf(config: AgentConfig, *, private: bool) -> SnapshotIndex:
 
 
 def cluster_key(path: Path | None) -> bytes:
-    """The secret that all agents of the cluster share, or b"". Raises `BadConfig`."""
+    """The secret that all agents of the cluster share, or b"". Raises `BadSetting`."""
     if path is None:
         return b""
     try:
         return keyfile.read_key("GLOWPLUG_CLUSTER_KEY_FILE", path)
     except ValueError as error:
-        raise BadConfig(str(error)) from error
+        raise BadSetting(str(error)) from error
 
 
 def _key(within: str, space: str, id: str) -> Key:  # noqa: A002

@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache_agent.errors import AgentUnreachable, BadConfig
+from cache_agent.errors import AgentUnreachable, BadSetting
 from cache_agent.stamp import Stamp, stamp
 
 log = logging.getLogger("glowplug.web")
@@ -59,7 +59,7 @@ class Certificate(NamedTuple):
 
 
 class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Serves `routes`, (method, path) → function of the body, until `shutdown`. Raises `BadConfig`."""
+    """Serves `routes`, (method, path) → function of the body, until `shutdown`. Raises `BadSetting`."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -80,7 +80,7 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise BadConfig(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+            raise BadSetting(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
 
     @property
     def port(self) -> int:
@@ -109,7 +109,7 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().finish_request(request, client_address)
             return
         assert self._certificate is not None, "there is a context for it"
-        with contextlib.suppress(BadConfig):  # a pair that is just being renewed: the old one is good for this caller
+        with contextlib.suppress(BadSetting):  # a pair that is just being renewed: the old one is good for this caller
             self._load(self._certificate)
         request.settimeout(_HANDSHAKE_SECONDS)
         with self._context.wrap_socket(request, server_side=True) as secured:
@@ -125,7 +125,9 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self._context.load_cert_chain(*certificate)
                 self._stamps = stamps
         except OSError as error:  # ssl.SSLError is one
-            raise BadConfig(f"{certificate.chain} and {certificate.key} are no certificate and key: {error}") from error
+            raise BadSetting(
+                f"{certificate.chain} and {certificate.key} are no certificate and key: {error}"
+            ) from error
 
 
 class _Handler(BaseHTTPRequestHandler):

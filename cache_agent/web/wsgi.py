@@ -14,7 +14,7 @@ from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import ThreadWorker
 
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 
 _CONNECTIONS = 64
 _STOP_SECONDS = 1  # for answers on their way; browsers hold connections open on which they never ask
@@ -68,9 +68,9 @@ class WsgiServer(ThreadWorker):  # type: ignore[misc]
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises `BadConfig`."""
+    """Raises `BadSetting`."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_CONNECTIONS)
     except (OSError, OverflowError) as error:
-        raise BadConfig(f"cannot listen on {host}:{port}: {error}; choose another GLOWPLUG_STATUS") from error
+        raise BadSetting(f"cannot listen on {host}:{port}: {error}; choose another GLOWPLUG_STATUS") from error

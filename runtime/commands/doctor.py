@@ -130,11 +130,11 @@ def _stores(settings: AgentConfig) -> Iterator[Finding]:
 
 def _redis(settings: AgentConfig) -> Finding:
     from cache_agent.cluster import redis_connection
-    from cache_agent.errors import BadConfig
+    from cache_agent.errors import BadSetting
 
     try:
         version = redis_connection.version(settings.redis_url, settings.redis_password_file, _REDIS_SECONDS)
-    except BadConfig as error:
+    except BadSetting as error:
         return Finding("Redis", "failed", error.text, "see the README's settings")
     except OSError as error:
         return Finding(

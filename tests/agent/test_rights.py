@@ -22,7 +22,7 @@ from cache_agent.access import rights
 from cache_agent.access.control import Access
 from cache_agent.access.rights import RightsFile
 from cache_agent.client.cache_client import CacheClient
-from cache_agent.errors import AgentError, BadConfig
+from cache_agent.errors import AgentError, BadSetting
 from cache_agent.logs import JsonFormatter, TextFormatter
 from cache_agent.model.uri import parse_uri
 from cache_agent.policy.rights import NOTHING, Caller, Permission, Prefix, Rights, pieces
@@ -204,12 +204,12 @@ def test_the_closest_grant_alone_counts() -> None:
 def test_a_mistake_is_named(text: str, match: str, tmp_path: Path) -> None:
     path = tmp_path / "rights.toml"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(BadConfig, match=match):
+    with pytest.raises(BadSetting, match=match):
         RightsFile(path)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadConfig, match="cannot be read"):
+    with pytest.raises(BadSetting, match="cannot be read"):
         RightsFile(tmp_path / "absent")
 
 
@@ -231,7 +231,7 @@ def test_it_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_rights_without_identities_are_a_mistake(start_local_agent, tmp_path: Path) -> None:
     write(tmp_path / "rights.toml", "")
-    with pytest.raises(BadConfig, match="GLOWPLUG_IDENTITY"):
+    with pytest.raises(BadSetting, match="GLOWPLUG_IDENTITY"):
         start_local_agent({}, rights=tmp_path / "rights.toml")
 
 

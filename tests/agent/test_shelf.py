@@ -10,7 +10,7 @@ import pytest
 
 from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.config import AgentConfig
-from cache_agent.errors import AgentError, AgentUnreachable, BadConfig, ProtocolError, StoreUnavailable
+from cache_agent.errors import AgentError, AgentUnreachable, BadSetting, ProtocolError, StoreUnavailable
 from cache_agent.snapshots.index import SnapshotIndex, shelf
 from cache_agent.snapshots.store import InProcessSnapshots, Keep, Key
 from cache_agent.snapshots.store_redis import RedisSnapshots
@@ -227,7 +227,7 @@ def test_a_key_that_is_none_is_refused(tmp_path, content):
     file = tmp_path / "key"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(BadConfig, match="GLOWPLUG_CLUSTER_KEY_FILE"):
+    with pytest.raises(BadSetting, match="GLOWPLUG_CLUSTER_KEY_FILE"):
         shelf(AgentConfig(cluster_key_file=file), private=False)
 
 

@@ -25,7 +25,7 @@ import pytest
 import yaml
 from celpy.adapter import json_to_cel
 
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 from cache_agent.kube import admission
 from cache_agent.web import webserver
 from runtime.config import FunctionConfig
@@ -322,5 +322,5 @@ def test_webhook_command(tmp_path: Path, eventually: Callable[..., Any]) -> None
 def test_webhook_without_its_certificate_says_so(tmp_path: Path) -> None:
     (tmp_path / "nonsense").write_text("nonsense")
     for chain in (tmp_path / "absent", tmp_path / "nonsense"):
-        with pytest.raises(BadConfig, match="no certificate and key"):
+        with pytest.raises(BadSetting, match="no certificate and key"):
             webserver.WebServer("127.0.0.1", 0, {}, webserver.Certificate(chain, chain))

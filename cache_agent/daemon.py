@@ -147,9 +147,8 @@ def _directory(config: AgentConfig) -> Directory:
     """Raises `BadSetting`."""
     if not config.redis_url:
         return InProcessDirectory()
-    from cache_agent.cluster.directory_redis import (
-        RedisDirectory,  # redis-py is a tenth of a second that few agents need
-    )
+    # Imported here: redis-py is a tenth of a second that few agents need.
+    from cache_agent.cluster.directory_redis import RedisDirectory
 
     directory = RedisDirectory(config.redis_url, password_file=config.redis_password_file)
     directory.heartbeat(Node(config.node_name, config.advertised, config.capacity))

@@ -136,9 +136,8 @@ def identities(kind: str, token_file: Path | None, kubernetes: str) -> Identitie
     if kind == "kubernetes":
         if not kubernetes:
             raise BadSetting("GLOWPLUG_IDENTITY=kubernetes needs GLOWPLUG_KUBERNETES, the URL of the Kubernetes API")
-        from cache_agent.access.kubernetes import (
-            Api,  # nor ssl, nor http: a function that starts its own agent waits for it
-        )
+        # Imported here: ssl and http would make a function that starts its own agent wait.
+        from cache_agent.access.kubernetes import Api
         from cache_agent.access.tokenreview import TokenReview
 
         checks["kubernetes"] = TokenReview(Api(kubernetes))

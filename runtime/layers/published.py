@@ -7,8 +7,8 @@
 `model` is the URI of a model that a pool holds or that one of its functions serves, "" in a pod; a pool's `user` layers
 also have the `function`'s name; `state` is `building`, `used` (something runs,
 or stands on it), `idle` or `absent`; `since` is when it became idle, in seconds of CLOCK_MONOTONIC, null while it is
-used; `hold`, `rebuild` and `until` are seconds of idleness as in `HoldDecision`, null for never. The file is gone when its
-supervisor ends; one that was left behind is known by its pid.
+used; `hold`, `rebuild` and `until` are seconds of idleness as in `HoldDecision`, null for never. The file is gone
+when its supervisor ends; one that was left behind is known by its pid.
 Standard library only.
 """
 

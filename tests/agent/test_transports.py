@@ -419,7 +419,10 @@ def test_strangers_cannot_take_the_nodes_own_connections(agent):
 
 
 def test_a_function_imports_no_more_for_tcp_than_it_needs():
-    code = "import sys, cache_agent.client.cache_client; print(sorted(m for m in sys.modules if m.startswith('cache_agent')))"
+    code = (
+        "import sys, cache_agent.client.cache_client;"
+        "print(sorted(m for m in sys.modules if m.startswith('cache_agent')))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "cache_agent.cluster.key" not in found
     assert "cache_agent.client.streamed" not in found

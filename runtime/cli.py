@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from cache_agent import __version__
@@ -20,6 +22,7 @@ COMMANDS = {
     "render": Registered("runtime.commands.render:render", "Print a function's objects for Knative or OpenFaaS."),
     "layers": Registered("runtime.commands.layers:layers", "Show which layers are held, for how long, and why."),
     "pool": Registered("runtime.commands.pool:pool", "Keep warm processes for all containers of this node."),
+    "agent": Registered("cache_agent.cli.main:agent", "Serve a node's models, and ask the agent that does."),
     "base": Registered("runtime.commands.base:base", "The locked set of distributions that all functions share."),
     "completion": Registered("runtime.commands.completion:completion", "Print what makes a shell complete commands."),
 }
@@ -31,3 +34,9 @@ main = Commands(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 main = click.version_option(__version__, prog_name="glowplug")(main)
+
+
+def former_agent() -> None:
+    """The command `glowplug-agent`, as it was called: an alias for one version."""
+    click.echo("glowplug-agent is `glowplug agent` now; the former name goes with the next version", err=True)
+    main(["agent", *sys.argv[1:]])

@@ -90,7 +90,7 @@ def main(model: str, question: str, json_file: Path | None) -> None:
 
 @contextlib.contextmanager
 def _agent(path: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [str(BIN / "glowplug-agent"), "serve", "--socket", str(path)]
+    command = [str(BIN / "glowplug"), "agent", "serve", "--socket", str(path)]
     with _process(command, log, dict(os.environ)) as process:
         _until(lambda: _answers(path), process, command, log)
         yield process
@@ -109,7 +109,7 @@ def _function(name: str, uri: str, agent_socket: Path, directory: Path) -> Itera
         "PYTHONSAFEPATH": "1",
     }
     # What a container's entrypoint runs; `glowplug serve` ends in the same command.
-    with _process([sys.executable, "-m", "runtime.container.shim"], log, environment) as process:
+    with _process([sys.executable, "-m", "runtime.shim"], log, environment) as process:
         yield Function(name, process, port, log)
 
 

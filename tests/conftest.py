@@ -268,7 +268,7 @@ def _short_directory() -> Iterator[Path]:
 
 
 class AgentProcess:
-    """A `glowplug-agent serve` of its own. Use as a context manager; leaving it stops the agent and checks that
+    """A `glowplug agent serve` of its own. Use as a context manager; leaving it stops the agent and checks that
 
     no process of it is left and that its log has no traceback (set `may_fail` where a test provokes one).
     """
@@ -285,10 +285,10 @@ class AgentProcess:
         self.log = directory / "agent.log"
         self.env = _environment(env)
         self.may_fail = False
-        command = Path(sys.prefix) / "bin" / "glowplug-agent"
+        command = Path(sys.prefix) / "bin" / "glowplug"
         defaults = [] if "--huge-pages" in arguments else ["--huge-pages", "never"]
         defaults += [] if "--dram" in arguments else ["--dram", "512M"]
-        self.command = [sys.executable, str(command), "serve", "--socket", str(self.socket)]
+        self.command = [sys.executable, str(command), "agent", "serve", "--socket", str(self.socket)]
         self.command += [*defaults, *arguments]
         self._preexec = preexec
         self.process: subprocess.Popen[bytes] | None = None
@@ -415,7 +415,7 @@ def agent_process() -> Callable[..., Any]:
 
 @pytest.fixture
 def start_agent(agent_process: Callable[..., Any]) -> Iterator[Callable[..., AgentProcess]]:
-    """`start_agent(*options, env=…)` starts a `glowplug-agent serve`; the end of the test stops it."""
+    """`start_agent(*options, env=…)` starts a `glowplug agent serve`; the end of the test stops it."""
     with contextlib.ExitStack() as stack:
         yield lambda *arguments, **options: stack.enter_context(agent_process(*arguments, **options))
 
@@ -715,10 +715,10 @@ def redis_roles(redis_roles_server: tuple[Path, Path]) -> Callable[[str], tuple[
 
 @pytest.fixture(scope="session")
 def glowplug_agent() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`glowplug_agent(*arguments, env=None)` runs the `glowplug-agent` command to its end."""
+    """`glowplug_agent(*arguments, env=None)` runs the command `glowplug agent` to its end."""
 
     def run(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(Path(sys.prefix) / "bin" / "glowplug-agent"), *map(str, arguments)]
+        command = [sys.executable, str(Path(sys.prefix) / "bin" / "glowplug"), "agent", *map(str, arguments)]
         return subprocess.run(
             command,
             env={**_environment(env), "COLUMNS": "250"},

@@ -259,7 +259,7 @@ class CacheClient:
             if channel is not None:
                 channel.close()
             raise AgentUnreachable(
-                f"no cache agent answers at {self.path} ({error}); start one with `glowplug-agent serve`, or unset "
+                f"no cache agent answers at {self.path} ({error}); start one with `glowplug agent serve`, or unset "
                 "GLOWPLUG_SOCKET so that the function starts its own"
             ) from error
         except BaseException:

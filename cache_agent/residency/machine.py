@@ -359,7 +359,7 @@ class Residency:
         current = self.entry_of(uri)
         copies = [e for e in self.entries.values() if e.state != "evicting" and (e is current or e.uri == uri)]
         if not copies:
-            return [Refuse(asker, ModelNotFound(f"{uri} is not resident on this node; see `glowplug-agent status`"))]
+            return [Refuse(asker, ModelNotFound(f"{uri} is not resident on this node; see `glowplug agent status`"))]
         held = [e for e in copies if e.state != "ready" or e.leases or self.is_pinned(e)]
         free = [e for e in copies if e not in held]
         for entry in held:
@@ -378,7 +378,7 @@ class Residency:
     def _pin_asked(self, asker: int, uri: str, pinned: bool, account: Account) -> list[Action]:
         entry = self.entry_of(uri)
         if entry is None and (pinned or uri not in self._accounts.pins):
-            text = f"{uri} is not resident on this node; `glowplug-agent prefetch` brings it"
+            text = f"{uri} is not resident on this node; `glowplug agent prefetch` brings it"
             return [Refuse(asker, ModelNotFound(text))]
         if pinned and entry is not None:
             if (error := self._accounts.exceeded(account, entry, self.entries.values())) is not None:

@@ -82,7 +82,7 @@ def _named(name: str, tier: str) -> str:
 def _advice(bottleneck: str, tier: str, node: NodeFacts) -> str:
     if bottleneck.startswith(_TRANSFER):
         if tier == "origin" and not node.ssd:
-            return "; this node's SSD tier is off (glowplug-agent serve --ssd DIR), and glowplug warm MODEL loads ahead"
+            return "; this node's SSD tier is off (glowplug agent serve --ssd DIR), and glowplug warm MODEL loads ahead"
         if tier == "origin":
             return "; it was not on this node: glowplug warm MODEL loads ahead, and keeps it on SSD"
         pages = "" if node.huge_pages else "; huge pages more than double that"

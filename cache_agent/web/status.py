@@ -3,7 +3,7 @@
     GET /              what there is
     GET /healthz       200 while the agent's lock can be had
     GET /metrics       for Prometheus
-    GET /status.json   as `glowplug-agent status --json` shows it
+    GET /status.json   as `glowplug agent status --json` shows it
     GET /events        ?since=NUMBER&limit=COUNT: what happened lately, and why
     GET /events/stream server-sent events, from `Last-Event-ID` or `since` on
     GET /dashboard     a page that shows all this, and what is behind it (see `dashboard`)

@@ -25,5 +25,5 @@ ENV PATH=/opt/glowplug/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONSAFEPATH=1 \
     PYTHONDONTWRITEBYTECODE=1
 USER 65532:65532
-ENTRYPOINT ["glowplug-agent"]
+ENTRYPOINT ["glowplug", "agent"]
 CMD ["serve"]

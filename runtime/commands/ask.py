@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from runtime.commands.output import json_option, place_of, print_json
+from cache_agent.cli.output import json_option, print_json
+from runtime.commands.address import url_option
 from runtime.resume import client as resuming
 from runtime.sse import EventParser, ServerEvent
 
@@ -44,7 +45,7 @@ class Answer:
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="Where the function is served.")
+@url_option("http://127.0.0.1:8080", "Where the function is served.")
 @click.option("--handler", is_flag=True, help="Send PROMPT as the body of a request to the function's own handler.")
 @click.option("--model", help="The model's name, if the function shall insist on it.")
 @click.option("--system", help="What the model is told before PROMPT.")
@@ -117,9 +118,8 @@ def _resumed(
 ) -> Iterator[str]:
     """Like `_asked`, over as many connections as it takes."""
     path, body, headers = _job(handler, prompt, options)
-    urls = [place_of(url).geturl()]
     try:
-        for event in resuming.ask(urls, path, body, headers=headers, patience=timeout, silence=timeout):
+        for event in resuming.ask([url], path, body, headers=headers, patience=timeout, silence=timeout):
             piece = _said(answer, handler, event)
             answer.add(piece)
             yield piece
@@ -150,23 +150,21 @@ def _request(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _send(url: str, path: str, body: bytes, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
     """The response of a function that can answer; one that says that it is starting is asked again."""
-    place = place_of(url)
-    kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
     deadline = time.monotonic() + timeout
-    patience = time.monotonic() + (_OPENING_SECONDS if place.hostname in _HERE else 0.0)
+    opening = time.monotonic() + _OPENING_SECONDS
     while True:
-        connection = kind(place.hostname or "", place.port, timeout=timeout)
+        connection, base = resuming.connection(url, timeout)
         try:
             connection.connect()
         except OSError as error:
-            if isinstance(error, ConnectionRefusedError) and time.monotonic() < patience:
+            if isinstance(error, ConnectionRefusedError) and connection.host in _HERE and time.monotonic() < opening:
                 time.sleep(0.05)  # somebody has typed `glowplug serve` just now
                 continue
             raise click.ClickException(
                 f"nobody answers at {url} ({error}); start a function with glowplug serve FOLDER --model URI, or say "
                 "with --url where one is"
             ) from error
-        connection.request("POST", place.path.rstrip("/") + path, body, headers)
+        connection.request("POST", base + path, body, headers)
         response = connection.getresponse()
         if response.status < 300:
             return response

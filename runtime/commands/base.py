@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from cache_agent.cli.output import json_option, print_json
 from runtime.commands import baseset
-from runtime.commands.output import json_option, print_json
 from runtime.errors import BadConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from runtime.commands.output import json_option, print_json
+from cache_agent.cli.output import json_option, print_json
 
 HOW = {
     "bash": 'eval "$(glowplug completion bash)"',

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runtime.commands.output import bar, json_option
+from cache_agent.cli.output import bar, json_option
 
 if TYPE_CHECKING:
     from cache_agent.loading.copying import Copied

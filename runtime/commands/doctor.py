@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
-from runtime.commands.output import agent, json_option, megabytes, place_of, print_json, socket_option
+from cache_agent.cli.output import client as agent
+from cache_agent.cli.output import json_option, megabytes, print_json, socket_option
+from runtime.commands.address import url_option
 
 if TYPE_CHECKING:
     from cache_agent.config import AgentConfig
@@ -37,7 +39,7 @@ class Finding(NamedTuple):
 
 
 @click.command()
-@click.option("--url", help="The function whose start is looked at, where no agent has heard of one.", default=_SERVED)
+@url_option(_SERVED, "The function whose start is looked at, where no agent has heard of one.")
 @click.option("--model", help="Also ask whether the agent can have this model, and how long it would take.")
 @socket_option
 @json_option
@@ -51,7 +53,6 @@ def doctor(ctx: click.Context, url: str, model: str | None, socket: Path | None,
     """
     from cache_agent import config
 
-    url = place_of(url).geturl()
     settings = config.from_environment()
     findings = [*_machine(settings), *_stores(settings)]
     status, starts, found = _agent(socket or settings.socket)
@@ -181,7 +182,7 @@ def _agent(path: Path) -> tuple[StatusReply | None, list[Start], Finding]:
         status, starts = client.status(), client.starts()
     except AgentError as error:
         state: Literal["note", "failed"] = "failed" if path.exists() else "note"
-        advice = "functions start one each: more memory, slower starts. glowplug-agent serve gives the node one"
+        advice = "functions start one each: more memory, slower starts. glowplug agent serve gives the node one"
         return None, [], Finding("agent", state, error.text.partition(";")[0], advice)
     text = f"node {status.node}, pid {status.pid}: {megabytes(status.used)} of {megabytes(status.capacity)} in use"
     return status, starts, Finding("agent", "ok", text)
@@ -189,7 +190,7 @@ def _agent(path: Path) -> tuple[StatusReply | None, list[Start], Finding]:
 
 def _node(status: StatusReply) -> Iterator[Finding]:
     if status.ssd is None:
-        yield Finding("SSD tier", "note", "it is off", "glowplug-agent serve --ssd DIR keeps models across restarts")
+        yield Finding("SSD tier", "note", "it is off", "glowplug agent serve --ssd DIR keeps models across restarts")
     elif bad := status.ssd.quarantined:
         text = f"{len(bad)} damaged images were set aside, like {bad[0].name}: {bad[0].reason}"
         yield Finding("SSD tier", "warning", text, "one is chance; more of them are a disk that fails")
@@ -205,7 +206,7 @@ def _node(status: StatusReply) -> Iterator[Finding]:
 
 
 def _model(socket: Path | None, model: str) -> Finding:
-    from cache_agent.commands import model_uri
+    from cache_agent.cli.output import model_uri
     from cache_agent.errors import AgentError
 
     try:
@@ -222,14 +223,19 @@ def _served(url: str) -> Start | None:
     """The start of a function, as it tells it itself; None where none answers."""
     import http.client
     import json
-    import urllib.request
 
     from cache_agent.ledger import Span
     from cache_agent.wire.operations import Start
+    from runtime.resume.client import connection
 
     def get(path: str) -> Any:
-        with urllib.request.urlopen(url.rstrip("/") + path, timeout=_URL_SECONDS) as response:  # noqa: S310  --url's word
-            return json.load(response)
+        asked, base = connection(url, _URL_SECONDS)
+        with contextlib.closing(asked):
+            asked.request("GET", base + path)
+            answer = asked.getresponse()
+            if answer.status != http.client.OK:
+                raise OSError(f"{url} answers {answer.status}")
+            return json.load(answer)
 
     try:
         ledger, size = get("/_/ledger"), 0

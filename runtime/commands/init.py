@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from runtime.commands.output import json_option, print_json
+from cache_agent.cli.output import json_option, print_json
 
 FILES = ("handler.py", "handler_test.py", "pytest.ini", "requirements.txt")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.commands.output import agent, json_option, megabytes, print_json, socket_option
+from cache_agent.cli.output import client as agent
+from cache_agent.cli.output import json_option, megabytes, print_json, socket_option
 
 if TYPE_CHECKING:
     from cache_agent.wire.operations import ClusterReply, StatusReply

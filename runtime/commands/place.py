@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from runtime.commands.output import agent, json_option
+from cache_agent.cli.output import client as agent
+from cache_agent.cli.output import json_option
 
 _PATIENCE = 5.0  # seconds for Redis to answer
 
@@ -36,7 +37,7 @@ def place(
 ) -> None:
     """Show where MODEL would start soonest: on each node that the directory knows, or on this one alone."""
     from cache_agent import config
-    from cache_agent.commands import model_uri
+    from cache_agent.cli.output import model_uri
     from cache_agent.kube.outlook import AgentOutlook, FileOutlook, Outlook, Unavailable, shared
     from cache_agent.policy import placement
 

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from runtime.commands.output import json_option, print_json
+from cache_agent.cli.output import json_option, print_json
 from runtime.config import DEFAULT_SOCKET, FunctionConfig, from_environment
 from runtime.errors import BadConfig
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from runtime.commands.output import json_option, print_json
+from cache_agent.cli.output import json_option, print_json
 from runtime.config import FunctionConfig
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from runtime.commands.output import agent, bar, json_option, megabytes, print_json, socket_option
+from cache_agent.cli.output import bar, counted, json_option, megabytes, model_uri, print_json, socket_option
+from cache_agent.cli.output import client as agent
 
 
 @click.command()
@@ -20,8 +21,6 @@ from runtime.commands.output import agent, bar, json_option, megabytes, print_js
 @json_option
 def warm(models: tuple[str, ...], pin: bool, no_wait: bool, timeout: float, socket: Path | None, as_json: bool) -> None:
     """Have each MODEL (a URI or a directory) in this node's memory, so that functions find it there."""
-    from cache_agent.commands import model_uri
-
     if pin and no_wait:
         raise click.UsageError("--pin needs the model to be there, so it goes without --no-wait")
     client = agent(socket)
@@ -42,15 +41,9 @@ def warm(models: tuple[str, ...], pin: bool, no_wait: bool, timeout: float, sock
 def _warm(client: Any, uri: str, timeout: float, pin: bool, quiet: bool) -> dict[str, Any]:
     start = time.monotonic()
     with bar(quiet) as report, client.lease(uri, deadline=start + timeout) as lease:
-        size, there = lease.manifest.nbytes, 0
-
-        def on_progress(done: int, total: int) -> None:
-            nonlocal there
-            report(uri, done - there, total)
-            there = done
-
+        size = lease.manifest.nbytes
         report(uri, 0, size)
-        lease.wait_ready(start + timeout, on_progress)
+        lease.wait_ready(start + timeout, counted(report, uri))
         seconds = time.monotonic() - start
         if pin:  # while it is held, or it could be gone in between
             client.pin(uri)

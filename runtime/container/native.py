@@ -30,9 +30,7 @@ def build(target: str, flags: Sequence[str] = _OPTIMISED) -> None:
     """Raises `BadConfig` where there is no compiler, or it refuses."""
     program = compiler()
     if not program:
-        raise BadConfig(
-            "no C compiler is there; install one (Debian: gcc, libc6-dev), or start runtime.container.shim itself"
-        )
+        raise BadConfig("no C compiler is there; install one (Debian: gcc, libc6-dev), or start runtime.shim itself")
     known = {"PYTHON": sys.executable, "VERSION": identity.needs().python, "LOCK": identity.LOCK}
     defined = [f'-D{name}="{value}"' for name, value in known.items()]
     new = f"{target}.{os.getpid()}"  # somebody may be starting the old one

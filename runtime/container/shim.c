@@ -98,7 +98,7 @@ _Noreturn static void leave(int code) {
 /* --- shim.py in our place ----------------------------------------------------------------------------------------- */
 
 _Noreturn static void python(void) {
-    char *const command[] = {PYTHON, "-P", "-m", "runtime.container.shim", NULL};
+    char *const command[] = {PYTHON, "-P", "-m", "runtime.shim", NULL};
     execv(PYTHON, command);
     say("%s cannot be executed: %s; build this program for the Python that is there [function]", PYTHON,
         strerror(errno));

@@ -13,7 +13,6 @@ everything, exit with the truth:
 from __future__ import annotations
 
 import os
-import sys
 import time
 
 _T0 = time.monotonic_ns()
@@ -451,7 +450,3 @@ def main() -> int:
     except FunctionError as error:
         _say(f"{error.text} [{error.code}]")
         return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

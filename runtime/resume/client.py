@@ -77,13 +77,23 @@ def ask(
         attempt, pause = attempt + 1, min(_PAUSES[1], 2 * pause)
 
 
-def _events(url: str, path: str, body: bytes, headers: Mapping[str, str], silence: float) -> Iterator[ServerEvent]:
-    place = urlsplit(url)
+def connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
+    """A connection to a function, not opened yet, and the path below which the function's routes are.
+
+    `url` may leave `http://` out. `seconds` is the patience with connecting and with every read. Raises `ValueError`.
+    """
+    place = urlsplit(url if "://" in url else f"http://{url}")
+    if place.scheme not in ("http", "https") or not place.hostname:
+        raise ValueError(f"{url!r} is no function's URL; use http://HOST:PORT, or http://GATEWAY/function/NAME")
     kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
-    connection = kind(place.hostname or "", place.port, timeout=silence)
+    return kind(place.hostname, place.port, timeout=seconds), place.path.rstrip("/")
+
+
+def _events(url: str, path: str, body: bytes, headers: Mapping[str, str], silence: float) -> Iterator[ServerEvent]:
+    asked, base = connection(url, silence)
     try:
-        connection.request("POST", place.path.rstrip("/") + path, body, dict(headers))
-        response = connection.getresponse()
+        asked.request("POST", base + path, body, dict(headers))
+        response = asked.getresponse()
         if response.status != 200:
             raise _refusal(response.status, response.read())
         if not response.getheader("Content-Type", "").startswith("text/event-stream"):
@@ -92,7 +102,7 @@ def _events(url: str, path: str, body: bytes, headers: Mapping[str, str], silenc
         while chunk := response.read1(65536):
             yield from parser.feed(chunk)
     finally:
-        connection.close()
+        asked.close()
 
 
 def _check(event: ServerEvent) -> None:

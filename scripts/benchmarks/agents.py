@@ -76,10 +76,10 @@ class Running:
 
 @contextmanager
 def agent(*options: str, environment: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """An agent with these `glowplug-agent serve` options; ended with the block."""
+    """An agent with these `glowplug agent serve` options; ended with the block."""
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as place:
         path = Path(place) / "agent.sock"
-        command = [str(Path(sys.executable).parent / "glowplug-agent"), "serve", "--log-level", "warning"]
+        command = [str(Path(sys.executable).parent / "glowplug"), "agent", "serve", "--log-level", "warning"]
         process = subprocess.Popen(
             [*command, "--socket", str(path), *options], env={**os.environ, **(environment or {})}
         )

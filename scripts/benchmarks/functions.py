@@ -158,7 +158,7 @@ def glowplug(
         **settings,
         **({"GLOWPLUG_SOCKET": str(agent)} if agent else {}),
     )
-    command = [str(static_shim())] if static and static_shim() else [sys.executable, "-m", "runtime.container.shim"]
+    command = [str(static_shim())] if static and static_shim() else [sys.executable, "-m", "runtime.shim"]
     with _started(command, environment, port, "/_/health", "/_/ledger", cgroup) as function:
         yield function
 

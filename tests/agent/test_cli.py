@@ -1,4 +1,4 @@
-"""The `glowplug-agent` command as people and programs use it: what it prints, and how it fails."""
+"""The group `glowplug agent` as people and programs use it: what it prints, and how it fails."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from cache_agent import config
-from cache_agent.cli import main
 from cache_agent.config import AgentConfig, from_environment
 from cache_agent.errors import BadSetting
 from cache_agent.wire.messages import Drain
+from runtime.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def invoke():
 
     def run(*arguments: object, env=None) -> SimpleNamespace:
         unset = dict.fromkeys(name for name in os.environ if name.startswith("GLOWPLUG_"))
-        result = CliRunner(env={**unset, "COLUMNS": "250", **(env or {})}).invoke(main, list(map(str, arguments)))
+        result = CliRunner(env={**unset, "COLUMNS": "250", **(env or {})}).invoke(main, ["agent", *map(str, arguments)])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
         return SimpleNamespace(returncode=result.exit_code, stdout=result.stdout, stderr=result.stderr)
 
@@ -160,7 +160,7 @@ def test_directories_with_odd_names(name, command, tmp_path, write_checkpoint):
 
 
 def test_help_and_version(invoke):
-    assert invoke("--version").stdout.startswith("glowplug-agent, version ")
+    assert invoke("--version").stdout.startswith("glowplug agent, version ")
     text = invoke("--help").stdout
     for name in ("serve", "load", "status", "evict", "manifest", "drain"):
         assert name in text
@@ -175,7 +175,7 @@ def test_help_and_version(invoke):
 def test_no_agent_runs(arguments, json_flag, fails, tmp_path):
     code, sentence = fails(*arguments, *json_flag, "--socket", tmp_path / "none.sock")
     assert code == 1
-    assert "glowplug-agent serve" in sentence
+    assert "glowplug agent serve" in sentence
     assert sentence.endswith("[agent_unreachable]")
 
 
@@ -197,7 +197,7 @@ def test_no_agent_runs(arguments, json_flag, fails, tmp_path):
 def test_models_that_are_not_there(command_name, model, code, shared_agent, fails):
     exit_code, sentence = fails(command_name, model, "--socket", shared_agent.socket)
     assert exit_code == 1
-    assert sentence.startswith("glowplug-agent: ")
+    assert sentence.startswith("glowplug: ")
     assert sentence.endswith(f"[{code}]")
 
 
@@ -233,7 +233,7 @@ def test_evicting_what_is_held_or_not_there(shared_agent, fails, tmp_path, write
         (["--log-level", "loud"], "debug"),
         (["--socket", "/dev/null/agent.sock"], "another --socket"),
         (["--socket", "/proc/agent.sock"], "another --socket"),
-        (["--no-such-option"], "No such option"),
+        (["--no-such-option"], "no such option"),
     ],
 )
 def test_bad_options_of_serve(options, words, serve_fails, tmp_path):

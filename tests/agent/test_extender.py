@@ -248,7 +248,7 @@ def test_commands(estimates: Path, eventually: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "cache_agent.cli", "extender", "--port", str(port)]
-    command[1:3] = ["-c", "from cache_agent.cli import main; main()"]
+    command[1:3] = ["-c", "from cache_agent.cli.main import agent; agent()"]
     process = subprocess.Popen([*command, "--estimates", str(estimates)], env=dict(os.environ))
     try:
         eventually(

@@ -644,7 +644,7 @@ def test_models_come_and_go_without_leaving_memory_behind(start_agent, tmp_path,
 
 CLIENT = """
 import sys, time
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 lease = CacheClient(sys.argv[1]).lease(sys.argv[2])
 print("granted", flush=True)
 lease.wait_ready(time.monotonic() + 60)

@@ -58,7 +58,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Result, list[Any
 
 def test_serve_becomes_the_shim(run: Callable[..., Any]) -> None:
     _, [(path, argv, ours)] = run("serve")
-    assert (path, argv) == (sys.executable, [sys.executable, "-P", "-m", "runtime.container.shim"])
+    assert (path, argv) == (sys.executable, [sys.executable, "-P", "-m", "runtime.shim"])
     assert ours == {}
 
 
@@ -126,9 +126,21 @@ def commands(group: click.Group) -> Iterator[click.Command]:
             yield command
 
 
-def test_every_command_has_json() -> None:
+def test_every_command_that_answers_has_json() -> None:
     without = [command.name for command in commands(cli.main) if not any("--json" in p.opts for p in command.params)]
-    assert not without
+    assert sorted(filter(None, without)) == ["extender", "serve", "webhook"], "those of the agent that serve"
+
+
+def test_the_agents_former_name_is_the_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["glowplug-agent", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        cli.former_agent()
+    assert ended.value.code == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("glowplug agent, version ")
+    assert "`glowplug agent`" in said.err
 
 
 def test_the_list_of_commands_imports_none_of_them() -> None:

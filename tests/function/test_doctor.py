@@ -63,7 +63,7 @@ def test_a_machine_without_an_agent_is_not_broken(nobody: int) -> None:
     checks = found(result)
     assert {"versions", "base set", "memory", "huge pages", "open files", "Redis", "S3", "agent"} <= checks.keys()
     assert checks["agent"]["state"] == "note"
-    assert "glowplug-agent serve" in checks["agent"]["advice"]
+    assert "glowplug agent serve" in checks["agent"]["advice"]
     nowhere = ("--url", f"http://127.0.0.1:{nobody}")
     assert json.loads(run("--json", *nowhere).stdout)["last_start"] is None
     assert "No start is known" in run(*nowhere).stdout

@@ -413,7 +413,7 @@ def test_files_named_like_ours_cannot_take_their_place(function: Callable[..., s
     )
     code = f"""
 import cache_agent.client.cache_client, flask, runtime
-from runtime.handler import Context, Event, load
+from runtime.function.handler import Context, Event, load
 handler = load({folder!r}, "", None)
 with flask.Flask("t").test_request_context():
     print(handler(Event(), Context(None)).get_data(as_text=True) == runtime.__file__)
@@ -475,7 +475,7 @@ def test_an_error_of_ours_in_load_keeps_its_name(function: Callable[..., str]) -
 def test_the_toy_context_needs_no_weights_and_no_torch() -> None:
     code = """
 import sys
-from runtime.handler import Event, toy_context
+from runtime.function.handler import Event, toy_context
 context = toy_context()
 print(context.model.generate(messages=[{"role": "user", "content": "hello there"}]))
 print("torch" in sys.modules, "transformers" in sys.modules)

@@ -19,9 +19,9 @@ BEGIN = """
 import json, logging, os, sys
 logging.basicConfig(stream=sys.stderr)
 sys.path.insert(0, {root!r} + "/tests/function")
-from runtime import imports
+from runtime.worker import imports
 def load():
-    from runtime import weights
+    from runtime.worker import weights
     from runtime.engine import choice, serial
     weights.preload_kind("llama")
 told = {{}}
@@ -41,7 +41,7 @@ def _run(code: str, **environment: str) -> tuple[dict[str, Any], str]:
 MODEL = """
 import torch, tiny
 from runtime.engine.attention import install
-from runtime.skeleton import skeleton
+from runtime.engine.skeleton import skeleton
 told["sympy"] = {}
 for architecture in ("llama", "qwen2", "mistral"):
     model = tiny.tiny(architecture)
@@ -122,7 +122,7 @@ def broken(probes):
     probes.is_torch_distributed_available = None
 imports._change_probes = broken
 imports.imported(load)
-from runtime import weights
+from runtime.worker import weights
 import transformers
 told["distributed"] = transformers.utils.import_utils.is_torch_distributed_available()
 told["one"] = weights.AutoConfig is transformers.AutoConfig

@@ -49,6 +49,7 @@ HOUSE = {
         engine
         protocol
         function
+        handler
         resume
         http
         handoff
@@ -56,6 +57,7 @@ HOUSE = {
         zygote
         pool
         container
+        shim
         commands
         cli
         __main__

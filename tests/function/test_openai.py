@@ -483,8 +483,8 @@ class TestGoneClients:
 
 GUNICORN_APP = """
 from flask import Flask
-from runtime.openai import OpenGate, Served, blueprint
-from runtime.testing import toy_model
+from runtime.http.routes import OpenGate, Served, blueprint
+from runtime.function.testing import toy_model
 
 model = toy_model(step_delay=0.02, context_length=50_000)
 app = Flask("function")

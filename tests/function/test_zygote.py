@@ -26,7 +26,8 @@ pytest.importorskip("torch")
 # A real zygote, whose workers do what the request says instead of serving.
 PROGRAM = """
 import json, os, random, signal, sys, time
-from runtime import children, worker
+from runtime.process import children
+from runtime.worker import worker
 from runtime.zygote import forkserver
 
 def serve(listener, line, start_id, spans, warm, *, why, connections=()):
@@ -343,7 +344,7 @@ def test_a_message_too_large_is_refused_before_it_is_sent(wires: tuple[Wire, Wir
 
 
 def test_what_a_supervisor_imports_is_standard_library(tmp_path: Path) -> None:
-    code = "import sys; from runtime.zygote import spawn, layers; print(*sorted(sys.modules))"
+    code = "import sys; from runtime.layers import spawn, keys; print(*sorted(sys.modules))"
     import subprocess
 
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)

@@ -318,9 +318,7 @@ class Pod:
         self.log = self.tmp / "log"
         command = list(container["command"])
         if command[0] == image.shim.name:  # where no compiler has made it: what it does outside of node mode
-            command = (
-                [str(image.shim)] if image.shim.exists() else [sys.executable, "-P", "-m", "runtime.container.shim"]
-            )
+            command = [str(image.shim)] if image.shim.exists() else [sys.executable, "-P", "-m", "runtime.shim"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=image.home, env=settings, stdout=log, stderr=log, start_new_session=True

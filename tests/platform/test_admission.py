@@ -289,7 +289,14 @@ def test_webhook_command(tmp_path: Path, eventually: Callable[..., Any]) -> None
     pair = make_certificate(tmp_path, name)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from cache_agent.cli import main; main()", "webhook", "--host", "127.0.0.1"]
+    command = [
+        sys.executable,
+        "-c",
+        "from cache_agent.cli.main import agent; agent()",
+        "webhook",
+        "--host",
+        "127.0.0.1",
+    ]
     command += ["--port", str(port), "--certificate", str(pair.chain), "--key", str(pair.key)]
     process = subprocess.Popen([*command, "--scheduler", "warm-scheduler"], env=dict(os.environ))
     try:

@@ -66,7 +66,7 @@ def test_images_are_pinned_and_unprivileged(path: Path, read: Callable[[str], An
 
 def test_image_and_manifests_agree(read: Callable[[str], Any]) -> None:
     agent = read("agent")
-    assert agent.all("ENTRYPOINT") == ['["glowplug-agent"]']
+    assert agent.all("ENTRYPOINT") == ['["glowplug", "agent"]']
     for path in (ROOT / "knative").rglob("*.yaml"):
         item = yaml.safe_load(path.read_text())
         if isinstance(item, list):  # a patch by operations
@@ -184,7 +184,7 @@ def test_the_agent_runs_as_its_daemonset_says(
     log = built.root / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*user, "glowplug-agent", *agent["args"]],
+            [*user, "glowplug", "agent", *agent["args"]],
             env={**built.environment, **settings},
             cwd="/",
             stdout=output,

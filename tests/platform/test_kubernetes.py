@@ -338,7 +338,7 @@ class Placement:
         return {"name": name, "tiers": [{"name": "dram", "bytes": 4 * GB}] if name in warm else []}
 
     def start_extender(self) -> None:
-        command = [sys.executable, "-c", "from cache_agent.cli import main; main()", "extender"]
+        command = [sys.executable, "-c", "from cache_agent.cli.main import agent as main; main()", "extender"]
         command += ["--port", str(self.port), "--estimates", str(self.directory / "estimates.json")]
         with (self.directory / "extender.log").open("ab") as log:
             self.extender = subprocess.Popen(command, env=dict(os.environ), stdout=log, stderr=log)

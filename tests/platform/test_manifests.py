@@ -32,7 +32,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from cache_agent.access import rights
-from cache_agent.cli import main
+from cache_agent.cli.main import agent as main
 from cache_agent.config import AgentConfig, from_environment, parse_size
 from cache_agent.policy.rights import Caller
 from runtime.cli import main as glowplug
@@ -355,7 +355,9 @@ def test_commands_take_their_arguments(combined: list[dict[str, Any]]) -> None:
                 [container["args"]] if "glowplug-agent" in container["image"] or "/agent:" in container["image"] else []
             )
             probes = [container.get(f"{kind}Probe", {}).get("exec") for kind in ("startup", "liveness", "readiness")]
-            lines += [probe["command"][1:] for probe in probes if probe and probe["command"][0] == "glowplug-agent"]
+            lines += [
+                probe["command"][2:] for probe in probes if probe and probe["command"][:2] == ["glowplug", "agent"]
+            ]
             assert lines or "args" not in container or name == POOL, name
             for command, *arguments in lines:
                 understood(main, main.commands[command], arguments)

@@ -110,7 +110,14 @@ def extender(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from cache_agent.cli import main; main()", "extender", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-c",
+        "from cache_agent.cli.main import agent; agent()",
+        "extender",
+        "--port",
+        str(port),
+    ]
     process = subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
 
     def ask(verb: str, **annotations: str) -> Any:

@@ -216,7 +216,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("warm", "s3://b/m", "--pin", "--no-wait"), 2, "--pin needs the model to be there"),
     (("warm", "gs://bucket/m"), 1, "[bad_uri]"),
     (("warm", "/no/such/model"), 1, "[not_found]"),
-    (("models", "--socket", "/no/agent.sock"), 1, "start one with `glowplug-agent serve`"),
+    (("models", "--socket", "/no/agent.sock"), 1, "start one with `glowplug agent serve`"),
     (("doctor", "--socket"), 2, "requires an argument"),
     (("doctor", "--url", "ftp://host"), 2, "use http://HOST:PORT"),
     (("push", "no-such-folder", "s3://b/m"), 2, "'no-such-folder' does not exist"),

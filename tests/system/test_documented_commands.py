@@ -164,7 +164,7 @@ def test_the_commands_of_ours_do_what_they_say(document: str, place: Place) -> N
         if command.startswith("glowplug serve"):
             place.stop("glowplug serve")
             place.start(command, "ready after")
-        elif command.startswith("glowplug-agent serve"):
+        elif command.startswith("glowplug agent serve"):
             place.start(command, "serves")
         elif command.startswith("kubectl"):
             if binary := os.environ.get("KUBECTL"):

@@ -14,8 +14,9 @@ from typing import Any
 PROGRAM = """
 import http.client, json, os, socket, sys, time
 from collections import deque
-from cache_agent.client import CacheClient
-from runtime import children, worker
+from cache_agent.client.cache_client import CacheClient
+from runtime.process import children
+from runtime.worker import worker
 from runtime.zygote import forkserver
 from runtime.zygote.warm import Warm
 

@@ -1,4 +1,4 @@
-"""The commands of `glowplug-agent` that serve a cluster instead of a node: the scheduler's extender and the webhook."""
+"""The commands of `glowplug agent` that serve a cluster instead of a node: the scheduler's extender and the webhook."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from cache_agent import config, logs
-from cache_agent.commands import reported
 
 log = logging.getLogger("glowplug.cli")
 
@@ -42,7 +41,7 @@ def extender(
     from cache_agent.web import webserver
 
     logs.configure(log_level)
-    with reported(), ExitStack() as stack:
+    with ExitStack() as stack:
         if check:
             webserver.check(host, port)
             return
@@ -85,6 +84,5 @@ def webhook(host: str, port: int, certificate: Path, key: Path, scheduler: str, 
         except (ValueError, RecursionError) as error:  # `NotAReview` is one
             raise webserver.Refused(400, str(error)) from error
 
-    with reported():
-        pair = webserver.Certificate(certificate, key)
-        webserver.serve_until_told(webserver.WebServer(host, port, {("POST", "/admission"): review}, pair))
+    pair = webserver.Certificate(certificate, key)
+    webserver.serve_until_told(webserver.WebServer(host, port, {("POST", "/admission"): review}, pair))

@@ -1,4 +1,4 @@
-"""What commands share towards the terminal: `--json`, the agent's `--socket`, and a bar with rate and time left."""
+"""What commands share towards the terminal: options, the way to a serving agent, JSON, and a bar with rate and time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
     from cache_agent.client.cache_client import CacheClient
 
-F = TypeVar("F", bound=Callable[..., Any])
 Report = Callable[[str, int, int], None]
 
 json_option = click.option(
@@ -25,12 +23,37 @@ json_option = click.option(
 socket_option = click.option("--socket", type=Path, help="The agent's socket [env: GLOWPLUG_SOCKET].", metavar="PATH")
 
 
-def place_of(url: str) -> SplitResult:
-    """Where a function is served; `http://` may be left out. Raises `UsageError`."""
-    place = urlsplit(url if "://" in url else f"http://{url}")
-    if place.scheme not in ("http", "https") or not place.hostname:
-        raise click.UsageError(f"--url is {url!r}; use http://HOST:PORT, or http://GATEWAY/function/NAME")
-    return place
+class Parsed(click.ParamType[Any]):
+    """A click type from a parser that raises `ValueError`."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            return self.fail(f"{value!r}: {error}", param, ctx)
+
+
+def model_uri(text: str) -> str:
+    """A model as people type it: a URI, or a directory of this machine."""
+    if "://" in text:
+        return text
+    return "file://" + str(Path(text).absolute()).replace("%", "%25")
+
+
+def client(socket: Path | str | None) -> CacheClient:
+    """A client of this node's agent. Raises `BadSetting`."""
+    from cache_agent import config
+    from cache_agent.client import credentials
+    from cache_agent.client.cache_client import CacheClient
+
+    settings = config.from_environment()
+    return CacheClient(socket or settings.socket, name="glowplug", identity=credentials.shown(settings.token_file))
 
 
 def print_json(value: msgspec.Struct | list[Any] | dict[str, Any]) -> None:
@@ -38,16 +61,6 @@ def print_json(value: msgspec.Struct | list[Any] | dict[str, Any]) -> None:
     import msgspec
 
     click.echo(msgspec.json.encode(value).decode())
-
-
-def agent(socket: Path | str | None) -> CacheClient:
-    """A client of this node's agent. Raises `BadConfig`."""
-    from cache_agent import config
-    from cache_agent.client import credentials
-    from cache_agent.client.cache_client import CacheClient
-
-    settings = config.from_environment()
-    return CacheClient(socket or settings.socket, name="glowplug", identity=credentials.shown(settings.token_file))
 
 
 def megabytes(size: float) -> str:
@@ -86,3 +99,15 @@ def bar(quiet: bool) -> Iterator[Report]:
             progress.advance(task, count)
 
         yield report
+
+
+def counted(report: Report, stage: str) -> Callable[[int, int], None]:
+    """`on_progress(done, total)` of a lease, as increments of one stage of a bar."""
+    there = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal there
+        report(stage, done - there, total)
+        there = done
+
+    return on_progress

@@ -1,36 +1,33 @@
-"""The `glowplug-agent` command: serve, and ask a serving agent."""
+"""The group `glowplug agent`: serve, and ask a serving agent."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from cache_agent import __version__, config, daemon, logs
-from cache_agent.commands import Parsed, asks, client, model_uri, reported
-from cache_agent.kube.commands import extender, webhook
+from cache_agent.cli.kube import extender, webhook
+from cache_agent.cli.output import Parsed, bar, client, counted, json_option, model_uri, print_json, socket_option
 
 _LOAD_SECONDS = 3600.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="glowplug-agent")
-def main() -> None:
+@click.version_option(__version__, prog_name="glowplug agent")
+def agent() -> None:
     """The node-local cache agent: one sealed copy of a model's weights for all functions of a node."""
 
 
-@main.command()
+@agent.command()
 @click.option("--socket", type=Path, help="Unix socket to serve.", metavar="PATH")
 @click.option("--socket-mode", type=Parsed("mode", config.parse_mode), help="Octal mode of the socket.")
 @click.option("--node", help="This node's name.")
@@ -77,41 +74,26 @@ def serve(log_level: str, **options: Any) -> None:
 
     Every option can also be set in the environment, as GLOWPLUG_SOCKET, GLOWPLUG_DRAM and so on.
     """
-    with reported():
-        given = {name: value for name, value in options.items() if value is not None and value != ()}
-        settings = dataclasses.replace(config.from_environment(), **given)
-        logs.configure(log_level, settings.log_format)
-        daemon.Daemon(settings).run()
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    settings = dataclasses.replace(config.from_environment(), **given)
+    logs.configure(log_level, settings.log_format)
+    daemon.Daemon(settings).run()
 
 
-@main.command()
+@agent.command()
 @click.argument("model")
-@asks
-def load(model: str, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def load(model: str, socket: Path | None, as_json: bool) -> None:
     """Bring MODEL (a URI or a directory) into this node's memory."""
     start = time.monotonic()
-    with (
-        reported(),
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        ) as bar,
-        client(path).lease(model_uri(model)) as lease,
-    ):
-        task = bar.add_task("loading", total=lease.manifest.nbytes)
-        lease.wait_ready(time.monotonic() + _LOAD_SECONDS, lambda done, _: bar.update(task, completed=done))
+    uri = model_uri(model)
+    with bar(as_json) as report, client(socket).lease(uri) as lease:
+        lease.wait_ready(start + _LOAD_SECONDS, counted(report, uri))
         seconds = time.monotonic() - start
         size, tier, page, revision = lease.manifest.nbytes, lease.tier, lease.page, lease.revision
     if as_json:
-        click.echo(
-            json.dumps({"bytes": size, "tier": tier, "page": page, "revision": revision, "seconds": round(seconds, 6)})
-        )
+        print_json({"bytes": size, "tier": tier, "page": page, "revision": revision, "seconds": round(seconds, 6)})
     elif tier == "dram":
         click.echo(f"{size / 1e6:.0f} MB are resident already")
     else:
@@ -120,14 +102,14 @@ def load(model: str, path: Path | None, as_json: bool) -> None:
         )
 
 
-@main.command()
-@asks
-def status(path: Path | None, as_json: bool) -> None:
+@agent.command()
+@socket_option
+@json_option
+def status(socket: Path | None, as_json: bool) -> None:
     """Show which models are resident, and who holds them."""
-    with reported():
-        reply = client(path).status()
+    reply = client(socket).status()
     if as_json:
-        click.echo(msgspec.json.encode(reply).decode())
+        print_json(reply)
         return
     click.echo(f"node {reply.node}, pid {reply.pid}: {reply.used / 1e6:.0f} of {reply.capacity / 1e6:.0f} MB in use")
     if reply.ssd is not None:
@@ -161,88 +143,88 @@ def status(path: Path | None, as_json: bool) -> None:
     Console().print(table)
 
 
-@main.command()
+@agent.command()
 @click.option("--since", type=int, default=0, help="Number of the last event that is known already.")
-@asks
-def events(since: int, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def events(since: int, socket: Path | None, as_json: bool) -> None:
     """Show what happened on the node lately, and why."""
-    with reported():
-        found = client(path).events(since)
+    found = client(socket).events(since)
     if as_json:
-        click.echo(msgspec.json.encode(found).decode())
+        print_json(found)
         return
     for event in found:
         click.echo(f"{event.number:6}  {datetime.fromtimestamp(event.time):%Y-%m-%d %H:%M:%S}  {event.text}")
 
 
-@main.command()
+@agent.command()
 @click.argument("model")
 @click.option("--ssd", is_flag=True, help="Remove it from the SSD, too.")
-@asks
-def evict(model: str, ssd: bool, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def evict(model: str, ssd: bool, socket: Path | None, as_json: bool) -> None:
     """Give MODEL's memory back; refused while a function holds it."""
-    with reported():
-        reply = client(path).evicted(model_uri(model), ssd=ssd)
+    reply = client(socket).evicted(model_uri(model), ssd=ssd)
     size = reply.bytes + reply.ssd
     click.echo(json.dumps({"bytes": size, "stays": reply.stays}) if as_json else f"{size / 1e6:.0f} MB given back")
     if reply.stays and not as_json:
         click.echo(f"held, and not given back yet: {reply.stays}")
 
 
-@main.command()
+@agent.command()
 @click.argument("model")
-@asks
-def pin(model: str, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def pin(model: str, socket: Path | None, as_json: bool) -> None:
     """Keep MODEL, which must be resident: it is not evicted until it is unpinned or the agent ends."""
-    with reported():
-        size = client(path).pin(model_uri(model))
+    size = client(socket).pin(model_uri(model))
     click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB are pinned")
 
 
-@main.command()
+@agent.command()
 @click.argument("model")
-@asks
-def unpin(model: str, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def unpin(model: str, socket: Path | None, as_json: bool) -> None:
     """Let MODEL be evicted again."""
-    with reported():
-        size = client(path).pin(model_uri(model), pinned=False)
+    size = client(socket).pin(model_uri(model), pinned=False)
     click.echo(json.dumps({"bytes": size}) if as_json else f"{size / 1e6:.0f} MB may be evicted")
 
 
-@main.command()
+@agent.command()
 @click.argument("model")
-@asks
-def prefetch(model: str, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def prefetch(model: str, socket: Path | None, as_json: bool) -> None:
     """Begin to bring MODEL into memory; `status` shows how far it is, and nobody holds it."""
-    with reported():
-        client(path).prefetch(model_uri(model))
+    client(socket).prefetch(model_uri(model))
     click.echo(json.dumps({"prefetching": model_uri(model)}) if as_json else f"{model_uri(model)} is on its way")
 
 
-@main.command()
+@agent.command()
 @click.argument("model")
-@asks
-def estimate(model: str, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def estimate(model: str, socket: Path | None, as_json: bool) -> None:
     """Say how long MODEL would take to be ready on this node now."""
-    with reported():
-        reply = client(path).estimate(model_uri(model))
+    reply = client(socket).estimate(model_uri(model))
     if as_json:
-        click.echo(msgspec.json.encode(reply).decode())
+        print_json(reply)
     else:
         click.echo(
             f"{reply.bytes / 1e6:.0f} MB from {reply.tier}: {reply.seconds:.2f} s, confidence {reply.confidence:.0%}"
         )
 
 
-@main.command()
+@agent.command()
 @click.argument("model")
-@asks
-def manifest(model: str, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def manifest(model: str, socket: Path | None, as_json: bool) -> None:
     """Show how MODEL would be laid out; reads headers only."""
-    with reported():
-        plan = client(path).manifest(model_uri(model))
+    plan = client(socket).manifest(model_uri(model))
     if as_json:
-        click.echo(msgspec.json.encode(plan).decode())
+        print_json(plan)
         return
     click.echo(
         f"{len(plan.tensors)} tensors, {plan.nbytes / 1e6:.0f} MB in {len(plan.segments)} segments, "
@@ -259,17 +241,17 @@ def manifest(model: str, path: Path | None, as_json: bool) -> None:
     Console().print(table)
 
 
-@main.command()
+@agent.command()
 @click.option("--model", default="", help="Only functions that hold this model.")
 @click.option("--grace", type=float, default=30.0, help="Seconds the functions have.", show_default=True)
 @click.option("--reason", default="asked for", help="What the functions' logs will say.")
-@asks
-def drain(model: str, grace: float, reason: str, path: Path | None, as_json: bool) -> None:
+@socket_option
+@json_option
+def drain(model: str, grace: float, reason: str, socket: Path | None, as_json: bool) -> None:
     """Tell this node's functions to finish or hand over what they run."""
-    with reported():
-        holders = client(path).push_drain(reason, grace, model_uri(model) if model else "")
+    holders = client(socket).push_drain(reason, grace, model_uri(model) if model else "")
     click.echo(json.dumps({"holders": holders}) if as_json else f"{holders} functions were told")
 
 
-main.add_command(extender)
-main.add_command(webhook)
+agent.add_command(extender)
+agent.add_command(webhook)

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Protocol
 
 from cache_agent.cluster.directory import Directory, Holding
@@ -20,6 +21,7 @@ from cache_agent.journal.journal import Journal
 from cache_agent.loading.loader import ModelLoad
 from cache_agent.model import content
 from cache_agent.model.uri import parse_uri
+from cache_agent.policy.estimate import Estimate
 from cache_agent.residency import events
 from cache_agent.residency.background import HERE, Background, Lane, here, lane_of
 from cache_agent.residency.events import Action, Event
@@ -123,77 +125,103 @@ class Driver:
         self._tell(events.Resolved(uri, found.description.manifest, found.revision), resolved=found)
 
     def _load(self, entry: int, resolution: Resolution) -> None:
-        description, origin, ledger, known, answers = resolution
-        node, books = self._config.node_name, self._books
+        memory = EntryMemory(resolution.description, resolution.ledger)
+        start = time.monotonic()
+        with ExitStack() as opened:
+            try:
+                load = self._prepared(entry, memory, resolution, opened)
+                expected = self._entered(entry, memory, load)
+                self._transferred(memory, load, resolution)
+            except Exception as error:
+                self._failed(entry, memory, resolution, error)
+                return
+        self._complete(entry, memory, resolution.origin.uri, load, expected, time.monotonic() - start)
+
+    def _prepared(self, entry: int, memory: EntryMemory, resolution: Resolution, opened: ExitStack) -> ModelLoad:
+        """Reserve memory, and choose between the image on SSD, which `opened` closes, and the origin."""
+        description, origin, ledger, known, _ = resolution
+        plan = description.manifest
         if self._peers is not None and not known:  # what others found it to be is proved before anything is ready
             known = self._revisions.stated(description.source.id, self._config.peer_witnesses)
-        plan = description.manifest
-        held = EntryMemory(description, ledger)
-        start = time.monotonic()
-        image = None
-        try:
-            with ledger.span("reserve"):
-                held.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")
-                held.keep_manifest()
-            image = self._keeping.open(plan)
-            held.load = load = ModelLoad(
-                description,
-                origin,
-                held.dram,
-                readers=self._config.readers,
-                image=image,
-                speaks=self._peers is not None,
-                known=known,
-            )
-            if image is not None:
-                held.tier = "ssd"
-            else:
-                held.tee = load.tee = self._keeping.follow(held.dram, description, origin.uri, resolution.revision)
-            with books.lock:
-                expected = books.expect(held)
-                books.held[entry] = held
-                if books.closing:
-                    load.stop()
-            self._tell(events.Reserved(entry))
-            self._directory.publish(plan.source, self._holding(load))
-            if self._peers is not None:  # others may ask us about it from here on
-                load.helper = self._peers.helper(load, plan.source, origin_answers=answers)
-            load.observer = lambda: self._directory.publish(plan.source, self._holding(load))
-            began = time.monotonic()
-            with ledger.span("transfer"):
-                load.run()
-            if len(load.given) * 2 > plan.chunk_count:
-                held.tier = "peer"
-            self._directory.measured(node, held.tier, plan.nbytes / max(time.monotonic() - began, 1e-9))
-        except Exception as error:
-            self._journal.failed(origin.uri, held.tier, str(error))
-            self._directory.withdraw(plan.source, node, "dram")
-            if held.load and held.load.damaged and isinstance(error, OriginChanged):
-                self._keeping.discard(plan.source)
-            held.end_tee()
-            with books.lock:  # whoever hears of it and asks again finds the memory free; nothing is granted in between
-                books.held.pop(entry, None)
-                held.close()
-                self._tell(events.LoadFailed(entry, translated(error, origin.uri)))
-            return
-        finally:
-            if image is not None:
-                image.close()
-        seconds = time.monotonic() - start
-        guess = expected.confidence == 0
-        self._journal.loaded(
-            origin.uri, held.tier, plan.nbytes, seconds, expected.seconds, guess=guess, page=held.dram.page
+        with ledger.span("reserve"):
+            memory.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")
+            memory.keep_manifest()
+        image = self._keeping.open(plan)
+        if image is not None:
+            opened.callback(image.close)
+        memory.load = load = ModelLoad(
+            description,
+            origin,
+            memory.dram,
+            readers=self._config.readers,
+            image=image,
+            speaks=self._peers is not None,
+            known=known,
         )
-        books.learn(held, expected, seconds)
-        self._directory.publish(plan.source, self._holding(load))
+        if image is not None:
+            memory.tier = "ssd"
+        else:
+            memory.tee = load.tee = self._keeping.follow(memory.dram, description, origin.uri, resolution.revision)
+        return load
+
+    def _entered(self, entry: int, memory: EntryMemory, load: ModelLoad) -> Estimate:
+        """Tell residency, which may lend the memory from here on, and the directory; how long the load should take."""
+        with self._books.lock:
+            expected = self._books.expect(memory)
+            self._books.held[entry] = memory
+            if self._books.closing:
+                load.stop()
+        self._tell(events.Reserved(entry))
+        self._publish(load)
+        return expected
+
+    def _transferred(self, memory: EntryMemory, load: ModelLoad, resolution: Resolution) -> None:
+        """Read every byte, and measure how fast the tier was."""
+        if self._peers is not None:  # others may ask us about it from here on
+            load.helper = self._peers.helper(load, load.manifest.source, origin_answers=resolution.answers)
+        load.observer = lambda: self._publish(load)
+        began = time.monotonic()
+        with resolution.ledger.span("transfer"):
+            load.run()
+        if len(load.given) * 2 > memory.description.manifest.chunk_count:
+            memory.tier = "peer"
+        rate = load.total / max(time.monotonic() - began, 1e-9)
+        self._directory.measured(self._config.node_name, memory.tier, rate)
+
+    def _failed(self, entry: int, memory: EntryMemory, resolution: Resolution, error: Exception) -> None:
+        source, uri = memory.description.manifest.source, resolution.origin.uri
+        self._journal.failed(uri, memory.tier, str(error))
+        self._directory.withdraw(source, self._config.node_name, "dram")
+        if memory.load and memory.load.damaged and isinstance(error, OriginChanged):
+            self._keeping.discard(source)
+        memory.end_tee()
+        with self._books.lock:  # a function that hears of it and asks again finds the memory free
+            self._books.held.pop(entry, None)
+            memory.close()
+            self._tell(events.LoadFailed(entry, translated(error, uri)))
+
+    def _complete(
+        self, entry: int, memory: EntryMemory, uri: str, load: ModelLoad, expected: Estimate, seconds: float
+    ) -> None:
+        """Tell that the bytes are there; then the SSD tier gets them, or what it had damaged."""
+        guess = expected.confidence == 0
+        assert memory.dram is not None, "closed by an eviction only, which follows from `Loaded`"
+        self._journal.loaded(
+            uri, memory.tier, load.total, seconds, expected.seconds, guess=guess, page=memory.dram.page
+        )
+        self._books.learn(memory, expected, seconds)
+        self._publish(load)
         self._tell(events.Loaded(entry, seconds))
         if load.tee is not None:
             load.tee.complete(load.checksums, seconds)
         elif load.damaged:
-            with books.lock:
-                maps = held.dram.map() if held.dram is not None else []
+            with self._books.lock:
+                maps = memory.dram.map() if memory.dram is not None else []
             if maps:
                 self._keeping.repair(load, maps)
+
+    def _publish(self, load: ModelLoad) -> None:
+        self._directory.publish(load.manifest.source, self._holding(load))
 
     def _holding(self, load: ModelLoad) -> Holding:
         return Holding(self._config.node_name, "dram", load.progress()[1], load.total)

@@ -23,6 +23,8 @@ from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+from cache_agent.web.wsgi import send_at_once
+
 _PROBES = 4
 _SO_ATTACH_FILTER = 26
 _CONNECTIONS = 1024
@@ -119,6 +121,8 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
 
     def enqueue_req(self, conn: Any) -> None:
         self.in_hand += 1
+        if not conn.initialized:  # it may have waited since before its listener had the option
+            send_at_once(conn.sock)
         super().enqueue_req(conn)
 
     def finish_request(self, conn: Any, fs: Any) -> None:

@@ -13,6 +13,7 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdint.h>
 #include <sys/mman.h>
@@ -658,6 +659,7 @@ int main(void) {
     own.grace = number("GLOWPLUG_DRAIN_GRACE", 25, 0);
     own.timeout = number("GLOWPLUG_WORKER_TIMEOUT", 120, 1);
     open_port();
+    setsockopt(own.listener, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int)); /* for TCP only: port.py says why */
     own.t0 = executed_at(born);
     note("exec", own.t0, born);
     note("listen", born, nanoseconds());

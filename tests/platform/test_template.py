@@ -350,6 +350,20 @@ def test_a_taken_port_is_a_sentence(template: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"glowplug: cannot listen on 127\.0\.0\.1:\d+: .*; set PORT .*\n", done.stderr)
 
 
+def test_the_port_that_it_opens_sends_at_once(template: Path, tmp_path: Path) -> None:
+    """Also for requests that wait there before the function is: their connections inherit the listener's option."""
+    successor = (
+        "import os, socket\n"
+        "held = socket.socket(fileno=int(os.environ['GLOWPLUG_LISTEN_FD']))\n"
+        "client = socket.create_connection(held.getsockname())\n"
+        "print(held.accept()[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))\n"
+    )
+    env = {"GLOWPLUG_HOST": "127.0.0.1", "PORT": "0"}
+    command = (template / "listen.py", sys.executable, "-c", successor)
+    done = run(sys.executable, "-I", "-S", *command, cwd=tmp_path, env=env)
+    assert done.stdout == "1\n", done.stderr
+
+
 def test_nothing_waits_on_the_port_of_a_function_that_has_ended(template: Path, tmp_path: Path) -> None:
     """listen.py's successor holds the socket, too; only the function's own end may close it for both."""
     with socket.create_server(("127.0.0.1", 0)) as probe:

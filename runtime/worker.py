@@ -87,10 +87,10 @@ class Worker:
             self._begin()
         with self._ledger.span("http"):
             from runtime.app import Application
-            from runtime.server import HttpServer, Settings
+            from runtime.server import HttpServer
 
             made = None if self._warm is None else self._warm.http
-            application, settings = (Application(), Settings()) if made is None else made
+            application, settings = (Application(), None) if made is None else made
             self._server = HttpServer(
                 sock,
                 application.serve(

@@ -55,7 +55,7 @@ class Status:
             )
         self._ending = threading.Event()
         self._agent = agent
-        self._sock = listen(host, port)
+        self._sock = listen(host, port, "GLOWPLUG_STATUS")
         self.port: int = self._sock.getsockname()[1]
         self._server = WsgiServer(self._sock, create_app(agent, access, open_paths, self._ending), threads=_THREADS)
 

@@ -20,8 +20,8 @@ from runtime.zygote.layers import Level
 if TYPE_CHECKING:
     from cache_agent.client import Known, Lease
     from cache_agent.manifest import Manifest
+    from cache_agent.web.wsgi import Settings
     from runtime.app import Application
-    from runtime.server import Settings
     from runtime.weights import Loaded, Weights
 
 
@@ -125,8 +125,9 @@ def _one_thread() -> None:
 def _http() -> tuple[Application, Settings]:
     """A worker's HTTP side, through which requests have gone as they would come from a socket: gunicorn, Flask and the
     classes that they ask one another about import and remember a lot at the first."""
+    from cache_agent.web.wsgi import Settings
+    from runtime import server  # noqa: F401  the children's
     from runtime.app import Application
-    from runtime.server import Settings
 
     application, settings = Application(), Settings()
     _ask(application, settings)

@@ -223,7 +223,7 @@ def test_a_kept_connections_next_answer_waits_for_nothing(watched, eventually) -
 
 def test_its_connections_send_at_once() -> None:
     with (
-        listen("127.0.0.1", 0) as listener,
+        listen("127.0.0.1", 0, "--port") as listener,
         socket.create_connection(listener.getsockname()),
         listener.accept()[0] as accepted,
     ):

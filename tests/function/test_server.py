@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -193,6 +194,18 @@ def test_a_client_that_leaves_ends_the_stream(serve: Callable[..., Any]) -> None
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert sock.recv(1000)
     assert closed.wait(SECONDS)
+
+
+def test_clients_that_do_not_close_hold_nobody_up(serve: Callable[..., Any]) -> None:
+    """The end of a connection waits two seconds for its client; other connections do not wait with it."""
+    served = serve(_plain)
+    with ExitStack() as stack:
+        for _ in range(8):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS))
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+            connection.request("GET", "/")
+            assert connection.getresponse().read() == b"ok"
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

@@ -59,13 +59,16 @@ class _App:
 
 
 class _Unreader(SocketUnreader):  # type: ignore[misc]
-    """Takes a client that is silent for too long for one that has gone."""
+    """Takes a client that is silent for too long for one that has gone, and reads nothing of it from then on."""
+
+    _gone = False
 
     def chunk(self, size_hint: int | None = None) -> bytes:
-        try:
-            return bytes(super().chunk(size_hint))
-        except TimeoutError:
-            return b""
+        if not self._gone:
+            with contextlib.suppress(TimeoutError):
+                return bytes(super().chunk(size_hint))
+            self._gone = True
+        return b""
 
 
 class _Connection(TConn):  # type: ignore[misc]

@@ -101,7 +101,7 @@ class Function:
 
         `kept_…` is on one connection, from its second answer on; `fresh_…` with a connection for each.
         """
-        found: Sample = {}
+        found: dict[str, float] = {}
         for name, path in WITHOUT_MODEL.items():
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=_SECONDS)) as kept:
                 _first_byte(kept, path)  # only the next one may have to wait for an acknowledgement

@@ -66,7 +66,7 @@ class HttpServer(ThreadedServer):
 
     def run(self) -> None:
         for client in self._accepted:
-            with contextlib.suppress(OSError):  # it has gone away meanwhile
+            with contextlib.suppress(OSError):  # the client has gone meanwhile
                 self.take(client, client.getpeername(), client.getsockname())
         super().run()
 

@@ -31,7 +31,7 @@ _CONNECTIONS = 64
 _KEPT_SECONDS = 15  # that a connection waits for its next request
 _STOP_SECONDS = 1  # for answers on their way; browsers hold connections open on which they never ask
 _TLS_RECORD = 16 << 10  # bytes at most: what is read of one is read whole, and none of it is out of the poller's sight
-_NO_CONNECTION = (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK)  # it went away before it was accepted
+_NO_CONNECTION = (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK)  # the client went before it was accepted
 
 Secure = Callable[[socket.socket], socket.socket]
 
@@ -158,7 +158,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
 
     def take(self, client: socket.socket, peer: Any, own: Any) -> None:
         """Serve a connection that was accepted, with these addresses. For the serving thread."""
-        send_at_once(client)  # it may have waited since before its listener had the option
+        send_at_once(client)  # a connection may have waited since before its listener had the option
         self.nr_conns += 1
         self.enqueue_req(_Connection(self.cfg, client, peer, own, patience=self._patience, secure=self._secure))
 
@@ -168,7 +168,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Any) -> Any:
         keep = super().handle(conn)
-        if not keep:  # here, and not as gunicorn does on the serving thread: it waits until the client closes, too
+        if not keep:  # gunicorn would do so on the serving thread, where all wait for a client that does not close
             conn.close(graceful=True)
         return keep
 

@@ -126,7 +126,7 @@ def _http() -> tuple[Application, Settings]:
     """A worker's HTTP side, through which requests have gone as they would come from a socket: gunicorn, Flask and the
     classes that they ask one another about import and remember a lot at the first."""
     from cache_agent.web.wsgi import Settings
-    from runtime import server  # noqa: F401  the children's
+    from runtime import server  # noqa: F401  imported for the children
     from runtime.app import Application
 
     application, settings = Application(), Settings()

@@ -98,7 +98,7 @@ class Supply:
             self.layers.memory = self.memory
         return self.layers
 
-    def ask(self, order: Order, *, ahead: bool) -> Child | None:
+    def ask(self, order: Order) -> Child | None:
         """From the deepest layer that is there, else from the interpreter; None: it comes from `step`, forked."""
         start = time.monotonic_ns()
         number, layers = 0, self.layers
@@ -106,7 +106,6 @@ class Supply:
         if layers is not None:
             number = layers.fork(
                 time.monotonic(),
-                ahead=ahead,
                 listener=self._listener.fileno(),
                 line=order.line.fileno(),
                 connections=[each.fileno() for each in order.connections],

@@ -192,7 +192,7 @@ class Models:
     def _wanted(self, layer: ModelLayer, now: float) -> bool:
         """Whether it should be there; while it is in use, whether it will be worth its price afterwards."""
         decision, age = self._decide(layer), layer.history.age(now)
-        return decision.hold > 0 or decision.ahead if age is None else decision.wanted(age)
+        return decision.hold > 0 if age is None else decision.wanted(age)
 
     def _due(self, layer: ModelLayer, now: float) -> bool:
         """Whether it is to be built. The pool asks for no model that the agent may have refused to who wants it."""

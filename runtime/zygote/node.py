@@ -149,7 +149,6 @@ class Node:
         self,
         now: float,  # noqa: ARG002
         *,
-        ahead: bool,  # noqa: ARG002  the pool knows what it wished
         listener: int,
         line: int,
         connections: Sequence[int],
@@ -201,9 +200,6 @@ class Node:
 
     def wants_drop(self, now: float) -> bool:  # noqa: ARG002
         return self._pool is not None and self._pool.wishes("retire")
-
-    def wants_worker(self, now: float) -> bool:  # noqa: ARG002
-        return self._pool is not None and self._pool.wishes("start")
 
     def seconds(self, now: float) -> float:  # noqa: ARG002
         return 1.0

@@ -1,6 +1,6 @@
 """Owns the layers of one container: its zygotes, how long each is kept, and which one the next worker is forked from.
 
-    user     the worker, which is the shim's: it goes when `wants_drop`, and comes when a request or `wants_worker` asks
+    user     the worker, which is the shim's: it goes when `wants_drop`, and comes when a request asks
     model    a zygote of the model, on a lease of its own
     lang     a zygote with everything imported
     bare     the shim
@@ -124,27 +124,18 @@ class Pod:
         age = user.history.age(now)
         return self._serving and not self._inside and age is not None and not self._decide("user").wanted(age)
 
-    def wants_worker(self, now: float) -> bool:
-        """Whether a request is due, so that a worker should be there before it."""
-        age = self._kept["user"].history.age(now)
-        decision = self._decide("user")
-        return not self._serving and age is not None and decision.ahead and decision.wanted(age)
-
-    def fork(self, now: float, *, ahead: bool, **arguments: Any) -> int:
+    def fork(self, now: float, **arguments: Any) -> int:
         """Asks the deepest zygote that fits for a worker; the number that its `Forked` or `Refused` will have.
 
-        0 if there is none: then the worker has to be booted. `ahead` says that no request asks for it yet. `arguments`
-        are `Zygote.fork_worker`'s.
+        0 if there is none: then the worker has to be booted. `arguments` are `Zygote.fork_worker`'s.
         """
         self._serving, self._inside = True, 0
-        if not ahead:
-            self._kept["user"].history.used(now)
+        self._kept["user"].history.used(now)
         there = [(level, level, kept.needs) for level, kept in self._kept.items() if kept.ready and kept.needs]
         found = layers.deepest(self._needs("model"), there)
         reached = [self._kept[level] for level in ("model", "lang") if level == "model" or found.layer != "model"]
         for kept in reached:  # those that this request gets to, whether they are there or not
-            if not ahead:
-                kept.history.used(now)
+            kept.history.used(now)
         zygote = reached[-1].zygote
         if found.layer is None or zygote is None:
             return 0
@@ -244,7 +235,7 @@ class Pod:
         """Whether it should be there; while it is in use, whether it will be worth its price afterwards."""
         decision = self._decide(level)
         age = None if self._serving else self._kept[level].history.age(now)
-        return decision.hold > 0 or decision.ahead if age is None else decision.wanted(age)
+        return decision.hold > 0 if age is None else decision.wanted(age)
 
     def _drop(self, now: float) -> None:
         for level in ("model", "lang"):

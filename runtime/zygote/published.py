@@ -1,13 +1,13 @@
 """Owns what a supervisor lets people know of its layers: a file of its own, written anew when they change.
 
     {"pid": …, "mode": "pod" | "pool", "name": …, "rho": …, "layers": [
-        {"level": "lang", "model": "", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …, "rebuild": …,
-         "until": …, "why": …}]}
+        {"level": "lang", "model": "", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …,
+         "why": …}]}
 
 `model` is the URI of a model that a pool holds or that one of its functions serves, "" in a pod; a pool's `user` layers
 also have the `function`'s name; `state` is `building`, `used` (something runs,
 or stands on it), `idle` or `absent`; `since` is when it became idle, in seconds of CLOCK_MONOTONIC, null while it is
-used; `hold`, `rebuild` and `until` are seconds of idleness as in `Decision`, null for never. The file is gone when its
+used; `hold` is in seconds of idleness as in `Decision`, null for ever. The file is gone when its
 supervisor ends; one that was left behind is known by its pid.
 Standard library only.
 """
@@ -36,7 +36,6 @@ _APART = 1.0  # seconds between two writes: requests come oftener than anybody l
 
 def entry(level: str, state: State, since: float | None, decision: Decision, model: str = "") -> dict[str, Any]:
     """One layer, and what is decided for it."""
-    ends = {"hold": decision.hold, "rebuild": decision.rebuild, "until": decision.until}
     return {
         "level": level,
         "model": model,
@@ -44,7 +43,7 @@ def entry(level: str, state: State, since: float | None, decision: Decision, mod
         "since": since,
         "seconds": decision.layer.seconds,
         "bytes": decision.layer.bytes,
-        **{name: end if math.isfinite(end) else None for name, end in ends.items()},
+        "hold": decision.hold if math.isfinite(decision.hold) else None,
         "why": decision.why,
     }
 

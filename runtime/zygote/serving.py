@@ -1,4 +1,4 @@
-"""What a pool knows of a container's worker, the layer `user`, and decides: when it goes, when one comes. Pure.
+"""What a pool knows of a container's worker, the layer `user`, and decides: when it goes. Pure.
 
     absent ──asked──▶ starting ──serves──▶ serving ──ended──▶ absent ──parked──▶ parked ──asked──▶ starting …
 
@@ -37,7 +37,6 @@ class Serving:
         self.model = uri if config.layers == "model" and not config.private_weights else ""
         self.state: State = "absent"
         self._uri = uri
-        self._ahead = False  # it was this pool's wish that a worker comes
         self._inside = 0
         self._again_at = 0.0
         self._cost = _GUESSED
@@ -47,10 +46,9 @@ class Serving:
     # --- what the pool sees, and the shim tells -------------------------------------------------------------------
 
     def asked(self, now: float) -> None:
-        """A worker is asked for: by a request, unless it is one that `wish` wanted."""
-        if not self._ahead:
-            self._used(now)
-        self.state, self._ahead, self._inside = "starting", False, 0
+        """A worker is asked for, by a request."""
+        self._used(now)
+        self.state, self._inside = "starting", 0
 
     def ended(self) -> None:
         """The worker has, for whatever reason."""
@@ -92,18 +90,14 @@ class Serving:
                 self._decision = keepalive.keep(self._cost, self._history.gaps, price)
         return self._decision
 
-    def wish(self, now: float) -> Literal["", "retire", "start"]:
-        """What the shim is to be told: an idle worker costs more than another one would, or a request is due."""
+    def wish(self, now: float) -> Literal["", "retire"]:
+        """Return "retire", for the shim, where holding an idle worker costs more than another one would."""
         age = self._history.age(now)
         if age is None or now < self._again_at:
             return ""
-        wanted = self.decision.wanted(age)
-        if self.state == "serving" and not self._inside and not wanted:
+        if self.state == "serving" and not self._inside and not self.decision.wanted(age):
             self._again_at = now + _AGAIN
             return "retire"
-        if self.state == "parked" and wanted and self.decision.ahead:
-            self._again_at, self._ahead = now + _AGAIN, True
-            return "start"
         return ""
 
     def report(self) -> dict[str, Any]:

@@ -94,8 +94,7 @@ class Supply:
         if self.layers is None and self._config.layers != "off":
             from runtime.zygote.pod import Pod
 
-            self.layers = Pod(self._config, self._agent, self._say)
-            self.layers.memory = self.memory
+            self.layers = Pod(self._config, self._agent, self._say, self.memory)
         return self.layers
 
     def ask(self, order: Order) -> Child | None:

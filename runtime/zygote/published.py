@@ -19,27 +19,26 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
-
-from cache_agent.policy.keepalive import Decision
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cache_agent.client import CacheClient
+    from runtime.zygote.rule import LayerRule, Presence
     from runtime.zygote.telling import Telling
 
-State = Literal["building", "used", "idle", "absent"]
 _PREFIX = "glowplug-layers-"
 _APART = 1.0  # seconds between two writes: requests come oftener than anybody looks
 
 
-def entry(level: str, state: State, since: float | None, decision: Decision, model: str = "") -> dict[str, Any]:
-    """One layer, and what is decided for it."""
+def entry(level: str, presence: Presence, rule: LayerRule, model: str = "") -> dict[str, Any]:
+    """Return one layer, and what its rule decides for it."""
+    decision, since = rule.decision, rule.since
     return {
         "level": level,
         "model": model,
-        "state": state,
+        "state": presence if presence != "there" else "used" if since is None else "idle",
         "since": since,
         "seconds": decision.layer.seconds,
         "bytes": decision.layer.bytes,
@@ -59,7 +58,7 @@ class Published:
 
     def __init__(
         self,
-        mode: Literal["pod", "pool"],
+        mode: str,
         name: str,
         rho: float,
         client: Callable[[], CacheClient] | None = None,

@@ -99,6 +99,7 @@ class Zygote:
         self.wire, self.pid, self.pidfd, self.key = wire, pid, pidfd, key
         self.state = "building"
         self.level = ""
+        self.lost = ""  # why it is gone
         self.status: int | None = None  # of waitpid, where it is the supervisor's own child
         self._since = self._heard = time.monotonic()
         self._paused = False
@@ -191,14 +192,14 @@ class Zygote:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def kill(self) -> None:
-        """Its memory is free as soon as it is dead; children are not touched."""
+    def kill(self, why: str = "") -> None:
+        """Its memory is free as soon as it is dead; children are not touched. `why` is for who had asked it to fork."""
         self.signal(signal.SIGKILL)
-        self._lose("it was killed")
+        self._lose(why or "it was killed")
 
     def _lose(self, why: str) -> Lost:
         if self.state != "gone":
-            self.state = "gone"
+            self.state, self.lost = "gone", why
             self.wire.close()
         return Lost(why)
 

@@ -14,20 +14,21 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cache_agent.policy import keepalive
 from runtime.errors import BadConfig
 from runtime.zygote import layers
 from runtime.zygote import wire as wires
+from runtime.zygote.building import ModelLayer
 from runtime.zygote.join import Place
-from runtime.zygote.models import ModelLayer
+from runtime.zygote.rule import LayerRule
 from runtime.zygote.serving import Serving
 from runtime.zygote.spawn import Zygote
 from runtime.zygote.wire import Gone, Wire
 
-_GUESSED = keepalive.Layer("spare", 0.03, 8 << 20)
+GUESSED = keepalive.Layer("spare", 0.03, 8 << 20)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +65,7 @@ class Tenant:
     wire: Wire
     pidfd: int
     place: Place
+    rule: LayerRule  # of its spare
     serving: Serving | None = None  # once it has said what it is
     wants: str = ""  # the model's URI
     greeted: bool = False
@@ -71,17 +73,14 @@ class Tenant:
     spare: Placed | None = None
     worker: Placed | None = None
     broken: str = ""  # a spare that was lost here, so that none is forked ahead before there was a worker again
-    history: keepalive.History = field(default_factory=keepalive.History)
-    cost: keepalive.Layer = _GUESSED
 
-    def wanted(self, now: float, rho: float) -> bool:
+    def wanted(self, now: float) -> bool:
         """Whether there should be a spare, though nobody asks."""
-        age = self.history.age(now)
-        if self.broken or self.worker is not None or self.asked is not None or age is None:
+        if self.broken or self.worker is not None or self.asked is not None or self.rule.since is None:
             return False
         if self.serving is None or self.serving.state == "serving":
             return False  # another pool has forked what serves there
-        return keepalive.keep(self.cost, self.history.gaps, rho).wanted(age)
+        return self.rule.wanted(now)
 
     def introduce(self, message: dict[str, Any], made_of: layers.Needs, now: float) -> str:
         """It says what its function is made of; why that cannot be forked from what is `made_of` this, or ""."""
@@ -103,7 +102,7 @@ class Tenant:
         except BadConfig as error:
             return error.text
         self.wants = self.serving.model
-        self.history.idle(now)
+        self.rule.idle(now)
         return ""
 
     def prepare(self, zygote: Zygote, number: int, layer: ModelLayer | None, why: str) -> str:
@@ -147,7 +146,7 @@ class Tenant:
             while placed is not None and (received := placed.wire.receive()) is not None:
                 match received:
                     case {"parked": int(size), "seconds": float(seconds)}, []:
-                        self.cost = keepalive.Layer("spare", seconds, size or self.cost.bytes)
+                        self.rule.measured(seconds=seconds, size=size or None)
                     case {"failed": str(why)}, []:
                         return why
         return ""

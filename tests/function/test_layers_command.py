@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cache_agent.policy.keepalive import Layer, keep
+from cache_agent.policy.keepalive import Layer
 from runtime.commands.layers import layers
 from runtime.config import FunctionConfig
 from runtime.zygote import published
 from runtime.zygote.pod import Pod
+from runtime.zygote.rule import LayerRule
 
 LANG = Layer("lang", 3.0, 300_000_000)
 
@@ -34,24 +35,36 @@ def shown(*arguments: str) -> str:
     return result.output
 
 
+def ruled(layer: Layer, since: float, *gaps: float) -> LayerRule:
+    """The rule of a layer that is idle since then, after idle times of these lengths."""
+    rule, now = LayerRule(layer, 60.0), since - sum(gaps)
+    for gap in gaps:
+        rule.idle(now)
+        now += gap
+        rule.used(now)
+    rule.idle(since)
+    return rule
+
+
 def test_says_what_is_held_for_how_long_and_why() -> None:
     since = time.monotonic() - 30.0
-    decision = keep(LANG, [60.0, 120.0] * 8, 60.0)
+    lang_rule = ruled(LANG, since, *[60.0, 120.0] * 8)
+    user_rule = ruled(Layer("user", 0.3, 100_000_000), since, *[500.0] * 8)
     supervisor = published.Published("pod", "chat", 60.0)
     supervisor.write(
         [
-            published.entry("user", "absent", since, keep(Layer("user", 0.3, 100_000_000), [500.0] * 8, 60.0)),
-            published.entry("lang", "idle", since, decision),
+            published.entry("user", "absent", user_rule),
+            published.entry("lang", "there", lang_rule),
         ]
     )
     text = shown("--why")
     assert f"pod chat (pid {os.getpid()}), ρ = 60 GB·s a second" in text
     lang = next(line for line in text.splitlines() if line.strip().startswith("lang"))
     assert lang.split() == ["lang", "idle", "30.0", "s", "300", "MB", "90.0", "s"]
-    assert decision.why in text
+    assert lang_rule.decision.why in text
     user = next(line for line in text.splitlines() if line.strip().startswith("user"))
     assert user.split() == ["user", "absent", "30.0", "s"]
-    assert decision.why not in shown()
+    assert lang_rule.decision.why not in shown()
     (found,) = json.loads(shown("--json"))
     assert found["layers"][1]["hold"] == 120.0
     supervisor.close()
@@ -59,10 +72,13 @@ def test_says_what_is_held_for_how_long_and_why() -> None:
 
 
 def test_what_lasts_for_ever_and_what_is_used() -> None:
-    free = keep(Layer("bare", 1.0, 0), [], 60.0)
+    free = Layer("bare", 1.0, 0)
     supervisor = published.Published("pod", "chat", 60.0)
     supervisor.write(
-        [published.entry("bare", "idle", time.monotonic(), free), published.entry("lang", "used", None, free)]
+        [
+            published.entry("bare", "there", ruled(free, time.monotonic())),
+            published.entry("lang", "there", LayerRule(free, 60.0)),
+        ]
     )
     text = shown("--why")
     assert "no end" in text

@@ -32,10 +32,22 @@ class Played:
         self.said: list[str] = []
         config = FunctionConfig(**settings)
         self.models = Models(config, str(agent.socket), LANG, most, itertools.count(1).__next__, self.said.append)
-        ours, theirs = wires.pair()
-        self.lang, self.forks = Zygote(Wire(ours), 0, -1, ""), Wire(theirs)
+        self.lang, self.forks = self._lang()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.told: list[Wire] = []
+
+    def _lang(self) -> tuple[Zygote, Wire]:
+        ours, theirs = wires.pair()
+        return Zygote(Wire(ours), 0, -1, ""), Wire(theirs)
+
+    def lose_lang(self) -> None:
+        """The lang layer goes, and another one is there."""
+        self.close_lang()
+        self.lang, self.forks = self._lang()
+
+    def close_lang(self) -> None:
+        self.lang.close()
+        self.forks.close()
 
     def lend(self, now: float) -> dict[str, Any]:
         """Steps until a layer was asked for; the request."""
@@ -66,8 +78,7 @@ class Played:
 
     def close(self) -> None:
         self.models.close()
-        self.lang.close()
-        self.forks.close()
+        self.close_lang()
         for each in self.told:
             each.close()
         for process in self.processes:
@@ -159,10 +170,21 @@ def test_another_revision_or_a_lost_zygote_end_a_layer(played: Callable[..., Any
     serve(pool.models, ONE, 0.0, 10.0)
     pool.build(10.0)
     layer, _ = pool.models.deepest(ONE)
-    pool.models.stale(layer, 11.0)
+    layer.drop("the agent has another revision")
     assert pool.models.deepest(ONE)[0] is None
     pool.build(11.0)
     pool.told[-1].close()
     pool.models.step(12.0, pool.lang)
     assert "its zygote was lost" in pool.said[-1]
     assert pool.models.deepest(ONE)[0] is None
+
+
+def test_a_lang_layer_that_goes_while_it_forks_leaves_nothing_half_built(played: Callable[..., Any]) -> None:
+    pool = played()
+    serve(pool.models, ONE, 0.0, 10.0)
+    pool.lend(10.0)
+    pool.lose_lang()
+    assert pool.quiet(11.0)
+    assert pool.said[-1].endswith("the layer below it is gone; tried again after 30 s")
+    pool.build(41.0)
+    assert pool.models.deepest(ONE)[0] is not None

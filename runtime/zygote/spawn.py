@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -101,7 +100,9 @@ class Zygote:
         self.level = ""
         self.lost = ""  # why it is gone
         self.status: int | None = None  # of waitpid, where it is the supervisor's own child
-        self._since = self._heard = time.monotonic()
+        self._since: float | None = None  # on the caller's clock, as `overdue` is told it; None before
+        self._heard = 0.0  # likewise
+        self._spoke = True  # since `overdue` was last asked
         self._paused = False
 
     def read(self) -> list[Event]:
@@ -116,7 +117,7 @@ class Zygote:
                 break
             if received is None:
                 break
-            self._heard = time.monotonic()
+            self._spoke = True
             event = self._event(*received)
             if event is not None:
                 events.append(event)
@@ -140,7 +141,15 @@ class Zygote:
         return None
 
     def overdue(self, now: float) -> str:
-        """Why it counts as hanging at `now` (of time.monotonic), or ""."""
+        """Return why the zygote counts as hanging at `now`, or "".
+
+        `now` is in seconds of any clock that does not go back. No other clock is looked at: silence begins with the
+        first call after a word of the zygote, building with the first call of all.
+        """
+        if self._since is None:
+            self._since = now
+        if self._spoke:
+            self._heard, self._spoke = now, False
         if self._paused or self.state == "gone":
             return ""
         if self.state == "building":
@@ -185,7 +194,7 @@ class Zygote:
         """Stops it, and lets it go on: one that is being built must not take time from requests."""
         if paused != self._paused and self.state != "gone":
             self._paused = paused
-            self._heard = time.monotonic()
+            self._spoke = True  # a stopped one cannot
             self.signal(signal.SIGSTOP if paused else signal.SIGCONT)
 
     def signal(self, number: int) -> None:

@@ -18,8 +18,8 @@ from runtime.config import FunctionConfig
 from runtime.zygote import wire as wires
 from runtime.zygote.layers import Needs
 from runtime.zygote.models import Models
-from runtime.zygote.spawn import Forked, Refused, Zygote
-from runtime.zygote.wire import Wire
+from runtime.zygote.spawn import BUILD, SILENCE, Forked, Refused, Zygote
+from runtime.zygote.wire import Gone, Wire
 
 ONE, OTHER = "fake://m/one", "fake://m/other"
 LANG = Needs(machine="m", python="p", base="b", domain="d", preload=("llama",))
@@ -49,10 +49,23 @@ class Played:
         self.lang.close()
         self.forks.close()
 
+    def step(self, now: float, *, lang: bool = True) -> None:
+        """What a pool does at each turn, its zygotes having spoken since the last one."""
+        for each in self.told:
+            with contextlib.suppress(Gone):
+                each.send({"beat": 1})
+        self.models.step(now, self.lang if lang else None)
+
+    def serve(self, uri: str, begin: float, end: float) -> None:
+        self.models.asked(uri, begin)
+        self.models.began(uri, begin)
+        self.step(end, lang=False)  # nothing can be built without one
+        self.models.ended(uri, end)
+
     def lend(self, now: float) -> dict[str, Any]:
         """Steps until a layer was asked for; the request."""
         for _ in range(200):
-            self.models.step(now, self.lang)
+            self.step(now)
             if (received := self.forks.receive()) is not None:
                 message, (told, *segments) = received
                 self.told.append(Wire(socket.socket(fileno=told)))
@@ -69,11 +82,11 @@ class Played:
         pid = self.processes[-1].pid
         assert self.models.takes(Forked(request["fork"], pid, os.pidfd_open(pid)), now)
         self.told[-1].send({"ready": "model", "key": "k", "seconds": seconds, "bytes": size})
-        self.models.step(now, self.lang)
+        self.step(now)
 
     def quiet(self, now: float) -> bool:
         """Whether nothing is asked for by then, and nothing is under way."""
-        self.models.step(now, self.lang)
+        self.step(now)
         return self.forks.receive() is None and all(each["state"] != "building" for each in self.models.report())
 
     def close(self) -> None:
@@ -99,13 +112,6 @@ def played(start_local_agent: Callable[..., Any], checkpoint_files: Callable[...
         yield make
 
 
-def serve(models: Models, uri: str, begin: float, end: float) -> None:
-    models.asked(uri, begin)
-    models.began(uri, begin)
-    models.step(end, None)  # nothing can be built without a lang layer
-    models.ended(uri, end)
-
-
 def test_a_model_is_built_once_somebody_has_run_with_it(played: Callable[..., Any]) -> None:
     """The pool leases as itself: it must not fetch what the agent would have refused to whoever asks."""
     pool = played()
@@ -126,16 +132,16 @@ def test_a_model_is_built_once_somebody_has_run_with_it(played: Callable[..., An
 
 def test_an_idle_model_is_held_for_its_price_and_comes_back(played: Callable[..., Any]) -> None:
     pool = played(start_price=60.0)
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     pool.build(10.0)
     (entry,) = pool.models.report()
     held = entry["hold"]
     assert held == pytest.approx(60.0 * 0.2 / (entry["bytes"] / 1e9))
     assert entry["bytes"] > 50_000_000, "the weights that the lease keeps are counted, too"
     layer, _ = pool.models.deepest(ONE)
-    pool.models.step(10.0 + held - 1.0, pool.lang)
+    pool.step(10.0 + held - 1.0)
     assert pool.models.deepest(ONE)[0] is layer
-    pool.models.step(10.0 + held + 1.0, pool.lang)
+    pool.step(10.0 + held + 1.0)
     assert pool.models.deepest(ONE)[0] is None
     assert pool.processes[-1].wait(30) != 0
     assert pool.quiet(2000.0), "nobody asks for it"
@@ -146,16 +152,16 @@ def test_an_idle_model_is_held_for_its_price_and_comes_back(played: Callable[...
 
 def test_there_are_as_many_as_may_be(played: Callable[..., Any]) -> None:
     pool = played(most=1)
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     pool.build(10.0)
-    serve(pool.models, OTHER, 11.0, 20.0)
+    pool.serve(OTHER, 11.0, 20.0)
     assert pool.quiet(20.0)
     assert pool.models.deepest(OTHER)[0] is None
 
 
 def test_what_cannot_be_built_is_tried_again_later_and_later(played: Callable[..., Any]) -> None:
     pool = played()
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     request = pool.lend(10.0)
     assert pool.models.takes(Refused(request["fork"], "it has 2 threads"), 10.0)
     assert pool.quiet(39.0)
@@ -167,24 +173,45 @@ def test_what_cannot_be_built_is_tried_again_later_and_later(played: Callable[..
 
 def test_another_revision_or_a_lost_zygote_end_a_layer(played: Callable[..., Any]) -> None:
     pool = played()
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     pool.build(10.0)
     layer, _ = pool.models.deepest(ONE)
     layer.drop("the agent has another revision")
     assert pool.models.deepest(ONE)[0] is None
     pool.build(11.0)
     pool.told[-1].close()
-    pool.models.step(12.0, pool.lang)
+    pool.step(12.0)
     assert "its zygote was lost" in pool.said[-1]
     assert pool.models.deepest(ONE)[0] is None
 
 
 def test_a_lang_layer_that_goes_while_it_forks_leaves_nothing_half_built(played: Callable[..., Any]) -> None:
     pool = played()
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     pool.lend(10.0)
     pool.lose_lang()
     assert pool.quiet(11.0)
     assert pool.said[-1].endswith("the layer below it is gone; tried again after 30 s")
     pool.build(41.0)
     assert pool.models.deepest(ONE)[0] is not None
+
+
+def test_a_zygote_hangs_by_the_clock_that_the_pool_goes_by(played: Callable[..., Any]) -> None:
+    """Whatever the machine's clock says: it may have been booted a minute ago, or ten years."""
+    pool = played()
+    pool.serve(ONE, 0.0, 10.0)
+    pool.build(10.0)
+    pool.models.step(10.0 + SILENCE, pool.lang)
+    assert pool.models.deepest(ONE)[0] is not None
+    pool.models.step(10.1 + SILENCE, pool.lang)
+    assert "its zygote was silent for 1 s and was killed" in pool.said[-1]
+    assert pool.processes[-1].wait(30) != 0
+    request = pool.lend(100.0)
+    pool.processes.append(subprocess.Popen(["sleep", "600"]))
+    pid = pool.processes[-1].pid
+    assert pool.models.takes(Forked(request["fork"], pid, os.pidfd_open(pid)), 100.0)
+    for now in (100.0, 100.0 + BUILD):
+        pool.step(now)
+        assert [each["state"] for each in pool.models.report()] == ["building"]
+    pool.step(100.1 + BUILD)
+    assert "its zygote was not ready after 120 s and was killed" in pool.said[-1]

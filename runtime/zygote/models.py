@@ -9,16 +9,15 @@ For the pool's thread only; nothing here waits.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from cache_agent.policy import keepalive
 from runtime.config import FunctionConfig
-from runtime.zygote import layers, leasing, published, spawn
-from runtime.zygote.building import Event, ModelLayer
+from runtime.zygote import building, layers, leasing, published
+from runtime.zygote.building import Event, ZygoteLayer
 from runtime.zygote.rule import LayerRule
-from runtime.zygote.spawn import Zygote
 
 _SETTLED = 2.0  # seconds for which a worker has to live, so that its function may have the model
 _ROOM = 150 << 20  # bytes that a layer may take of its own
@@ -26,32 +25,34 @@ _KNOWN = 256  # models whose requests are remembered
 _GUESSED = keepalive.Layer("model", 0.2, 100 << 20)
 
 
-class PooledModel(ModelLayer):
+class PooledModel(ZygoteLayer):
     """One model's layer, and who runs with the model."""
 
     def __init__(self, uri: str, rule: LayerRule, say: Callable[[str], None]) -> None:
-        super().__init__(f"the model layer of {uri}", uri, rule, say, _ROOM)
+        super().__init__(f"the model layer of {uri}", rule, say, uri=uri, room=_ROOM)
         self.workers = 0  # that stand on this model, whatever they were forked from
         self.run_since: float | None = None  # the oldest of them
         self.trusted = False  # one of them has lived, so that the agent has lent the model to it
 
-    def _held(self, size: int) -> int:
+    def held(self, size: int) -> int:
         return size + (0 if self.lease is None else self.lease.manifest.nbytes)
 
 
 class Models:
-    """`most` layers at the same time; `made_of` is what the pool's lang layer is."""
+    """Layers on top of the pool's `lang`, which is `made_of` this; `most` of them at the same time."""
 
     def __init__(
         self,
         config: FunctionConfig,
         agent: str,
         made_of: layers.Needs,
+        lang: ZygoteLayer,
         most: int,
-        number: Callable[[], int],
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._made_of, self._most, self._number, self._say = config, made_of, most, number, say
+        self._config, self._most, self._say = config, most, say
+        self.lang, self.made_of = lang, made_of
+        self.number = itertools.count(1).__next__  # of a request to fork
         self.leases = leasing.LayerLeases(config, lambda: agent, "pool")
         self._hold = config.holds.get("model")
         self._layers: dict[str, PooledModel] = {}
@@ -83,39 +84,32 @@ class Models:
                 layer.run_since = None
                 layer.rule.idle(now)
 
-    def takes(self, event: spawn.Event, now: float) -> bool:
-        """Whether what the lang layer says is about a layer that is forked from it."""
-        return any(layer.takes(event, now) for layer in self._layers.values())
-
     # --- what the pool asks ---------------------------------------------------------------------------------------
 
-    def deepest(self, uri: str) -> tuple[PooledModel | None, str]:
-        """The layer from which a worker with this model is forked, None if from lang; and why it is no deeper one."""
+    def deepest(self, uri: str) -> tuple[ZygoteLayer | None, str]:
+        """The layer from which a worker with this model is forked, if there is one; and why it is no deeper one."""
+        if not self.lang.ready:
+            return None, "no zygote of the pool is ready"
         if not uri:
-            return None, ""
-        wanted = replace(self._made_of, model=uri)
-        there: list[tuple[str, layers.Level, layers.Needs]] = [("", "lang", self._made_of)]
-        layer = self._layers.get(uri)
-        if layer is not None and layer.ready:
-            there.append((uri, "model", wanted))
-        found = layers.deepest(wanted, there)
-        return (layer, "") if found.level == "model" else (None, found.why)
+            return self.lang, ""
+        return building.deepest(self.made_of, uri, self.lang, self._layers.get(uri))
 
     def fds(self) -> list[int]:
-        return [self.leases.fileno(), *(fd for layer in self._layers.values() for fd in layer.fds())]
+        return [self.leases.fileno(), *(fd for layer in (self.lang, *self._layers.values()) for fd in layer.fds())]
 
-    def step(self, now: float, lang: Zygote | None) -> list[Event]:
-        """Builds and drops what is due; what zygotes say about workers. `lang` is there if it can be forked from."""
-        events: list[Event] = []
-        for layer in list(self._layers.values()):
+    def step(self, now: float) -> list[Event]:
+        """Builds and drops what is due; what zygotes say of workers and spares."""
+        models = list(self._layers.values())
+        events = [each for each in self.lang.hear(now) if not any(layer.takes(each, now) for layer in models)]
+        for layer in models:
             layer.trusted |= layer.run_since is not None and now - layer.run_since >= _SETTLED
             events += layer.hear(now)
-            if layer.zygote is not None and not layer.rule.wanted(now):
+            if not layer.rule.wanted(now):
                 layer.drop(layer.rule.why)
-            elif lang is not None and self._due(layer, now):
+            elif self.lang.ready and self._due(layer, now):
                 layer.ask(self.leases)
         for uri, found in self.leases.take():
-            self._layers[uri].fork(found, lang, self._number(), now)
+            self._layers[uri].fork(found, self.lang, self.number(), now)
         return events
 
     def report(self) -> Iterator[dict[str, Any]]:
@@ -124,7 +118,7 @@ class Models:
             yield published.entry("model", layer.presence, layer.rule, layer.uri)
 
     def close(self) -> None:
-        for layer in self._layers.values():
+        for layer in (*self._layers.values(), self.lang):
             layer.end()
 
     def _known(self, uri: str) -> PooledModel:
@@ -138,8 +132,6 @@ class Models:
 
     def _due(self, layer: PooledModel, now: float) -> bool:
         """Whether it is to be built. The pool asks for no model that the agent may have refused to who wants it."""
-        if layer.presence != "absent" or not layer.trusted:
-            return False
-        if not layer.rule.retry.due(now) or not layer.rule.wanted(now):
+        if layer.presence != "absent" or not layer.trusted or not layer.rule.retry.due(now):
             return False
         return sum(each.presence != "absent" for each in self._layers.values()) < self._most

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from cache_agent.policy import keepalive
 from runtime.config import FunctionConfig
-from runtime.zygote import layers, leasing, own, published
-from runtime.zygote.building import Event, ModelLayer, ZygoteLayer
+from runtime.zygote import building, layers, leasing, own, published
+from runtime.zygote.building import Event, ZygoteLayer
 from runtime.zygote.rule import LayerRule
 from runtime.zygote.spawn import Forked, Refused, Spec, Zygote
 from runtime.zygote.wire import Gone
@@ -59,8 +59,8 @@ class Pod:
         self._config, self._memory = config, memory
         self._shares_model = config.layers == "model" and not config.private_weights
         self._user = user
-        self._model = ModelLayer("layer model", config.model_uri, model, say)
-        self._lang = ZygoteLayer("layer lang", lang, say, _ROOM)
+        self._model = ZygoteLayer("layer model", model, say, uri=config.model_uri)
+        self._lang = ZygoteLayer("layer lang", lang, say, room=_ROOM)
         self._settled = min(_SETTLED, holds.get("user", _SETTLED))
         self._made_of: layers.Needs | None = None  # the lang layer, once a worker has said what kind of model it has
         self._fork_seconds, self._boot_seconds = _GUESSED["user"].seconds, _BOOT
@@ -115,18 +115,22 @@ class Pod:
         0 if there is none: then the worker has to be booted. `arguments` are `Zygote.fork_worker`'s.
         """
         self._serving, self._inside = True, 0
-        found, reached = self._deepest()
-        for rule in (self._user, *(layer.rule for layer in reached)):
-            rule.used(now)
-        zygote = reached[-1].zygote
-        if found.layer is None or zygote is None:
+        layer, why = None, ""
+        if self._made_of is not None:
+            layer, why = building.deepest(self._made_of, self._model.uri, self._lang, self._model)
+        # Those that this request gets to, whether they are there or not.
+        self._user.used(now)
+        self._model.rule.used(now)
+        if layer is not self._model:
+            self._lang.rule.used(now)
+        if layer is None or layer.zygote is None:
             return 0
         number = self._number()
         try:
-            zygote.fork_worker(number, why=found.why, **arguments)
+            layer.zygote.fork_worker(number, why=why, **arguments)
         except Gone:
             return 0
-        self._asked = number, zygote
+        self._asked = number, layer.zygote
         return number
 
     def fds(self) -> list[int]:
@@ -148,7 +152,7 @@ class Pod:
                 events.append(Refused(number, zygote.lost))
                 self._asked = None
         for _, found in self._leases.take():
-            self._model.fork(found, self._lang.zygote if self._lang.ready else None, self._number(), now)
+            self._model.fork(found, self._lang, self._number(), now)
         self._rest(now)
         self._drop(now)
         self._build(now)
@@ -181,19 +185,6 @@ class Pod:
         """The worker's rule. Without a lang layer the next worker has to be booted."""
         self._user.measured(seconds=self._fork_seconds if self._lang.ready else self._boot_seconds)
         return self._user
-
-    def _deepest(self) -> tuple[layers.Found, list[ZygoteLayer]]:
-        """What a worker is forked from, and the layers that a request for it gets to, whether they are there or not."""
-        if self._made_of is None:
-            return layers.Found(None, "bare", ""), [self._model, self._lang]
-        wanted = replace(self._made_of, model=self._config.model_uri)
-        there: list[tuple[str, layers.Level, layers.Needs]] = []
-        if self._model.ready:
-            there.append(("model", "model", wanted))
-        if self._lang.ready:
-            there.append(("lang", "lang", self._made_of))
-        found = layers.deepest(wanted, there)
-        return found, [self._model] if found.layer == "model" else [self._model, self._lang]
 
     def _rest(self, now: float) -> None:
         """Notes that layers are idle; one that is being built begins to be when it is there."""

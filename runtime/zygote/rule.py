@@ -43,59 +43,47 @@ class Backoff:
         return now >= self._until
 
 
-class LayerRule:
+class LayerRule(keepalive.History):
     """The rule of one layer. One caller at a time."""
 
-    def __init__(self, guessed: keepalive.Layer, rho: float, hold: float | None = None) -> None:
+    def __init__(
+        self,
+        guessed: keepalive.Layer,
+        rho: float,
+        hold: float | None = None,
+        retry: tuple[float, float] = (_RETRY, _RETRY_MOST),
+    ) -> None:
         """`guessed` are the costs until they are measured; the layer is held for `hold` seconds, if not by price.
 
-        `rho` is the price of a second of start, in GB·s of idle memory.
+        `rho` is the price of a second of start, in GB·s of idle memory; `retry` are the pauses of a `Backoff`.
         """
-        self.retry = Backoff(_RETRY, _RETRY_MOST)
+        super().__init__()
+        self.retry = Backoff(*retry)
         self._cost, self._rho, self._hold = guessed, rho, hold
-        self._history = keepalive.History()
         self._decision: keepalive.Decision | None = None  # until a cost or an idle time is added
-
-    # --- what is noted --------------------------------------------------------------------------------------------
 
     def measured(self, *, seconds: float | None = None, size: int | None = None) -> None:
         """Note what building the layer took, and how many bytes would be free if it went."""
-        cost = self._cost
-        cost = cost._replace(
-            seconds=cost.seconds if seconds is None else seconds, bytes=cost.bytes if size is None else size
+        known = self._cost
+        cost = known._replace(
+            seconds=known.seconds if seconds is None else seconds, bytes=known.bytes if size is None else size
         )
-        if cost != self._cost:
+        if cost != known:
             self._cost, self._decision = cost, None
 
-    def idle(self, now: float) -> None:
-        """Note that nothing uses the layer any more; nothing happens if that was noted before."""
-        self._history.idle(now)
-
     def used(self, now: float) -> None:
-        """Note that a request reaches the layer, whether it is there or was dropped."""
-        self._history.used(now)
+        super().used(now)
         self._decision = None
-
-    # --- what follows ---------------------------------------------------------------------------------------------
 
     @property
     def decision(self) -> keepalive.Decision:
         """What becomes of the layer while it is idle. Raises `ValueError` for a negative price."""
         if self._decision is None:
             if self._hold is None:
-                self._decision = keepalive.keep(self._cost, self._history.gaps, self._rho)
+                self._decision = keepalive.keep(self._cost, self.gaps, self._rho)
             else:
                 self._decision = keepalive.Decision(self._cost, self._rho, self._hold)
         return self._decision
-
-    @property
-    def since(self) -> float | None:
-        """When the layer became idle; None while it is in use."""
-        return self._history.since
-
-    def age(self, now: float) -> float | None:
-        """The seconds for which the layer has been idle; None while it is in use."""
-        return self._history.age(now)
 
     @property
     def pays(self) -> bool:

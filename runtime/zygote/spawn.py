@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from runtime.zygote import wire
 from runtime.zygote.wire import Gone, Wire
 
+PROGRAM = ("-m", "runtime.zygote.forkserver")
 SILENCE = 1.0  # seconds without a beat after which a zygote that was ready counts as hanging
 BUILD = 120.0  # seconds that building may take
 
@@ -99,7 +100,6 @@ class Zygote:
         self.state = "building"
         self.level = ""
         self.lost = ""  # why it is gone
-        self.status: int | None = None  # of waitpid, where it is the supervisor's own child
         self._since: float | None = None  # on the caller's clock, as `overdue` is told it; None before
         self._heard = 0.0  # likewise
         self._spoke = True  # since `overdue` was last asked
@@ -223,7 +223,7 @@ def boot(
     spec: Spec,
     *,
     environment: Mapping[str, str] | None = None,
-    program: Sequence[str] = ("-m", "runtime.zygote.forkserver"),
+    program: Sequence[str] = PROGRAM,
 ) -> Zygote:
     """Starts a zygote that builds its layer from the interpreter up. Its parent is this process."""
     ours, theirs = wire.pair()

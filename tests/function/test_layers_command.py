@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import tempfile
 import time
@@ -17,8 +18,11 @@ from cache_agent.policy.keepalive import Layer
 from runtime.commands.layers import layers
 from runtime.config import FunctionConfig
 from runtime.zygote import published
+from runtime.zygote import wire as wires
 from runtime.zygote.pod import Pod
 from runtime.zygote.rule import LayerRule
+from runtime.zygote.spawn import Refused, Zygote
+from runtime.zygote.wire import Wire
 
 LANG = Layer("lang", 3.0, 300_000_000)
 
@@ -145,3 +149,35 @@ def test_a_pod_publishes_what_becomes_of_its_worker() -> None:
     finally:
         pod.close()
     assert list(published.read()) == []
+
+
+def test_a_worker_that_a_zygote_takes_with_it_is_refused_with_the_reason() -> None:
+    """The zygote is played: it says that it is ready, and goes away when it is asked for a worker."""
+    pod = Pod(FunctionConfig(model="/m/chat", layers="lang"), lambda: "/no/agent", lambda _text: None)
+    process = subprocess.Popen(["sleep", "600"])
+    ours, theirs = wires.pair()
+    zygote = Wire(theirs)
+    line, end = socket.socketpair()
+    try:
+        pod.worker_ready("llama", 3.0, False, 100.0)
+        pod._lang.zygote = Zygote(Wire(ours), process.pid, os.pidfd_open(process.pid), "lang")
+        zygote.send({"ready": "lang", "key": "lang", "seconds": 2.0, "bytes": 250_000_000})
+        assert pod.step(100.1) == []
+        asked = {"listener": line.fileno(), "line": line.fileno(), "environment": {}, "start_id": "s", "spans": "[]"}
+        number = pod.fork(101.0, **asked)
+        received = zygote.receive()
+        assert received is not None
+        assert (received[0]["fork"], received[0]["why"]) == (number, "no model layer is there")
+        for fd in received[1]:
+            os.close(fd)
+        zygote.close()
+        assert pod.step(101.1) == [Refused(number, "it went away (closed)")]
+        assert pod.step(101.2) == [], "once"
+        assert pod.fork(102.0, **asked) == 0, "there is none to ask"
+        assert process.wait(30) != 0
+    finally:
+        pod.close()
+        for each in (line, end):
+            each.close()
+        process.kill()
+        process.wait()

@@ -3,8 +3,8 @@
     lang     absent ──boot──▶ building ──▶ there ──price, loss──▶ absent
     model    absent ──ask──▶ leasing ──fork──▶ forking ──takes──▶ building ──▶ there ──price, loss──▶ absent
 
-How long a layer is held, and when one that failed is tried again, is its rule's affair (rule.py). Nothing here waits:
-a supervisor polls `fds()` and calls `hear`.
+Its rule says how long a layer is held, and when one that failed is tried again (rule.py). Nothing here waits: a
+supervisor polls `fds()` and calls `hear`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ZygoteLayer:
         if isinstance(event, Refused):
             self.postpone(event.why, now)
         else:
-            self.zygote, self._forking = Zygote(fork.wire, event.pid, event.pidfd, self.uri), None
+            self.zygote, self._forking = Zygote(fork.wire, event.pid, event.pidfd), None
         return True
 
     def pause(self, paused: bool) -> None:

@@ -65,7 +65,7 @@ class Node:
 
     def take_over(self, handed: Handed) -> bool:
         """The connection of the static twin, as `connect`."""
-        pool = Pool(Wire(socket.socket(fileno=handed.pool)), 0, -1, "")
+        pool = Pool(Wire(socket.socket(fileno=handed.pool)), 0, -1)
         self._number, self._asked = handed.number, handed.number if handed.forking else 0
         if handed.parked:
             self._known = {"parked": {"parked": 1}}
@@ -104,7 +104,7 @@ class Node:
             sock.close()
             self.why = f"no pool answers at {self._config.pool} ({error.strerror or error})"
             return None
-        pool = Pool(Wire(sock), 0, -1, "")
+        pool = Pool(Wire(sock), 0, -1)
         needs = own.needs()
         made_of = {"machine": needs.machine, "python": needs.python, "base": needs.base}
         with contextlib.suppress(Gone):  # if it has gone, what it said before it did is read as all else

@@ -129,7 +129,7 @@ class Pool:
             case Forked(_, _, pidfd):
                 if not any(tenant.forked(event, now) for tenant in self._tenants):
                     with contextlib.suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # whoever it was for is gone
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # its container has left
                     os.close(pidfd)
             case Refused(number, why):
                 for tenant in self._tenants:

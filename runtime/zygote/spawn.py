@@ -95,10 +95,9 @@ class Held:
 class Zygote:
     """One zygote as its supervisor sees it. `state` goes from building to ready to gone."""
 
-    def __init__(self, wire: Wire, pid: int, pidfd: int, key: str) -> None:
-        self.wire, self.pid, self.pidfd, self.key = wire, pid, pidfd, key
+    def __init__(self, wire: Wire, pid: int, pidfd: int) -> None:
+        self.wire, self.pid, self.pidfd = wire, pid, pidfd
         self.state = "building"
-        self.level = ""
         self.lost = ""  # why it is gone
         self._since: float | None = None  # on the caller's clock, as `overdue` is told it; None before
         self._heard = 0.0  # likewise
@@ -126,7 +125,7 @@ class Zygote:
     def _event(self, message: dict[str, Any], fds: list[int]) -> Event | None:
         match message, fds:
             case {"ready": str(level), "key": str(key), "seconds": float(seconds), "bytes": int(size)}, []:
-                self.state, self.level = "ready", level
+                self.state = "ready"
                 return Ready(level, key, seconds, size)
             case {"failed": str(text)}, []:
                 return self._lose(text)
@@ -181,7 +180,7 @@ class Zygote:
     def fork_zygote(self, number: int, spec: Spec, held: Held) -> Wire:
         """Asks for the layer of a model on top of this one; `Forked` or `Refused` follows.
 
-        The wire is for `Zygote(wire, forked.pid, forked.pidfd, spec.key)`. Raises `Gone`.
+        The wire is for `Zygote(wire, forked.pid, forked.pidfd)`. Raises `Gone`.
         """
         ours, theirs = wire.pair()
         with theirs:
@@ -235,4 +234,4 @@ def boot(
         variables |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-P", *program, str(fd), spec.dump()]
         pid = os.posix_spawn(sys.executable, command, variables)
-    return Zygote(Wire(ours), pid, os.pidfd_open(pid), spec.key)
+    return Zygote(Wire(ours), pid, os.pidfd_open(pid))

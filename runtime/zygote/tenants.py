@@ -235,7 +235,7 @@ class Tenant:
             if why := self._failure():
                 self._dismiss(why)
                 return
-            # None that stands on less, or more, than there is; but what there is serves while lang is built again.
+            # A spare that stands on less, or more, than there is goes; while lang is built again, any spare serves.
             if self._models.deepest(self._model)[0] in (self.spare.layer, None) and self._wanted(now):
                 return
             self._drop_spare()

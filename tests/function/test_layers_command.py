@@ -160,7 +160,7 @@ def test_a_worker_that_a_zygote_takes_with_it_is_refused_with_the_reason() -> No
     line, end = socket.socketpair()
     try:
         pod.worker_ready("llama", 3.0, False, 100.0)
-        pod._lang.zygote = Zygote(Wire(ours), process.pid, os.pidfd_open(process.pid), "lang")
+        pod._lang.zygote = Zygote(Wire(ours), process.pid, os.pidfd_open(process.pid))
         zygote.send({"ready": "lang", "key": "lang", "seconds": 2.0, "bytes": 250_000_000})
         assert pod.step(100.1) == []
         asked = {"listener": line.fileno(), "line": line.fileno(), "environment": {}, "start_id": "s", "spans": "[]"}

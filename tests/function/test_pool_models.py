@@ -42,7 +42,7 @@ class Played:
     def build_lang(self) -> None:
         """A lang layer is built; the test answers for it."""
         ours, theirs = wires.pair()
-        self.lang.zygote, self.forks = Zygote(Wire(ours), *self.process(), ""), Wire(theirs)
+        self.lang.zygote, self.forks = Zygote(Wire(ours), *self.process()), Wire(theirs)
 
     def announce(self) -> None:
         """The lang layer can be forked from now on."""

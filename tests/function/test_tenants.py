@@ -47,7 +47,7 @@ class Played:
         self.processes: list[subprocess.Popen[bytes]] = []
         ours, self.zygote = self._pair()
         self.lang = ZygoteLayer("lang", LayerRule(Layer("lang", 2.0, 1), 60.0), lambda _: None)
-        self.lang.zygote = Zygote(ours, *self._process(), "")
+        self.lang.zygote = Zygote(ours, *self._process())
         self.models = Models(config, "/no/agent", made_of, self.lang, 8, lambda _: None)
         self.zygote.send({"ready": "lang", "key": "", "seconds": 2.0, "bytes": 1})
         assert self.models.step(0.0) == []

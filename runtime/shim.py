@@ -122,7 +122,7 @@ class Shim:
         self.spans.append(("shim", why, since, time.monotonic_ns()))
         _say(why)
 
-    def _start_worker(self, *, ahead: bool = False) -> None:
+    def _start_worker(self) -> None:
         """From the deepest layer that is there, else from the interpreter. Connections that have arrived go with it."""
         start = time.monotonic_ns()
         self._asked_at = time.monotonic()
@@ -133,7 +133,7 @@ class Shim:
         self._turn = 0
         ours, theirs = socket.socketpair()
         self._listen_to(Hearing(ours, self._kept))
-        worker = self._supply.ask(Order(theirs, self._arrived, self.start_id, self.spans), ahead=ahead)
+        worker = self._supply.ask(Order(theirs, self._arrived, self.start_id, self.spans))
         if worker is not None:
             self._adopt(worker)
         self.spans.append(("shim", "spawn", start, time.monotonic_ns()))
@@ -259,9 +259,7 @@ class Shim:
             return
         if self._parked and self._kept is not None and not layers.holds_model:
             self._kept.drop()  # an idle function without that layer is to be small
-        if self._parked and layers.wants_worker(now):
-            self._start_worker(ahead=True)
-        elif self._line is not None and self._worker is not None and now >= self._retire_at and layers.wants_drop(now):
+        if self._line is not None and self._worker is not None and now >= self._retire_at and layers.wants_drop(now):
             self._retire_at = now + _RETIRE_AGAIN
             self._line.tell(retire=1)
 

@@ -94,11 +94,10 @@ class Supply:
         if self.layers is None and self._config.layers != "off":
             from runtime.zygote.pod import Pod
 
-            self.layers = Pod(self._config, self._agent, self._say)
-            self.layers.memory = self.memory
+            self.layers = Pod(self._config, self._agent, self._say, self.memory)
         return self.layers
 
-    def ask(self, order: Order, *, ahead: bool) -> Child | None:
+    def ask(self, order: Order) -> Child | None:
         """From the deepest layer that is there, else from the interpreter; None: it comes from `step`, forked."""
         start = time.monotonic_ns()
         number, layers = 0, self.layers
@@ -106,7 +105,6 @@ class Supply:
         if layers is not None:
             number = layers.fork(
                 time.monotonic(),
-                ahead=ahead,
                 listener=self._listener.fileno(),
                 line=order.line.fileno(),
                 connections=[each.fileno() for each in order.connections],

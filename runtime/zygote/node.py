@@ -32,23 +32,16 @@ Event = Forked | Refused | Ended
 
 
 class Pool(Zygote):
-    """A pool as a shim sees it: a zygote that has wishes."""
+    """A pool as a shim sees it: a zygote that has wishes. It repeats a wish while it has it."""
 
-    wish = ""
+    retire = False  # the worker that there is
 
     def _event(self, message: dict[str, Any], fds: list[int]) -> AnyEvent | None:
         match message, fds:
-            case {"wish": str(what)}, []:
-                self.wish = what
+            case {"wish": what}, []:
+                self.retire = what == "retire"
                 return None
         return super()._event(message, fds)
-
-    def wishes(self, what: str) -> bool:
-        """Once: while it still does it says so again."""
-        if self.wish != what:
-            return False
-        self.wish = ""
-        return True
 
 
 class Node:
@@ -72,7 +65,7 @@ class Node:
 
     def take_over(self, handed: Handed) -> bool:
         """The connection of the static twin, as `connect`."""
-        pool = Pool(Wire(socket.socket(fileno=handed.pool)), 0, -1, "")
+        pool = Pool(Wire(socket.socket(fileno=handed.pool)), 0, -1)
         self._number, self._asked = handed.number, handed.number if handed.forking else 0
         if handed.parked:
             self._known = {"parked": {"parked": 1}}
@@ -111,7 +104,7 @@ class Node:
             sock.close()
             self.why = f"no pool answers at {self._config.pool} ({error.strerror or error})"
             return None
-        pool = Pool(Wire(sock), 0, -1, "")
+        pool = Pool(Wire(sock), 0, -1)
         needs = own.needs()
         made_of = {"machine": needs.machine, "python": needs.python, "base": needs.base}
         with contextlib.suppress(Gone):  # if it has gone, what it said before it did is read as all else
@@ -134,7 +127,7 @@ class Node:
     def worker_gone(self, now: float) -> None:  # noqa: ARG002
         self._known.clear()
         if self._pool is not None:
-            self._pool.wish = ""  # of before
+            self._pool.retire = False  # that was said of the one before
         self._tell({"parked": 1})
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -149,7 +142,6 @@ class Node:
         self,
         now: float,  # noqa: ARG002
         *,
-        ahead: bool,  # noqa: ARG002  the pool knows what it wished
         listener: int,
         line: int,
         connections: Sequence[int],
@@ -161,7 +153,7 @@ class Node:
         if self._pool is None and (self.why.startswith(NO_ENTRY) or not self.connect()):
             return 0
         assert self._pool is not None, "it was connected"
-        self._pool.wish = ""
+        self._pool.retire = False
         self._number += 1
         request = {"fork": self._number, "environment": dict(environment), **more}
         try:
@@ -200,10 +192,10 @@ class Node:
         return events
 
     def wants_drop(self, now: float) -> bool:  # noqa: ARG002
-        return self._pool is not None and self._pool.wishes("retire")
-
-    def wants_worker(self, now: float) -> bool:  # noqa: ARG002
-        return self._pool is not None and self._pool.wishes("start")
+        if self._pool is None or not self._pool.retire:
+            return False
+        self._pool.retire = False
+        return True
 
     def seconds(self, now: float) -> float:  # noqa: ARG002
         return 1.0

@@ -459,8 +459,6 @@ static void read_pool(void) {
         }
         if (is(wish, "retire") && own.worker && own.line >= 0)
             (void)!send(own.line, "{\"retire\":1}\n", 13, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (is(wish, "start") && own.parked && !own.stopping)
-            ask();
     }
 }
 

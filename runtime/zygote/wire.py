@@ -18,7 +18,7 @@
         {"load": n}, {"bytes": n}                                   of its worker; see control.py
         {"parked": 1}                                               its worker has gone on purpose
     pool → shim: what a zygote says to its supervisor, and
-        {"wish": "retire" | "start"}                                its idle worker may go; one should be there soon
+        {"wish": "retire"}                                          its idle worker may go
     pool → spare
         {"environment": {…}, "cwd": …, "start_id": …, "spans": …, "why": …}                  fds: the same
     spare → pool

@@ -249,7 +249,7 @@ def pool(kind: str, *options: str) -> Iterator[Path]:
             )
         try:
             deadline = time.monotonic() + _SECONDS
-            while "layer is ready" not in log.read_text():
+            while "layer is warm" not in log.read_text():
                 if time.monotonic() > deadline or process.poll() is not None:
                     raise Unavailable(f"the pool did not become ready: {log.read_text()[-500:]}")
                 time.sleep(0.05)

@@ -65,7 +65,6 @@ VARIANTS = (
     Variant(f"{RAINBOW} by ρ", Containers, lambda rho, _work, _calls: RainbowCake(rho), RHOS),
     Variant(f"{RAINBOW} by ρ, zygotes", Zygotes, lambda rho, _work, _calls: RainbowCake(rho), RHOS),
     Variant(f"{OURS}, containers", Containers, lambda rho, _work, _calls: Priced(rho), (0.06, 0.25, 1.0)),
-    Variant(f"{OURS}, nothing ahead", Zygotes, lambda rho, _work, _calls: Priced(rho, ahead=False), (1.0,)),
     Variant(OURS, Zygotes, lambda rho, _work, _calls: Priced(rho), RHOS),
     Variant(BOUND, Zygotes, lambda rho, work, calls: Clairvoyant(rho, work.functions, calls), RHOS),
 )

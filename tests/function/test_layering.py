@@ -37,6 +37,7 @@ PURE = [
     "runtime/engine/generation.py",
     "runtime/sse.py",
     "runtime/zygote/layers.py",
+    "runtime/zygote/rule.py",
     "runtime/handoff/snapshot.py",
     "runtime/handoff/record.py",
     "runtime/handoff/position.py",

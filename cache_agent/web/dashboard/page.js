@@ -334,7 +334,6 @@ function branch(layer, above) {
 }
 
 function timeLeft(layer) {
-  if (layer.state === "absent") return layer.back_seconds === null ? "" : `built again in ${duration(layer.back_seconds)}`;
   if (layer.state !== "idle" || layer.idle_seconds === null) return "";
   return `for ${duration(layer.idle_seconds)}, ${layer.left_seconds === null ? "no end" : `${duration(layer.left_seconds)} left`}`;
 }

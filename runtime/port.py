@@ -9,7 +9,7 @@ import socket
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig
 
-_BACKLOG = 1024
+BACKLOG = 1024
 
 
 def open_port(config: FunctionConfig) -> socket.socket:
@@ -20,7 +20,7 @@ def open_port(config: FunctionConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise BadConfig(
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; set PORT to another port"

@@ -33,7 +33,7 @@ from runtime.zygote.models import Models
 from runtime.zygote.published import Published
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote, boot
 from runtime.zygote.tenants import Tenant
-from runtime.zygote.wire import Gone, Wire, listen
+from runtime.zygote.wire import Gone, Unreadable, Wire, listen
 
 PROGRAM = ("-m", "runtime.zygote.placed")
 _REBUILD = 1.0  # seconds before a zygote that was lost is built again; doubles each time, up to a minute
@@ -319,6 +319,10 @@ class Pool:
                 finally:
                     for fd in fds:
                         os.close(fd)
+        except Unreadable:
+            with contextlib.suppress(OSError):  # to a shim of version 1, see messages.py, in its own words
+                tenant.wire.sock.send(b'{"failed":"the pool is of another version"}')
+            self._forget(tenant)
         except Gone:
             self._forget(tenant)
 
@@ -335,7 +339,7 @@ class Pool:
                 self._greet(tenant)
             case {
                 "fork": int(number), "environment": dict(environment), "cwd": str(cwd), "start_id": str(start_id),
-                "spans": str(spans),
+                "spans": list(spans),
             } if serving is not None and len(fds) >= 2 + _STDIO:  # fmt: skip
                 order = {"environment": environment, "cwd": cwd, "start_id": start_id, "spans": spans}
                 if tenant.worker is not None or tenant.asked is not None:

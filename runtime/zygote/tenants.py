@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cache_agent.policy import keepalive
+from runtime import messages
 from runtime.errors import BadConfig
 from runtime.zygote import layers
 from runtime.zygote import wire as wires
@@ -87,9 +88,9 @@ class Tenant:
         """It says what its function is made of; why that cannot be forked from what is `made_of` this, or ""."""
         match message:
             case {
-                "wants": {"machine": str(machine), "python": str(python), "base": str(base)},
+                "wants": messages.VERSION, "machine": str(machine), "python": str(python), "base": str(base),
                 "environment": dict(environment), "cwd": str(cwd),
-            } if all(isinstance(value, str) for value in environment.values()):  # fmt: skip
+            }:  # fmt: skip
                 needs = replace(made_of, machine=machine, python=python, base=base)
             case _:
                 return "the pool is of another version"

@@ -46,7 +46,7 @@ MAX_LINE = 64 << 10
 
 
 def line(message: Mapping[str, Any]) -> bytes:
-    """A message as it stands on the line."""
+    """Return the bytes of a message on the line."""
     return pack(message).replace(b"\n", b"\v") + b"\n"
 
 

@@ -1,11 +1,12 @@
-"""The bytes of a message between a container's processes, and between them and a pool: as of an environment in /proc.
+"""The bytes of a message between a shim, its worker, zygotes and a pool: `name=value` texts, each ended by a NUL.
 
     name=value␀                      a field: a text, or what `KINDS` makes of a value with this name
     span=START END OWNER NAME␀       one of the ledger's `spans`, ns of CLOCK_MONOTONIC: the only field that repeats
     ␀ NAME=value␀ NAME=value␀ …      after all fields, and an empty one: a process's environment, as `environment`
 
-C reads and writes that without a parser: zygote/text.h does, for the static shim. Of fields, or variables, with the
-same name the first one counts, as for getenv. Bytes that are no UTF-8 are kept. Standard library only.
+An environment in /proc looks the same. Such messages need no parser in C: zygote/text.h reads and writes them for the
+static shim. Of fields, or of variables, with the same name the first one counts, as for getenv. Bytes that are no UTF-8
+are kept. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-VERSION = 2  # of what a shim and a pool say to each other; 1 was JSON
+VERSION = 2  # of the messages between a shim and a pool; version 1 was JSON
 Span: TypeAlias = tuple[str, str, int, int]  # owner, name, start, end
 Kind: TypeAlias = Callable[[str], object]
 
@@ -23,7 +24,7 @@ _SPAN = re.compile(r"(-?[0-9]{1,18}) (-?[0-9]{1,18}) ([^ ]+) (.+)", re.DOTALL)
 
 
 def whole(text: str) -> int:
-    """A whole number of at most 18 digits. Raises `ValueError`."""
+    """Return a whole number of at most 18 digits. Raises `ValueError`."""
     if not _WHOLE.fullmatch(text):
         raise ValueError(f"{text[:40]!r} is no whole number")
     return int(text)
@@ -39,7 +40,7 @@ KINDS: Mapping[str, Kind] = dict.fromkeys(
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """The bytes of a message; a NUL in a text becomes a space."""
+    """Return the bytes of a message; a NUL in a text becomes a space, half a surrogate pair a question mark."""
     fields: list[str] = []
     for name, value in message.items():
         if name == "spans":
@@ -49,11 +50,11 @@ def pack(message: Mapping[str, Any]) -> bytes:
     texts = [field.replace("\0", " ") for field in fields]
     if "environment" in message:
         texts += ["", *(f"{name}={value}" for name, value in message["environment"].items())]
-    return "".join(f"{text}\0" for text in texts).encode("utf-8", "surrogateescape")
+    return b"".join(_encoded(text) + b"\0" for text in texts)
 
 
 def unpack(data: bytes, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
-    """The message of these bytes. Raises `ValueError`."""
+    """Return the message of these bytes. Raises `ValueError`."""
     if not data.endswith(b"\0"):
         raise ValueError("a message ends with a NUL")
     fields, more, variables = data.decode("utf-8", "surrogateescape").partition("\0\0")
@@ -69,6 +70,13 @@ def unpack(data: bytes, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
     if more:
         message["environment"] = _environment(variables.split("\0"))
     return message
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace")
 
 
 def _span(text: str) -> Span:

@@ -44,7 +44,7 @@ _AGENT_SECONDS = 5.0
 _RETIRE_AGAIN = 1.0  # seconds until an idle worker that has connections is asked again
 ORPHAN_SECONDS = 2.0  # what a dead worker's status may take to come
 HANG_SECONDS = 5.0  # beyond the grace, after which a worker that drains is killed
-# What the static twin says, too.
+# Texts of the static shim, too; see zygote/native.py.
 SAYS_OPEN = "port %d is open, starting %s"
 SAYS_READY = "ready after %.0f ms (%s)"
 SAYS_PARKED = "the worker was idle and is gone; the next request starts another"

@@ -2,8 +2,9 @@
 
     python -m runtime.zygote.native FILE
 
-What both shims have to agree on is the Python one's: `shared` gathers it, and the compiler finds it as shared.h. Takes
-a C compiler, with the static C library (Debian: gcc, libc6-dev). What is built needs neither.
+Names, defaults, limits and texts of both shims stand in Python only: `shared` gathers them, and shared.h, which is
+written for the compiler and kept nowhere, has them for C. Building takes a C compiler with the static C library
+(Debian: gcc, libc6-dev); the program that is built needs neither.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from runtime.zygote import node, own, spawn, wire
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "shim.c")
 _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
 _OPTIMISED = ("-O2", "-static")
-_SETTINGS = ("host", "layers", "listen_fd", "model", "pool", "port", "reload", "socket")
+_NAMED = ("listen_fd", "reload", "socket")  # settings whose default is that there is none
+_TEXTS = ("host", "layers", "model", "pool", "port")
 _NUMBERS = ("drain_grace", "drain_linger", "worker_timeout")
 _PLAIN = frozenset(string.printable) - frozenset(string.whitespace) - frozenset('"?\\') | {" "}
 
@@ -32,7 +34,7 @@ Value = str | int | float | bytes
 
 
 def shared() -> dict[str, Value]:
-    """Names and values of shared.h: what this runtime is, and what its shim in Python keeps to."""
+    """The names and values of shared.h: what this runtime is, and what its shim in Python keeps to."""
     needs, defaults = own.needs(), config.FunctionConfig()
     found: dict[str, Value] = {
         "PYTHON": sys.executable,
@@ -58,9 +60,9 @@ def shared() -> dict[str, Value]:
         "PROBE_HEAD": parked.PROBE_HEAD,
     }
     found |= {name: getattr(shim, name) for name in vars(shim) if name.startswith("SAYS_")}
-    for name in (*_SETTINGS, *_NUMBERS):
+    for name in (*_NAMED, *_TEXTS, *_NUMBERS):
         found[f"NAME_{name.upper()}"] = f"GLOWPLUG_{name.upper()}"
-    for name in _SETTINGS:
+    for name in _TEXTS:
         found[f"DEFAULT_{name.upper()}"] = str(getattr(defaults, name))
     for name in _NUMBERS:
         found[f"DEFAULT_{name.upper()}"] = float(getattr(defaults, name))
@@ -69,7 +71,7 @@ def shared() -> dict[str, Value]:
 
 
 def header() -> str:
-    """The text of shared.h."""
+    """Return the text of shared.h."""
     lines = [f"#define {name} {_literal(value)}" for name, value in shared().items()]
     probes = (f"{{{_literal(request)}, {_literal(body)}}}" for request, body in parked.PROBES.items())
     lines.append(f"#define PROBES {', '.join(probes)}")

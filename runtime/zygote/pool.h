@@ -1,9 +1,9 @@
-/* What the static shim sends its node's pool, as wire.py draws it: what it is, a request for a worker, news. Of shim.c. */
+/* What the static shim sends to its node's pool, as wire.py draws it. Of shim.c. */
 
 #include <sys/random.h>
 #include <sys/un.h>
 
-/* Sends the packet and fds; false if it cannot be sent now. */
+/* Sends a packet and fds; false if that is not possible now. */
 static bool send_packet(const Text *text, const int *fds, size_t count) {
     struct iovec bytes = {text->at, text->used};
     union {
@@ -28,10 +28,10 @@ __attribute__((format(printf, 1, 2))) static void tell_pool(const char *format, 
     int count = vsnprintf(bytes, sizeof bytes, format, values);
     va_end(values);
     Text text = {bytes, (size_t)count + 1, sizeof bytes, false};
-    (void)send_packet(&text, NULL, 0); /* a pool that does not read is soon silent, too */
+    (void)send_packet(&text, NULL, 0); /* a pool that does not read soon counts as silent */
 }
 
-/* The first variable of a name counts: the agent's socket stands before what the environment says of it. */
+/* Adds directory and environment; the agent's socket comes first, as the first variable of a name counts. */
 static void put_place(Text *text) {
     char cwd[4096];
     put_field(text, "cwd=%s", getcwd(cwd, sizeof cwd) ? cwd : "/");
@@ -51,7 +51,7 @@ static void connect_pool(const char *path) {
     setsockopt(own.pool, SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
     if (connect(own.pool, (struct sockaddr *)&name, sizeof name)) {
         close_fd(&own.pool);
-        take_over("no pool answers", true); /* or it does by then */
+        take_over("no pool answers", true); /* shim.py tries again */
     }
     Text wants = {packet, 0, sizeof packet, false};
     put_field(&wants, "wants=%d", VERSION);
@@ -65,7 +65,7 @@ static void connect_pool(const char *path) {
     }
 }
 
-/* A worker is asked for: the listener, its end of a line, and a connection that has arrived go with it. */
+/* Asks for a worker. With the request go the listener, the worker's end of a line, a connection that has arrived. */
 static void ask(void) {
     long long start = nanoseconds();
     own.asked_at = own.heard = (double)start / 1e9;

@@ -1,14 +1,21 @@
-/* Owns a container of node mode as shim.py does, without an interpreter: the port, the pool's wire, one worker.
+/* The first process of a container in node mode: what shim.py is, without an interpreter, while all goes as expected.
 
-   It does what goes as expected. Whatever else happens, shim.py does: it is executed in place of this program, in the
-   same process, and takes over what there is (takeover.py). So nothing here starts a process, or decides anything.
+   This program opens the port, asks the node's pool for a worker, watches the worker, and answers probes while there is
+   none. In every other case shim.py is executed in place of this program, in the same process, and takes over port,
+   connections and worker (takeover.py). So nothing here starts a process, or decides anything.
 
-       not plain node mode ─────────────────────────────────────────────────▶ shim.py, from its begin
+       not plain node mode ─────────────────────────────────────────────────▶ shim.py, from its beginning
        asking ──forked──▶ serving ──retired──▶ parked ──a request──▶ asking
           any of them ──crash, refusal, silence, an unknown word────────────▶ shim.py, with all that is there
 
-   A message is looked at before it is taken, so that shim.py finds what was not for us where it was. Built by
-   native.py, which says what PYTHON, VERSION and LOCK are. The protocols are drawn in wire.py and control.py. */
+   A message of the pool is looked at before it is taken from the socket, so that shim.py finds there what this program
+   leaves to it. The chapters, in the order in which they are read:
+
+       shared.h    names, defaults, limits and texts of the shim in Python; written by native.py at the build
+       text.h      text within bounds, and messages (messages.py)
+       state.h     what this program has and knows; its clock, log and ledger; its two ends
+       pool.h      what the pool is told and asked (wire.py)
+       shim.c      the worker's line (control.py), the pool's answers, parking, signals, deadlines; settings and main */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -24,7 +31,7 @@
 #include "state.h"
 #include "pool.h"
 
-enum { TURNS = 16 }; /* reads of a line before something else has its turn */
+enum { TURNS = 16 }; /* reads of the line before other events have their turn */
 
 /* --- the worker --------------------------------------------------------------------------------------------------- */
 
@@ -35,7 +42,7 @@ static void hear_span(char *row) {
         add_span(start, end, plain(what));
 }
 
-/* What the worker says, at..end; false if that is shim.py's to hear. */
+/* Hears a message of the worker, at..end; false for one that is left to shim.py. */
 static bool hear(char *at, const char *end) {
     if (at == end || end[-1])
         return true; /* no message: user code may have got hold of the line */
@@ -89,11 +96,11 @@ static void read_line(int turns) {
         own.unread = (size_t)(end - at);
         memmove(line_bytes, at, own.unread);
         if (own.unread == sizeof line_bytes)
-            own.unread = 0; /* longer than any message */
+            own.unread = 0; /* what is longer than any message is none */
     }
 }
 
-/* It has ended like this; returns if a request will need another one. */
+/* Does what the worker's end demands; returns if the container goes on without a worker, until the next request. */
 static void worker_ended(int status) {
     read_line(4 * TURNS);
     int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
@@ -112,7 +119,7 @@ static void worker_ended(int status) {
     take_over("its worker crashed", true);
 }
 
-/* Takes a packet that was looked at, with the fd that may come with it, or -1. */
+/* Takes a packet that was looked at from the socket; the fd that came with the packet, or -1. */
 static int take_packet(void) {
     union {
         struct cmsghdr header;
@@ -130,6 +137,7 @@ static int take_packet(void) {
 }
 
 static void read_pool(void) {
+    static const char retire[] = "retire=1\0\n";
     for (;;) {
         ssize_t count = recv(own.pool, packet, MAX_PACKET, MSG_PEEK | MSG_DONTWAIT);
         if (count < 0 && (errno == EAGAIN || errno == EINTR))
@@ -148,7 +156,7 @@ static void read_pool(void) {
         bool ended = whole(field(packet, end, "ended"), &pid) && whole(field(packet, end, "status"), &status);
         own.greeted |= field(packet, end, "ready") != NULL;
         if (ended && own.worker && pid == own.worker)
-            worker_ended((int)status); /* takes over with the packet still there, unless it was to end */
+            worker_ended((int)status); /* a hand-over leaves the packet where it is: shim.py needs the status, too */
         int fd = take_packet();
         if (forked && own.forking && number == own.number && fd >= 0) {
             own.pidfd = fd, own.worker = pid, own.forking = false, own.dead_at = NEVER;
@@ -159,7 +167,7 @@ static void read_pool(void) {
             close_fd(&fd);
         }
         if (is(wish, "retire") && own.worker && own.line >= 0)
-            (void)!send(own.line, "retire=1\0\n", 10, MSG_DONTWAIT | MSG_NOSIGNAL);
+            (void)!send(own.line, retire, sizeof retire - 1, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (is(wish, "start") && own.parked && !own.stopping)
             ask();
     }
@@ -170,7 +178,7 @@ static void read_pool(void) {
 static void receive(void) {
     int connection = accept4(own.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (connection < 0)
-        return; /* it has gone away again */
+        return; /* the client has gone away again */
     struct pollfd there = {connection, POLLIN, 0};
     poll(&there, 1, PROBE_MS);
     char begin[PROBE_BYTES + 1] = "";
@@ -182,7 +190,7 @@ static void receive(void) {
         size_t size = strlen(probes[i][0]);
         if (strncmp(begin, probes[i][0], size) || (begin[size] != ' ' && begin[size] != '?'))
             continue;
-        (void)!recv(connection, packet, MAX_LINE, 0); /* what is left unread would reset the connection, with its answer */
+        (void)!recv(connection, packet, MAX_LINE, 0); /* unread bytes would reset the connection, answer included */
         Text text = {packet, 0, sizeof packet, false};
         put(&text, PROBE_HEAD "%s", (int)strlen(probes[i][1]), probes[i][1]);
         (void)!send(connection, text.at, text.used, MSG_NOSIGNAL);
@@ -210,12 +218,12 @@ static void take_signals(void) {
             continue;
         own.stopping = true;
         own.leave_at = seconds() + own.linger;
-        /* The worker keeps to the grace itself; this is for one that hangs. */
+        /* The worker keeps to the grace by itself; the deadline is for a worker that hangs. */
         own.kill_at = own.leave_at + own.grace + HANG_SECONDS;
         signal_worker(SIGTERM);
     }
     int status;
-    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) /* what others left behind */
+    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) /* orphans of the container, too */
         if (own.worker && pid == own.worker)
             worker_ended(status);
 }
@@ -250,7 +258,7 @@ static void supervise(void) {
     for (;;) {
         double now = seconds(), until = now + 0.5;
         until = earlier(until, earlier(own.kill_at, own.parked && own.stopping ? own.leave_at : NEVER));
-        /* A dead worker's pidfd stays readable: how it ended is the pool's to tell. */
+        /* A dead worker's pidfd stays readable, and would end every wait until the pool tells the worker's status. */
         struct pollfd fds[] = {{own.pool, POLLIN, 0}, {own.signals, POLLIN, 0}, {own.line, POLLIN, 0},
                                {own.parked ? own.listener : -1, POLLIN, 0},
                                {own.dead_at < NEVER ? -1 : own.pidfd, POLLIN, 0}};
@@ -266,7 +274,7 @@ static void supervise(void) {
     }
 }
 
-/* --- settings, as config.py reads them; what is not understood is shim.py's ----------------------------------------- */
+/* --- settings, as config.py reads them; what is not understood is left to shim.py -------------------------------- */
 
 static const char *setting(const char *name, const char *otherwise) {
     const char *value = getenv(name);
@@ -316,7 +324,7 @@ static void open_port(void) {
     setsockopt(own.listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (bind(own.listener, &name.any, six ? sizeof name.six : sizeof name.four) || listen(own.listener, BACKLOG)) {
         close_fd(&own.listener);
-        python(); /* which says what is wrong */
+        python(); /* shim.py says what is wrong */
     }
 }
 
@@ -329,7 +337,7 @@ static bool answers(const char *path) {
     return connected;
 }
 
-/* When this process was made, to the kernel's clock tick; as children.py's. */
+/* The time at which this process was executed, to the kernel's clock tick; as in children.py. */
 static long long executed_at(long long now) {
     char bytes[1024];
     int file = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);

@@ -1,4 +1,4 @@
-/* What the static shim has and knows, its clock, its log and its ledger, and the two ways in which it ends. Of shim.c. */
+/* What the static shim has and knows; its clock, its log and its ledger; the two ways in which it ends. Of shim.c. */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -36,13 +36,13 @@ static double seconds(void) { return (double)nanoseconds() / 1e9; }
 
 static double earlier(double one, double other) { return one < other ? one : other; }
 
-/* For poll: rounded up, so that what is due then is. */
+/* A wait for poll, rounded up: a deadline has passed when poll returns. */
 static int milliseconds(double wait) { return wait > 0 ? (int)(wait * 1000) + 1 : 0; }
 
 /* --- log and ledger ----------------------------------------------------------------------------------------------- */
 
 __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
-    char bytes[4096] = "glowplug: "; /* one write: lines of several processes share this stream */
+    char bytes[4096] = "glowplug: "; /* for one write: lines of several processes share this stream */
     size_t begin = strlen(bytes), room = sizeof bytes - begin - 1;
     va_list values;
     va_start(values, format);
@@ -53,7 +53,7 @@ __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
     (void)!write(2, bytes, size);
 }
 
-/* `what` is owner and name, with a space between them. */
+/* Adds a row to the ledger; `what` is owner and name, with a space between them. */
 static void add_span(long long start, long long end, const char *what) {
     put_field(&spans, "span=%lld %lld %s", start, end, what);
 }
@@ -106,7 +106,7 @@ static void hand_time(Text *state, const char *name, double at) {
         put_field(state, "%s=%.6f", name, at);
 }
 
-/* With all that there is, and why, as takeover.py reads it; signals stay blocked until it can take them. */
+/* Leaves shim.py the whole state, and the reason, as takeover.py reads them. Signals stay blocked: none is lost. */
 _Noreturn static void take_over(const char *why, bool ask_pool) {
     static char bytes[sizeof packet + sizeof span_bytes + sizeof line_bytes];
     Text state = {bytes, 0, sizeof bytes, false};

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Once something has not fitted, it is `over`, and nothing is added any more: half a message is never sent. */
+/* Text is `over` once something has not fitted. Nothing is added from then on: half a message is never sent. */
 typedef struct {
     char *at;
     size_t used, size;
@@ -31,7 +31,7 @@ __attribute__((format(printf, 2, 3))) static void put(Text *text, const char *fo
     text->used += text->over ? 0 : (size_t)count;
 }
 
-/* A field, or a variable of an environment; without a text, the empty field before what is no field. */
+/* Adds a field, or a variable of an environment. An empty field is the mark between the two. */
 #define put_field(text, ...) (put(text, __VA_ARGS__), put_bytes(text, "", 1))
 
 /* --- a message that was received, at..end; its last byte is a NUL ------------------------------------------------- */
@@ -47,7 +47,7 @@ static char *field(char *at, const char *end, const char *name) {
 
 static bool is(const char *value, const char *word) { return value && !strcmp(value, word); }
 
-/* Bytes of the whole number that begins here, 0 without one: of at most 18 digits, as in messages.py, so that it fits. */
+/* The length of the whole number that begins here, of at most 18 digits, as in messages.py; 0 if there is none. */
 static size_t number_bytes(const char *at, long long *number) {
     size_t sign = *at == '-', digits = strspn(at + sign, "0123456789");
     if (digits == 0 || digits > 18)
@@ -73,7 +73,7 @@ static char *span(char *value, long long *start, long long *end) {
     return name && name > owner && name[1] ? owner : NULL;
 }
 
-/* The text, in place, without what a terminal would obey; a vertical tab is a line feed on the line, see control.py. */
+/* Replaces, in place, what a terminal would obey; a vertical tab stands for a line feed, see control.py. */
 static char *plain(char *text) {
     for (char *at = text; *at; at++)
         if (*at == '\v')

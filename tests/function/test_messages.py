@@ -66,6 +66,11 @@ def test_a_nul_in_a_text_ends_nothing() -> None:
     assert unpack(pack({"text": "one\0fork=7", "fork": 1})) == {"text": "one fork=7", "fork": 1}
 
 
+def test_a_text_that_cannot_be_encoded_is_sent_all_the_same() -> None:
+    """An exception of user code may say anything, and its worker has to tell it."""
+    assert unpack(pack({"text": "a\ud800b", "cwd": "/\udcff"})) == {"text": "a?b", "cwd": "/\udcff"}
+
+
 def test_numbers_are_numbers() -> None:
     assert [whole(text) for text in ("0", "-1", "007", "9" * 18)] == [0, -1, 7, 10**18 - 1]
     assert unpack(b"serves=0.25\0", KINDS) == {"serves": 0.25}

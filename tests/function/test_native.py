@@ -134,7 +134,11 @@ def test_what_both_shims_have_to_agree_on_stands_in_python() -> None:
     sources = sorted(Path(native.SOURCE).parent.glob("*.[ch]"))
     code = re.sub(r"/\*.*?\*/", "", "".join(path.read_text() for path in sources), flags=re.DOTALL)
     assert not re.findall(r'"[^"\n]*(?:GLOWPLUG_|/run/|HTTP/|/_/|8080|0\.0\.0\.0)[^"\n]*"', code)
-    assert not set(re.findall(r"SAYS_\w+", code)) ^ {name for name in native.shared() if name.startswith("SAYS_")}
+    defined = {line.split()[1] for line in native.header().splitlines() if line.startswith("#define")}
+    pasted = {f"{kind}_{name}" for name in re.findall(r"\bSETTING\((\w+)\)", code) for kind in ("NAME", "DEFAULT")}
+    for name in re.findall(r"\bNUMBER\((\w+)\)", code):
+        pasted |= {f"NAME_{name}", f"DEFAULT_{name}", f"LEAST_{name}"}
+    assert defined - pasted <= set(re.findall(r"\w+", code)), "nothing is said that nobody asks for"
     assert len(sources) == 4
     assert sum(len(path.read_text().splitlines()) for path in sources) < 750
 

@@ -15,7 +15,7 @@ from runtime.errors import BadConfig
 
 DEFAULT_SOCKET = "/run/glowplug/agent.sock"
 
-_AT_LEAST = {
+AT_LEAST = {
     "slots": 1,
     "queue": 0,
     "kv_memory": 0,
@@ -83,7 +83,7 @@ class FunctionConfig:
     reload: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
+        for name, least in AT_LEAST.items():
             value = getattr(self, name)
             if not least <= value < math.inf:  # NaN is neither
                 raise BadConfig(f"GLOWPLUG_{name.upper()} is {value:g}; it must be at least {least}, and finite")

@@ -9,7 +9,7 @@ import socket
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig
 
-_BACKLOG = 1024
+BACKLOG = 1024
 
 
 def open_port(config: FunctionConfig) -> socket.socket:
@@ -21,7 +21,7 @@ def open_port(config: FunctionConfig) -> socket.socket:
     try:
         listener.bind((config.host, config.port))
         _send_at_once(listener)
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise BadConfig(
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; set PORT to another port"

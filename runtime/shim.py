@@ -22,11 +22,11 @@ import contextlib  # noqa: E402  the first line of the ledger is the first instr
 import select  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
-from typing import TYPE_CHECKING  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from runtime.children import Child, become_subreaper, executed_at, reap  # noqa: E402
 from runtime.config import DEFAULT_SOCKET, FunctionConfig, from_environment  # noqa: E402
-from runtime.control import Hearing, checked_spans  # noqa: E402
+from runtime.control import Hearing  # noqa: E402
 from runtime.crashes import Crashes, described  # noqa: E402
 from runtime.errors import BadConfig, FunctionError, WorkerCrashed  # noqa: E402
 from runtime.port import answers, open_port  # noqa: E402
@@ -39,10 +39,17 @@ if TYPE_CHECKING:
     from runtime.takeover import Handed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-_REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
+REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
 _AGENT_SECONDS = 5.0
 _RETIRE_AGAIN = 1.0  # seconds until an idle worker that has connections is asked again
-_ORPHAN_SECONDS = 2.0  # what a dead worker's status may take to come
+ORPHAN_SECONDS = 2.0  # what a dead worker's status may take to come
+HANG_SECONDS = 5.0  # beyond the grace, after which a worker that drains is killed
+# Texts of the static shim, too; see zygote/native.py.
+SAYS_OPEN = "port %d is open, starting %s"
+SAYS_READY = "ready after %.0f ms (%s)"
+SAYS_PARKED = "the worker was idle and is gone; the next request starts another"
+SAYS_STUCK = "the worker did not stop in time and is killed; raise GLOWPLUG_DRAIN_GRACE if its requests need longer"
+SAYS_SILENT = "the worker was silent for %.0f s and is killed"
 
 
 class Shim:
@@ -184,7 +191,7 @@ class Shim:
             if self._handed is not None:
                 self._take_over(self._handed)
             else:
-                _say(f"port {self.port} is open, starting {self.config.model_uri}")
+                _say(SAYS_OPEN % (self.port, self.config.model_uri))
                 self._agent_path = self._find_agent()
                 self._supply.find_pool()
                 self._start_worker()
@@ -276,7 +283,7 @@ class Shim:
         self._stopping = True
         self._leave_at = time.monotonic() + self.config.drain_linger
         # The worker keeps to the grace itself; this is for one that hangs.
-        self._kill_at = min(self._kill_at, time.monotonic() + self.config.drain_linger + self.config.drain_grace + 5.0)
+        self._kill_at = min(self._kill_at, self._leave_at + self.config.drain_grace + HANG_SECONDS)
         if self._worker is not None:
             self._worker.signal(signal.SIGTERM)
 
@@ -286,9 +293,9 @@ class Shim:
         for message in self._line.messages():
             self._heard = time.monotonic()
             self._hear(message)
-            self.spans += checked_spans(message.get("spans"))
-            match message.get("error"):
-                case [str(code), str(text)]:
+            self.spans += message.get("spans", [])
+            match message:
+                case {"error": str(code), "text": str(text)}:
                     _say(f"{text} [{code}]")
         if self._line.ended:
             self._close_line()
@@ -299,7 +306,7 @@ class Shim:
             self._line.close()
             self._line = None
 
-    def _hear(self, message: dict[str, object]) -> None:
+    def _hear(self, message: dict[str, Any]) -> None:
         now, layers = time.monotonic(), self._supply.layers
         match message:
             case {"state": "ready"}:
@@ -311,7 +318,7 @@ class Shim:
                 self._retired = self._finished = True
             case {"state": "drained"}:
                 self._finished = True
-            case {"load": [int(turn), int(inside)]} if turn > self._turn:
+            case {"load": int(inside), "turn": int(turn)} if turn > self._turn and inside >= 0:
                 self._turn = turn
                 if layers is not None:
                     layers.load(inside, now)
@@ -326,7 +333,7 @@ class Shim:
         """The start in one line of the log, for whoever reads it at night."""
         total = (time.monotonic_ns() - self.spans[0][2]) / 1e6
         phases = ", ".join(f"{owner} {name} {(end - start) / 1e6:.0f}" for owner, name, start, end in self.spans)
-        _say(f"ready after {total:.0f} ms ({phases})")
+        _say(SAYS_READY % (total, phases))
 
     def _reap(self) -> None:
         for pid, status in reap().items():
@@ -347,17 +354,15 @@ class Shim:
             if self._dead_at > now:
                 self._dead_at = now
                 self._poller.unregister(worker.pidfd)
-            elif now - self._dead_at > _ORPHAN_SECONDS:
+            elif now - self._dead_at > ORPHAN_SECONDS:
                 worker.status = 0 if self._finished else 1 << 8  # its zygote went without telling how it ended
             return
         if now >= self._kill_at:
-            _say(
-                "the worker did not stop in time and is killed; raise GLOWPLUG_DRAIN_GRACE if its requests need longer"
-            )
+            _say(SAYS_STUCK)
             worker.signal(signal.SIGKILL)
             self._kill_at = float("inf")
         elif now - self._heard > self.config.worker_timeout:
-            _say(f"the worker was silent for {self.config.worker_timeout:.0f} s and is killed")
+            _say(SAYS_SILENT % self.config.worker_timeout)
             worker.signal(signal.SIGKILL)
             self._heard = now
 
@@ -375,11 +380,11 @@ class Shim:
             self._parked = True
             if self._supply.layers is not None:
                 self._supply.layers.worker_gone(time.monotonic())
-            _say("the worker was idle and is gone; the next request starts another")
+            _say(SAYS_PARKED)
             return None
         if self._stopping:
             return self._verdict or (code if code >= 0 else 128 - code)
-        if code in _REPORTED:
+        if code in REPORTED:
             return code
         what = described(code)
         if times := self._crashes.too_many(time.monotonic()):
@@ -432,7 +437,7 @@ class Shim:
 def _say(text: str) -> None:
     # One write: lines of several processes share this stream.
     with contextlib.suppress(OSError):
-        os.write(2, f"glowplug: {text}\n".encode())
+        os.write(2, f"glowplug: {text}\n".encode("utf-8", "backslashreplace"))
 
 
 def _handed() -> Handed | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runtime.zygote.pod import Pod
     from runtime.zygote.spawn import Ended
 
-_SECONDS = 2.0  # what a zygote has to answer a request to fork
+FORK_SECONDS = 2.0  # what a zygote has to answer a request to fork
 
 
 class Order(NamedTuple):
@@ -87,7 +87,7 @@ class Supply:
         else:
             self._note(f"no pool: {handed.why}", start)
         self.forked = True
-        self._order, self._number, self._until = order, handed.number, handed.asked_at + _SECONDS
+        self._order, self._number, self._until = order, handed.number, handed.asked_at + FORK_SECONDS
 
     def keep_layers(self) -> Pod | Node | None:
         """Who was asked, or from now on the container's own zygotes: the first start has to do without."""
@@ -110,11 +110,11 @@ class Supply:
                 connections=[each.fileno() for each in order.connections],
                 environment=self._environment(),
                 start_id=order.start_id,
-                spans=json.dumps(order.spans),
+                spans=order.spans,
                 cwd=os.getcwd(),
             )
         if number:
-            self._order, self._number, self._until = order, number, time.monotonic() + _SECONDS
+            self._order, self._number, self._until = order, number, time.monotonic() + FORK_SECONDS
             return None
         if layers is not None and layers.why:
             self._note(f"no pool: {layers.why}", start)

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from cache_agent.errors import AgentError
@@ -30,6 +30,7 @@ from cache_agent.lease import Lease
 from cache_agent.ledger import Ledger, Span
 from cache_agent.manifest import model_config
 from cache_agent.wire.messages import Admitted, Drain
+from runtime import messages
 from runtime.config import FunctionConfig, from_environment
 from runtime.control import Line
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, StaleLayer, WeightsUnavailable
@@ -104,7 +105,7 @@ class Worker:
             )
         threading.Thread(target=self._end, name="drainer", daemon=True).start()
         threading.Thread(target=self._obey, name="shim", daemon=True).start()
-        self._lifecycle.on_load = lambda turn, inside: self._line.send(load=[turn, inside])
+        self._lifecycle.on_load = lambda turn, inside: self._line.send(load=inside, turn=turn)
         self._line.send(state="http")
         self._http_up.set()
         if self._imports is not None:
@@ -265,7 +266,7 @@ class Worker:
         """Answers those who waited, tells the shim why, and ends the process with the error's code."""
         log.error("%s [%s]", error.text, error.code)
         self._lifecycle.fail(error)
-        self._line.send(error=[error.code, error.text])
+        self._line.send(error=error.code, text=error.text)
         self._reporting.start()
         self._http_up.wait()
         self._exit = error
@@ -361,16 +362,23 @@ def _import_model_code() -> None:
 
 
 def serve(
-    listen_fd: int, control_fd: int, start_id: str, spans: str, warm: Warm, *, why: str, connections: Sequence[int] = ()
+    listen_fd: int,
+    control_fd: int,
+    start_id: str,
+    spans: Iterable[messages.Span],
+    warm: Warm,
+    *,
+    why: str,
+    connections: Sequence[int] = (),
 ) -> int:
     """The life of a worker that was forked from a layer; `why` it was not a deeper one. `connections` wait for it."""
     ledger = _ledger(start_id, spans, f"fork from {warm.level}" + (f", {why}" if why else ""), time.monotonic_ns())
     return _live(listen_fd, control_fd, ledger, 0, warm, [socket.socket(fileno=fd) for fd in connections])
 
 
-def _ledger(start_id: str, spans: str, name: str, born: int) -> Ledger:
+def _ledger(start_id: str, spans: Iterable[messages.Span], name: str, born: int) -> Ledger:
     ledger = Ledger("worker", start_id)
-    ledger.extend(Span(*row) for row in json.loads(spans))
+    ledger.extend(Span(*row) for row in spans)
     asked = max((span.end for span in ledger.spans() if span.owner == "shim"), default=born)
     ledger.add(name, min(asked, born), born)
     return ledger
@@ -390,7 +398,7 @@ def _live(
     try:
         return Worker(config, ledger, line, warm).run(socket.socket(fileno=listen_fd), parent, accepted)
     except FunctionError as error:
-        line.send(error=[error.code, error.text])
+        line.send(error=error.code, text=error.text)
         return error.exit_code
 
 
@@ -417,7 +425,7 @@ def main(arguments: list[str]) -> int:
     for fd in (listen_fd, control_fd, *connections):
         os.set_inheritable(int(fd), False)
     accepted = [socket.socket(fileno=int(fd)) for fd in connections]
-    ledger = _ledger(start_id, spans, "python", born)
+    ledger = _ledger(start_id, json.loads(spans), "python", born)
     return _live(int(listen_fd), int(control_fd), ledger, int(parent), accepted=accepted)
 
 

@@ -164,7 +164,7 @@ class ForkServer:
         name_process("worker")
         listener, line, *connections = fds
         return worker.serve(
-            listener, line, request["start_id"], request["spans"], self._warm, why=request.get("why", ""),
+            listener, line, request["start_id"], request.get("spans", []), self._warm, why=request.get("why", ""),
             connections=connections,
         )  # fmt: skip
 

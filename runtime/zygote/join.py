@@ -15,6 +15,7 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -63,8 +64,8 @@ class Place:
     oom: int
     filtered: bool  # a seccomp filter is on it
 
-    def dump(self) -> dict[str, Any]:
-        return asdict(self)
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
 
 
 def peer(sock: socket.socket) -> tuple[int, Place]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from runtime import messages
 from runtime.config import FunctionConfig
 from runtime.zygote import own
 from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Zygote
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from runtime.takeover import Handed
 
 NO_ENTRY = "it could not enter the container"  # how the pool begins its reason not to be asked again
-_ANSWER = 1.0  # seconds that the pool may take to say whether it serves this container
+POOL_SECONDS = 1.0  # seconds that the pool may take to say whether it serves this container
 _AGAIN = 5.0  # seconds after which a pool that was lost is looked for, for the worker that there is
 
 Event = Forked | Refused | Ended
@@ -79,7 +80,7 @@ class Node:
     def _greeted(self, pool: Pool) -> bool:
         poller = select.poll()
         poller.register(pool.wire, select.POLLIN)
-        deadline = time.monotonic() + _ANSWER
+        deadline = time.monotonic() + POOL_SECONDS
         self.why = "the pool has no zygote ready"
         while (left := deadline - time.monotonic()) > 0:
             poller.poll(left * 1000)
@@ -106,9 +107,9 @@ class Node:
             return None
         pool = Pool(Wire(sock), 0, -1)
         needs = own.needs()
-        made_of = {"machine": needs.machine, "python": needs.python, "base": needs.base}
+        made_of = {"wants": messages.VERSION, "machine": needs.machine, "python": needs.python, "base": needs.base}
         with contextlib.suppress(Gone):  # if it has gone, what it said before it did is read as all else
-            pool.wire.send({"wants": made_of, "environment": dict(os.environ), "cwd": os.getcwd()})
+            pool.wire.send({**made_of, "environment": dict(os.environ), "cwd": os.getcwd()})
             for message in self._known.values():
                 pool.wire.send(message)
         return pool

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from runtime.messages import Span
 from runtime.zygote import wire
 from runtime.zygote.wire import Gone, Wire
 
@@ -164,7 +165,7 @@ class Zygote:
         connections: Sequence[int] = (),
         environment: Mapping[str, str],
         start_id: str,
-        spans: str,
+        spans: Sequence[Span],
         why: str = "",
         cwd: str = "/",
         **more: Any,

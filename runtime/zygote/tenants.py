@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cache_agent.policy import keepalive
+from runtime import messages
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig, StaleLayer
 from runtime.zygote import join, layers
@@ -27,7 +28,7 @@ from runtime.zygote.models import Models
 from runtime.zygote.rule import LayerRule
 from runtime.zygote.serving import Serving
 from runtime.zygote.spawn import Forked, Zygote
-from runtime.zygote.wire import Gone, Wire
+from runtime.zygote.wire import Gone, Unreadable, Wire
 
 _GUESSED = keepalive.Layer("spare", 0.03, 8 << 20)
 _STDIO = 3
@@ -121,6 +122,10 @@ class Tenant:
                 finally:
                     for fd in fds:
                         os.close(fd)
+        except Unreadable:
+            with contextlib.suppress(OSError):  # to a shim of version 1, see messages.py, in its own words
+                self.wire.sock.send(b'{"failed":"the pool is of another version"}')
+            self.left = True
         except Gone:
             self.left = True
 
@@ -134,7 +139,7 @@ class Tenant:
                     self.greet()
             case {
                 "fork": int(number), "environment": dict(environment), "cwd": str(cwd), "start_id": str(start_id),
-                "spans": str(spans),
+                "spans": list(spans),
             } if self.serving is not None and len(fds) >= 2 + _STDIO:  # fmt: skip
                 request = {"environment": environment, "cwd": cwd, "start_id": start_id, "spans": spans}
                 if self.worker is not None or self._asked is not None:
@@ -153,9 +158,9 @@ class Tenant:
         made_of = self._models.made_of
         match message:
             case {
-                "wants": {"machine": str(machine), "python": str(python), "base": str(base)},
+                "wants": messages.VERSION, "machine": str(machine), "python": str(python), "base": str(base),
                 "environment": dict(environment), "cwd": str(cwd),
-            } if all(isinstance(value, str) for value in environment.values()):  # fmt: skip
+            }:  # fmt: skip
                 needs = replace(made_of, machine=machine, python=python, base=base)
             case _:
                 return "the pool is of another version"

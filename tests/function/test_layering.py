@@ -120,14 +120,16 @@ def test_the_runtime_uses_only_public_names_of_the_agent() -> None:
 def test_the_shim_is_standard_library_and_a_few_modules_of_ours() -> None:
     loaded = _loaded_by("import runtime.shim")
     ours = {name for name in loaded if name.split(".")[0] in ("runtime", "cache_agent")}
-    light = {"children", "config", "control", "crashes", "errors", "port", "shim", "supply", "wakeup"}
+    light = {"children", "config", "control", "crashes", "errors", "messages", "port", "shim", "supply", "wakeup"}
     assert ours == {"runtime", *(f"runtime.{name}" for name in light)}
     before = _loaded_by("pass")
     foreign = {name.split(".")[0] for name in loaded - before} - set(sys.stdlib_module_names) - {"runtime"}
     assert not foreign
 
 
-@pytest.mark.parametrize("module", ["runtime.config", "runtime.control", "runtime.errors", "runtime.parked"])
+@pytest.mark.parametrize(
+    "module", ["runtime.config", "runtime.control", "runtime.errors", "runtime.messages", "runtime.parked"]
+)
 def test_what_the_shim_imports_is_standard_library_alone(module: str) -> None:
     new = {name.split(".")[0] for name in _loaded_by(f"import {module}") - _loaded_by("pass")}
     assert new <= {*sys.stdlib_module_names, "runtime"}

@@ -11,6 +11,7 @@ import pytest
 
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig
+from runtime.messages import VERSION
 from runtime.zygote import wire as wires
 from runtime.zygote.node import Node
 from runtime.zygote.serving import Serving
@@ -128,7 +129,8 @@ def test_a_pool_that_comes_back_learns_of_the_worker_that_is_there(played: Playe
     node.step(1.0)
     first = played.accept()
     introduced = heard(first)
-    assert introduced["wants"].keys() == {"machine", "python", "base"}
+    assert introduced.keys() == {"wants", "machine", "python", "base", "environment", "cwd"}
+    assert introduced["wants"] == VERSION
     assert introduced["environment"] == dict(os.environ)
     assert [heard(first) for _ in range(3)] == [{"serves": 0.25}, {"bytes": 5}, {"load": 0}]
 

@@ -44,7 +44,7 @@ for rehearsed in (False, True):
             sys.stdout.flush()
 
         worker.Worker._first_token = first_token
-        os._exit(worker.serve(listener.fileno(), theirs.fileno(), "0" * 16, "[]", warm, why=""))
+        os._exit(worker.serve(listener.fileno(), theirs.fileno(), "0" * 16, [], warm, why=""))
     theirs.close()
     asking = http.client.HTTPConnection(*listener.getsockname(), timeout=60)
     asking.request("POST", "/", "a glow plug")

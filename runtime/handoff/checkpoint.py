@@ -25,7 +25,7 @@ from cache_agent.snapshots.store import Claimed, Keep, Key
 from cache_agent.wire.requests import KeptStatus
 from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, TokenEvent
 from runtime.handoff import record
-from runtime.handoff.hold import STUCK, Hold
+from runtime.handoff.hold import Hold
 from runtime.handoff.record import Context
 from runtime.handoff.seal import Seal
 from runtime.handoff.snapshot import Place, Snapshot
@@ -36,6 +36,7 @@ LEASE = 3.0  # seconds for which a `keep` holds a request; as long a client may 
 _RETELL = 256  # pieces after which a record is told anew, in two
 _RETRY = 0.5  # seconds between attempts while the store cannot be asked
 _LAST_WORD = 30.0  # seconds for which the end of a request is tried to be told
+_STUCK = 15.0  # seconds, upper bound of a wait that the agent's own deadlines end sooner
 _LOOK = 0.1  # seconds between two looks at whether another has let go
 
 
@@ -250,7 +251,7 @@ class Checkpoints:
         self._changed.notify_all()
         answered = self._changed.wait_for(
             lambda: hold.over or hold.unkept or hold.handed or hold.until > time.monotonic() or hold.answered > mark,
-            STUCK,
+            _STUCK,
         )
         if hold.over or not answered:
             return False

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from cache_agent.errors import AgentError
 from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState
 from runtime.errors import FunctionError
+from runtime.handoff.answer import Answer
 from runtime.handoff.checkpoint import Checkpoints
 from runtime.handoff.hold import Hold
-from runtime.handoff.live import LiveEngine, LiveStream
+from runtime.handoff.live import LiveEngine
 from runtime.handoff.move import Action, Event, Move, travels
 from runtime.handoff.orphans import Orphan, Orphans
 from runtime.handoff.pipe import Broken
@@ -50,7 +51,7 @@ class Told:
 class Unit:
     """What moves together: the choices of a kept request, or one generation."""
 
-    streams: dict[int, LiveStream]  # by choice
+    streams: dict[int, Answer]  # by choice
     hold: Hold | None
     orphan: Orphan | None = None
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -156,7 +157,7 @@ class Mover:
         unit.how = "recompute" if any(sent.tokens) else "relay"
         return Event.FROZEN
 
-    def _export(self, stream: LiveStream, unit: Unit, relay: Relay) -> GenerationState:
+    def _export(self, stream: Answer, unit: Unit, relay: Relay) -> GenerationState:
         size, again = self._live.recompute(stream.request_id)
         kv = travels(size, relay.speed, again, exact=stream.request.deterministic)
         state = self._live.export(stream.request_id, kv=kv)

@@ -108,7 +108,7 @@ def test_an_answer_whose_session_is_over_ends_and_makes_no_more_tokens(
     assert (last.index, last.finish) == (len(told), "moved")
     assert "a test" in (last.error or "")
     assert list(answer) == []
-    eventually(lambda: engines[0].stats().running == 0)
+    eventually(lambda: not engines[0]._rows)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
@@ -123,6 +123,6 @@ def test_a_reader_that_leaves_ends_every_feed(
     feed = second.admit(first.export(REQUEST.id))
     for step in (answer.close, lambda: answer.attach(feed)) if late else (lambda: answer.attach(feed), answer.close):
         step()
-    eventually(lambda: first.stats().running == second.stats().running == 0, 4.0)
+    eventually(lambda: not first._rows and not second._rows, 4.0)
     assert list(answer) == []
     assert live.here() == []

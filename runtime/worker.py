@@ -87,15 +87,13 @@ class Worker:
             self._begin()
         with self._ledger.span("http"):
             from runtime.app import Application
-            from runtime.server import HttpServer, Settings
+            from runtime.server import HttpServer
 
-            made = None if self._warm is None else self._warm.http
-            application, settings = (Application(), Settings()) if made is None else made
+            prepared, settings = (None, None) if self._warm is None or self._warm.http is None else self._warm.http
+            kind = lambda: self._reporting.kind  # noqa: E731
             self._server = HttpServer(
                 sock,
-                application.serve(
-                    self._config, self._lifecycle, self._ledger, self._drain, lambda: self._reporting.kind
-                ),
+                Application(self._config, self._lifecycle, self._ledger, self._drain, kind, prepared),
                 capacity=self._config.slots + self._config.queue,
                 parent=parent,
                 on_beat=self._reporting.beat,

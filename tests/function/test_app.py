@@ -78,10 +78,10 @@ def test_applications_on_the_same_prepared_routes_serve_each_its_own() -> None:
         clients[name] = Client(Application(config, lifecycle, ledger, lambda _reason: None, prepared=prepared))
     for name in ("first", "second", "first"):
         client = clients[name]
-        assert client.get("/_/ledger").get_json()["start_id"] == name
-        assert client.get("/v1/models").get_json()["data"][0]["id"] == name
-        assert client.post("/v1/chat/completions", json=CHAT).get_json()["model"] == name
-        assert client.post("/").text == name
+        assert client.get("/_/ledger", buffered=True).get_json()["start_id"] == name
+        assert client.get("/v1/models", buffered=True).get_json()["data"][0]["id"] == name
+        assert client.post("/v1/chat/completions", json=CHAT, buffered=True).get_json()["model"] == name
+        assert client.post("/", buffered=True).text == name
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])

@@ -38,7 +38,7 @@ class _Lent:
 class Warm:
     """A layer as its children find it. `files` are the segments that `weights` maps, by device and inode.
 
-    `http` is what a worker's HTTP side is made of; its `Settings` are used up by the worker.
+    `http` is what a worker's HTTP side is made of. A worker writes into the `Settings`, not into what is `Prepared`.
     Children of one that is `shared` belong to several containers, whose functions may not all have its model.
     """
 

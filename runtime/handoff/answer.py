@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
+from runtime.engine.base import Engine, GenerationRequest, GenerationState, TokenEvent, TokenStream
 from runtime.engine.stream import Stream
 from runtime.handoff.hold import Hold
 
@@ -49,6 +49,12 @@ class Answer:
     def of(cls, request: GenerationRequest, stream: TokenStream) -> Answer:
         """`stream` where it is an answer already, as a `LiveEngine`'s is."""
         return stream if isinstance(stream, Answer) else cls(request, stream)
+
+    @classmethod
+    def begun(cls, engine: Engine, state: GenerationState) -> Answer:
+        """A generation that goes on in `engine`, or begins there. Raises what `Engine.admit` and `submit` do."""
+        new = not (state.generated or state.kv)
+        return cls.of(state.request, engine.submit(state.request) if new else engine.admit(state))
 
     def keep(self, session: Hold, choice: int) -> Answer:
         """From here on nothing is told but under this session, as this choice of it. Before the first is read."""

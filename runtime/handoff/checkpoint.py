@@ -23,12 +23,12 @@ from cache_agent.errors import AgentError
 from cache_agent.snapshots.client import SnapshotClient
 from cache_agent.snapshots.store import Claimed, Keep, Key
 from cache_agent.wire.requests import KeptStatus
-from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, TokenEvent
+from runtime.engine.base import GenerationRequest, TokenEvent
 from runtime.handoff import record
 from runtime.handoff.hold import Hold
 from runtime.handoff.record import Context
 from runtime.handoff.seal import Seal
-from runtime.handoff.snapshot import Place, Snapshot
+from runtime.handoff.snapshot import Place
 
 log = logging.getLogger("glowplug.checkpoint")
 
@@ -277,7 +277,9 @@ class Checkpoints:
         pieces: list[bytes] = []
         if not hold.at:
             place = self.place()
-            pieces.append(record.opening(hold.context, [_snapshot(request, place) for request in hold.requests]))
+            pieces.append(
+                record.opening(hold.context, [place.snapshot(place.state(request)) for request in hold.requests])
+            )
         start = hold.sent if hold.at else [0] * len(counts)
         if not hold.renew_only:
             gains = {n: (at, hold.tokens[n][at:]) for n, at in enumerate(start) if counts[n] > at or hold.cut}
@@ -361,12 +363,6 @@ class Checkpoints:
                 self._settle(hold)
             elif hold.complete and not hold.closed_at:
                 hold.closed_at = now
-
-
-def _snapshot(request: GenerationRequest, place: Place) -> Snapshot:
-    arithmetic = place.arithmetic if request.deterministic else ""
-    state = GenerationState(STATE_VERSION, place.engine, place.revision, request, (), 0, (), arithmetic)
-    return Snapshot(state, place.tokenizer, place.adapter)
 
 
 def _about(request_id: str, number: int) -> str:

@@ -197,11 +197,8 @@ class Guests:
         ended = set(guest.offer.kept.ended if guest.offer.kept else ())
         for choice, found in enumerate(guest.snapshots):
             snapshot.check(found, self._place())
-            if choice in ended:
-                continue
-            state, engine = found.state, self._here.engine
-            stream = engine.admit(state) if state.generated or state.kv else engine.submit(state.request)
-            guest.answers[choice] = Answer.of(state.request, stream)
+            if choice not in ended:
+                guest.answers[choice] = Answer.begun(self._here.engine, found.state)
 
     def _refuse(self, number: int, error: FunctionError) -> None:
         self._pipe.send(Refused(number, error.code, error.text[:4096], getattr(error, "retry_after", 0.0)))

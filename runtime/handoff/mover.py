@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from cache_agent.errors import AgentError
-from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState
+from runtime.engine.base import GenerationState
 from runtime.errors import FunctionError
 from runtime.handoff.answer import Answer
 from runtime.handoff.checkpoint import Checkpoints
@@ -145,8 +145,8 @@ class Mover:
         whole = list(states.values())
         if hold is not None:
             told = zip(hold.requests, hold.tokens, strict=True)
-            whole = [states.get(n) or _complete(request, ids, place) for n, (request, ids) in enumerate(told)]
-        unit.snapshots = [Snapshot(state, place.tokenizer, place.adapter, unit.epoch) for state in whole]
+            whole = [states.get(n) or place.state(request, ids) for n, (request, ids) in enumerate(told)]
+        unit.snapshots = [place.snapshot(state, unit.epoch) for state in whole]
         return Event.FROZEN
 
     def _still(self, unit: Unit, sent: Sent) -> Event:
@@ -261,9 +261,3 @@ class Mover:
         unit.why = str(error)
         relay.close(unit.why)
         return Event.BROKEN
-
-
-def _complete(request: GenerationRequest, tokens: Sequence[int], place: Place) -> GenerationState:
-    """Of a choice that has ended."""
-    arithmetic = place.arithmetic if request.deterministic else ""
-    return GenerationState(STATE_VERSION, place.engine, place.revision, request, tuple(tokens), 0, (), arithmetic)

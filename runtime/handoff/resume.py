@@ -17,7 +17,7 @@ from typing import Protocol
 
 from cache_agent.errors import AgentError
 from cache_agent.snapshots.store import Claimed
-from runtime.engine.base import Codec, Engine, GenerationRequest, TokenEvent, TokenStream
+from runtime.engine.base import Codec, Engine, GenerationRequest, TokenEvent
 from runtime.engine.generation import Generation
 from runtime.errors import BadRequest, EngineBusy, Moved
 from runtime.handoff import position as positions
@@ -186,11 +186,10 @@ def _continued(
     tokens = tuple(event.token for event in events if event.token is not None)
     emitted = sum(len(event.text) for event in events)
     state = replace(kept.state, generated=tokens, emitted=emitted)
-    live = _with_patience(lambda: engine.admit(state) if tokens else engine.submit(request), deadline)
-    return Answer.of(request, live).resume(events[told:], told)
+    return _with_patience(lambda: Answer.begun(engine, state), deadline).resume(events[told:], told)
 
 
-def _with_patience(begin: Callable[[], TokenStream], deadline: float) -> TokenStream:
+def _with_patience(begin: Callable[[], Answer], deadline: float) -> Answer:
     while True:
         try:
             return begin()

@@ -75,8 +75,8 @@ class Continuing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TakenUp:
-    """A request that goes on: of each choice its answer (an empty one where its end was told), and the tokens and
-    characters that were told."""
+    """A request that goes on: of each choice its answer (nothing but an end where that was told before), and the tokens
+    and characters that were told."""
 
     context: Context
     answers: tuple[Answer, ...]
@@ -149,7 +149,7 @@ def _go_on(
         for n, events in enumerate(histories):
             request = found.choices[n].state.request
             if ended[n]:
-                answers.append(Answer(request, recorded(request.id, ())))
+                answers.append(Answer(request, recorded(request.id, [TokenEvent(told[n], None, "", "stop")])))
                 continue
             answers.append(_continued(model.engine, found.choices[n], events, told[n], deadline))
             if hold:

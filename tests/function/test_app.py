@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ class App:
         return self.client.post(path, buffered=True, **options)
 
 
+@pytest.fixture
+def closing() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
     model = toy_model()
@@ -68,12 +75,13 @@ def _echo(event: Any, _context: Any) -> object:
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 
-def test_applications_on_the_same_prepared_routes_serve_each_its_own() -> None:
+def test_applications_on_the_same_prepared_routes_serve_each_its_own(closing: ExitStack) -> None:
     """As in a layer, whose routes have served a warm-up before they serve a function; and each request is one's."""
     prepared, clients = prepare(), dict[str, Client]()
     for name in ("first", "second"):
-        lifecycle = Lifecycle(name, 4)
-        lifecycle.opened(toy_model(name), Handler(lambda event, context: context.model.name))
+        model, lifecycle = toy_model(name), Lifecycle(name, 4)
+        closing.callback(model.engine.close)
+        lifecycle.opened(model, Handler(lambda event, context: context.model.name))
         config, ledger = FunctionConfig(model="file:///models/toy"), Ledger("worker", name)
         clients[name] = Client(Application(config, lifecycle, ledger, lambda _reason: None, prepared=prepared))
     for name in ("first", "second", "first"):

@@ -312,12 +312,8 @@ class Model:
             ) from error
         return [_integer("prompt", token, 0, 2**31 - 1) for token in prompt or ()]
 
-    def submit(self, prompt: Sequence[int], parameters: Parameters, request_id: str) -> TokenStream:
-        """Starts a generation, this model's defaults filled in. Raises `BadRequest`, `EngineBusy`, `EngineFailed`."""
-        return self.begin(self.request(prompt, parameters, request_id))
-
     def begin(self, request: GenerationRequest) -> TokenStream:
-        """Raises `EngineBusy`, `EngineFailed`."""
+        """Start a generation. Raises `EngineBusy`, `EngineFailed`, `Moved`."""
         return self.engine.submit(request)
 
     def request(self, prompt: Sequence[int], parameters: Parameters, request_id: str) -> GenerationRequest:

@@ -91,7 +91,7 @@ def deterministic(model: Any, place: Path, threads: int) -> Decode:
 def http(model: Any, place: Path, threads: int) -> Decode:
     """The function's own HTTP server; the clients are another process."""
     from cache_agent.ledger import Ledger
-    from runtime.app import create_app
+    from runtime.app import Application
     from runtime.config import FunctionConfig
     from runtime.engine.base import SamplingParams
     from runtime.lifecycle import Lifecycle
@@ -102,7 +102,7 @@ def http(model: Any, place: Path, threads: int) -> Decode:
     config, lifecycle = FunctionConfig(model="bench"), Lifecycle("bench", 64)
     lifecycle.opened(Model("bench", "bench", engine.codec, engine, defaults=SamplingParams(0.0)), None)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    app = create_app(config, lifecycle, Ledger("worker"), lambda _reason: None)
+    app = Application(config, lifecycle, Ledger("worker"), lambda _reason: None)
     server = HttpServer(listener, app, capacity=64, parent=os.getppid(), on_beat=lambda: None)
     threading.Thread(target=server.run_until_stopped, daemon=True).start()
 

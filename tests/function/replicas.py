@@ -21,7 +21,7 @@ from cache_agent.snapshots.client import SnapshotClient
 from cache_agent.snapshots.shelf import Shelf
 from cache_agent.snapshots.store import InProcessSnapshots
 from cache_agent.wire.requests import HandoffRecord
-from runtime.app import create_app
+from runtime.app import Application
 from runtime.config import FunctionConfig
 from runtime.handler import Handler
 from runtime.handoff.checkpoint import Checkpoints
@@ -65,7 +65,7 @@ class Replica:
             self.moving = Moving("chat", lambda: agent.client, *common)
         handle = options.get("handle")
         self.lifecycle.opened(self.model, Handler(handle) if handle else None)
-        self.served = serve(create_app(self.config, self.lifecycle, Ledger("worker", "x"), lambda _: None), 32)
+        self.served = serve(Application(self.config, self.lifecycle, Ledger("worker", "x"), lambda _: None), 32)
         self.url = f"http://127.0.0.1:{self.served.port}"
 
     def _let_go(self) -> None:

@@ -24,7 +24,7 @@ from cache_agent.wire.operations import (
     TierStatus,
 )
 from runtime import cli
-from runtime.app import create_app
+from runtime.app import Application
 from runtime.commands import doctor
 from runtime.config import FunctionConfig
 from runtime.lifecycle import Lifecycle
@@ -150,7 +150,7 @@ def test_the_last_start() -> None:
 def test_a_function_with_an_agent_of_its_own_tells_its_start(serve: Callable[..., Any]) -> None:
     ledger = Ledger("worker", "start-7")
     ledger.extend([Span("worker", "imports", 0, 3 * 10**9), Span("worker", "attach", 3 * 10**9, 4 * 10**9)])
-    served = serve(create_app(FunctionConfig(start_timeout=1.0), Lifecycle("m", 4), ledger, lambda reason: None))
+    served = serve(Application(FunctionConfig(start_timeout=1.0), Lifecycle("m", 4), ledger, lambda reason: None))
     last = json.loads(run("--json", "--url", f"http://127.0.0.1:{served.port}").stdout)["last_start"]
     assert (last["start_id"], last["bottleneck"], last["share"]) == ("start-7", "worker imports", 0.75)
     assert doctor._served(f"http://127.0.0.1:{served.port}/nothing") is None

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cache_agent.ledger import Ledger
-from runtime.app import create_app
+from runtime.app import Application
 from runtime.config import FunctionConfig
 from runtime.handler import Handler
 from runtime.lifecycle import Lifecycle
@@ -57,7 +57,7 @@ def _function(handle: Callable[..., object], **settings: Any) -> Wsgi:
     config = FunctionConfig(model="file:///models/toy", **settings)
     lifecycle = Lifecycle("toy", config.slots + config.queue)
     lifecycle.opened(SimpleNamespace(book=None), Handler(handle))  # type: ignore[arg-type]
-    return create_app(config, lifecycle, Ledger("worker", ""), lambda _reason: None)
+    return Application(config, lifecycle, Ledger("worker", ""), lambda _reason: None)
 
 
 def test_it_serves_and_beats(serve: Callable[..., Any], eventually: Callable[..., Any]) -> None:

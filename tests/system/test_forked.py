@@ -15,7 +15,7 @@ PROGRAM = """
 import http.client, json, os, socket, sys, time
 from collections import deque
 from cache_agent.client import CacheClient
-from runtime import children, worker
+from runtime import assembly, children, worker
 from runtime.zygote import forkserver
 from runtime.zygote.warm import Warm
 
@@ -34,7 +34,7 @@ for rehearsed in (False, True):
         if rehearsed:
             deque(warm.rehearse(), 0)
         known, before, threads = set(sys.modules), children.private_bytes(), len(os.listdir("/proc/self/task"))
-        told = worker.Worker._first_token
+        told = assembly.Assembly._first_token
 
         def first_token(self, asked):
             told(self, asked)
@@ -43,7 +43,7 @@ for rehearsed in (False, True):
             print(json.dumps({**seen, "environment": dict(os.environ)}))
             sys.stdout.flush()
 
-        worker.Worker._first_token = first_token
+        assembly.Assembly._first_token = first_token
         os._exit(worker.serve(listener.fileno(), theirs.fileno(), "0" * 16, [], warm, why=""))
     theirs.close()
     asking = http.client.HTTPConnection(*listener.getsockname(), timeout=60)

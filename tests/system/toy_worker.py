@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from cache_agent.client import CacheClient
 from cache_agent.ledger import Ledger
 from cache_agent.snapshots.client import SnapshotClient
-from runtime.app import create_app
+from runtime.app import Application
 from runtime.config import FunctionConfig
 from runtime.engine.base import TokenEvent
 from runtime.handoff import guest, host
@@ -110,7 +110,7 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     moving = Moving("chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None)
     signal.signal(signal.SIGUSR1, lambda *_: moving.depart())
     lifecycle.opened(model, None)
-    app = create_app(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
+    app = Application(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         if environ["PATH_INFO"] != "/_toy/left":

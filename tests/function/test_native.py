@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,17 +100,18 @@ def test_it_takes_for_json_what_python_does(
     assert valid > 100, "else nothing was tried"
 
 
-def test_what_it_hands_over_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {
-        "why": "a test", "ask_pool": True, "greeted": True, "start_id": "0" * 16, "spans": [["shim", "exec", 1, 2]],
-        "number": 1, "turn": 3, "worker": 0, "agent": "/a", "retired": False, "finished": False, "parked": True,
-        "stopping": False, "forking": False, "known": {"load": 0}, "unread": '{"x\udcff', "pool": -1, "line": -1,
-        "theirs": -1, "pidfd": -1, "arrived": -1, "asked_at": 1.0, "heard": 2.0,
-    }  # fmt: skip
+VALUES = {
+    "why": "a test", "ask_pool": True, "greeted": True, "start_id": "0" * 16, "spans": [["shim", "exec", 1, 2]],
+    "number": 1, "turn": 3, "worker": 0, "agent": "/a", "retired": False, "finished": False, "parked": True,
+    "stopping": False, "forking": False, "known": {"load": 0}, "unread": '{"x\udcff', "pool": -1, "line": -1,
+    "theirs": -1, "pidfd": -1, "arrived": -1, "asked_at": 1.0, "heard": 2.0,
+}  # fmt: skip
 
+
+def test_what_it_hands_over_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def left(**changes: object) -> None:
         file = os.memfd_create("state", 0)
-        os.write(file, json.dumps({**values, **changes}).encode())
+        os.write(file, json.dumps({**VALUES, **changes}).encode())
         monkeypatch.setenv(takeover.VARIABLE, str(file))
 
     reading, writing = os.pipe()
@@ -125,6 +127,35 @@ def test_what_it_hands_over_is_read_once(monkeypatch: pytest.MonkeyPatch) -> Non
         takeover.handed()
     os.close(reading)
     os.close(writing)
+
+
+def test_a_worker_whose_line_has_ended_is_as_silent_as_it_was(tmp_path: Path) -> None:
+    """Not as long as the machine is up: it would be killed at once."""
+    code = f"""
+import os, signal, socket, subprocess, time
+from runtime import shim, takeover
+from runtime.config import FunctionConfig
+
+worker = subprocess.Popen(["sleep", "600"])
+values = {VALUES!r}
+values |= dict(
+    unread=b"", worker=worker.pid, pidfd=os.pidfd_open(worker.pid), listener=socket.create_server(("", 0)).detach(),
+    parked=False, heard=time.monotonic(),
+)
+taken = shim.Shim(FunctionConfig(model="/m", layers="off", worker_timeout=1000.0), takeover.Handed(**values))
+taken._take_over(taken._handed)
+shim.time.monotonic = lambda: values["heard"] + 999.0
+taken._enforce_deadlines()
+os.write(2, b"--\\n")
+shim.time.monotonic = lambda: values["heard"] + 1001.0
+taken._enforce_deadlines()
+assert worker.wait(30) == -signal.SIGKILL
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    before, after = done.stderr.split("--")
+    assert "was silent" not in before
+    assert "the worker was silent for 1000 s and is killed" in after
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from runtime import takeover
 from runtime.errors import BadConfig, FunctionError
 from runtime.zygote import native
 
+pytestmark = pytest.mark.clock  # a shim's times are another program's from there on
+
 HARNESS = """
 #include "text.h"
 

@@ -135,8 +135,9 @@ def test_a_worker_whose_line_has_ended_is_as_silent_as_it_was(tmp_path: Path) ->
     """Not as long as the machine is up: it would be killed at once."""
     code = f"""
 import os, signal, socket, subprocess, time
-from runtime import shim, takeover
+import runtime.shim as shim
 from runtime.config import FunctionConfig
+from runtime.takeover import Handed
 
 worker = subprocess.Popen(["sleep", "600"])
 values = {VALUES!r}
@@ -144,7 +145,7 @@ values |= dict(
     unread=b"", worker=worker.pid, pidfd=os.pidfd_open(worker.pid), listener=socket.create_server(("", 0)).detach(),
     parked=False, heard=time.monotonic(),
 )
-taken = shim.Shim(FunctionConfig(model="/m", layers="off", worker_timeout=1000.0), takeover.Handed(**values))
+taken = shim.Shim(FunctionConfig(model="/m", layers="off", worker_timeout=1000.0), Handed(**values))
 taken._take_over(taken._handed)
 shim.time.monotonic = lambda: values["heard"] + 999.0
 taken._enforce_deadlines()

@@ -140,3 +140,11 @@ def test_without_the_right_it_says_what_it_needs(run: Run) -> None:
     assert done.returncode == 1
     assert "root alone may make (Linux 5.6, util-linux 2.36): Operation not permitted\n" in done.stderr
     assert "tests:" not in done.stdout
+
+
+def test_what_is_handed_times_is_found_when_tests_are_collected() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--collect-only", "-m", "clock", "tests/function"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100).stdout
+    modules = set(re.findall(r"^tests/function/(\w+)[.]py", found, re.MULTILINE))
+    assert {"test_pool_models", "test_layers_command", "test_native", "test_zygote"} <= modules
+    assert not {"test_errors", "test_sse"} & modules

@@ -164,7 +164,7 @@ class Shim:
         self._supply.take_over(handed, order)
         if handed.line >= 0:
             self._listen_to(Hearing(socket.socket(fileno=handed.line), unread=handed.unread))
-            self._heard = handed.heard
+        self._heard = handed.heard
         if handed.stopping:
             self._stopping, self._kill_at, self._leave_at = True, handed.kill_at, handed.leave_at
         if handed.worker:

@@ -10,6 +10,7 @@ HTTP server do for clients; the thread of the pipe takes in what comes.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ class _Guest:
     data: bytearray = field(default_factory=bytearray)
     snapshots: list[Snapshot] = field(default_factory=list)
     answers: dict[int, Answer] = field(default_factory=dict)
-    ready_at: float = 0.0
+    ready_at: float = -math.inf  # not yet
     running: int = 0
 
     @property

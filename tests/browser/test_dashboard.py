@@ -332,6 +332,16 @@ def test_an_agent_that_is_away_is_missed(
     page.until("document.querySelector('#events .text')?.innerText.includes('late')", "events of the new agent, too")
 
 
+def test_an_instant_after_ten_years_has_its_place(opened: Callable[..., Any], start_agent: Callable[..., Any]) -> None:
+    """So many nanoseconds are more than a browser's numbers tell apart one by one."""
+    port, at = free_port(), 10 * 365 * 86400 * 10**9
+    agent = start_agent("--status", f"127.0.0.1:{port}")
+    agent.client.report_start(Started("start-1", "chat", "file:///m", "cold", [Span("shim", "python", at, at)]))
+    page = opened(f"http://127.0.0.1:{port}/dashboard")
+    page.until(THERE, "the page has its data")
+    assert page.js("document.querySelector('#start-list .bar').style.width") == "0%"
+
+
 def test_where_a_token_is_asked_for(
     opened: Callable[..., Any], start_agent: Callable[..., Any], tmp_path: Path
 ) -> None:

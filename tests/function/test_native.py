@@ -9,6 +9,7 @@ import random
 import re
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ import pytest
 from runtime import messages, takeover
 from runtime.errors import BadConfig, FunctionError
 from runtime.zygote import native
+
+pytestmark = pytest.mark.clock  # a shim's times are another program's from there on
 
 HARNESS = r"""
 #include "text.h"
@@ -202,6 +205,44 @@ def test_what_another_version_hands_over_is_refused(monkeypatch: pytest.MonkeyPa
     left(monkeypatch, data)
     with pytest.raises(FunctionError, match="of another version"):
         takeover.handed()
+
+
+HANDED = {
+    "why": "a test", "ask_pool": True, "greeted": True, "start_id": "0" * 16, "spans": [("shim", "exec", 1, 2)],
+    "number": 1, "turn": 3, "worker": 0, "agent": "/a", "retired": False, "finished": False, "parked": True,
+    "stopping": False, "forking": False, "known": {"load": 0}, "unread": b"", "pool": -1, "line": -1,
+    "theirs": -1, "pidfd": -1, "arrived": -1, "asked_at": 1.0, "heard": 2.0,
+}  # fmt: skip
+
+
+def test_a_worker_whose_line_has_ended_is_as_silent_as_it_was(tmp_path: Path) -> None:
+    """Not as long as the machine is up: it would be killed at once."""
+    code = f"""
+import os, signal, socket, subprocess, time
+import runtime.shim as shim
+from runtime.config import FunctionConfig
+from runtime.takeover import Handed
+
+worker = subprocess.Popen(["sleep", "600"])
+values = {HANDED!r}
+values |= dict(
+    worker=worker.pid, pidfd=os.pidfd_open(worker.pid), listener=socket.create_server(("", 0)).detach(),
+    parked=False, heard=time.monotonic(),
+)
+taken = shim.Shim(FunctionConfig(model="/m", layers="off", worker_timeout=1000.0), Handed(**values))
+taken._take_over(taken._handed)
+shim.time.monotonic = lambda: values["heard"] + 999.0
+taken._enforce_deadlines()
+os.write(2, b"--\\n")
+shim.time.monotonic = lambda: values["heard"] + 1001.0
+taken._enforce_deadlines()
+assert worker.wait(30) == -signal.SIGKILL
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    before, after = done.stderr.split("--")
+    assert "was silent" not in before
+    assert "the worker was silent for 1000 s and is killed" in after
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

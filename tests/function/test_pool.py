@@ -266,6 +266,22 @@ print(asking.recv(4096).decode())
 OLD = b'{"wants":{"machine":"x86_64","python":"p","base":"b"},"environment":{},"cwd":"/"}'
 
 
+def test_a_container_with_its_own_clocks_is_refused(pool: Pool) -> None:
+    """Its shim and a worker of the pool would not agree on when anything was."""
+    code = f"""
+import socket
+asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+asking.connect({str(pool.socket)!r})
+asking.settimeout(20)
+print(asking.recv(4096).decode())
+"""
+    spaces = ["--time", "--monotonic=86400", "--mount", "--pid", "--fork"]
+    done = subprocess.run(["unshare", *spaces, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    if "unshare" in done.stderr:
+        pytest.skip(done.stderr)
+    assert "time namespace" in json.loads(done.stdout)["failed"]
+
+
 @pytest.mark.parametrize(
     ("message", "answer"),
     [

@@ -267,7 +267,7 @@ function waterfall(start) {
   // The first request may have come long after the start: its token is drawn where it would have been at once.
   const shift = (span) => (span.name === "first token" && span.start > end ? span.start - end : 0);
   const last = Math.max(end, ...start.spans.map((span) => span.end - shift(span)));
-  const percent = (ns) => `${100 * ns / (last - first)}%`;
+  const percent = (ns) => `${100 * ns / Math.max(1, last - first)}%`;
   const rows = [...start.spans].sort((a, b) => a.start - b.start).map((span) => {
     const seconds = (span.end - span.start) / 1e9;
     return element("li", { class: "row" },

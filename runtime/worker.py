@@ -30,7 +30,7 @@ from cache_agent.errors import AgentError
 from cache_agent.ledger import Ledger, Span
 from cache_agent.manifest import model_config
 from cache_agent.wire.messages import Admitted, Drain
-from runtime.config import FunctionConfig, from_environment
+from runtime.config import FunctionConfig, from_environment, gone
 from runtime.control import Line
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, StaleLayer, WeightsUnavailable
 from runtime.imports import Importing
@@ -386,6 +386,8 @@ def _live(
 ) -> int:
     config = from_environment()
     log_to_stderr(config.log_level)
+    for text in gone(os.environ):
+        log.warning("%s", text)
     line = Line(socket.socket(fileno=control_fd))
     try:
         return Worker(config, ledger, line, warm).run(socket.socket(fileno=listen_fd), parent, accepted)

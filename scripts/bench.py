@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 NOT_BUILT, NOISY = 2, 3
-PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "min", "max", "runs")  # the others tell cases apart
+PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "runs")  # the others tell cases apart
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

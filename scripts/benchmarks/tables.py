@@ -20,7 +20,7 @@ README = report.ROOT / "README.md"
 PLOTS = report.ROOT / ".github" / "plots"
 RESULTS = report.ROOT / report.RESULTS
 _PLACE = re.compile(r"(<!-- bench: (?!end)(?P<name>[\w-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
-_NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "min", "max", "runs")
+_NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "runs")
 
 
 @dataclass(frozen=True, slots=True)

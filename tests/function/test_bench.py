@@ -185,6 +185,26 @@ def test_the_result_file(golden: Callable[[str, Any], None], tmp_path: Path) -> 
     assert report.read(tmp_path / "sample.json") == sample_report()
 
 
+def test_a_summary_can_be_read_by_people_and_says_all_there_is(tmp_path: Path) -> None:
+    """What one variant measured in one case stands together, and nothing is as long as to be scrolled aside."""
+    place = tmp_path / "many.json"
+    metrics = [f"a metric, whose name has {n} things to say" for n in range(40)]
+    rows = [harness.row([1.0, 2.0], variant=name, metric=m, case="x, y") for name in ("a", "b") for m in metrics]
+    rows += [rows[0], {"variant": "c", "reason": 'it said "no, "'}, harness.row([1.0], variant="a", metric=metrics[0])]
+    many = Report("many", {}, rows, commit="0", machine=MACHINE, note='a note, "quoted", ')
+    many.write(place)
+    assert report.read(place) == many
+    assert place.read_text().count('"metrics"') == 4
+    assert max(map(len, place.read_text().splitlines())) < 200
+
+
+@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_summaries(path: Path, tmp_path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+    report.read(path).write(tmp_path / path.name)
+    assert (tmp_path / path.name).read_text() == path.read_text()
+
+
 def test_a_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
     from benchmarks import plots

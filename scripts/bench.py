@@ -25,7 +25,12 @@ PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "runs")  # the oth
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("name", type=click.Choice([*NAMES, "all", "tables"]))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Result file; a directory with `all`.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Plot (PNG or SVG); a directory with `all`.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    help="Picture (PNG or SVG), if it has one; a directory with `all`.",
+)
 @click.option("--quick", is_flag=True, help="A smoke run of about a minute; its figures are not to be quoted.")
 def main(name: str, json_file: Path | None, plot_file: Path | None, quick: bool) -> None:
     """Measure NAME on this machine and print the figures; `tables` writes the README's, and plots."""
@@ -54,7 +59,8 @@ def main(name: str, json_file: Path | None, plot_file: Path | None, quick: bool)
         if plot_file is not None:
             from benchmarks import plots
 
-            plots.draw(report, _target(plot_file, each, "png", name))
+            if not plots.draw(report, _target(plot_file, each, "png", name)) and name != "all":
+                console.print(f"[yellow]{each} has no picture: its figures are for a table.[/]")
         if report.note:
             console.print(f"[yellow]Not to be quoted: {report.note}.[/]")
         if not report.trusted and not quick:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 import bench  # noqa: E402
 import report  # noqa: E402
-from benchmarks import NAMES, WAITING, built, harness, machine, tables  # noqa: E402
+from benchmarks import NAMES, WAITING, built, harness, machine, plots, tables  # noqa: E402
 from benchmarks.harness import Result, Unavailable, Variant, judged, measure, ratio_rows  # noqa: E402
 from report import Report  # noqa: E402
 
@@ -205,15 +206,35 @@ def test_committed_results_are_summaries(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / path.name).read_text() == path.read_text()
 
 
-def test_a_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
-    from benchmarks import plots
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_a_picture_states_its_claim_and_what_it_is_of(name: str, tmp_path: Path) -> None:
+    mpl = pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
+    committed = report.read(tables.RESULTS / f"{name}.json")
+    place = tmp_path / f"{name}.svg"
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        assert plots.draw(committed, place)
+    drawn = place.read_text()
+    assert f"commit {committed.commit}" in drawn
+    assert "to be quoted" not in drawn
+    assert re.search(
+        {"cold-start": "0.2 s instead of 3.5 s", "density": "Eight replicas", "fanout": "1.3 times"}[name], drawn
+    )
+    assert (tables.PLOTS / f"{name}.png").stat().st_size < 150_000
 
-    plots.draw(sample_report(), tmp_path / "sample.svg")
-    drawn = (tmp_path / "sample.svg").read_text()
-    assert drawn.startswith("<?xml")
-    plots.draw(Report("empty", {}, []), tmp_path / "empty.png")
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_what_measured_nothing_is_drawn_all_the_same(name: str, tmp_path: Path) -> None:
+    """A quick run on a machine without root, for one."""
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
+    rows = [{"variant": "plain x8", "reason": "it is not root"}]
+    assert plots.draw(Report(name, {}, rows, trusted=False, note="a quick run"), tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def test_what_is_no_curve_has_no_picture(tmp_path: Path) -> None:
+    assert not plots.draw(sample_report(), tmp_path / "sample.png")
+    assert not (tmp_path / "sample.png").exists()
+    assert {path.stem for path in tables.PLOTS.iterdir()} == plots.PICTURES.keys()
 
 
 # --- the README -------------------------------------------------------------------------------------------------------

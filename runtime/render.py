@@ -27,12 +27,6 @@ Objects = list[dict[str, Any]]
 MODEL_ANNOTATION = "glowplug.dev/model"
 INJECT_ANNOTATION = "glowplug.dev/inject"
 AGENT_ADDRESS = "tcp://glowplug-agent.glowplug-system.svc:8091"  # knative/components/peers: the agent of the pod's node
-# What Knative needs in its ConfigMap config-features before it takes what `inject="fields"` writes.
-GATED = {
-    "hostPath": "kubernetes.podspec-volumes-hostpath",
-    "schedulerName": "kubernetes.podspec-schedulername",
-    "fieldRef": "kubernetes.podspec-fieldref",
-}
 
 _LATE_SIGTERM, _MARGIN = 30, 10  # Knative's quiet time before SIGTERM, and what routes and exits may take
 _OPENFAAS_LINGER, _OPENFAAS_MARGIN = 6, 14  # a second above the template's healthcheck_interval; grace and that

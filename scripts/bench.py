@@ -1,6 +1,6 @@
 """The `scripts/bench` command: finds a benchmark, runs it, writes its result file and its plot; or writes the README.
 
-Exit codes: 2 when NAME is not built yet, 3 when the machine was too noisy to compare.
+Exit code 3: the machine was too noisy to compare.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import click
-from benchmarks import NAMES, WAITING, built, module
+from benchmarks import NAMES, module
 from report import Report
 from rich.console import Console
 from rich.table import Table
 
-NOT_BUILT, NOISY = 2, 3
+NOISY = 3
 PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "runs")  # the others tell cases apart
 
 
@@ -45,11 +45,8 @@ def main(name: str, json_file: Path | None, plot_file: Path | None, quick: bool)
         for changed in tables.write():
             console.print(f"{changed} is up to date")
         return
-    if name != "all" and not built(name):
-        console.print(f"{name} is not built yet: it waits for {WAITING[name]}.", highlight=False)
-        sys.exit(NOT_BUILT)
     noisy = []
-    for each in [name] if name != "all" else filter(built, NAMES):
+    for each in [name] if name != "all" else NAMES:
         start = time.monotonic()
         report: Report = importlib.import_module(f"benchmarks.{module(each)}").run(quick, console)
         show(report, console)

@@ -60,7 +60,6 @@ class ForkServer:
     ) -> None:
         self._wire, self._warm, self._key = wire, warm, key
         self._fork, self._enter = fork, enter
-        self._parent = os.getpid()
 
     def run(self, since: int) -> None:
         """`since` is when building began, in ns of CLOCK_MONOTONIC."""

@@ -194,7 +194,9 @@ def test_the_command_reports_an_error_with_its_code() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import runtime.render, yaml; print(runtime.render.GATED)"
+    code = (
+        "import sys; sys.modules['torch'] = None; import runtime.render, yaml; print(runtime.render.MODEL_ANNOTATION)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=dict(os.environ)
     )

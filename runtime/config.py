@@ -19,11 +19,9 @@ AT_LEAST = {
     "slots": 1,
     "queue": 0,
     "kv_memory": 0,
-    "chunk": 1,
     "decode_rows": 1,
     "handler_concurrency": 0,
     "max_body": 1,
-    "checkpoint_tokens": 1,
     "threads": 0,
     "start_timeout": 1,
     "answer_limit": 0,
@@ -31,6 +29,11 @@ AT_LEAST = {
     "drain_grace": 0,
     "worker_timeout": 1,
     "start_price": 0,
+}
+# Former settings, and what holds for all functions now.
+_GONE = {
+    "GLOWPLUG_CHECKPOINT_TOKENS": "a request is kept again after 16 tokens",
+    "GLOWPLUG_CHUNK": "a step takes 256 prompt tokens",
 }
 
 
@@ -57,7 +60,6 @@ class FunctionConfig:
     slots: int = 16
     queue: int = 32
     kv_memory: int = 0
-    chunk: int = 256
     deterministic: bool = False
     decode_rows: int = 8
     prefix_cache: bool = True
@@ -69,7 +71,6 @@ class FunctionConfig:
     pool: str = "/run/glowplug/pool.sock"
     hold: str = ""
     checkpoints: str = ""
-    checkpoint_tokens: int = 16
     handoff: str = ""
     function_key_file: str = ""
     threads: int = 0
@@ -168,6 +169,15 @@ def from_environment(environment: Mapping[str, str] | None = None) -> FunctionCo
         if text := env.get(variable, ""):
             values[field.name] = _parse(variable, text, _PARSERS[str(field.type)])
     return FunctionConfig(**values)  # type: ignore[arg-type]
+
+
+def gone(environment: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each variable in `environment` that was a setting once and changes nothing now."""
+    return [
+        f"{name} is no setting any more and changes nothing: {now}; unset it"
+        for name, now in _GONE.items()
+        if environment.get(name)
+    ]
 
 
 def _parse(variable: str, text: str, parse: Callable[[str], object]) -> object:

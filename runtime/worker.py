@@ -30,7 +30,7 @@ from cache_agent.ledger import Ledger, Span
 from cache_agent.wire.messages import Admitted, Drain
 from runtime import messages
 from runtime.assembly import Assembled, Assembly
-from runtime.config import FunctionConfig, from_environment
+from runtime.config import FunctionConfig, from_environment, gone
 from runtime.control import Line
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, WeightsUnavailable
 from runtime.leasing import Leasing
@@ -310,6 +310,8 @@ def _live(
 ) -> int:
     config = from_environment()
     log_to_stderr(config.log_level)
+    for text in gone(os.environ):
+        log.warning("%s", text)
     line = Line(socket.socket(fileno=control_fd))
     terminate = threading.Event()
     for number in _STOPPING:

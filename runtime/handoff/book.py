@@ -14,6 +14,8 @@ from runtime.handoff.seal import seal
 from runtime.handoff.snapshot import Place
 from runtime.model import Model
 
+_EVERY = 16  # tokens of a request after which it is kept again
+
 
 def book(config: FunctionConfig, client: Callable[[], CacheClient], model: Model) -> Checkpoints | None:
     """None for a function that keeps no requests. Raises `BadConfig`."""
@@ -25,7 +27,7 @@ def book(config: FunctionConfig, client: Callable[[], CacheClient], model: Model
         seal(config.function_key_file),
         lambda: place_of(model),
         owner=f"worker-{os.getpid()}-{secrets.token_hex(8)}",
-        every=config.checkpoint_tokens,
+        every=_EVERY,
     )
 
 

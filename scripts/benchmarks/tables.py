@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import report
 from report import Report, Row
 
-from benchmarks import NAMES
+from benchmarks import plots
 
 README = report.ROOT / "README.md"
 PLOTS = report.ROOT / ".github" / "plots"
 RESULTS = report.ROOT / report.RESULTS
 _PLACE = re.compile(r"(<!-- bench: (?!end)(?P<name>[\w-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
-_NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "min", "max", "runs")
+_NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "runs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,12 @@ _SHAPES = {
 
 def write() -> list[str]:
     """Renews the README and the plots; which files it looked after."""
-    from benchmarks import plots
-
     README.write_text(rendered(README.read_text(), RESULTS))
     PLOTS.mkdir(exist_ok=True)
-    drawn = [path for path in sorted(RESULTS.glob("*.json")) if path.stem in NAMES]
-    for path in drawn:
-        plots.draw(_tabled(report.read(path)), PLOTS / f"{path.stem}.png")
-    return [README.name, *(f"{PLOTS.relative_to(report.ROOT)}/{path.stem}.png" for path in drawn)]
+    drawn = [name for name in plots.PICTURES if (RESULTS / f"{name}.json").exists()]
+    for name in drawn:
+        plots.draw(report.read(RESULTS / f"{name}.json"), PLOTS / f"{name}.png")
+    return [README.name, *(f"{PLOTS.relative_to(report.ROOT)}/{name}.png" for name in drawn)]
 
 
 def rendered(text: str, results: Path) -> str:
@@ -97,15 +95,6 @@ def _table(found: Report) -> str:
     if shape is not None:
         blocks.insert(0, _variants(found, shape))
     return "\n".join([*blocks, _origin_of(found)])
-
-
-def _tabled(found: Report) -> Report:
-    """What a plot shows beside the table: its rows, and the ratios of the headline."""
-    shape = _SHAPES.get(found.name)
-    if shape is None:
-        return found
-    rows = [row for row in _picked(found.rows, shape) if row.get("metric") in shape.columns.values()]
-    return replace(found, rows=[*rows, *(row for key, row in _spreads(found).items() if key in found.headline)])
 
 
 def _spreads(found: Report) -> dict[str, Row]:
@@ -158,7 +147,7 @@ def _figures(found: Report) -> str:
 
 def _origin_of(found: Report) -> str:
     m = found.machine
-    plot = f"[Plot]({PLOTS.relative_to(report.ROOT)}/{found.name}.png). " if found.name in NAMES else ""
+    plot = f"[Plot]({PLOTS.relative_to(report.ROOT)}/{found.name}.png). " if found.name in plots.PICTURES else ""
     return plot + (
         f"Commit {found.commit}; {m['cpus']} × {m['processor']}, {m['memory_gib']} GiB, Linux {m['kernel']}, "
         f"Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}.\n"

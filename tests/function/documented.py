@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "templates/llm-python/README.md", "knative/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "templates/llm-python/README.md",
+    "knative/README.md",
+    "cache_agent/tiers/README.md",
+)
 
 
 def commands(document: str) -> list[str]:

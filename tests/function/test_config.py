@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.commands import serve
-from runtime.config import FunctionConfig, from_environment
+from runtime.config import _GONE, FunctionConfig, from_environment, gone
 from runtime.errors import BadConfig
 
 README = Path(__file__).parents[2] / "README.md"
@@ -83,6 +83,14 @@ def test_a_senseless_value_is_refused_by_name(variable: str, text: str) -> None:
     assert variable.removeprefix("GLOWPLUG_") in caught.value.text
     assert text in caught.value.text
     assert len(caught.value.text.split()) >= 5, "a sentence that says what would do"
+
+
+def test_a_former_setting_is_named_and_harms_nobody() -> None:
+    environment = {"GLOWPLUG_CHUNK": "0", "GLOWPLUG_CHECKPOINT_TOKENS": "", "GLOWPLUG_SLOTS": "2"}
+    assert from_environment(environment) == FunctionConfig(slots=2)
+    (text,) = gone(environment)
+    assert text.startswith("GLOWPLUG_CHUNK is no setting any more")
+    assert not {variable.removeprefix("GLOWPLUG_").lower() for variable in _GONE} & set(NAMES)
 
 
 def test_no_model_is_refused_when_it_is_asked_for() -> None:

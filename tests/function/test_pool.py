@@ -279,7 +279,7 @@ print(asking.recv(4096).decode())
     done = subprocess.run(["unshare", *spaces, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     if "unshare" in done.stderr:
         pytest.skip(done.stderr)
-    assert "time namespace" in json.loads(done.stdout)["failed"]
+    assert "time namespace" in done.stdout.partition("failed=")[2]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -297,7 +296,9 @@ def test_plots(sim: Any, tmp_path: Path) -> None:
     }
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(sim: Any, tmp_path: Path) -> None:
+    import report
+
     trace = tmp_path / "azure.csv"
     source = random.Random(1)
     rows = [f"2023-11-16 18:{m:02}:{s:02}.5,{source.randrange(4000)},20" for m in range(20) for s in range(0, 60, 10)]
@@ -310,14 +311,15 @@ def test_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "rainbowcake, zygotes" in done.stdout
-    report = json.loads(result.read_text())
-    assert (report["name"], report["trusted"]) == ("keepalive", True)
+    written = report.read(result)
+    assert (written.name, written.trusted) == ("keepalive", True)
     assert {"idle_memory_vs_rainbowcake", "cost_vs_best_baseline", "published_order_of_waste_kept"} <= set(
-        report["headline"]
+        written.headline
     )
-    shares = {
-        row["metric"]: row["median"] for row in report["rows"] if row["variant"] == "openwhisk" and "rho" not in row
+    figures = {
+        row["metric"]: row["median"] for row in written.rows if row["variant"] == "openwhisk" and "rho" not in row
     }
-    assert shares["calls"] == len(rows)
+    assert figures["calls"] == len(rows)
+    assert figures.keys() == {"idle_gb_s", "mean_start_s", "p50_start_s", "p99_start_s", "calls"}
     done = subprocess.run([*command[:-1], str(result)], env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, "neither arrivals per minute" in done.stderr) == (1, True)

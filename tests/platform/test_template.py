@@ -187,7 +187,7 @@ def stacks(template: Path) -> dict[str, Any]:
 def test_the_plain_stack_takes_no_edition_but_the_free_one(template: Path) -> None:
     """What the Community Edition refuses stands in files of its own."""
     found = stacks(template)
-    assert found.keys() == {"stack.yaml", "stack-pro.yaml", "stack-gpu.yaml"}
+    assert found.keys() == {"stack.yaml", "stack-pro.yaml"}
     paid = {f"com.openfaas.scale.{name}" for name in ("zero", "zero-duration", "target", "target-proportion", "type")}
     assert not paid & found["stack.yaml"].get("labels", {}).keys()
     assert "com.openfaas.profile" not in found["stack.yaml"].get("annotations", {})

@@ -1,4 +1,4 @@
-"""Writes the README's tables, and the plots beside them, from committed results: no figure there was typed by hand.
+"""Writes the tables of measurements, and the plots beside them, from committed results: no figure is typed by hand.
 
 Between `<!-- bench: NAME -->` and `<!-- bench: end -->` stands what `results/NAME.json` says, and nothing else. A
 result that is not to be quoted is refused.
@@ -6,6 +6,7 @@ result that is not to be quoted is refused.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,10 @@ from report import Report, Row
 
 from benchmarks import NAMES
 
-README = report.ROOT / "README.md"
+PAGES = tuple(report.ROOT / "scripts" / folder / "README.md" for folder in ("benchmarks", "simulations"))
 PLOTS = report.ROOT / ".github" / "plots"
+FROM_PAGES = os.path.relpath(PLOTS, PAGES[0].parent)
+"""The plots as each of the pages links to them; both lie equally deep."""
 RESULTS = report.ROOT / report.RESULTS
 _PLACE = re.compile(r"(<!-- bench: (?!end)(?P<name>[\w-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 _NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "min", "max", "runs")
@@ -63,15 +66,17 @@ _SHAPES = {
 
 
 def write() -> list[str]:
-    """Renews the README and the plots; which files it looked after."""
+    """Renew the pages and the plots; return the names of the files that were looked after."""
     from benchmarks import plots
 
-    README.write_text(rendered(README.read_text(), RESULTS))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(), RESULTS))
     PLOTS.mkdir(exist_ok=True)
     drawn = [path for path in sorted(RESULTS.glob("*.json")) if path.stem in NAMES]
     for path in drawn:
         plots.draw(_tabled(report.read(path)), PLOTS / f"{path.stem}.png")
-    return [README.name, *(f"{PLOTS.relative_to(report.ROOT)}/{path.stem}.png" for path in drawn)]
+    written = [*PAGES, *(PLOTS / f"{path.stem}.png" for path in drawn)]
+    return [str(path.relative_to(report.ROOT)) for path in written]
 
 
 def rendered(text: str, results: Path) -> str:
@@ -158,7 +163,7 @@ def _figures(found: Report) -> str:
 
 def _origin_of(found: Report) -> str:
     m = found.machine
-    plot = f"[Plot]({PLOTS.relative_to(report.ROOT)}/{found.name}.png). " if found.name in NAMES else ""
+    plot = f"[Plot]({FROM_PAGES}/{found.name}.png). " if found.name in NAMES else ""
     return plot + (
         f"Commit {found.commit}; {m['cpus']} × {m['processor']}, {m['memory_gib']} GiB, Linux {m['kernel']}, "
         f"Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}.\n"

@@ -1,4 +1,4 @@
-"""What `scripts/bench` says can be trusted: rounds, ratios, refusals, result files, the README. Nothing is timed."""
+"""What `scripts/bench` says can be trusted: rounds, ratios, refusals, result files, the pages. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import bench  # noqa: E402
 import report  # noqa: E402
 from benchmarks import NAMES, WAITING, built, harness, machine, tables  # noqa: E402
 from benchmarks.harness import Result, Unavailable, Variant, judged, measure, ratio_rows  # noqa: E402
+from documented import PAGES  # noqa: E402
 from report import Report  # noqa: E402
 
 MACHINE = {
@@ -196,16 +197,22 @@ def test_a_plot(tmp_path: Path) -> None:
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
-# --- the README -------------------------------------------------------------------------------------------------------
+# --- the pages --------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    text = tables.README.read_text()
-    assert tables.rendered(text, tables.RESULTS) == text, "run scripts/bench tables"
+def test_the_pages_say_what_the_results_say() -> None:
+    texts = [page.read_text() for page in tables.PAGES]
+    for text in texts:
+        assert tables.rendered(text, tables.RESULTS) == text, "run scripts/bench tables"
+    text = "".join(texts)
     for name in NAMES:
-        assert (f"<!-- bench: {name} -->" in text) == built(name), f"the README has a place for {name}, and it is built"
-        plot = (tables.PLOTS / f"{name}.png").relative_to(tables.README.parent)
-        assert (f"({plot})" in text) == (tables.README.parent / plot).exists(), "run scripts/bench tables"
+        places = text.count(f"<!-- bench: {name} -->")
+        assert places == built(name), f"one page has a place for {name}, and it is built"
+        plot = tables.PLOTS / f"{name}.png"
+        assert (f"({tables.FROM_PAGES}/{name}.png)" in text) == plot.exists(), "run scripts/bench tables"
+    for page in tables.PAGES:
+        assert (page.parent / tables.FROM_PAGES).resolve() == tables.PLOTS
+    assert not [page for page in PAGES if "<!-- bench" in (ROOT / page).read_text() and ROOT / page not in tables.PAGES]
 
 
 PLACES = [("sample", "| stale | 9 |\n"), ("load", "")]

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import bench  # noqa: E402
 import report  # noqa: E402
 from benchmarks import NAMES, WAITING, built, harness, machine, tables  # noqa: E402
 from benchmarks.harness import Result, Unavailable, Variant, judged, measure, ratio_rows  # noqa: E402
-from documented import PAGES  # noqa: E402
+from documented import PAGES, rows  # noqa: E402
 from report import Report  # noqa: E402
 
 MACHINE = {
@@ -213,6 +214,16 @@ def test_the_pages_say_what_the_results_say() -> None:
     for page in tables.PAGES:
         assert (page.parent / tables.FROM_PAGES).resolve() == tables.PLOTS
     assert not [page for page in PAGES if "<!-- bench" in (ROOT / page).read_text() and ROOT / page not in tables.PAGES]
+
+
+def test_the_first_page_quotes_the_results() -> None:
+    quoted = rows((ROOT / "README.md").read_text(), "gain")
+    assert len(quoted) > 5
+    for *_, without, gained, source in quoted:
+        name, *keys = re.findall(r"`([^`]*)`", source)
+        headline = report.read(tables.RESULTS / f"{name}.json").headline
+        figures = [cell.partition(" ")[0] for cell in (without, gained)]
+        assert figures[-len(keys) :] == [tables._number(headline[key]) for key in keys], source
 
 
 PLACES = [("sample", "| stale | 9 |\n"), ("load", "")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import inspect
 import re
 from collections import Counter
@@ -161,6 +163,15 @@ def test_every_file_that_a_page_names_exists(document: str) -> None:
 
 # Files of a function's developer.
 USERS = {"handler.py", "handler_test.py", "chat/handler.py", "chat/handler_test.py"}
+
+
+@pytest.mark.parametrize("document", [page for page in DOCUMENTS if "```python" in (ROOT / page).read_text()])
+def test_what_an_example_imports_of_ours_is_there(document: str) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and f"{node.module}".partition(".")[0] in ("runtime", "cache_agent"):
+                module = importlib.import_module(f"{node.module}")
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_every_folder_of_many_modules_has_a_page() -> None:

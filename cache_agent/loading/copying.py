@@ -28,7 +28,7 @@ from cache_agent.errors import (
 )
 from cache_agent.loading.checkpoint import PICKLED, Description, describe, read_patiently
 from cache_agent.manifest import SourceFile
-from cache_agent.tiers.origin import Origin
+from cache_agent.model.origin import Origin
 
 STEP = 16 << 20
 PARALLEL = 4

@@ -28,7 +28,8 @@ from cache_agent.loading.copying import (
     wanted,
 )
 from cache_agent.manifest import SourceFile
-from cache_agent.tiers.origin import FileOrigin, ModelURI, parse_uri
+from cache_agent.model.uri import ModelURI, parse_uri
+from cache_agent.tiers.origin import FileOrigin
 from cache_agent.tiers.s3 import S3, S3Origin
 
 _METADATA = "glowplug-sha256"

@@ -33,7 +33,7 @@ def push(directory: Path, uri: str, s3_endpoint: str | None, as_json: bool) -> N
     with _resumable():
         from cache_agent import config
         from cache_agent.loading import pushing
-        from cache_agent.tiers.origin import parse_uri
+        from cache_agent.model.uri import parse_uri
         from cache_agent.tiers.s3 import S3
 
         settings = config.from_environment()
@@ -60,7 +60,7 @@ def pull(uri: str, directory: Path, s3_endpoint: str | None, as_json: bool) -> N
         from cache_agent import config
         from cache_agent.loading import copying
         from cache_agent.loading.origins import Origins
-        from cache_agent.tiers.origin import parse_uri
+        from cache_agent.model.uri import parse_uri
 
         settings = config.from_environment()
         settings = dataclasses.replace(settings, s3_endpoint=s3_endpoint or settings.s3_endpoint)

@@ -24,8 +24,9 @@ from cache_agent.errors import (
     WrongRevision,
 )
 from cache_agent.loading import copying, pushing
+from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.tiers.origin import FileOrigin, parse_uri
+from cache_agent.tiers.origin import FileOrigin
 from cache_agent.tiers.s3 import S3, S3Origin
 
 MB = 1 << 20

@@ -25,7 +25,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
-    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`; the README's table has one row per field.
+    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`; one README.md of this package has its row.
 
     `dram` and `ssd_size` in bytes; without `ssd` nothing is kept on disk. `file_roots` are the directories that
     `file://` may name; a socket that other users can reach needs them to be narrower than "/".

@@ -39,7 +39,8 @@ _GONE = {
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionConfig:
-    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; the README's table has a row for each.
+    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; one README.md of
+    this package has its row.
 
     Times are seconds; `start_price` is in GB·s of idle memory per second of start.
     `listen_fd` is an inherited listening socket to serve instead of host and port. `socket` empty

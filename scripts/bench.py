@@ -1,4 +1,4 @@
-"""The `scripts/bench` command: finds a benchmark, runs it, writes its result file and its plot; or writes the README.
+"""The `scripts/bench` command: finds a benchmark, runs it, writes its result file and its plot; or writes the tables.
 
 Exit code 3: the machine was too noisy to compare.
 """
@@ -33,7 +33,7 @@ PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "runs")  # the oth
 )
 @click.option("--quick", is_flag=True, help="A smoke run of about a minute; its figures are not to be quoted.")
 def main(name: str, json_file: Path | None, plot_file: Path | None, quick: bool) -> None:
-    """Measure NAME on this machine and print the figures; `tables` writes the README's, and plots."""
+    """Measure NAME on this machine and print the figures; `tables` writes those of the pages, and plots."""
     console = Console()
     # Whatever a benchmark changed about the machine is given back on SIGTERM, too.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))

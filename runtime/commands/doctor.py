@@ -155,7 +155,7 @@ def _redis(settings: AgentConfig) -> Finding:
     try:
         version = redis_connection.version(settings.redis_url, settings.redis_password_file, _REDIS_SECONDS)
     except BadConfig as error:
-        return Finding("Redis", "failed", error.text, "see the README's settings")
+        return Finding("Redis", "failed", error.text, "see the settings in cache_agent/cluster/README.md")
     except OSError as error:
         return Finding(
             "Redis", "failed", f"it cannot be used: {error}", "nodes serve on, but do not know of each other"

@@ -1,4 +1,4 @@
-"""Writes the README's tables, and the plots beside them, from committed results: no figure there was typed by hand.
+"""Writes the tables of measurements, and the plots beside them, from committed results: no figure is typed by hand.
 
 Between `<!-- bench: NAME -->` and `<!-- bench: end -->` stands what `results/NAME.json` says, and nothing else. A
 result that is not to be quoted is refused.
@@ -6,6 +6,7 @@ result that is not to be quoted is refused.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from report import Report, Row
 
 from benchmarks import plots
 
-README = report.ROOT / "README.md"
+PAGES = tuple(report.ROOT / "scripts" / folder / "README.md" for folder in ("benchmarks", "simulations"))
 PLOTS = report.ROOT / ".github" / "plots"
+FROM_PAGES = os.path.relpath(PLOTS, PAGES[0].parent)
+"""The plots as each of the pages links to them; both lie equally deep."""
 RESULTS = report.ROOT / report.RESULTS
 _PLACE = re.compile(r"(<!-- bench: (?!end)(?P<name>[\w-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 _NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "runs")
@@ -63,13 +66,15 @@ _SHAPES = {
 
 
 def write() -> list[str]:
-    """Renews the README and the plots; which files it looked after."""
-    README.write_text(rendered(README.read_text(), RESULTS))
+    """Renew the pages and the plots; return the names of the files that were looked after."""
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(), RESULTS))
     PLOTS.mkdir(exist_ok=True)
     drawn = [name for name in plots.PICTURES if (RESULTS / f"{name}.json").exists()]
     for name in drawn:
         plots.draw(report.read(RESULTS / f"{name}.json"), PLOTS / f"{name}.png")
-    return [README.name, *(f"{PLOTS.relative_to(report.ROOT)}/{name}.png" for name in drawn)]
+    written = [*PAGES, *(PLOTS / f"{name}.png" for name in drawn)]
+    return [str(path.relative_to(report.ROOT)) for path in written]
 
 
 def rendered(text: str, results: Path) -> str:
@@ -147,7 +152,7 @@ def _figures(found: Report) -> str:
 
 def _origin_of(found: Report) -> str:
     m = found.machine
-    plot = f"[Plot]({PLOTS.relative_to(report.ROOT)}/{found.name}.png). " if found.name in plots.PICTURES else ""
+    plot = f"[Plot]({FROM_PAGES}/{found.name}.png). " if found.name in plots.PICTURES else ""
     return plot + (
         f"Commit {found.commit}; {m['cpus']} × {m['processor']}, {m['memory_gib']} GiB, Linux {m['kernel']}, "
         f"Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}.\n"

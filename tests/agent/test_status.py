@@ -1,4 +1,4 @@
-"""What an agent says of itself: events with reasons, metrics that the README names, and who may ask."""
+"""What an agent says of itself: events with reasons, metrics that the documentation names, and who may ask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cache_agent.web.journal import OTHERS, Journal
 from cache_agent.web.status import Status, parse_address
 from cache_agent.web.wsgi import listen
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "cache_agent" / "web" / "README.md").read_text()
 OPERATOR = "secret of operator"
 
 

@@ -1,4 +1,4 @@
-"""What `scripts/bench` says can be trusted: rounds, ratios, refusals, result files, the README. Nothing is timed."""
+"""What `scripts/bench` says can be trusted: rounds, ratios, refusals, result files, the pages. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import bench  # noqa: E402
 import report  # noqa: E402
 from benchmarks import NAMES, harness, machine, module, plots, tables  # noqa: E402
 from benchmarks.harness import Result, Unavailable, Variant, judged, measure, ratio_rows  # noqa: E402
+from documented import PAGES, rows  # noqa: E402
 from report import Report  # noqa: E402
 
 MACHINE = {
@@ -237,16 +238,31 @@ def test_what_is_no_curve_has_no_picture(tmp_path: Path) -> None:
     assert {path.stem for path in tables.PLOTS.iterdir()} == plots.PICTURES.keys()
 
 
-# --- the README -------------------------------------------------------------------------------------------------------
+# --- the pages --------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    text = tables.README.read_text()
-    assert tables.rendered(text, tables.RESULTS) == text, "run scripts/bench tables"
+def test_the_pages_say_what_the_results_say() -> None:
+    texts = [page.read_text() for page in tables.PAGES]
+    for text in texts:
+        assert tables.rendered(text, tables.RESULTS) == text, "run scripts/bench tables"
+    text = "".join(texts)
     for name in NAMES:
-        assert f"<!-- bench: {name} -->" in text, f"the README has a place for {name}"
-        plot = (tables.PLOTS / f"{name}.png").relative_to(tables.README.parent)
-        assert (f"({plot})" in text) == (tables.README.parent / plot).exists(), "run scripts/bench tables"
+        assert text.count(f"<!-- bench: {name} -->") == 1, f"one page has a place for {name}"
+        plot = tables.PLOTS / f"{name}.png"
+        assert (f"({tables.FROM_PAGES}/{name}.png)" in text) == plot.exists(), "run scripts/bench tables"
+    for page in tables.PAGES:
+        assert (page.parent / tables.FROM_PAGES).resolve() == tables.PLOTS
+    assert not [page for page in PAGES if "<!-- bench" in (ROOT / page).read_text() and ROOT / page not in tables.PAGES]
+
+
+def test_the_first_page_quotes_the_results() -> None:
+    quoted = rows((ROOT / "README.md").read_text(), "gain")
+    assert len(quoted) > 5
+    for *_, without, gained, source in quoted:
+        name, *keys = re.findall(r"`([^`]*)`", source)
+        headline = report.read(tables.RESULTS / f"{name}.json").headline
+        figures = [cell.partition(" ")[0] for cell in (without, gained)]
+        assert figures[-len(keys) :] == [tables._number(headline[key]) for key in keys], source
 
 
 PLACES = [("sample", "| stale | 9 |\n"), ("load", "")]

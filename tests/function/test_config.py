@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from runtime.commands import serve
 from runtime.config import _GONE, FunctionConfig, from_environment, gone
 from runtime.errors import BadConfig
 
-README = Path(__file__).parents[2] / "README.md"
 NAMES = [field.name for field in fields(FunctionConfig)]
 CHOICES = {name: (text, text) for name, text in {"log_level": "debug", "layers": "off", "hold": "user=1"}.items()}
 OTHER = {"str": ("elsewhere", "elsewhere"), "int": ("7", 7), "float": ("7.5", 7.5), "bool": ("1", True)}
@@ -162,11 +160,3 @@ def test_every_option_of_the_command_line_sets_a_field() -> None:
     assert options == set(serve.OPTIONS)
     variables = {f"GLOWPLUG_{name.upper()}" for name in NAMES}
     assert set(serve.OPTIONS.values()) <= variables
-
-
-def test_the_readme_has_a_row_for_every_variable() -> None:
-    if not README.exists():
-        pytest.skip("README.md is not there")
-    cells = re.findall(r"^\|([^|]*)\|", README.read_text(), re.MULTILINE)
-    rows = {variable for cell in cells for variable in re.findall(r"`(GLOWPLUG_[A-Z0-9_]+)`", cell)}
-    assert {f"GLOWPLUG_{name.upper()}" for name in NAMES} <= rows

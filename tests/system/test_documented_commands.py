@@ -20,6 +20,7 @@ from documented import DOCUMENTS, ROOT, commands
 BIN = Path(sys.prefix) / "bin"
 MODEL = ROOT / "templates" / "llm-python" / "model"
 SECONDS = 120.0
+TEMPLATE = "templates/llm-python/README.md"
 
 # What is not run here, by its beginning.
 ELSEWHERE = {
@@ -159,14 +160,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, s3: Any) -> Iterator[Place]:
 
 
 def test_the_documents_have_commands() -> None:
-    assert {document for document, _ in ALL} == set(DOCUMENTS)
+    assert {document for document, _ in ALL} >= {"README.md", "CONTRIBUTING.md", TEMPLATE, "knative/README.md"}
     assert len(OURS) > 10
 
 
 @pytest.mark.parametrize("beginning", ELSEWHERE)
 def test_what_is_run_elsewhere_is_still_in_a_document(beginning: str) -> None:
-    if beginning in ("scripts/bench", "scripts/simulate"):
-        pytest.skip("only named in the text")
     assert any(command.startswith(beginning) for _, command in ALL)
 
 

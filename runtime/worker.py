@@ -26,7 +26,6 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from cache_agent.errors import AgentError
-from cache_agent.lease import Lease
 from cache_agent.ledger import Ledger, Span
 from cache_agent.wire.messages import Admitted, Drain
 from runtime.assembly import Assembled, Assembly

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cache_agent.client import Lease
+from cache_agent.lease import Lease
 from cache_agent.ledger import Ledger
 from cache_agent.manifest import model_config
 from runtime.config import FunctionConfig

@@ -85,12 +85,11 @@ class Answer:
     def next(self, timeout: float) -> TokenEvent | None:
         if self._over:
             raise StopIteration
-        event = self._feed.next(timeout)
-        if event is not None and event.finish is not None and self._goes_on(event):
-            return None
-        session = self._session
+        event, session = self._feed.next(timeout), self._session
         if event is None:
-            return None if session is None or not session.over else self._stopped(session)
+            return self._stopped(session) if session is not None and session.over else None
+        if event.finish is not None and self._goes_on(event):
+            return None
         if session is not None and not session.tell(self._choice, event):
             return self._stopped(session)
         if event.index >= self._skip:

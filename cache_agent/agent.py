@@ -16,6 +16,8 @@ from cache_agent.loading.checkpoint import describe
 from cache_agent.loading.origins import Origins
 from cache_agent.loading.resolving import Resolver
 from cache_agent.loading.revisions import Revisions
+from cache_agent.model.origin import Origin
+from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.policy.quota import Account
 from cache_agent.residency import events, report
 from cache_agent.residency.answers import Answers
@@ -25,7 +27,6 @@ from cache_agent.residency.events import Event
 from cache_agent.residency.held import Asked, Errand, Holder, Resolution
 from cache_agent.residency.keeping import Keeping
 from cache_agent.residency.offers import Offers
-from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
 from cache_agent.tiers.ssd import Ssd
 from cache_agent.web.journal import Journal
 from cache_agent.web.told import Told

@@ -12,8 +12,8 @@ from typing import get_args
 
 from cache_agent import limits
 from cache_agent.errors import BadConfig
+from cache_agent.limits import HugePages
 from cache_agent.logs import LogFormat
-from cache_agent.tiers.dram import HugePages
 
 DEFAULT_SOCKET = "/run/glowplug/agent.sock"
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):\d{1,5}")

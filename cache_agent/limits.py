@@ -7,7 +7,9 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
+HugePages = Literal["auto", "always", "never"]
 HUGE_PAGE = 2 << 20
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _CGROUPS = Path("/sys/fs/cgroup")

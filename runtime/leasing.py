@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from cache_agent.access import credentials
-from cache_agent.client import CacheClient, Known, Lease
+from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, VersionMismatch
+from cache_agent.lease import Known, Lease
 from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
 from runtime.control import Line

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from cache_agent.errors import AgentError
 from cache_agent.kube import admission
-from cache_agent.tiers.origin import parse_uri
+from cache_agent.model.uri import parse_uri
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig
 

@@ -6,8 +6,9 @@ import contextlib
 import threading
 from collections.abc import Callable
 
-from cache_agent.client import CacheClient, Lease
+from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError
+from cache_agent.lease import Lease
 from cache_agent.ledger import Ledger
 from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.operations import Started

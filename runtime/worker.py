@@ -25,8 +25,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cache_agent.client import Lease
 from cache_agent.errors import AgentError
+from cache_agent.lease import Lease
 from cache_agent.ledger import Ledger, Span
 from cache_agent.manifest import model_config
 from cache_agent.wire.messages import Admitted, Drain

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from cache_agent.access.identity import Anybody, Check, Identities, identities
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AccessDenied, AgentError, BadConfig
+from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.policy.rights import EVERYTHING, Caller, Grant, pieces
-from cache_agent.tiers.origin import ModelURI, parse_uri
 from cache_agent.wire.messages import Identity
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ kubernetes    a ServiceAccount token that the API server reviews (tokenreview.py
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
 import re
@@ -16,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from cache_agent.access.keyfile import digest
 from cache_agent.errors import AccessDenied, BadConfig
 from cache_agent.policy.rights import NOBODY, Caller
 from cache_agent.stamp import Stamp, stamp
@@ -98,10 +98,6 @@ def read_token(path: Path) -> str:
     if not token:
         raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} is empty")
     return token
-
-
-def digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Identities:

@@ -1,7 +1,8 @@
-"""Owns how a key is read from a file: the cluster's here, and a function's own in the runtime."""
+"""The reading of keys from files (the cluster's, and in the runtime a function's own), and the digest of a secret."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 LEAST = 32  # bytes
@@ -20,3 +21,8 @@ def read_key(setting: str, path: Path) -> bytes:
             f"{setting}={path} has {len(key)} bytes; use at least {LEAST}, like those of `openssl rand -hex 32`"
         )
     return key
+
+
+def digest(secret: str) -> str:
+    """A secret as it is remembered and compared: hexadecimal SHA-256."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

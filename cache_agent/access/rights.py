@@ -22,9 +22,9 @@ import msgspec
 
 from cache_agent.config import parse_size
 from cache_agent.errors import AgentError, BadConfig
+from cache_agent.model.uri import parse_uri
 from cache_agent.policy.rights import ANY, Grant, Prefix, Rights, pieces
 from cache_agent.stamp import Stamp, stamp
-from cache_agent.tiers.origin import parse_uri
 
 log = logging.getLogger("glowplug.rights")
 

@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from cache_agent.access.identity import digest
+from cache_agent.access.keyfile import digest
 from cache_agent.errors import AccessDenied, IdentityUnavailable
-from cache_agent.kube.admission import AUDIENCE
 from cache_agent.kube.api import Api
-from cache_agent.policy.rights import Caller
+from cache_agent.policy.rights import AUDIENCE, Caller
 from cache_agent.wire.messages import Identity
 
 BELIEVED_SECONDS = 60.0

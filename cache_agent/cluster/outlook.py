@@ -15,10 +15,10 @@ from cache_agent.client import CacheClient
 from cache_agent.cluster.directory import Directory, Holding
 from cache_agent.cluster.directory import Node as Living
 from cache_agent.errors import BadModelURI
+from cache_agent.model.uri import parse_uri
 from cache_agent.policy import placement
 from cache_agent.policy.placement import Node, Tier, View
 from cache_agent.stamp import Stamp, stamp
-from cache_agent.tiers.origin import parse_uri
 
 
 class Unavailable(Exception):

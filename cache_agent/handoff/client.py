@@ -7,8 +7,9 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from cache_agent.client import CacheClient, expect
+from cache_agent.client import CacheClient
 from cache_agent.errors import AgentTimeout, AgentUnreachable, ProtocolError, from_wire
+from cache_agent.lease import expect
 from cache_agent.wire.fdsocket import Channel, Disconnected
 from cache_agent.wire.messages import ErrorReply
 from cache_agent.wire.requests import (

@@ -10,9 +10,10 @@ import base64
 import json
 from typing import Any
 
+from cache_agent.policy.rights import AUDIENCE
+
 MODEL = "glowplug.dev/model"
 INJECT = "glowplug.dev/inject"
-AUDIENCE = "glowplug"  # of the token that proves to the agent, and to nobody else, whose pod this is
 _TOKEN_SECONDS = 3600
 _PLACES = {"glowplug-agent": "/run/glowplug", "glowplug-identity": "/var/run/secrets/glowplug"}  # by volume
 _VARIABLES: list[dict[str, Any]] = [

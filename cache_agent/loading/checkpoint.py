@@ -14,7 +14,7 @@ from cache_agent import manifest
 from cache_agent.errors import BadCheckpoint, OriginUnavailable, UnsafeCheckpoint
 from cache_agent.loading import safetensors
 from cache_agent.manifest import Manifest, Source, SourceFile, WeightFile
-from cache_agent.tiers.origin import Origin
+from cache_agent.model.origin import Origin
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

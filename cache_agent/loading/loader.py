@@ -15,8 +15,8 @@ from cache_agent.loading import content
 from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.reader import OriginReader
 from cache_agent.loading.tee import Tee
+from cache_agent.model.origin import Origin
 from cache_agent.tiers.dram import Dram
-from cache_agent.tiers.origin import Origin
 from cache_agent.tiers.ssd import Reading
 from cache_agent.wire.peers import Said
 

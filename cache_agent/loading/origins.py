@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from cache_agent.config import AgentConfig
 from cache_agent.errors import BadModelURI
+from cache_agent.model.origin import Origin
+from cache_agent.model.uri import ModelURI
 from cache_agent.tiers.hf import Hub, HubOrigin
-from cache_agent.tiers.origin import FileOrigin, ModelURI, Origin
+from cache_agent.tiers.origin import FileOrigin
 from cache_agent.tiers.s3 import S3, S3Origin
 
 

@@ -18,8 +18,8 @@ from cache_agent.loading import ranges
 from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.parallelism import Parallelism
 from cache_agent.loading.ranges import Range
+from cache_agent.model.origin import Origin
 from cache_agent.tiers.dram import Dram
-from cache_agent.tiers.origin import Origin
 
 log = logging.getLogger("glowplug.loader")
 

@@ -18,9 +18,10 @@ from cache_agent.ledger import Ledger
 from cache_agent.loading.checkpoint import Description, describe
 from cache_agent.loading.confirmed import Confirmed
 from cache_agent.loading.revisions import Revisions
+from cache_agent.model.origin import Origin
+from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.residency.held import Resolution
 from cache_agent.residency.keeping import Keeping
-from cache_agent.tiers.origin import ModelURI, Origin, parse_uri
 
 log = logging.getLogger("glowplug.agent")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from cache_agent.errors import NoCapacity
-from cache_agent.residency.entry import Entry, listed, mb
+from cache_agent.policy.copies import Copy, listed, mb
 
 
 class Account(NamedTuple):
@@ -27,7 +27,7 @@ NO_ACCOUNT = Account("")
 class Accounts:
     """On whose account leases and pins are. One caller at a time."""
 
-    def __init__(self, entry_of: Callable[[str], Entry | None]) -> None:
+    def __init__(self, entry_of: Callable[[str], Copy | None]) -> None:
         """`entry_of(uri)` is the copy that a URI names now."""
         self._entry_of = entry_of
         self.pins: dict[str, str] = {}  # URI -> on whose account
@@ -36,16 +36,16 @@ class Accounts:
     def of(self, lease: int) -> Account:
         return self.leases.get(lease, NO_ACCOUNT)
 
-    def holders(self, entry: Entry) -> set[str]:
+    def holders(self, entry: Copy) -> set[str]:
         pins = {name for uri, name in self.pins.items() if self._entry_of(uri) is entry}
         return pins | {self.of(lease).name for lease in entry.leases}
 
-    def refusal(self, leases: Iterable[int], entry: Entry, entries: Iterable[Entry]) -> NoCapacity | None:
+    def refusal(self, leases: Iterable[int], entry: Copy, entries: Iterable[Copy]) -> NoCapacity | None:
         """Why those who come together may not hold a model; under different accounts they share from the beginning."""
         accounts = {self.of(lease) for lease in leases}
         return self.exceeded(accounts.pop(), entry, entries) if len(accounts) == 1 else None
 
-    def exceeded(self, account: Account, entry: Entry, entries: Iterable[Entry]) -> NoCapacity | None:
+    def exceeded(self, account: Account, entry: Copy, entries: Iterable[Copy]) -> NoCapacity | None:
         """Why the account may not hold the model, too; None when it may."""
         if account.quota is None or self.holders(entry):  # it is shared by whoever comes, or the account's already
             return None

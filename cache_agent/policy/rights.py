@@ -15,6 +15,7 @@ from typing import NamedTuple
 _ENCODED = re.compile(r"%(2e|2f|5c|25|00)", re.IGNORECASE)  # . / \ % NUL, as somebody might decode them once more
 _DEFAULT_BRANCH = "main"
 ANY = "*"
+AUDIENCE = "glowplug"  # of the token that proves to the agent, and to nobody else, whose pod this is
 
 
 class Caller(NamedTuple):

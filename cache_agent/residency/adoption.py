@@ -19,9 +19,9 @@ from cache_agent.ledger import Ledger
 from cache_agent.loading import content
 from cache_agent.loading.checkpoint import Description, describe
 from cache_agent.manifest import Manifest
+from cache_agent.model.origin import Origin
 from cache_agent.residency.held import Held
 from cache_agent.tiers.dram import Dram
-from cache_agent.tiers.origin import Origin
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _BLOCK = 512  # of st_blocks

@@ -10,13 +10,13 @@ import time
 
 from cache_agent.errors import InternalError, NoCapacity
 from cache_agent.ledger import Span
+from cache_agent.model.uri import parse_uri
 from cache_agent.policy.rights import Grant
 from cache_agent.residency import events
 from cache_agent.residency.books import Books
 from cache_agent.residency.events import Action
 from cache_agent.residency.held import Asked, Holder
 from cache_agent.residency.offers import Offers
-from cache_agent.tiers.origin import parse_uri
 from cache_agent.web.journal import Journal
 from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.messages import Admitted, Adopted, ErrorReply, Granted, Ready

@@ -20,6 +20,7 @@ from cache_agent.loading import content
 from cache_agent.loading.loader import Load
 from cache_agent.loading.resolving import Resolver
 from cache_agent.loading.revisions import Revisions
+from cache_agent.model.uri import parse_uri
 from cache_agent.residency import events
 from cache_agent.residency.books import Books
 from cache_agent.residency.events import Action, Event
@@ -27,7 +28,6 @@ from cache_agent.residency.held import Held, Resolution
 from cache_agent.residency.jobs import HERE, Jobs, Lane, here, lane_of
 from cache_agent.residency.keeping import Keeping
 from cache_agent.tiers.dram import Dram
-from cache_agent.tiers.origin import parse_uri
 from cache_agent.web.journal import Journal
 
 log = logging.getLogger("glowplug.agent")

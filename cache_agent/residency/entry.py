@@ -8,6 +8,7 @@ from typing import Literal
 
 from cache_agent.errors import NoCapacity, WrongRevision
 from cache_agent.manifest import Manifest
+from cache_agent.policy.copies import listed, mb
 
 State = Literal["loading", "ready", "evicting"]
 
@@ -53,19 +54,5 @@ def no_capacity(needed: int, capacity: int, stays: list[Entry], goes: int, why: 
     )
 
 
-def listed(entries: list[Entry], why: Callable[[Entry], str]) -> list[tuple[str, str]]:
-    """(URI, a few words on it), the largest first."""
-    largest = sorted(entries, key=lambda entry: -entry.bytes)
-    return [(entry.uri, f"{short(entry.uri)} {mb(entry.bytes)}, {why(entry)}") for entry in largest]
-
-
 def wrong_revision(uri: str, found: str, wanted: str) -> WrongRevision:
     return WrongRevision(f"{uri} is at revision {found} now and {wanted} was asked for; drop the pin, or restore it")
-
-
-def short(uri: str) -> str:
-    return uri if len(uri) <= 80 else f"…{uri[-79:]}"
-
-
-def mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"

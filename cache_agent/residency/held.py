@@ -14,9 +14,10 @@ from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.loader import Load
 from cache_agent.loading.tee import Tee
 from cache_agent.manifest import encode
+from cache_agent.model.origin import Origin
 from cache_agent.policy.rights import EVERYTHING, NOBODY, Caller, Grant
-from cache_agent.tiers.dram import Dram, sealed_bytes
-from cache_agent.tiers.origin import Origin
+from cache_agent.tiers.dram import Dram
+from cache_agent.wire.blobs import sealed_bytes
 from cache_agent.wire.message import Message
 from cache_agent.wire.messages import ErrorReply, Ready
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from cache_agent.tiers.origin import ModelURI
+from cache_agent.model.uri import ModelURI
 
 log = logging.getLogger("glowplug.agent")
 

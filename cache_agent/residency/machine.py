@@ -19,10 +19,11 @@ from itertools import count
 
 from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapacity
 from cache_agent.manifest import Manifest
+from cache_agent.policy.copies import mb, short
 from cache_agent.policy.eviction import Candidate, cheapest, priority
 from cache_agent.policy.quota import Account, Accounts
 from cache_agent.residency.catalogue import Catalogue
-from cache_agent.residency.entry import Alias, Entry, mb, no_capacity, short, wrong_revision
+from cache_agent.residency.entry import Alias, Entry, no_capacity, wrong_revision
 from cache_agent.residency.events import (
     Action,
     Admit,

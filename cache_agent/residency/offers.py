@@ -16,11 +16,12 @@ from pathlib import Path
 from cache_agent import limits
 from cache_agent.errors import translated
 from cache_agent.loading.revisions import Revisions
+from cache_agent.model.origin import Origin
+from cache_agent.model.uri import ModelURI
 from cache_agent.residency import adoption
 from cache_agent.residency.events import Event, Offered, OfferFailed
 from cache_agent.residency.held import Held, Resident
 from cache_agent.residency.jobs import Jobs, Lane, lane_of
-from cache_agent.tiers.origin import ModelURI, Origin
 
 log = logging.getLogger("glowplug.agent")
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from cache_agent.client import CacheClient, expect
+from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError, AgentUnreachable
+from cache_agent.lease import expect
 from cache_agent.snapshots.store import Claimed, Keep, Key
 from cache_agent.wire import blobs
 from cache_agent.wire.fdsocket import Channel, Disconnected

@@ -6,7 +6,6 @@ While it loads, the agent's mapping is the only writable one: `F_SEAL_FUTURE_WRI
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -14,12 +13,10 @@ import os
 import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal
 
 from cache_agent import limits
 from cache_agent.errors import NoCapacity
-
-HugePages = Literal["auto", "always", "never"]
+from cache_agent.limits import HugePages
 
 _SMALL_PAGE = mmap.PAGESIZE
 _SPARE = 20  # one part in so many of the memory limit is never taken
@@ -183,15 +180,3 @@ class Dram:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def sealed_bytes(data: bytes, name: str) -> int:
-    """A read-only fd of an immutable memfd that holds `data`; the caller closes it."""
-    owner = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with contextlib.closing(os.fdopen(os.dup(owner), "wb")) as file:
-            file.write(data)
-        fcntl.fcntl(owner, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _COMPLETE)
-        return os.open(f"/proc/self/fd/{owner}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(owner)

@@ -27,7 +27,8 @@ from cache_agent.errors import (
     OriginUnavailable,
 )
 from cache_agent.manifest import SourceFile
-from cache_agent.tiers.origin import ModelURI, ReadScattered
+from cache_agent.model.uri import ModelURI
+from cache_agent.tiers.origin import ReadScattered
 from cache_agent.tiers.s3 import PATIENCE
 
 _NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)

@@ -1,74 +1,19 @@
-"""Where plain checkpoints lie: the contract of an origin, and the directory one (`file://`)."""
+"""Reading of ranges, as media do it, and the origin of directories (`file://`)."""
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-from urllib.parse import unquote
+from typing import Any
 
 from cache_agent.errors import AccessDenied, AgentError, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
 from cache_agent.manifest import SourceFile
+from cache_agent.model.uri import ModelURI
 from cache_agent.tiers.body import fill
 
-_PIN = re.compile(r"^(?P<base>.*)@(?P<revision>rev-[0-9a-f]{40})$", re.DOTALL)
 _READ_ONLY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # opening a pipe put there must not wait
-_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
-
-
-class ModelURI(NamedTuple):
-    """`text` without the pin, `scheme`, what follows `scheme://`, and the pinned revision or ""."""
-
-    text: str
-    scheme: str
-    place: str
-    revision: str
-
-
-def parse_uri(uri: str) -> ModelURI:
-    """Raises `BadModelURI` with the forms that are understood."""
-    match = _PIN.match(uri)
-    base, revision = (match["base"], match["revision"]) if match else (uri, "")
-    if not _SCHEME.match(base) or any(ord(character) < 32 for character in base):
-        raise BadModelURI(f"{uri[:200]!r} is no model URI; use s3://bucket/prefix, hf://org/name or file:///directory")
-    scheme, place = base.split("://", 1)
-    stripped = place.rstrip("/")
-    text = f"{scheme}://{stripped}" if stripped else base
-    place = unquote(place) if scheme == "file" else place
-    if "\0" in place:
-        raise BadModelURI(f"{uri[:200]!r} names no directory: there is a NUL in it")
-    return ModelURI(text, scheme, place, revision)
-
-
-class Origin(Protocol):
-    """One model's place. Errors of the medium surface as `AgentError`s; reads may run in many threads at once."""
-
-    uri: str
-
-    def files(self) -> list[SourceFile]:
-        """The files directly in the model's directory. Raises `ModelNotFound` when there are none."""
-        ...
-
-    def read(self, file: SourceFile, start: int, size: int) -> bytes:
-        """Exactly `size` bytes of the file as it was listed; raises `OriginChanged` when it is another by now."""
-        ...
-
-    def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
-        """Fills `view`; otherwise like `read`."""
-        ...
-
-    def read_scattered(
-        self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
-    ) -> None:
-        """Fills `views`, one after the other, from neighbouring bytes of the file, in one request where that counts.
-
-        `arrived(count)` tells that so many more bytes, in order, are there and are the file's, also when an error
-        follows: they need not be read again.
-        """
-        ...
 
 
 class ReadOneByOne:

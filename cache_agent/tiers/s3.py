@@ -10,7 +10,8 @@ from typing import Any
 
 from cache_agent.errors import AccessDenied, AgentError, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
 from cache_agent.manifest import SourceFile
-from cache_agent.tiers.origin import ModelURI, ReadScattered
+from cache_agent.model.uri import ModelURI
+from cache_agent.tiers.origin import ReadScattered
 
 _MISSING = {"NoSuchBucket", "NoSuchKey", "404", "NotFound"}
 _DENIED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Sequence
 
 from cache_agent.errors import ProtocolError
-from cache_agent.tiers.dram import sealed_bytes
 
 INLINE = 16 << 10  # bytes; base64 and the rest of a request stay below its limit
 MOST = 4 << 30
@@ -49,3 +49,15 @@ def _read(fd: int, size: int) -> list[bytes]:
         parts.append(part)
         at += len(part)
     return parts
+
+
+def sealed_bytes(data: bytes, name: str) -> int:
+    """A read-only fd of an immutable memfd that holds `data`; the caller closes it."""
+    owner = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with contextlib.closing(os.fdopen(os.dup(owner), "wb")) as file:
+            file.write(data)
+        fcntl.fcntl(owner, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
+        return os.open(f"/proc/self/fd/{owner}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(owner)

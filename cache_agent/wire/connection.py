@@ -21,7 +21,7 @@ from cache_agent.handoff.desk import Asked, Desk
 from cache_agent.loading.loader import Load
 from cache_agent.policy.rights import NOBODY, Grant
 from cache_agent.residency import report
-from cache_agent.tiers.dram import sealed_bytes
+from cache_agent.wire.blobs import sealed_bytes
 from cache_agent.wire.fdsocket import Channel, Disconnected
 from cache_agent.wire.layers import LayersTold
 from cache_agent.wire.message import TEXT_LIMIT, Message

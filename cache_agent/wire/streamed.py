@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cache_agent import manifest as manifests
-from cache_agent.client import Lease, expect, read_manifest
 from cache_agent.errors import AgentError, AgentTimeout, LeaseLost, ProtocolError, from_wire
+from cache_agent.lease import Lease, expect, read_manifest
 from cache_agent.manifest import Manifest
-from cache_agent.tiers.dram import Dram, sealed_bytes
+from cache_agent.tiers.dram import Dram
+from cache_agent.wire.blobs import sealed_bytes
 from cache_agent.wire.fdsocket import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.messages import ErrorReply, LeaseRequest, Piece, Ready, Streaming

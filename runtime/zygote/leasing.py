@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from runtime.config import FunctionConfig
 
 if TYPE_CHECKING:
-    from cache_agent.client import CacheClient, Lease
+    from cache_agent.client import CacheClient
+    from cache_agent.lease import Lease
     from cache_agent.wire.streamed import Kept
 
 _SECONDS = 10.0

@@ -22,7 +22,7 @@ from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygo
 from runtime.zygote.wire import Gone, Wire
 
 if TYPE_CHECKING:
-    from cache_agent.client import Lease
+    from cache_agent.lease import Lease
 
 Event = Forked | Refused | Ended
 

@@ -25,7 +25,7 @@ from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygo
 from runtime.zygote.wire import Gone
 
 if TYPE_CHECKING:
-    from cache_agent.client import Lease
+    from cache_agent.lease import Lease
     from runtime.kept import Memory
 
 Event = Forked | Refused | Ended

@@ -18,7 +18,7 @@ from runtime import imports
 from runtime.zygote.layers import Level
 
 if TYPE_CHECKING:
-    from cache_agent.client import Known, Lease
+    from cache_agent.lease import Known, Lease
     from cache_agent.manifest import Manifest
     from runtime.app import Application
     from runtime.server import Settings
@@ -79,7 +79,7 @@ class Warm:
 
         The fds are closed; the mappings stay, whether or not the agent lives on.
         """
-        from cache_agent.client import Known
+        from cache_agent.lease import Known
         from runtime.weights import Weights, assemble
 
         files = _files(segments)

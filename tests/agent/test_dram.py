@@ -17,7 +17,8 @@ import pytest
 
 from cache_agent import limits
 from cache_agent.errors import NoCapacity
-from cache_agent.tiers.dram import Dram, sealed_bytes
+from cache_agent.tiers.dram import Dram
+from cache_agent.wire.blobs import sealed_bytes
 
 PAGE = 2 << 20
 PATTERN = b"weights!" * (PAGE // 8)

@@ -26,9 +26,10 @@ from cache_agent.errors import (
 )
 from cache_agent.loading.checkpoint import describe
 from cache_agent.loading.loader import Load
+from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.hf import Hub, HubOrigin
-from cache_agent.tiers.origin import FileOrigin, parse_uri
+from cache_agent.tiers.origin import FileOrigin
 
 COMMIT = "c0ffee" * 6 + "beef"
 

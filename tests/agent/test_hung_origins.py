@@ -16,8 +16,8 @@ import pytest
 from leased import contents, large_tensors, ready, tensors_of
 
 from cache_agent.errors import OriginUnavailable
+from cache_agent.model.uri import parse_uri
 from cache_agent.residency.jobs import HERE, Jobs, Lane, here, lane_of
-from cache_agent.tiers.origin import parse_uri
 from cache_agent.tiers.s3 import S3, S3Origin
 from cache_agent.wire.messages import LeaseRequest
 

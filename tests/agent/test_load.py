@@ -330,7 +330,8 @@ def test_overwritten_while_it_loads_is_an_error_and_no_mixture(
 
 @pytest.mark.parametrize("how", ["rewritten", "replaced", "cut short", "removed", "became a pipe"])
 def test_a_file_changed_behind_the_listing_is_noticed(how, tmp_path, write_checkpoint):
-    from cache_agent.tiers.origin import FileOrigin, parse_uri
+    from cache_agent.model.uri import parse_uri
+    from cache_agent.tiers.origin import FileOrigin
 
     directory = write_checkpoint(tmp_path / "m")
     origin = FileOrigin(parse_uri(f"file://{directory}"), [Path("/")])
@@ -356,7 +357,7 @@ def test_a_file_changed_behind_the_listing_is_noticed(how, tmp_path, write_check
 
 
 def test_an_object_overwritten_behind_the_listing_is_noticed(s3, checkpoint_files):
-    from cache_agent.tiers.origin import parse_uri
+    from cache_agent.model.uri import parse_uri
     from cache_agent.tiers.s3 import S3, S3Origin
 
     bucket = s3.new_bucket()

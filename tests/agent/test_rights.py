@@ -24,9 +24,9 @@ from cache_agent.access.rights import RightsFile
 from cache_agent.client import CacheClient
 from cache_agent.errors import AgentError, BadConfig
 from cache_agent.logs import JsonFormatter, TextFormatter
+from cache_agent.model.uri import parse_uri
 from cache_agent.policy.rights import NOTHING, Caller, Grant, Prefix, Rights, pieces
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.tiers.origin import parse_uri
 from cache_agent.wire.messages import Identity
 
 CHAT = Caller("llm", "chat", "kubernetes")

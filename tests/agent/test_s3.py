@@ -25,8 +25,8 @@ from cache_agent.errors import AccessDenied, OriginChanged, OriginUnavailable
 from cache_agent.loading.checkpoint import describe
 from cache_agent.loading.loader import Load
 from cache_agent.manifest import CHUNK
+from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.dram import Dram
-from cache_agent.tiers.origin import parse_uri
 from cache_agent.tiers.s3 import S3, S3Origin
 
 PATIENCE = 2.0

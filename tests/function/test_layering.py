@@ -19,6 +19,8 @@ HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 # Modules without I/O, clock or threads, by the design; `policy` is a package of such.
 PURE = [
     "cache_agent/manifest.py",
+    "cache_agent/model/uri.py",
+    "cache_agent/model/origin.py",
     "cache_agent/wire/messages.py",
     "cache_agent/wire/operations.py",
     "cache_agent/wire/peers.py",

@@ -18,12 +18,14 @@ from cache_agent.logs import LogFormat
 DEFAULT_SOCKET = "/run/glowplug/agent.sock"
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):\d{1,5}")
 _ANY = ("0.0.0.0", "[::]")  # noqa: S104  recognised, not bound
+# Former settings, and what holds for all agents now.
+_GONE = {"GLOWPLUG_SNAPSHOT_SIZE": "16 MiB at most are kept of one request"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
-    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`; the README's table has one row per field.
+    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`; one README.md of this package has its row.
 
     `dram` and `ssd_size` in bytes; without `ssd` nothing is kept on disk. `file_roots` are the directories that
     `file://` may name; a socket that other users can reach needs them to be narrower than "/".
@@ -50,7 +52,6 @@ class AgentConfig:
     redis_password_file: Path | None = None
     cluster_key_file: Path | None = None
     snapshot_ttl: float = 600.0
-    snapshot_size: int = 16 << 20
     snapshot_space: int = 256 << 20
     agent_listen: str = ""
     agent_address: str = ""
@@ -70,10 +71,8 @@ class AgentConfig:
             raise BadSetting(f"huge_pages is {self.huge_pages!r}; it can be auto, always or never")
         if self.readers < 1 or self.dram < 0 or self.ssd_size < 0 or self.max_connections < 1:
             raise BadSetting("readers and max_connections must be at least 1, dram and ssd_size at least 0 bytes")
-        if not 1 <= self.snapshot_ttl <= 86400 or min(self.snapshot_size, self.snapshot_space) < 1:
-            raise BadSetting(
-                "snapshot_ttl must be 1 to 86400 seconds, snapshot_size and snapshot_space at least a byte"
-            )
+        if not 1 <= self.snapshot_ttl <= 86400 or self.snapshot_space < 1:
+            raise BadSetting("snapshot_ttl must be 1 to 86400 seconds, snapshot_space at least a byte")
         for address in (self.agent_listen, self.agent_address):
             if address and not _ADDRESS.fullmatch(address):
                 raise BadSetting(f"{address!r} is no address; use host:port, or [v6]:port")
@@ -118,6 +117,15 @@ def from_environment(environment: Mapping[str, str] | None = None) -> AgentConfi
             except ValueError as error:
                 raise BadSetting(f"{variable}={text!r}: {error}") from error
     return AgentConfig(**values)  # type: ignore[arg-type]
+
+
+def gone(environment: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each variable in `environment` that was a setting once and changes nothing now."""
+    return [
+        f"{name} is no setting any more and changes nothing: {now}; unset it"
+        for name, now in _GONE.items()
+        if environment.get(name)
+    ]
 
 
 def parse_size(text: str) -> int:
@@ -179,7 +187,6 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "redis_password_file": Path,
     "cluster_key_file": Path,
     "snapshot_ttl": float,
-    "snapshot_size": parse_size,
     "snapshot_space": parse_size,
     "agent_listen": str,
     "agent_address": str,

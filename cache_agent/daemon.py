@@ -23,7 +23,7 @@ from cache_agent.cluster.directory import Directory, InProcessDirectory, Node
 from cache_agent.cluster.key import ClusterKey
 from cache_agent.cluster.peer import Membership
 from cache_agent.cluster.peers import Peers
-from cache_agent.config import AgentConfig, from_environment
+from cache_agent.config import AgentConfig, from_environment, gone
 from cache_agent.errors import AgentError, BadSetting
 from cache_agent.handoff.targets import Targets
 from cache_agent.serving.agent import Agent
@@ -98,6 +98,8 @@ class Daemon:
         # Each connection takes two fds, each model one per segment; the usual soft limit is 1024.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        for text in gone(os.environ):
+            log.warning("%s", text)
         where = "an inherited socket" if self._private else str(self._config.socket)
         if self._witness is not None:
             self._witness.start()

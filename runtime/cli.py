@@ -16,8 +16,6 @@ COMMANDS = {
     "warm": Registered("runtime.commands.warm:warm", "Have models in this node's memory before they are asked for."),
     "models": Registered("runtime.commands.models:models", "Show which models this node holds."),
     "doctor": Registered("runtime.commands.doctor:doctor", "Check this machine; name the last start's bottleneck."),
-    "push": Registered("runtime.commands.copies:push", "Copy a model's directory into a bucket, and check it."),
-    "pull": Registered("runtime.commands.copies:pull", "Copy a model into a directory, and check it."),
     "place": Registered("runtime.commands.place:place", "Show where a model would start soonest."),
     "render": Registered("runtime.commands.render:render", "Print a function's objects for Knative or OpenFaaS."),
     "layers": Registered("runtime.commands.layers:layers", "Show which layers are held, for how long, and why."),

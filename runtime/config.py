@@ -15,15 +15,13 @@ from runtime.errors import BadConfig
 
 DEFAULT_SOCKET = "/run/glowplug/agent.sock"
 
-_AT_LEAST = {
+AT_LEAST = {
     "slots": 1,
     "queue": 0,
     "kv_memory": 0,
-    "chunk": 1,
     "decode_rows": 1,
     "handler_concurrency": 0,
     "max_body": 1,
-    "checkpoint_tokens": 1,
     "threads": 0,
     "start_timeout": 1,
     "answer_limit": 0,
@@ -32,11 +30,17 @@ _AT_LEAST = {
     "worker_timeout": 1,
     "start_price": 0,
 }
+# Former settings, and what holds for all functions now.
+_GONE = {
+    "GLOWPLUG_CHECKPOINT_TOKENS": "a request is kept again after 16 tokens",
+    "GLOWPLUG_CHUNK": "a step takes 256 prompt tokens",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionConfig:
-    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; the README's table has a row for each.
+    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; one README.md of
+    this package has its row.
 
     Times are seconds; `start_price` is in GB·s of idle memory per second of start.
     `listen_fd` is an inherited listening socket to serve instead of host and port. `socket` empty
@@ -57,7 +61,6 @@ class FunctionConfig:
     slots: int = 16
     queue: int = 32
     kv_memory: int = 0
-    chunk: int = 256
     deterministic: bool = False
     decode_rows: int = 8
     prefix_cache: bool = True
@@ -69,7 +72,6 @@ class FunctionConfig:
     pool: str = "/run/glowplug/pool.sock"
     hold: str = ""
     checkpoints: str = ""
-    checkpoint_tokens: int = 16
     handoff: str = ""
     function_key_file: str = ""
     threads: int = 0
@@ -83,7 +85,7 @@ class FunctionConfig:
     reload: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
+        for name, least in AT_LEAST.items():
             value = getattr(self, name)
             if not least <= value < math.inf:  # NaN is neither
                 raise BadConfig(f"GLOWPLUG_{name.upper()} is {value:g}; it must be at least {least}, and finite")
@@ -168,6 +170,15 @@ def from_environment(environment: Mapping[str, str] | None = None) -> FunctionCo
         if text := env.get(variable, ""):
             values[field.name] = _parse(variable, text, _PARSERS[str(field.type)])
     return FunctionConfig(**values)  # type: ignore[arg-type]
+
+
+def gone(environment: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each variable in `environment` that was a setting once and changes nothing now."""
+    return [
+        f"{name} is no setting any more and changes nothing: {now}; unset it"
+        for name, now in _GONE.items()
+        if environment.get(name)
+    ]
 
 
 def _parse(variable: str, text: str, parse: Callable[[str], object]) -> object:

@@ -40,11 +40,6 @@ def event(data: str | bytes, id: str | None = None, event: str | None = None) ->
     return "".join([*lines, "\n"]).encode()
 
 
-def comment(text: str) -> bytes:
-    """Bytes that keep a connection alive and that no client sees."""
-    return "".join([*(f": {line}\n" for line in _LINE_END.split(text)), "\n"]).encode()
-
-
 class EventParser:
     """Bytes in, events out, whatever the pieces. Raises ValueError for a line of more than 1 MiB."""
 

@@ -1,6 +1,6 @@
-"""The `scripts/bench` command: finds a benchmark, runs it, writes its result file and its plot; or writes the README.
+"""The `scripts/bench` command: finds a benchmark, runs it, writes its result file and its plot; or writes the tables.
 
-Exit codes: 2 when NAME is not built yet, 3 when the machine was too noisy to compare.
+Exit code 3: the machine was too noisy to compare.
 """
 
 from __future__ import annotations
@@ -13,22 +13,27 @@ import time
 from pathlib import Path
 
 import click
-from benchmarks import NAMES, WAITING, built, module
+from benchmarks import NAMES, module
 from report import Report
 from rich.console import Console
 from rich.table import Table
 
-NOT_BUILT, NOISY = 2, 3
-PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "min", "max", "runs")  # the others tell cases apart
+NOISY = 3
+PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "runs")  # the others tell cases apart
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("name", type=click.Choice([*NAMES, "all", "tables"]))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Result file; a directory with `all`.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Plot (PNG or SVG); a directory with `all`.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    help="Picture (PNG or SVG), if it has one; a directory with `all`.",
+)
 @click.option("--quick", is_flag=True, help="A smoke run of about a minute; its figures are not to be quoted.")
 def main(name: str, json_file: Path | None, plot_file: Path | None, quick: bool) -> None:
-    """Measure NAME on this machine and print the figures; `tables` writes the README's, and plots."""
+    """Measure NAME on this machine and print the figures; `tables` writes those of the pages, and plots."""
     console = Console()
     # Whatever a benchmark changed about the machine is given back on SIGTERM, too.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
@@ -40,11 +45,8 @@ def main(name: str, json_file: Path | None, plot_file: Path | None, quick: bool)
         for changed in tables.write():
             console.print(f"{changed} is up to date")
         return
-    if name != "all" and not built(name):
-        console.print(f"{name} is not built yet: it waits for {WAITING[name]}.", highlight=False)
-        sys.exit(NOT_BUILT)
     noisy = []
-    for each in [name] if name != "all" else filter(built, NAMES):
+    for each in [name] if name != "all" else NAMES:
         start = time.monotonic()
         report: Report = importlib.import_module(f"benchmarks.{module(each)}").run(quick, console)
         show(report, console)
@@ -54,7 +56,8 @@ def main(name: str, json_file: Path | None, plot_file: Path | None, quick: bool)
         if plot_file is not None:
             from benchmarks import plots
 
-            plots.draw(report, _target(plot_file, each, "png", name))
+            if not plots.draw(report, _target(plot_file, each, "png", name)) and name != "all":
+                console.print(f"[yellow]{each} has no picture: its figures are for a table.[/]")
         if report.note:
             console.print(f"[yellow]Not to be quoted: {report.note}.[/]")
         if not report.trusted and not quick:

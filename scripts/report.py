@@ -5,6 +5,12 @@
 `headline` holds the figures that are compared and quoted; `rows` what they were computed from. `trusted` is false when
 the figures must not be quoted, and `note` says why: a quick run, or a machine too noisy to compare on, in which case
 the headline is empty.
+
+A file is a summary for people, too: what was measured of one variant in one case stands together,
+
+    {"variant": …, …, "runs": …, "metrics": {metric: [median, q1, q3], …}}
+
+for as many rows as it has metrics.
 """
 
 from __future__ import annotations
@@ -13,14 +19,18 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "scripts/benchmarks/results"
+
+_HEAD = ("name", "commit", "machine", "trusted", "note")
+_FIGURES = ("median", "q1", "q3")
+_WIDTH = 140
 
 Row: TypeAlias = Mapping[str, str | float | None]
 
@@ -38,12 +48,83 @@ class Report:
     machine: Mapping[str, str | float] = field(default_factory=lambda: machine())
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        """Write the summary, of which people can read a line at a time."""
+        parts = [f" {_packed({name: getattr(self, name)})[1:-1]}" for name in _HEAD]
+        parts.append(
+            ' "headline": {' + ",".join(f"\n  {_pair(*item)}" for item in sorted(self.headline.items())) + "\n }"
+        )
+        parts.append(' "rows": [' + ",".join(f"\n  {_packed(entry)}" for entry in _together(self.rows)) + "\n ]")
+        path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def read(path: Path) -> Report:
     """Raises `TypeError` or `ValueError` for a file that no benchmark has written."""
-    return Report(**json.loads(path.read_text()))
+    found = json.loads(path.read_text())
+    return Report(**{**found, "rows": [row for entry in found["rows"] for row in _apart(entry)]})
+
+
+def _together(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a file: one for rows in sequence that differ in nothing but their metric and its figures."""
+    entry: dict[str, Any] = {}
+    for row in rows:
+        if "metric" not in row or not row.keys() >= set(_FIGURES):
+            if entry:
+                yield entry
+            entry = {}
+            yield _ordered(row, row)
+            continue
+        case = _ordered(row, [key for key in row if key not in ("metric", *_FIGURES)])
+        if (
+            not entry
+            or case != {key: entry[key] for key in entry if key != "metrics"}
+            or row["metric"] in entry["metrics"]
+        ):
+            if entry:
+                yield entry
+            entry = {**case, "metrics": {}}
+        entry["metrics"][row["metric"]] = [row[figure] for figure in _FIGURES]
+    if entry:
+        yield entry
+
+
+def _ordered(row: Row, keys: Iterable[str]) -> dict[str, Any]:
+    """Return these members of a row, by name, but the variant first."""
+    return {key: row[key] for key in sorted(keys, key=lambda key: (key != "variant", key))}
+
+
+def _apart(entry: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield the rows of an entry."""
+    if "metrics" not in entry:
+        yield entry
+        return
+    case = {key: value for key, value in entry.items() if key != "metrics"}
+    for metric, figures in entry["metrics"].items():
+        yield {**case, "metric": metric, **dict(zip(_FIGURES, figures, strict=True))}
+
+
+def _packed(entry: Mapping[str, object]) -> str:
+    """Return the object as JSON, with as many of its members, and of its members' members, on a line as fit."""
+    lines = [""]
+    for member in _members(entry):
+        if lines[-1] and len(lines[-1]) + len(member) > _WIDTH:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + member
+    return "\n   ".join(lines)
+
+
+def _members(entry: Mapping[str, object]) -> list[str]:
+    found: list[str] = []
+    for key, value in entry.items():
+        inner = _members(value) if isinstance(value, Mapping) and value else []
+        found += [f"{json.dumps(key)}: {inner[0]}", *inner[1:]] if inner else [_pair(key, value)]
+        found[-1] += ","
+    found[0] = "{" + found[0]
+    found[-1] = found[-1].removesuffix(",") + "}"
+    return found
+
+
+def _pair(key: str, value: object) -> str:
+    return f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
 
 
 def commit() -> str:

@@ -73,7 +73,7 @@ def run_keepalive(path: Path | None, seeds: int, quick: bool, json_path: Path | 
     for line in keepalive.text(report):
         click.echo(line)
     if json_path is not None:
-        report.write(json_path)
+        keepalive.summary(report).write(json_path)
     if plot_path is not None:
         plots.keepalive(report, plot_path)
 

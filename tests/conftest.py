@@ -6,8 +6,10 @@ the reason, and fail them where CI=true.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -70,10 +72,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: ("system" not in item.path.parts, "agent" in item.path.parts))
     soak = config.getoption("--soak")
     for item in items:
+        if _is_about_clocks(item.path):
+            item.add_marker("clock")
         if soak:
             item.add_marker(pytest.mark.timeout(3600))
         elif item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.skip(reason="a soak test; run it with --soak"))
+
+
+@functools.cache
+def _is_about_clocks(path: Path) -> bool:
+    """Whether a module of tests imports one of the product that is handed a time, or a clock."""
+    root = Path(__file__).parents[1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(aliases):
+                names |= {alias.name for alias in aliases}
+            case ast.ImportFrom(str(module), aliases):
+                names |= {module, *(f"{module}.{alias.name}" for alias in aliases)}
+    ours = (name for name in names if name.startswith(("cache_agent.", "runtime.")))
+    return any(_is_handed_times(root / f"{name.replace('.', '/')}.py") for name in ours)
+
+
+@functools.cache
+def _is_handed_times(path: Path) -> bool:
+    functions = (ast.FunctionDef, ast.Lambda)
+    nodes = ast.walk(ast.parse(path.read_text())) if path.exists() else ()
+    arguments = (each for node in nodes if isinstance(node, functions) for each in ast.walk(node.args))
+    return any(isinstance(each, ast.arg) and each.arg in ("now", "clock", "ticks") for each in arguments)
 
 
 @pytest.fixture(scope="session")

@@ -36,14 +36,13 @@ def extender(
     log_level: str,
 ) -> None:
     """Tell kube-scheduler which node would start a pod's model soonest."""
-    from cache_agent.kube import outlook
+    from cache_agent.kube import outlook, routes
     from cache_agent.kube.extender import Extender
-    from cache_agent.web import webserver
 
     logs.configure(log_level)
     with ExitStack() as stack:
         if check:
-            webserver.check(host, port)
+            routes.check(host, port)
             return
         settings = config.from_environment()
         url = redis_url or settings.redis_url
@@ -57,11 +56,11 @@ def extender(
             log.warning("neither --redis-url nor --estimates: all nodes are equal, and none is known to have an agent")
             known = outlook.NoOutlook()
         answers = Extender(known)
-        routes = {
+        verbs = {
             ("POST", "/scheduler/prioritize"): answers.prioritize,
             ("POST", "/scheduler/filter"): answers.filter,
         }
-        webserver.serve_until_told(webserver.WebServer(host, port, routes))
+        routes.serve_until_told(routes.RoutesServer(host, port, verbs))
 
 
 @click.command()
@@ -73,16 +72,16 @@ def extender(
 @click.option("--log-level", default="info", help="debug, info, warning or error.", show_default=True)
 def webhook(host: str, port: int, certificate: Path, key: Path, scheduler: str, log_level: str) -> None:
     """Give pods that name a model the agent's directory, in clusters without MutatingAdmissionPolicy."""
-    from cache_agent.kube import admission
-    from cache_agent.web import webserver
+    from cache_agent.kube import admission, routes
+    from cache_agent.kube.certificate import Certificate
 
     logs.configure(log_level)
 
-    def review(body: bytes) -> webserver.Answer:
+    def review(body: bytes) -> routes.Answer:
         try:
-            return webserver.Answer(200, json.dumps(admission.review(json.loads(body), scheduler)).encode())
+            return routes.Answer(200, json.dumps(admission.review(json.loads(body), scheduler)).encode())
         except (ValueError, RecursionError) as error:  # `NotAReview` is one
-            raise webserver.Refused(400, str(error)) from error
+            raise routes.Refused(400, str(error)) from error
 
-    pair = webserver.Certificate(certificate, key)
-    webserver.serve_until_told(webserver.WebServer(host, port, {("POST", "/admission"): review}, pair))
+    pair = Certificate(certificate, key)
+    routes.serve_until_told(routes.RoutesServer(host, port, {("POST", "/admission"): review}, pair))

@@ -44,7 +44,6 @@ def agent() -> None:
 @click.option("--redis-password-file", type=Path, help="File with Redis's password.", metavar="PATH")
 @click.option("--cluster-key-file", type=Path, help="File with the secret that all agents share.", metavar="PATH")
 @click.option("--snapshot-ttl", type=float, help="Seconds that a request is kept after its last token.")
-@click.option("--snapshot-size", type=Parsed("size", config.parse_size), help="Most that is kept of one request.")
 @click.option("--snapshot-space", type=Parsed("size", config.parse_size), help="Most that is kept of one function.")
 @click.option("--agent-listen", help="TCP address for other nodes and distant functions.", metavar="HOST:PORT")
 @click.option("--agent-address", help="Where others reach it, if not there.", metavar="HOST:PORT")

@@ -120,7 +120,7 @@ class CacheClient:
         """
         channel = self.connect()
         try:
-            by = deadline or time.monotonic() + _DESCRIBE_SECONDS
+            by = time.monotonic() + _DESCRIBE_SECONDS if deadline is None else deadline
             if isinstance(channel, Link):
                 from cache_agent.client import streamed
 
@@ -144,7 +144,7 @@ class CacheClient:
         """
         channel = self.connect()
         try:
-            by = deadline or time.monotonic() + _ADOPT_SECONDS
+            by = time.monotonic() + _ADOPT_SECONDS if deadline is None else deadline
             if isinstance(channel, Link):
                 adopted = self._hold(channel, model, lease.manifest.source, by)
             else:

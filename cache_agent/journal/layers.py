@@ -54,14 +54,9 @@ def _status(layer: Layer, price: float, now: float) -> LayerStatus:
     kept = keepalive.LayerCost(layer.level, layer.seconds, layer.bytes)
     worth = keepalive.beta(kept, price)
     idle = None if layer.since is None else max(0.0, now - layer.since)
-    left = back = None
-    if idle is not None:
-        hold, rebuild, until = (math.inf if end is None else end for end in (layer.hold, layer.rebuild, layer.until))
-        change = keepalive.HoldDecision(kept, price, hold, rebuild, until).changes_in(idle)
-        if layer.state == "idle":
-            left = change
-        elif layer.state == "absent" and layer.rebuild is not None and idle < layer.rebuild:
-            back = layer.rebuild - idle
+    left = None
+    if idle is not None and layer.state == "idle" and layer.hold is not None:
+        left = keepalive.HoldDecision(kept, price, layer.hold).changes_in(idle)
     return LayerStatus(
         level=layer.level,
         state=layer.state,
@@ -71,7 +66,6 @@ def _status(layer: Layer, price: float, now: float) -> LayerStatus:
         worth_seconds=_finite(worth),
         idle_seconds=idle,
         left_seconds=_finite(left),
-        back_seconds=back,
         why=layer.why,
     )
 

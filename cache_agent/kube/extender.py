@@ -18,8 +18,8 @@ import msgspec
 
 from cache_agent.kube.admission import MODEL
 from cache_agent.kube.outlook import Outlook, Unavailable
+from cache_agent.kube.routes import Answer, Refused
 from cache_agent.policy import placement
-from cache_agent.web.webserver import Answer, Refused
 
 log = logging.getLogger("glowplug.extender")
 

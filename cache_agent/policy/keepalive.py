@@ -1,4 +1,4 @@
-"""How long an idle layer is held, and when it is built again ahead of a request: by price. Pure.
+"""How long an idle layer is held: by price. Pure.
 
 An idle layer costs memory while it is held, and a start while it is not. One exchange rate makes the two comparable:
 ρ, the GB·s of idle memory that a second of start is worth. A layer of m unique GB that takes t seconds to build may
@@ -11,19 +11,10 @@ which is looked for among 0 and the gaps themselves, because between two of them
 equal ones the shortest is taken. Until eight are known T = β, which never costs more than twice what knowing the future
 would (Karlin et al., "Competitive snoopy caching", Algorithmica 3, 1988): one long gap is no reason to give a layer up.
 
-A function that is called periodically is better served by a window: its layer is dropped at once, built again a while
-after, and held until the time at which a call would be late,
-
-    P, T = argmin_{P ≤ T}  Σ [gap ≥ P] ((min(gap, T) − P + t) / β + u) + [gap < P] + [gap > T]
-
-with the t seconds of building counted as held, and u of a start for work that nobody waits for. It is taken where it is
-far cheaper.
-
 Which gaps: those that reached the layer. A layer is idle from when the last process that was forked from it is gone
 (until then its pages are in use and dropping it would free nothing) to the next request that it could serve. A request
 that finds a deeper layer does not reach it. `History` notes them; all times are seconds of the caller's clock. Which
-size: what is freed when the layer goes. A layer that nothing else stands on holds the ones below it in memory, too;
-`pooled` says when it has to be priced together with them.
+size: what is freed when the layer goes.
 
 Example. torch and transformers, imported: 0.3 GB, 3 s. At ρ = 60 holding it for β = 600 s costs as much as importing
 again. If requests come every minute or two, and sometimes not for a night, T is two minutes: nights are not held
@@ -34,15 +25,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
 GB = 1e9
 HISTORY = 64
 _ENOUGH = 8  # gaps, from which on they say more than the price alone does
-_UNSEEN = 0.1  # u: what a build costs, in starts, while nobody waits for it; processors are not free
-_FAR_CHEAPER = 0.8  # of the cost of holding it from the begin; chance alone gives a window some advantage
 
 
 class LayerCost(NamedTuple):
@@ -54,35 +43,25 @@ class LayerCost(NamedTuple):
 
 
 class HoldDecision(NamedTuple):
-    """What becomes of a layer while it is idle, in seconds since it began to be so.
+    """The seconds of idleness up to and including which a layer is held, and what that is based on.
 
-    It is held up to and including `hold`, dropped, built again from `rebuild` on, and dropped for good after `until`;
-    where nothing is built ahead, `rebuild` is infinite. `hits` of the `known` gaps would have found it, and it would
-    have been held for `held` seconds of them.
+    `hits` of the `known` gaps would have found the layer, which would have been held for `held` seconds of them.
     """
 
     layer: LayerCost
     rho: float
     hold: float
-    rebuild: float = math.inf
-    until: float = math.inf
     hits: int = 0
     known: int = 0
     held: float = 0.0
 
-    @property
-    def ahead(self) -> bool:
-        """Whether it is built before a request asks for it."""
-        return self.rebuild < math.inf
-
     def wanted(self, idle: float) -> bool:
         """Whether the layer should be there after so many seconds of idleness."""
-        return idle <= self.hold or self.rebuild <= idle <= self.until
+        return idle <= self.hold
 
     def changes_in(self, idle: float) -> float:
         """Seconds until `wanted` has another answer; infinite if it never has. What is due now says 0."""
-        later = [end - idle for end in (self.hold, self.rebuild, self.until) if end >= idle]
-        return min(later, default=math.inf)
+        return self.hold - idle if self.hold >= idle else math.inf
 
     @property
     def why(self) -> str:
@@ -90,11 +69,6 @@ class HoldDecision(NamedTuple):
         size, price = f"{self.layer.bytes / GB:.3g} GB", f"{self.rho:g} GB·s a second"
         seconds = _span(self.layer.seconds)
         gaps = f"of its last {self.known} idle times {self.hits} were"
-        if self.ahead:
-            return (
-                f"built ahead, from {_span(self.rebuild)} to {_span(self.until)} of idleness: {gaps} of that length, "
-                f"and holding {size} from the begin would cost more"
-            )
         if self.hold == math.inf:
             return "held: it takes no memory of its own"
         if beta(self.layer, self.rho) == 0:
@@ -154,24 +128,8 @@ def beta(layer: LayerCost, rho: float) -> float:
     return worth / (layer.bytes / GB)
 
 
-def pooled(stack: Sequence[LayerCost]) -> LayerCost:
-    """The first of `stack` as it has to be priced: together with those of the layers below it that go with it.
-
-    `stack` is a layer and the ones it stands on that nothing else needs, the nearest first. Holding it holds all of
-    them. Where one below is dearer to hold for what it saves, it would have gone sooner on its own; so the two are
-    priced as one, and the first is held for as long as the dearest part of the stack that ends with it is worth it.
-    """
-    seconds, size = 0.0, 0
-    best = stack[0]
-    for layer in stack:
-        seconds, size = seconds + layer.seconds, size + layer.bytes
-        if seconds * best.bytes < best.seconds * size:
-            best = LayerCost(best.name, seconds, size)
-    return best
-
-
-def keep(layer: LayerCost, gaps: Iterable[float], rho: float, *, ahead: bool = True) -> HoldDecision:
-    """For how long an idle layer is held at the exchange rate `rho` (GB·s per s), and whether it is built ahead.
+def keep(layer: LayerCost, gaps: Iterable[float], rho: float) -> HoldDecision:
+    """Return how long an idle layer is held at the exchange rate `rho` (GB·s per s).
 
     `gaps` are the idle times that ended, in order; the last 64 count. Raises `ValueError` for a negative price.
     """
@@ -187,44 +145,11 @@ def keep(layer: LayerCost, gaps: Iterable[float], rho: float, *, ahead: bool = T
     ]
     best, index = limit * count, -1  # T = 0: every gap but those of no length ends in a start
     if (least := min(costs)) < best:
-        best, index = least, costs.index(least)
-    plain = HoldDecision(layer, rho, 0.0, known=count)
-    if index >= 0:
-        held = sums[index + 1] + (count - 1 - index) * known[index]
-        plain = HoldDecision(layer, rho, known[index], hits=index + 1, known=count, held=held)
-    return (_window(layer, rho, known, sums, best) if ahead else None) or plain
-
-
-def _window(layer: LayerCost, rho: float, known: list[float], sums: list[float], plain: float) -> HoldDecision | None:
-    """The best window, if it costs far less than `plain`.
-
-    Its cost is one sum over its first gap i and another over its last gap j, so that one pass from the end finds both:
-
-        A(j) = Σ_{k ≤ j} g_k + (n−1−j) (g_j + β)        B(i) = −Σ_{k < i} g_k − (n−i) (g_i − t − u·β) + β·i
-    """
-    count, limit, lead = len(known), beta(layer, rho), layer.seconds
-    build = lead + _UNSEEN * limit
-    if count * min(build, limit) > _FAR_CHEAPER * plain:
-        return None  # no window costs less than that; where calls are frequent this is the usual case
-    best, first, last = math.inf, 0, 0
-    end, at = math.inf, count - 1
-    for i in range(count - 1, -1, -1):
-        tail = sums[i + 1] + (count - 1 - i) * (known[i] + limit)
-        if tail <= end:
-            end, at = tail, i
-        cost = end - sums[i] - (count - i) * (known[i] - build) + limit * i
-        if cost < best and known[i] > lead:
-            best, first, last = cost, i, at
-    if best > _FAR_CHEAPER * plain:
-        return None
-    begin, until, hits = known[first], known[last], last - first + 1
-    # The next gap may lie a little outside of what was seen: by about the distance between two of them.
-    slack = (until - begin) / max(1, hits - 1)
-    rebuild = begin - lead - slack
-    if rebuild <= 0:
-        return None
-    held = sum(min(gap, until) - begin + lead for gap in known[first:])
-    return HoldDecision(layer, rho, 0.0, rebuild, until + slack, hits, count, held)
+        index = costs.index(least)
+    if index < 0:
+        return HoldDecision(layer, rho, 0.0, known=count)
+    held = sums[index + 1] + (count - 1 - index) * known[index]
+    return HoldDecision(layer, rho, known[index], hits=index + 1, known=count, held=held)
 
 
 def _span(seconds: float) -> str:

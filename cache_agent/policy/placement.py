@@ -9,6 +9,9 @@ Three ways lead to a model that runs, and a node offers the quickest of its own:
 This is the trade of ServerlessLLM (Fu et al., OSDI 2024, section 6): its loading time is q + n / b, with n bytes and
 bandwidth b, and its migration time a · (t_in + t_out) + b, in tokens. `move_seconds` arrives here computed, by whoever
 runs the generation. Unlike there, tiers add up: a node that has half of a model in memory reads the other half only.
+
+No agent tells what runs on its node: `wait` and `move` are ways of the simulator, and of files that `glowplug place
+--estimates` reads.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class Confirmed:
         Infinite where that is yet to come: nobody knows how old it is.
         """
         with self._lock:
-            known, seen = self._seen.get(uri, ("", 0.0))
-        if known == source:
-            return self._ticks() - seen
+            seen = self._seen.get(uri)
+        if seen is not None and seen[0] == source:
+            return self._ticks() - seen[1]
         age = self._clock() - when
         return max(0.0, age) if age >= -CLOCKS_APART else math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,7 +39,7 @@ class Entry:
 @dataclass(slots=True)
 class Alias:
     source: str = ""
-    checked: float = 0.0
+    checked: float = -math.inf  # never
     resolving: bool = False
     offers: int = 0  # being examined; whoever asks meanwhile waits, or there would be a second copy
     waiting: dict[int, str] = field(default_factory=dict)

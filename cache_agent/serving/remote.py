@@ -6,6 +6,7 @@ identity in its hello.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -71,7 +72,7 @@ class RemoteConnection(Connection):
         self._heard = time.monotonic()
         self._stream: _Stream | None = None
         self._following: Following | None = None
-        self._told_at = 0.0
+        self._told_at = -math.inf  # never
 
     @property
     def _link(self) -> Link:

@@ -21,6 +21,7 @@ from cache_agent.wire.signing import sign, verified
 _SPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,200}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{15,120}")
 _OWNER = re.compile(r"[A-Za-z0-9._/-]{8,200}")
+MOST = 16 << 20  # bytes that are kept of one request
 _MOST_LEASE = 60.0
 
 
@@ -72,7 +73,7 @@ def shelf(config: AgentConfig, *, private: bool) -> SnapshotIndex:
     Raises `BadSetting`.
     """
     key = cluster_key(config.cluster_key_file)
-    limits = config.snapshot_ttl, config.snapshot_size, config.snapshot_space
+    limits = config.snapshot_ttl, MOST, config.snapshot_space
     if private or not (key and config.redis_url):
         return SnapshotIndex(InProcessSnapshots(*limits), secrets.token_bytes(keyfile.LEAST))
     from cache_agent.snapshots.store_redis import RedisSnapshots  # redis-py is a tenth of a second that few agents need

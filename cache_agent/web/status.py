@@ -55,9 +55,10 @@ class Status:
             )
         self._ending = threading.Event()
         self._agent = agent
-        self._sock = listen(host, port)
+        self._sock = listen(host, port, "GLOWPLUG_STATUS")
         self.port: int = self._sock.getsockname()[1]
-        self._server = WsgiServer(self._sock, create_app(agent, access, open_paths, self._ending), threads=_THREADS)
+        pages = _Pages(agent, access, open_paths, self._ending)
+        self._server = WsgiServer(self._sock, pages.app(), threads=_THREADS)
 
     def start(self) -> None:
         self._server.start()
@@ -69,17 +70,38 @@ class Status:
         self._sock.close()
 
 
-def create_app(agent: Agent, access: Access, open_paths: tuple[str, ...], ending: threading.Event) -> Flask:
-    app = Flask("glowplug-status", static_folder=None)
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collector(agent))
-    streams = threading.BoundedSemaphore(_STREAMS)
+class _Pages:
+    """The answers, one method a path; `ending` ends the streams."""
 
-    @app.before_request
-    def admit() -> Response | None:
-        if request.path in open_paths or request.path in dashboard.OPEN:
+    def __init__(self, agent: Agent, access: Access, open_paths: tuple[str, ...], ending: threading.Event) -> None:
+        self._agent = agent
+        self._access = access
+        self._open_paths = {*open_paths, *dashboard.OPEN}
+        self._ending = ending
+        self._streams = threading.BoundedSemaphore(_STREAMS)
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(Collector(agent))
+
+    def app(self) -> Flask:
+        """Return the application that routes to the methods and to the dashboard."""
+        app = Flask("glowplug-status", static_folder=None)
+        app.before_request(self.admit)
+        app.register_blueprint(dashboard.blueprint(self._agent))
+        app.get("/")(self.index)
+        app.get("/healthz")(self.healthz)
+        app.get("/metrics")(self.metrics)
+        app.get("/status.json")(self.status)
+        app.get("/events")(self.events)
+        app.get("/events/stream")(self.stream)
+        app.register_error_handler(AgentError, _refused)
+        app.register_error_handler(HTTPException, _failed)
+        return app
+
+    def admit(self) -> Response | None:
+        """Return the refusal of a request, or None. Raises `AgentError` for a token that does not do."""
+        if request.path in self._open_paths:
             return None
-        if access.open:
+        if self._access.open:
             if not _is_local(request.host.rpartition(":")[0] or request.host):
                 return _error(403, "denied", "ask for this machine by its own name, like 127.0.0.1")
             return None
@@ -89,57 +111,47 @@ def create_app(agent: Agent, access: Access, open_paths: tuple[str, ...], ending
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
         kind = "kubernetes" if token.count(".") == _JWT_PARTS - 1 else "token"
-        caller = access.identify(Identity(kind, token[:8192]), f"http {request.remote_addr}")
-        access.require_admin(caller, f"'{request.path}'")
+        caller = self._access.identify(Identity(kind, token[:8192]), f"http {request.remote_addr}")
+        self._access.require_admin(caller, f"'{request.path}'")
         return None
 
-    app.register_blueprint(dashboard.blueprint(agent))
+    def index(self) -> Response:
+        return _json({"node": self._agent.node, "paths": PATHS})
 
-    @app.get("/")
-    def index() -> Response:
-        return _json({"node": agent.node, "paths": PATHS})
-
-    @app.get("/healthz")
-    def healthz() -> Response:
-        if not agent.answers(_LOCK_SECONDS):
+    def healthz(self) -> Response:
+        if not self._agent.answers(_LOCK_SECONDS):
             return _error(503, "internal", f"the agent's lock could not be had for {_LOCK_SECONDS:.0f} s")
         return _json({"status": "ok"})
 
-    @app.get("/metrics")
-    def metrics() -> Response:
+    def metrics(self) -> Response:
         encode, kind = choose_encoder(request.headers.get("Accept", ""))
-        return Response(encode(registry), content_type=kind)
+        return Response(encode(self._registry), content_type=kind)
 
-    @app.get("/status.json")
-    def status() -> Response:
-        return _json(agent.full_status())
+    def status(self) -> Response:
+        return _json(self._agent.full_status())
 
-    @app.get("/events")
-    def events() -> Response:
-        return _json(agent.journal.since(_number("since", 0), _number("limit", 1000)))
+    def events(self) -> Response:
+        return _json(self._agent.journal.since(_number("since", 0), _number("limit", 1000)))
 
-    @app.get("/events/stream")
-    def stream() -> Response:
+    def stream(self) -> Response:
         last = request.headers.get("Last-Event-ID", "")
         since = int(last) if last.isascii() and last.isdecimal() and len(last) < 16 else _number("since", 0)
-        if not streams.acquire(blocking=False):
+        if not self._streams.acquire(blocking=False):
             return _error(503, "busy", f"{_STREAMS} streams are open; close one, or ask /events")
-        body = ClosingIterator(_stream(agent, since, ending), streams.release)
+        body = ClosingIterator(_stream(self._agent, since, self._ending), self._streams.release)
         return Response(body, content_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    @app.errorhandler(AgentError)
-    def refused(error: AgentError) -> Response:
-        status = 403 if isinstance(error, AccessDenied) else 503 if error.retryable else 400
-        response = _error(status, error.code, error.text)
-        if error.retryable:
-            response.headers["Retry-After"] = "5"
-        return response
 
-    @app.errorhandler(HTTPException)
-    def failed(error: HTTPException) -> Response:
-        return _error(error.code or 500, error.name.lower().replace(" ", "_"), error.description or error.name)
+def _refused(error: AgentError) -> Response:
+    status = 403 if isinstance(error, AccessDenied) else 503 if error.retryable else 400
+    response = _error(status, error.code, error.text)
+    if error.retryable:
+        response.headers["Retry-After"] = "5"
+    return response
 
-    return app
+
+def _failed(error: HTTPException) -> Response:
+    return _error(error.code or 500, error.name.lower().replace(" ", "_"), error.description or error.name)
 
 
 def _stream(agent: Agent, since: int, ending: threading.Event) -> Iterator[bytes]:

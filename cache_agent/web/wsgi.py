@@ -1,8 +1,14 @@
-"""Serves a WSGI application from a thread of this process: gunicorn's threaded worker, without its arbiter."""
+"""gunicorn's threaded worker without gunicorn's arbiter: the base of every HTTP server of the project.
+
+`ThreadedServer` serves on the thread that calls it, as a function's worker does; `WsgiServer` on a thread of its own,
+within a process that has other things to do. gunicorn's control socket, pid files, signals and privilege changes stay
+out of both.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -12,12 +18,34 @@ from typing import Any
 
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.http.errors import NoMoreData
+from gunicorn.http.unreader import SocketUnreader
+from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from cache_agent.errors import BadSetting
 
+log = logging.getLogger("glowplug.web")
+
+_BACKLOG = 128
 _CONNECTIONS = 64
+_KEPT_SECONDS = 15  # that a connection waits for its next request
 _STOP_SECONDS = 1  # for answers on their way; browsers hold connections open on which they never ask
+_TLS_RECORD = 16 << 10  # bytes at most: what is read of one is read whole, and none of it is out of the poller's sight
+_NO_CONNECTION = (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK)  # the client went before it was accepted
+
+Secure = Callable[[socket.socket], socket.socket]
+
+
+class Settings:
+    """gunicorn's settings and the logger that they make: 120 objects of 120 classes.
+
+    A server uses them up. A warm layer has them made, and each of its children is the only one that changes its copy.
+    """
+
+    def __init__(self) -> None:
+        self.config = Config()
+        self.logger = Logger(self.config)
+        self.logger.error_log.handlers = logging.getLogger().handlers
 
 
 class _App:
@@ -30,47 +58,181 @@ class _App:
         return self._wsgi
 
 
-class WsgiServer(ThreadWorker):  # type: ignore[misc]
+class _Unreader(SocketUnreader):  # type: ignore[misc]
+    """Takes a client that is silent for too long for one that has gone, and reads nothing of it from then on."""
+
+    _gone = False
+
+    def chunk(self, size_hint: int | None = None) -> bytes:
+        if not self._gone:
+            with contextlib.suppress(TimeoutError):
+                return bytes(super().chunk(size_hint))
+            self._gone = True
+        return b""
+
+
+class _Connection(TConn):  # type: ignore[misc]
+    """One connection: secured by the thread that reads its first request, and closed once."""
+
+    sock: socket.socket
+
+    def __init__(
+        self, config: Config, sock: socket.socket, peer: Any, own: Any, *, patience: float | None, secure: Secure | None
+    ) -> None:
+        super().__init__(config, sock, peer, own)
+        self._patience = patience
+        self._secure = secure
+        self.data_ready = secure is not None  # a handshake has a deadline of its own
+
+    def init(self) -> None:
+        """Prepare to read a request, on its thread."""
+        first = not self.initialized
+        if first and self._secure is not None:
+            try:
+                self.sock = self._secure(self.sock)
+            except OSError as error:  # ssl.SSLError is one
+                raise NoMoreData from error
+        super().init()
+        if self._patience is not None:
+            self.sock.settimeout(self._patience)
+            if first:
+                self.parser.unreader = _Unreader(self.sock, _TLS_RECORD)
+
+    def close(self, graceful: bool = False) -> None:
+        if self.sock.fileno() >= 0:
+            super().close(graceful)
+
+
+class ThreadedServer(ThreadWorker):  # type: ignore[misc]
+    """`init_process` serves in the calling thread until `stop`, then lets running requests end."""
+
+    nr_conns: int  # gunicorn's: open connections
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        wsgi: Callable[..., Any],
+        *,
+        threads: int,
+        connections: int,
+        grace: int,
+        kept: int = _KEPT_SECONDS,
+        patience: float | None = None,
+        secure: Secure | None = None,
+        parent: int = 0,
+        settings: Settings | None = None,
+    ) -> None:
+        """Serve `threads` requests at once, and keep up to `connections` - `threads` connections without one.
+
+        Seconds: `grace` for what runs when it is stopped, `kept` until a connection without a request is closed,
+        `patience` with a client that neither sends nor reads (None: without end). `secure` makes a connection one of
+        TLS; it raises `OSError`. The server ends with the process `parent`, if one is given.
+        """
+        settings = settings or Settings()
+        config = settings.config
+        config.set("threads", threads)
+        config.set("worker_connections", connections)
+        config.set("keepalive", kept)
+        config.set("graceful_timeout", grace)
+        # gunicorn took these from whoever imported it, which in a forked worker was somebody else.
+        config.set("user", os.geteuid())
+        config.set("group", os.getegid())
+        super().__init__(0, parent, [sock], _App(wsgi), 0, config, settings.logger)
+        self._patience = patience
+        self._secure = secure
+        self._busy: set[_Connection] = set()  # those with a thread; only the serving thread changes it
+
+    @property
+    def in_hand(self) -> int:
+        """Connections with a thread. For the serving thread, or once it has ended."""
+        return len(self._busy)
+
+    def accept(self, listener: Any) -> None:
+        try:
+            client, peer = listener.accept()
+        except OSError as error:
+            if error.errno not in _NO_CONNECTION:
+                raise
+            return
+        self.take(client, peer, listener.getsockname())
+
+    def take(self, client: socket.socket, peer: Any, own: Any) -> None:
+        """Serve a connection that was accepted, with these addresses. For the serving thread."""
+        send_at_once(client)  # a connection may have waited since before its listener had the option
+        self.nr_conns += 1
+        self.enqueue_req(_Connection(self.cfg, client, peer, own, patience=self._patience, secure=self._secure))
+
+    def enqueue_req(self, conn: Any) -> None:
+        self._busy.add(conn)
+        super().enqueue_req(conn)
+
+    def handle(self, conn: Any) -> Any:
+        keep = super().handle(conn)
+        if not keep:  # gunicorn would do so on the serving thread, where all wait for a client that does not close
+            conn.close(graceful=True)
+        return keep
+
+    def finish_request(self, conn: Any, fs: Any) -> None:
+        self._busy.discard(conn)
+        super().finish_request(conn, fs)
+
+    def stop(self) -> None:
+        """End, with `grace` for what runs. From any thread, also before the server runs."""
+        self.alive = False
+        with contextlib.suppress(AttributeError, TypeError):  # gunicorn's wake-up pipe exists only once it runs
+            self.method_queue.defer(lambda: None)
+
+    def is_parent_alive(self) -> bool:
+        return not self.ppid or bool(super().is_parent_alive())
+
+    def notify(self) -> None:
+        """Called about every second: gunicorn's heartbeat, for which nobody waits."""
+
+    def init_signals(self) -> None:
+        """Signals are the process's own, which took them before anything else."""
+
+
+class WsgiServer(ThreadedServer):
     """`start` to `stop`, once; from any thread."""
 
-    def __init__(self, sock: socket.socket, wsgi: Callable[..., Any], *, threads: int) -> None:
-        config = Config()
-        config.set("threads", threads)
-        config.set("worker_connections", _CONNECTIONS)
-        config.set("keepalive", 15)
-        config.set("graceful_timeout", _STOP_SECONDS)
-        logger = Logger(config)
-        logger.error_log.handlers = logging.getLogger().handlers
-        super().__init__(0, os.getppid(), [sock], _App(wsgi), 0, config, logger)
-        self._thread = threading.Thread(target=self.init_process, name="status", daemon=True)
+    def __init__(self, sock: socket.socket, wsgi: Callable[..., Any], *, threads: int, **options: Any) -> None:
+        """`options` are those of `ThreadedServer`."""
+        options = {"connections": _CONNECTIONS, "grace": _STOP_SECONDS, **options}
+        super().__init__(sock, wsgi, threads=threads, **options)
+        self._thread = threading.Thread(target=self.init_process, name="web", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, seconds: float = _STOP_SECONDS + 3.0) -> None:
-        self.alive = False
-        with contextlib.suppress(AttributeError, TypeError):  # its wake-up pipe exists only once it runs
-            self.method_queue.defer(lambda: None)
+        """End within `seconds`, and cut the connections that still have a thread."""
+        super().stop()
         if self._thread.ident is not None:
             self._thread.join(seconds)
+            for conn in list(self._busy):
+                with contextlib.suppress(OSError):
+                    conn.sock.shutdown(socket.SHUT_RDWR)
             for fd in self.PIPE:
                 os.close(fd)
         self.tmp.close()
 
-    def notify(self) -> None:
-        """Nobody watches this thread's heartbeat."""
 
-    def is_parent_alive(self) -> bool:
-        return True
-
-    def init_signals(self) -> None:
-        """Signals are the process's, and its main thread's."""
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Raises `BadSetting`."""
+def listen(host: str, port: int, setting: str) -> socket.socket:
+    """A listening TCP socket. Raises `BadSetting`, which tells to choose another `setting`."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_CONNECTIONS)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
-        raise BadSetting(f"cannot listen on {host}:{port}: {error}; choose another GLOWPLUG_STATUS") from error
+        raise BadSetting(f"cannot listen on {host}:{port}: {error}; choose another {setting}") from error
+    send_at_once(listener)
+    return listener
+
+
+def send_at_once(sock: socket.socket) -> None:
+    """Set TCP_NODELAY on a connection, or on a listener whose connections inherit it; other sockets stay as they are.
+
+    gunicorn sends the headers of an answer and its body apart. Without the option the body waits on a kept connection
+    until the peer acknowledges the headers, 40 ms later.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

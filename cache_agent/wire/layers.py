@@ -13,7 +13,10 @@ Amount = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Layer(msgspec.Struct, frozen=True):
-    """Idle `since` then, in s of CLOCK_MONOTONIC; `hold`, `rebuild` and `until` as in `policy.keepalive.Decision`."""
+    """One layer: idle `since` then, in s of CLOCK_MONOTONIC, to be held for `hold` s of idleness; None: for ever.
+
+    Functions of an older image send `rebuild` and `until`, too; both are passed over.
+    """
 
     level: Short
     state: Short
@@ -22,8 +25,6 @@ class Layer(msgspec.Struct, frozen=True):
     seconds: Amount = 0.0
     bytes: Count = 0
     hold: Amount | None = None
-    rebuild: Amount | None = None
-    until: Amount | None = None
     why: Text = ""
 
 
@@ -43,7 +44,7 @@ class LayersTold(Message, frozen=True, tag="layers"):
 class LayerStatus(msgspec.Struct, frozen=True):
     """`worth_seconds` is how long holding it costs less than one start; None: for ever.
 
-    While it lies idle it is dropped in `left_seconds`, and while it is absent built in `back_seconds`, if ever.
+    While it lies idle it is dropped in `left_seconds`, if ever.
     """
 
     level: Short
@@ -54,7 +55,6 @@ class LayerStatus(msgspec.Struct, frozen=True):
     worth_seconds: float | None
     idle_seconds: float | None
     left_seconds: float | None
-    back_seconds: float | None
     why: Text
 
 

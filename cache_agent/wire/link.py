@@ -41,7 +41,7 @@ def listen(address: str) -> socket.socket:
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
-        )
+        )  # a `Link` sets TCP_NODELAY on its connection, at either end
     except OSError as error:
         raise BadSetting(
             f"cannot listen on {address}: {error.strerror or error}; choose another --agent-listen"

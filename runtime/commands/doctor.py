@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _OPEN_FILES = 4096
 _REDIS_SECONDS = 2.0
+_OTHER_VARIABLES = {"GLOWPLUG_TORCH_INDEX", "GLOWPLUG_REPLAY_ROOT"}  # of scripts
 _SERVED = "http://127.0.0.1:8080"
 _URL_SECONDS = 2.0
 
@@ -77,6 +78,7 @@ def _machine(settings: AgentConfig) -> Iterator[Finding]:
     from cache_agent import __version__, limits
 
     yield Finding("versions", "ok", f"glowplug {__version__}, Python {platform.python_version()}, {platform.release()}")
+    yield _settings()
     yield _base()
     limit, free = limits.memory_limit(), limits.available_bytes()
     budget = settings.capacity
@@ -98,6 +100,24 @@ def _machine(settings: AgentConfig) -> Iterator[Finding]:
         )
     else:
         yield Finding("open files", "ok", f"{soft}, and {hard} for the agent")
+
+
+def _settings() -> Finding:
+    """Variables that look like settings and are none: former ones, and slips of the pen."""
+    import dataclasses
+
+    from cache_agent import config as agents
+    from runtime import config as functions
+
+    fields = (*dataclasses.fields(agents.AgentConfig), *dataclasses.fields(functions.FunctionConfig))
+    known = {f"GLOWPLUG_{field.name.upper()}" for field in fields} | _OTHER_VARIABLES
+    texts = [*functions.gone(os.environ), *agents.gone(os.environ)]
+    named = {text.partition(" ")[0] for text in texts}
+    other = {name for name in os.environ if name.startswith("GLOWPLUG_") and not name.startswith("GLOWPLUG_TEST_")}
+    texts += [f"{name} is no setting and changes nothing" for name in sorted(other - known - named)]
+    if not texts:
+        return Finding("settings", "ok", "every GLOWPLUG_ variable that is set is a setting")
+    return Finding("settings", "warning", "; ".join(texts), "the README's tables name all settings")
 
 
 def _base() -> Finding:
@@ -136,7 +156,7 @@ def _redis(settings: AgentConfig) -> Finding:
     try:
         version = redis_connection.version(settings.redis_url, settings.redis_password_file, _REDIS_SECONDS)
     except BadSetting as error:
-        return Finding("Redis", "failed", error.text, "see the README's settings")
+        return Finding("Redis", "failed", error.text, "see the settings in cache_agent/cluster/README.md")
     except OSError as error:
         return Finding(
             "Redis", "failed", f"it cannot be used: {error}", "nodes serve on, but do not know of each other"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,16 +53,11 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _left(layer: dict[str, Any], age: float | None) -> str:
-    """Until it is dropped, or built ahead."""
-    if age is None:
+    """Return how long an idle layer is still held; "" for one that is not idle."""
+    if age is None or layer["state"] != "idle":
         return ""
-    hold, rebuild, until = (math.inf if layer.get(end) is None else layer[end] for end in ("hold", "rebuild", "until"))
-    if layer["state"] == "absent":
-        return f"back in {_span(rebuild - age)}" if age < rebuild < math.inf else ""
-    if layer["state"] != "idle":
-        return ""
-    end = hold if age <= hold else until
-    return "no end" if end == math.inf else _span(max(0.0, end - age))
+    hold = layer.get("hold")
+    return "no end" if hold is None else _span(max(0.0, hold - age))
 
 
 def _reason(layer: dict[str, Any]) -> str:

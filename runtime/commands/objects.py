@@ -27,12 +27,6 @@ Objects = list[dict[str, Any]]
 MODEL_ANNOTATION = "glowplug.dev/model"
 INJECT_ANNOTATION = "glowplug.dev/inject"
 AGENT_ADDRESS = "tcp://glowplug-agent.glowplug-system.svc:8091"  # knative/components/peers: the agent of the pod's node
-# What Knative needs in its ConfigMap config-features before it takes what `inject="fields"` writes.
-GATED = {
-    "hostPath": "kubernetes.podspec-volumes-hostpath",
-    "schedulerName": "kubernetes.podspec-schedulername",
-    "fieldRef": "kubernetes.podspec-fieldref",
-}
 
 _LATE_SIGTERM, _MARGIN = 30, 10  # Knative's quiet time before SIGTERM, and what routes and exits may take
 _OPENFAAS_LINGER, _OPENFAAS_MARGIN = 6, 14  # a second above the template's healthcheck_interval; grace and that
@@ -65,7 +59,6 @@ class Function:
     start_timeout: int = 600
     memory: str = "4Gi"
     cpu: str = "1"
-    gpus: int = 0
     min_scale: int = 0
     max_scale: int = 0
     retention: str = ""
@@ -87,8 +80,8 @@ class Function:
                 raise BadConfig(f"--{option} is {quantity!r}; use a Kubernetes quantity, like 4Gi or 500m")
         if self.retention and not _DURATION.fullmatch(self.retention):
             raise BadConfig(f"--retention is {self.retention!r}; use a duration like 10m or 1h30m")
-        if self.slots < 1 or self.gpus < 0 or self.min_scale < 0 or self.max_scale < 0 or self.start_timeout < 1:
-            raise BadConfig("slots and start timeout must be at least 1; GPUs and scales at least 0")
+        if self.slots < 1 or self.min_scale < 0 or self.max_scale < 0 or self.start_timeout < 1:
+            raise BadConfig("slots and start timeout must be at least 1; scales at least 0")
         if self.max_scale and self.max_scale < self.min_scale:
             raise BadConfig(f"--max-scale {self.max_scale} is below --min-scale {self.min_scale}")
         if self.inject not in get_args(Inject):
@@ -142,12 +135,11 @@ def knative(function: Function) -> Objects:
 
 
 def openfaas(function: Function, gateway: str = "http://127.0.0.1:8080") -> Objects:
-    """The stack file. Scaling to zero and GPUs are not in it: they are the Pro edition's, by labels and Profiles.
+    """The stack file. Scaling to zero is not in it: that is the Pro edition's, by labels.
 
     Raises `BadConfig` for what OpenFaaS has no word for.
     """
     for wanted, option in (
-        (function.gpus, "--gpus: OpenFaaS gives GPUs by a Profile (Pro), see the template's README"),
         (function.retention, "--retention: on OpenFaaS scaling down is a label of the Pro edition"),
         (function.inject == "fields", "--inject fields: no edition of OpenFaaS lets a function mount a directory"),
         (function.timeout <= _OPENFAAS_MARGIN, f"--timeout: more than {_OPENFAAS_MARGIN} s are needed to end well"),
@@ -252,9 +244,6 @@ def _container(function: Function) -> dict[str, Any]:
     if function.inject == "fields":
         mounts += admission.mounts()
         variables += admission.variables()
-    limits: dict[str, Any] = {"memory": function.memory}
-    if function.gpus:
-        limits["nvidia.com/gpu"] = str(function.gpus)
     return {
         "name": "function",
         "image": function.image,
@@ -262,7 +251,10 @@ def _container(function: Function) -> dict[str, Any]:
         "command": ["glowplug-shim"],
         "ports": [{"containerPort": 8080}],
         "env": variables,
-        "resources": {"requests": {"cpu": function.cpu, "memory": function.memory}, "limits": limits},
+        "resources": {
+            "requests": {"cpu": function.cpu, "memory": function.memory},
+            "limits": {"memory": function.memory},
+        },
         # A period of 0 lets queue-proxy probe every few milliseconds until it is ready.
         "readinessProbe": {"httpGet": {"path": "/_/ready"}, "periodSeconds": 0, "successThreshold": 1},
         "livenessProbe": {

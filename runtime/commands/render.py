@@ -23,7 +23,6 @@ from runtime.config import FunctionConfig
 @click.option("--start-timeout", type=int, default=600, show_default=True, help="Seconds that a start may take.")
 @click.option("--memory", default="4Gi", show_default=True, help="Memory of a replica.")
 @click.option("--cpu", default="1", show_default=True, help="Processors that a replica asks for.")
-@click.option("--gpus", type=int, default=0, help="GPUs of a replica (Knative).")
 @click.option("--min-scale", type=int, default=0, help="Replicas that always run.")
 @click.option("--max-scale", type=int, default=0, help="Most replicas; 0 leaves it to the platform.")
 @click.option("--retention", default="", help="How long the last replica stays, like 10m (Knative).")

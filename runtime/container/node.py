@@ -19,36 +19,30 @@ from runtime.config import FunctionConfig
 from runtime.layers import identity
 from runtime.layers.spawn import Ended, Forked, Lost, Ready, Refused, Zygote
 from runtime.layers.spawn import Event as AnyEvent
+from runtime.process import messages
 from runtime.process.wire import Gone, Wire
 
 if TYPE_CHECKING:
     from runtime.container.takeover import Handed
 
 NO_ENTRY = "it could not enter the container"  # how the pool begins its reason not to be asked again
-_ANSWER = 1.0  # seconds that the pool may take to say whether it serves this container
+POOL_SECONDS = 1.0  # seconds that the pool may take to say whether it serves this container
 _AGAIN = 5.0  # seconds after which a pool that was lost is looked for, for the worker that there is
 
 Event = Forked | Refused | Ended
 
 
 class Pool(Zygote):
-    """A pool as a shim sees it: a zygote that has wishes."""
+    """A pool as a shim sees it: a zygote that has wishes. It repeats a wish while it has it."""
 
-    wish = ""
+    retire = False  # the worker that there is
 
     def _event(self, message: dict[str, Any], fds: list[int]) -> AnyEvent | None:
         match message, fds:
-            case {"wish": str(what)}, []:
-                self.wish = what
+            case {"wish": what}, []:
+                self.retire = what == "retire"
                 return None
         return super()._event(message, fds)
-
-    def wishes(self, what: str) -> bool:
-        """Once: while it still does it says so again."""
-        if self.wish != what:
-            return False
-        self.wish = ""
-        return True
 
 
 class Node:
@@ -72,7 +66,7 @@ class Node:
 
     def take_over(self, handed: Handed) -> bool:
         """The connection of the static twin, as `connect`."""
-        pool = Pool(Wire(socket.socket(fileno=handed.pool)), 0, -1, "")
+        pool = Pool(Wire(socket.socket(fileno=handed.pool)), 0, -1)
         self._number, self._asked = handed.number, handed.number if handed.forking else 0
         if handed.parked:
             self._known = {"parked": {"parked": 1}}
@@ -86,7 +80,7 @@ class Node:
     def _greeted(self, pool: Pool) -> bool:
         poller = select.poll()
         poller.register(pool.wire, select.POLLIN)
-        deadline = time.monotonic() + _ANSWER
+        deadline = time.monotonic() + POOL_SECONDS
         self.why = "the pool has no zygote ready"
         while (left := deadline - time.monotonic()) > 0:
             poller.poll(left * 1000)
@@ -111,11 +105,11 @@ class Node:
             sock.close()
             self.why = f"no pool answers at {self._config.pool} ({error.strerror or error})"
             return None
-        pool = Pool(Wire(sock), 0, -1, "")
+        pool = Pool(Wire(sock), 0, -1)
         needs = identity.needs()
-        made_of = {"machine": needs.machine, "python": needs.python, "base": needs.base}
+        made_of = {"wants": messages.VERSION, "machine": needs.machine, "python": needs.python, "base": needs.base}
         with contextlib.suppress(Gone):  # if it has gone, what it said before it did is read as all else
-            pool.wire.send({"wants": made_of, "environment": dict(os.environ), "cwd": os.getcwd()})
+            pool.wire.send({**made_of, "environment": dict(os.environ), "cwd": os.getcwd()})
             for message in self._known.values():
                 pool.wire.send(message)
         return pool
@@ -134,7 +128,7 @@ class Node:
     def worker_gone(self, now: float) -> None:  # noqa: ARG002
         self._known.clear()
         if self._pool is not None:
-            self._pool.wish = ""  # of before
+            self._pool.retire = False  # that was said of the one before
         self._tell({"parked": 1})
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -149,7 +143,6 @@ class Node:
         self,
         now: float,  # noqa: ARG002
         *,
-        ahead: bool,  # noqa: ARG002  the pool knows what it wished
         listener: int,
         line: int,
         connections: Sequence[int],
@@ -161,7 +154,7 @@ class Node:
         if self._pool is None and (self.why.startswith(NO_ENTRY) or not self.connect()):
             return 0
         assert self._pool is not None, "it was connected"
-        self._pool.wish = ""
+        self._pool.retire = False
         self._number += 1
         request = {"fork": self._number, "environment": dict(environment), **more}
         try:
@@ -200,10 +193,10 @@ class Node:
         return events
 
     def wants_drop(self, now: float) -> bool:  # noqa: ARG002
-        return self._pool is not None and self._pool.wishes("retire")
-
-    def wants_worker(self, now: float) -> bool:  # noqa: ARG002
-        return self._pool is not None and self._pool.wishes("start")
+        if self._pool is None or not self._pool.retire:
+            return False
+        self._pool.retire = False
+        return True
 
     def seconds(self, now: float) -> float:  # noqa: ARG002
         return 1.0

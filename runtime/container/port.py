@@ -9,7 +9,7 @@ import socket
 from runtime.config import FunctionConfig
 from runtime.errors import BadConfig
 
-_BACKLOG = 1024
+BACKLOG = 1024
 
 
 def open_port(config: FunctionConfig) -> socket.socket:
@@ -20,7 +20,8 @@ def open_port(config: FunctionConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
-        listener.listen(_BACKLOG)
+        _send_at_once(listener)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise BadConfig(
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; set PORT to another port"
@@ -38,7 +39,17 @@ def _take(fd: int) -> socket.socket:
     if not listening:
         raise BadConfig(f"GLOWPLUG_LISTEN_FD is {fd}, a socket that does not listen")
     listener.set_inheritable(False)
+    _send_at_once(listener)
     return listener
+
+
+def _send_at_once(listener: socket.socket) -> None:
+    """Set TCP_NODELAY, which accepted connections inherit; a socket without TCP stays as it is.
+
+    Without the option the body of an answer waits on a kept connection until the peer acknowledges the headers: 40 ms.
+    """
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def answers(path: str) -> bool:

@@ -21,14 +21,14 @@ import contextlib  # noqa: E402  the first line of the ledger is the first instr
 import select  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
-from typing import TYPE_CHECKING  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from runtime.config import DEFAULT_SOCKET, FunctionConfig, from_environment  # noqa: E402
 from runtime.container.port import answers, open_port  # noqa: E402
 from runtime.container.supply import Order, Supply  # noqa: E402
 from runtime.errors import BadConfig, FunctionError, WorkerCrashed  # noqa: E402
 from runtime.process.children import Child, become_subreaper, executed_at, reap  # noqa: E402
-from runtime.process.control import Hearing, checked_spans  # noqa: E402
+from runtime.process.control import Hearing  # noqa: E402
 from runtime.process.crashes import Crashes, described  # noqa: E402
 from runtime.process.wakeup import Wakeup  # noqa: E402
 
@@ -38,10 +38,17 @@ if TYPE_CHECKING:
     from runtime.process.fd_store import Memory
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-_REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
+REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
 _AGENT_SECONDS = 5.0
 _RETIRE_AGAIN = 1.0  # seconds until an idle worker that has connections is asked again
-_ORPHAN_SECONDS = 2.0  # what a dead worker's status may take to come
+ORPHAN_SECONDS = 2.0  # what a dead worker's status may take to come
+HANG_SECONDS = 5.0  # beyond the grace, after which a worker that drains is killed
+# Texts of the static shim, too; see zygote/native.py.
+SAYS_OPEN = "port %d is open, starting %s"
+SAYS_READY = "ready after %.0f ms (%s)"
+SAYS_PARKED = "the worker was idle and is gone; the next request starts another"
+SAYS_STUCK = "the worker did not stop in time and is killed; raise GLOWPLUG_DRAIN_GRACE if its requests need longer"
+SAYS_SILENT = "the worker was silent for %.0f s and is killed"
 
 
 class Shim:
@@ -121,7 +128,7 @@ class Shim:
         self.spans.append(("shim", why, since, time.monotonic_ns()))
         _say(why)
 
-    def _start_worker(self, *, ahead: bool = False) -> None:
+    def _start_worker(self) -> None:
         """From the deepest layer that is there, else from the interpreter. Connections that have arrived go with it."""
         start = time.monotonic_ns()
         self._asked_at = time.monotonic()
@@ -132,7 +139,7 @@ class Shim:
         self._turn = 0
         ours, theirs = socket.socketpair()
         self._listen_to(Hearing(ours, self._kept))
-        worker = self._supply.ask(Order(theirs, self._arrived, self.start_id, self.spans), ahead=ahead)
+        worker = self._supply.ask(Order(theirs, self._arrived, self.start_id, self.spans))
         if worker is not None:
             self._adopt(worker)
         self.spans.append(("shim", "spawn", start, time.monotonic_ns()))
@@ -156,7 +163,7 @@ class Shim:
         self._supply.take_over(handed, order)
         if handed.line >= 0:
             self._listen_to(Hearing(socket.socket(fileno=handed.line), unread=handed.unread))
-            self._heard = handed.heard
+        self._heard = handed.heard
         if handed.stopping:
             self._stopping, self._kill_at, self._leave_at = True, handed.kill_at, handed.leave_at
         if handed.worker:
@@ -183,7 +190,7 @@ class Shim:
             if self._handed is not None:
                 self._take_over(self._handed)
             else:
-                _say(f"port {self.port} is open, starting {self.config.model_uri}")
+                _say(SAYS_OPEN % (self.port, self.config.model_uri))
                 self._agent_path = self._find_agent()
                 self._supply.find_pool()
                 self._start_worker()
@@ -258,9 +265,7 @@ class Shim:
             return
         if self._parked and self._kept is not None and not layers.holds_model:
             self._kept.drop()  # an idle function without that layer is to be small
-        if self._parked and layers.wants_worker(now):
-            self._start_worker(ahead=True)
-        elif self._line is not None and self._worker is not None and now >= self._retire_at and layers.wants_drop(now):
+        if self._line is not None and self._worker is not None and now >= self._retire_at and layers.wants_drop(now):
             self._retire_at = now + _RETIRE_AGAIN
             self._line.tell(retire=1)
 
@@ -277,7 +282,7 @@ class Shim:
         self._stopping = True
         self._leave_at = time.monotonic() + self.config.drain_linger
         # The worker keeps to the grace itself; this is for one that hangs.
-        self._kill_at = min(self._kill_at, time.monotonic() + self.config.drain_linger + self.config.drain_grace + 5.0)
+        self._kill_at = min(self._kill_at, self._leave_at + self.config.drain_grace + HANG_SECONDS)
         if self._worker is not None:
             self._worker.signal(signal.SIGTERM)
 
@@ -287,9 +292,9 @@ class Shim:
         for message in self._line.messages():
             self._heard = time.monotonic()
             self._hear(message)
-            self.spans += checked_spans(message.get("spans"))
-            match message.get("error"):
-                case [str(code), str(text)]:
+            self.spans += message.get("spans", [])
+            match message:
+                case {"error": str(code), "text": str(text)}:
                     _say(f"{text} [{code}]")
         if self._line.ended:
             self._close_line()
@@ -300,7 +305,7 @@ class Shim:
             self._line.close()
             self._line = None
 
-    def _hear(self, message: dict[str, object]) -> None:
+    def _hear(self, message: dict[str, Any]) -> None:
         now, layers = time.monotonic(), self._supply.layers
         match message:
             case {"state": "ready"}:
@@ -312,7 +317,7 @@ class Shim:
                 self._retired = self._finished = True
             case {"state": "drained"}:
                 self._finished = True
-            case {"load": [int(turn), int(inside)]} if turn > self._turn:
+            case {"load": int(inside), "turn": int(turn)} if turn > self._turn and inside >= 0:
                 self._turn = turn
                 if layers is not None:
                     layers.load(inside, now)
@@ -327,7 +332,7 @@ class Shim:
         """The start in one line of the log, for whoever reads it at night."""
         total = (time.monotonic_ns() - self.spans[0][2]) / 1e6
         phases = ", ".join(f"{owner} {name} {(end - start) / 1e6:.0f}" for owner, name, start, end in self.spans)
-        _say(f"ready after {total:.0f} ms ({phases})")
+        _say(SAYS_READY % (total, phases))
 
     def _reap(self) -> None:
         for pid, status in reap().items():
@@ -348,17 +353,15 @@ class Shim:
             if self._dead_at > now:
                 self._dead_at = now
                 self._poller.unregister(worker.pidfd)
-            elif now - self._dead_at > _ORPHAN_SECONDS:
+            elif now - self._dead_at > ORPHAN_SECONDS:
                 worker.status = 0 if self._finished else 1 << 8  # its zygote went without telling how it ended
             return
         if now >= self._kill_at:
-            _say(
-                "the worker did not stop in time and is killed; raise GLOWPLUG_DRAIN_GRACE if its requests need longer"
-            )
+            _say(SAYS_STUCK)
             worker.signal(signal.SIGKILL)
             self._kill_at = float("inf")
         elif now - self._heard > self.config.worker_timeout:
-            _say(f"the worker was silent for {self.config.worker_timeout:.0f} s and is killed")
+            _say(SAYS_SILENT % self.config.worker_timeout)
             worker.signal(signal.SIGKILL)
             self._heard = now
 
@@ -376,11 +379,11 @@ class Shim:
             self._parked = True
             if self._supply.layers is not None:
                 self._supply.layers.worker_gone(time.monotonic())
-            _say("the worker was idle and is gone; the next request starts another")
+            _say(SAYS_PARKED)
             return None
         if self._stopping:
             return self._verdict or (code if code >= 0 else 128 - code)
-        if code in _REPORTED:
+        if code in REPORTED:
             return code
         what = described(code)
         if times := self._crashes.too_many(time.monotonic()):
@@ -433,7 +436,7 @@ class Shim:
 def _say(text: str) -> None:
     # One write: lines of several processes share this stream.
     with contextlib.suppress(OSError):
-        os.write(2, f"glowplug: {text}\n".encode())
+        os.write(2, f"glowplug: {text}\n".encode("utf-8", "backslashreplace"))
 
 
 def _handed() -> Handed | None:

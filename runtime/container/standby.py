@@ -10,12 +10,13 @@ import contextlib
 import select
 import socket
 
-_PROBES = {
+PROBES = {
     b"GET /_/health": b'{"status":"ok"}\n',
     b"GET /_/ready": b'{"state":"parked"}\n',  # it is: the next request finds a worker
 }
-_LONGEST = 64  # bytes that tell a probe from everything else
-_PATIENCE_MS = 50
+PROBE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+PROBE_BYTES = 64  # bytes that tell a probe from everything else
+PROBE_MS = 50
 
 
 def take(listener: socket.socket) -> socket.socket | None:
@@ -27,15 +28,15 @@ def take(listener: socket.socket) -> socket.socket | None:
         return None  # it has gone away again
     poller = select.poll()
     poller.register(connection, select.POLLIN)
-    poller.poll(_PATIENCE_MS)
+    poller.poll(PROBE_MS)
     connection.setblocking(False)
     try:
-        begin = connection.recv(_LONGEST, socket.MSG_PEEK)
+        begin = connection.recv(PROBE_BYTES, socket.MSG_PEEK)
     except BlockingIOError:
         return connection  # somebody slow
     except OSError:
         begin = b""
-    for request, body in _PROBES.items():
+    for request, body in PROBES.items():
         if begin.startswith((request + b" ", request + b"?")):
             _answer(connection, body)
             return None
@@ -46,10 +47,7 @@ def take(listener: socket.socket) -> socket.socket | None:
 
 
 def _answer(connection: socket.socket, body: bytes) -> None:
-    head = (
-        f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
     with connection, contextlib.suppress(OSError):
         connection.recv(64 << 10)  # what is left unread would reset the connection, and its answer with it
-        connection.send(head.encode() + body)
+        connection.send(PROBE_HEAD % len(body) + body)
         connection.shutdown(socket.SHUT_WR)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runtime.layers.spawn import Ended
     from runtime.process.fd_store import Memory
 
-_SECONDS = 2.0  # what a zygote has to answer a request to fork
+FORK_SECONDS = 2.0  # what a zygote has to answer a request to fork
 
 
 class Order(NamedTuple):
@@ -87,18 +87,17 @@ class Supply:
         else:
             self._note(f"no pool: {handed.why}", start)
         self.forked = True
-        self._order, self._number, self._until = order, handed.number, handed.asked_at + _SECONDS
+        self._order, self._number, self._until = order, handed.number, handed.asked_at + FORK_SECONDS
 
     def keep_layers(self) -> Pod | Node | None:
         """Who was asked, or from now on the container's own zygotes: the first start has to do without."""
         if self.layers is None and self._config.layers != "off":
             from runtime.container.pod import Pod
 
-            self.layers = Pod(self._config, self._agent, self._say)
-            self.layers.memory = self.memory
+            self.layers = Pod(self._config, self._agent, self._say, self.memory)
         return self.layers
 
-    def ask(self, order: Order, *, ahead: bool) -> Child | None:
+    def ask(self, order: Order) -> Child | None:
         """From the deepest layer that is there, else from the interpreter; None: it comes from `step`, forked."""
         start = time.monotonic_ns()
         number, layers = 0, self.layers
@@ -106,17 +105,16 @@ class Supply:
         if layers is not None:
             number = layers.fork(
                 time.monotonic(),
-                ahead=ahead,
                 listener=self._listener.fileno(),
                 line=order.line.fileno(),
                 connections=[each.fileno() for each in order.connections],
                 environment=self._environment(),
                 start_id=order.start_id,
-                spans=json.dumps(order.spans),
+                spans=order.spans,
                 cwd=os.getcwd(),
             )
         if number:
-            self._order, self._number, self._until = order, number, time.monotonic() + _SECONDS
+            self._order, self._number, self._until = order, number, time.monotonic() + FORK_SECONDS
             return None
         if layers is not None and layers.why:
             self._note(f"no pool: {layers.why}", start)

@@ -1,18 +1,18 @@
 """Owns what a shim takes over from its static twin (zygote/shim.c), in whose place it was executed.
 
-The twin leaves the number of a file in `GLOWPLUG_SHIM_STATE`: one JSON object with the fields of `Handed`, and the fds
-that they name are open; SIGTERM, SIGINT and SIGCHLD are blocked. Times are seconds of CLOCK_MONOTONIC. Standard
-library only.
+The twin leaves the number of a file in `GLOWPLUG_SHIM_STATE`: a message (see messages.py) with the fields of `Handed`,
+then, after an empty field, those bytes of the line that no message was made of yet. The fds that the fields name are
+open; SIGTERM, SIGINT and SIGCHLD are blocked. Times are seconds of CLOCK_MONOTONIC. Standard library only.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, field, fields
 
 from runtime.errors import FunctionError
+from runtime.process import messages
 
 VARIABLE = "GLOWPLUG_SHIM_STATE"
 
@@ -28,7 +28,7 @@ class Handed:
     ask_pool: bool  # whether that would be of use
     greeted: bool  # the pool has said that it is ready
     start_id: str
-    spans: list[tuple[str, str, int, int]]
+    spans: list[messages.Span]
     number: int  # of the last request for a worker
     turn: int
     worker: int  # its pid, or 0
@@ -53,6 +53,12 @@ class Handed:
 
 
 _FDS = ("listener", "pool", "line", "theirs", "pidfd", "arrived")
+_KNOWN = ("serves", "load", "bytes")
+_KINDS: dict[str, messages.Kind] = {
+    "int": messages.whole,
+    "bool": lambda text: bool(messages.whole(text)),
+    "float": float,
+}
 
 
 def handed() -> Handed | None:
@@ -62,14 +68,15 @@ def handed() -> Handed | None:
         return None
     with open(int(number), "rb") as file:
         file.seek(0)
-        values = json.loads(file.read())
-    known = {each.name for each in fields(Handed)}
-    for name in _FDS:
-        if (fd := values.get(name, -1)) >= 0:
-            os.set_inheritable(fd, False)
-    values["unread"] = values["unread"].encode("utf-8", "surrogateescape")
-    values["spans"] = [tuple(row) for row in values["spans"]]
+        state, _, unread = file.read().partition(b"\0\0")
+    kinds = {each.name: _KINDS[str(each.type)] for each in fields(Handed) if str(each.type) in _KINDS}
     try:
-        return Handed(**{name: value for name, value in values.items() if name in known})
-    except TypeError as error:
+        values = messages.unpack(state + b"\0", {**messages.KINDS, **kinds})
+        known = {name: values.pop(name) for name in _KNOWN if name in values}
+        found = Handed(**values, known=known, unread=unread)
+    except (TypeError, ValueError) as error:
         raise FunctionError(f"the static shim is of another version ({error}); build it anew") from error
+    for name in _FDS:
+        if (fd := getattr(found, name)) >= 0:
+            os.set_inheritable(fd, False)
+    return found

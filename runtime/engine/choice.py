@@ -31,7 +31,6 @@ def choose(
             memory=memory,
             slots=config.slots,
             queue_size=config.queue,
-            chunk=config.chunk,
             fixed=config.decode_rows,
             deterministic=config.deterministic,
             reuse=config.prefix_cache,

@@ -140,21 +140,18 @@ class TextStream:
     `EngineFailed` in place of the rest if the engine breaks.
     """
 
-    def __init__(
-        self, tokens: TokenStream, prompt_tokens: int, request: GenerationRequest | None = None, *, told: int = 0
-    ) -> None:
-        """`told` tokens of the answer came before these."""
+    def __init__(self, tokens: TokenStream, request: GenerationRequest, *, told: int = 0, kept_as: str = "") -> None:
+        """`told` tokens of the answer came before these; `kept_as` names the request that they are kept as."""
         self.request_id = tokens.request_id
         self.request = request
+        self.tokens = tokens
         self.finish_reason: Finish | None = None
-        self._tokens = tokens
-        self._prompt_tokens = prompt_tokens
         self._generated = told
-        self._kept_as = ""
+        self._kept_as = kept_as
 
-    def held(self, kept_as: str, under: Callable[[TokenStream], TokenStream]) -> None:
-        """Goes on with the stream that `under` makes of its own, kept as this request."""
-        self._kept_as, self._tokens = kept_as, under(self._tokens)
+    def kept(self, kept_as: str, tokens: TokenStream) -> None:
+        """Goes on with `tokens`, which are the same and kept as this request."""
+        self._kept_as, self.tokens = kept_as, tokens
 
     @property
     def place(self) -> str | None:
@@ -163,14 +160,14 @@ class TextStream:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._prompt_tokens, self._generated)
+        return Usage(len(self.request.prompt), self._generated)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         while self.finish_reason is None:
-            event = self._tokens.next(_IDLE_WAIT)
+            event = self.tokens.next(_IDLE_WAIT)
             if event is None:
                 continue
             self._generated += event.token is not None
@@ -188,7 +185,7 @@ class TextStream:
         return "".join(self)
 
     def close(self) -> None:
-        self._tokens.close()
+        self.tokens.close()
         self.finish_reason = self.finish_reason or "cancelled"
 
     def __enter__(self) -> TextStream:
@@ -292,8 +289,7 @@ class Model:
         """
         ids = self.encode(prompt, messages, tools)
         request = self.request(ids, check(params), request_id or f"gen-{secrets.token_hex(12)}")
-        tokens = self.begin(request)
-        text = TextStream(tokens, len(ids), request)
+        text = TextStream(self.begin(request), request)
         return text if stream else text.text()
 
     def encode(
@@ -316,12 +312,8 @@ class Model:
             ) from error
         return [_integer("prompt", token, 0, 2**31 - 1) for token in prompt or ()]
 
-    def submit(self, prompt: Sequence[int], parameters: Parameters, request_id: str) -> TokenStream:
-        """Starts a generation, this model's defaults filled in. Raises `BadRequest`, `EngineBusy`, `EngineFailed`."""
-        return self.begin(self.request(prompt, parameters, request_id))
-
     def begin(self, request: GenerationRequest) -> TokenStream:
-        """Raises `EngineBusy`, `EngineFailed`."""
+        """Start a generation. Raises `EngineBusy`, `EngineFailed`, `Moved`."""
         return self.engine.submit(request)
 
     def request(self, prompt: Sequence[int], parameters: Parameters, request_id: str) -> GenerationRequest:

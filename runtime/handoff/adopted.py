@@ -10,13 +10,14 @@ HTTP server do for clients; the thread of the pipe takes in what comes.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from runtime.engine.base import Engine, TokenStream
+from runtime.engine.base import Engine
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, FunctionError, SnapshotRefused
 from runtime.handoff.messages import (
     MAX_OFFER,
@@ -38,6 +39,7 @@ from runtime.handoff.messages import (
 )
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume import snapshot
+from runtime.resume.answer import Answer
 from runtime.resume.checkpoint import Checkpoints
 from runtime.resume.snapshot import Place, Snapshot
 
@@ -73,8 +75,8 @@ class _Guest:
     offer: Offer
     data: bytearray = field(default_factory=bytearray)
     snapshots: list[Snapshot] = field(default_factory=list)
-    streams: dict[int, TokenStream] = field(default_factory=dict)
-    ready_at: float = 0.0
+    answers: dict[int, Answer] = field(default_factory=dict)
+    ready_at: float = -math.inf  # not yet
     running: int = 0
 
     @property
@@ -82,8 +84,8 @@ class _Guest:
         return sum(self.offer.sizes)
 
     def close(self) -> None:
-        for stream in self.streams.values():
-            stream.close()
+        for answer in self.answers.values():
+            answer.close()
 
 
 class Guests:
@@ -124,8 +126,8 @@ class Guests:
             case Drop(number):
                 self._forget(number)
             case Cancel(number, choice):
-                if (guest := self._guests.get(number)) is not None and choice in guest.streams:
-                    guest.streams[choice].close()
+                if (guest := self._guests.get(number)) is not None and choice in guest.answers:
+                    guest.answers[choice].close()
             case Embed(number, prompts):
                 threading.Thread(target=self._embed, args=(number, prompts), name="guest", daemon=True).start()
             case _:
@@ -184,7 +186,7 @@ class Guests:
         guest.ready_at = time.monotonic()
         self._pipe.send(Ready(number))
         if guest.offer.now:
-            self._tell(guest, guest.streams)
+            self._tell(guest)
 
     def _begin(self, guest: _Guest) -> None:
         """Raises `SnapshotRefused`, `EngineBusy`, `EngineFailed`, `BadRequest`, `Moved`."""
@@ -196,11 +198,8 @@ class Guests:
         ended = set(guest.offer.kept.ended if guest.offer.kept else ())
         for choice, found in enumerate(guest.snapshots):
             snapshot.check(found, self._place())
-            if choice in ended:
-                continue
-            state, engine = found.state, self._here.engine
-            stream = engine.admit(state) if state.generated or state.kv else engine.submit(state.request)
-            guest.streams[choice] = stream
+            if choice not in ended:
+                guest.answers[choice] = Answer.begun(self._here.engine, found.state)
 
     def _refuse(self, number: int, error: FunctionError) -> None:
         self._pipe.send(Refused(number, error.code, error.text[:4096], getattr(error, "retry_after", 0.0)))
@@ -208,14 +207,13 @@ class Guests:
     # --- running ----------------------------------------------------------------------------------------------------
 
     def _go(self, guest: _Guest, epoch: int) -> None:
-        streams: dict[int, TokenStream] = guest.streams
         if guest.offer.kept is not None:
-            streams = self._inherit(guest, guest.offer.kept, epoch)
+            self._inherit(guest, guest.offer.kept, epoch)
         self._pipe.send(Running(guest.offer.number))
-        self._tell(guest, streams)
+        self._tell(guest)
 
-    def _inherit(self, guest: _Guest, kept: Kept, epoch: int) -> dict[int, TokenStream]:
-        """The streams under this worker's own right to tell them."""
+    def _inherit(self, guest: _Guest, kept: Kept, epoch: int) -> None:
+        """Puts the answers under this worker's own right to tell them."""
         book = self._here.book
         if book is None:
             raise Broken("the request is kept, and this worker keeps none")
@@ -228,20 +226,20 @@ class Guests:
             epoch,
             guest.ready_at,
         )
-        guest.streams = {choice: hold.stream(choice, stream) for choice, stream in guest.streams.items()}
-        return guest.streams
+        for choice, answer in guest.answers.items():
+            answer.keep(hold, choice)
 
-    def _tell(self, guest: _Guest, streams: dict[int, TokenStream]) -> None:
-        guest.running = len(streams)
-        for choice, stream in streams.items():
-            arguments = guest, choice, stream
+    def _tell(self, guest: _Guest) -> None:
+        guest.running = len(guest.answers)
+        for choice, answer in guest.answers.items():
+            arguments = guest, choice, answer
             threading.Thread(target=self._send_on, args=arguments, name="guest", daemon=True).start()
 
-    def _send_on(self, guest: _Guest, choice: int, stream: TokenStream) -> None:
+    def _send_on(self, guest: _Guest, choice: int, answer: Answer) -> None:
         number = guest.offer.number
         try:
             while True:
-                if (event := stream.next(_LOOK)) is not None:
+                if (event := answer.next(_LOOK)) is not None:
                     self._pipe.send(told(number, choice, event))
         except StopIteration:
             with self._lock:
@@ -250,7 +248,7 @@ class Guests:
             if over:
                 self._forget(number)
         except Broken:
-            stream.close()
+            answer.close()
         except Exception:
             log.exception("a stream that was moved here failed")
             self._pipe.close("the destination failed")

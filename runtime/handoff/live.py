@@ -1,10 +1,9 @@
 """Owns where a worker's generations run: in its own engine or, once it drains, in another worker's.
 
-    answers ──► LiveEngine ──► own engine            streams here
+    readers ──► LiveEngine ──► own engine            feeds of what runs here
                      └──redirect──► Relay            new ones, and those that were moved
 
-An answer reads a `LiveStream` to its end and does not learn that, in the middle, the tokens came from elsewhere: when
-its generation has been moved, the engine's stream ends with "moved", and the one that goes on takes its place.
+Each generation is an `Answer`. Its feed is the own engine's stream or, once the generation has been moved, a relay's.
 """
 
 from __future__ import annotations
@@ -13,69 +12,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from runtime.engine.base import Engine, EngineStats, GenerationRequest, GenerationState, TokenEvent, TokenStream
+from runtime.engine.base import Engine, EngineStats, GenerationRequest, GenerationState, TokenStream
 from runtime.errors import Moved
-
-_WAIT = 15.0
-
-
-class LiveStream:
-    """One generation, wherever it runs. One reader; `attach` and `close` may come from any thread."""
-
-    def __init__(
-        self, request: GenerationRequest, inner: TokenStream, ended: Callable[[LiveStream], None], *, here: bool
-    ) -> None:
-        """`here`: the own engine makes these tokens. `ended` is called once nothing more comes."""
-        self.request, self.request_id = request, request.id
-        self.here = here
-        self._lock = threading.Lock()
-        self._inner = inner
-        self._next: TokenStream | None = None
-        self._ended = ended
-        self._over = self._closed = False
-
-    def attach(self, successor: TokenStream, *, here: bool = False) -> None:
-        """What follows after the present stream has ended with "moved"; `here`: the own engine makes it."""
-        with self._lock:
-            self.here = here
-            self._next, closed = successor, self._closed
-        if closed:
-            successor.close()
-
-    def reads(self, inner: TokenStream) -> bool:
-        with self._lock:
-            return inner in (self._inner, self._next)
-
-    def next(self, timeout: float) -> TokenEvent | None:
-        if self._over:
-            raise StopIteration
-        event = self._inner.next(timeout)
-        if event is None or event.finish is None:
-            return event
-        with self._lock:
-            if event.finish == "moved" and self._next is not None:
-                self._inner, self._next = self._next, None
-                return None
-            self._over = True
-        self._ended(self)
-        return event
-
-    def __iter__(self) -> LiveStream:
-        return self
-
-    def __next__(self) -> TokenEvent:
-        while (event := self.next(_WAIT)) is None:
-            pass
-        return event
-
-    def close(self) -> None:
-        with self._lock:
-            self._over = self._closed = True
-            inner, successor = self._inner, self._next
-        inner.close()
-        if successor is not None:
-            successor.close()
-        self._ended(self)
+from runtime.resume.answer import Answer
 
 
 class Elsewhere(Protocol):
@@ -105,7 +44,7 @@ class LiveEngine:
         self._lock = threading.Lock()
         self._own: Engine | None = engine
         self._elsewhere: Elsewhere | None = None
-        self._streams: dict[str, LiveStream] = {}
+        self._answers: dict[str, Answer] = {}
         self._embedding = 0  # calls of it that are in the own engine
 
     @property
@@ -120,10 +59,10 @@ class LiveEngine:
 
     # --- what answers ask -------------------------------------------------------------------------------------------
 
-    def submit(self, request: GenerationRequest) -> TokenStream:
+    def submit(self, request: GenerationRequest) -> Answer:
         return self._begin(request, lambda own: own.submit(request), lambda other: other.begin(request))
 
-    def admit(self, state: GenerationState) -> TokenStream:
+    def admit(self, state: GenerationState) -> Answer:
         return self._begin(state.request, lambda own: own.admit(state), lambda other: other.admit(state))
 
     def _begin(
@@ -131,25 +70,25 @@ class LiveEngine:
         request: GenerationRequest,
         here: Callable[[Engine], TokenStream],
         there: Callable[[Elsewhere], TokenStream],
-    ) -> TokenStream:
+    ) -> Answer:
         with self._lock:
             if (other := self._elsewhere) is None:
                 return self._entered(request, here(self._owned()), here=True)
-        inner = there(other)
+        feed = there(other)
         with self._lock:
-            return self._entered(request, inner, here=False)
+            return self._entered(request, feed, here=False)
 
-    def _entered(self, request: GenerationRequest, inner: TokenStream, *, here: bool) -> LiveStream:
-        stream = self._streams[request.id] = LiveStream(request, inner, self._forget, here=here)
-        return stream
+    def _entered(self, request: GenerationRequest, feed: TokenStream, *, here: bool) -> Answer:
+        answer = self._answers[request.id] = Answer(request, feed, here=here, ended=self._forget)
+        return answer
 
     def cancel(self, request_id: str) -> None:
         with self._lock:
-            stream = self._streams.get(request_id)
+            answer = self._answers.get(request_id)
             own, other = self._own, self._elsewhere
-        if stream is None:
+        if answer is None:
             return
-        if not stream.here and other is not None:
+        if not answer.here and other is not None:
             other.cancel(request_id)
         elif own is not None:
             own.cancel(request_id)
@@ -208,16 +147,16 @@ class LiveEngine:
         with self._lock:
             self._elsewhere = other
 
-    def here(self) -> list[LiveStream]:
+    def here(self) -> list[Answer]:
         """The generations that the own engine runs."""
         with self._lock:
-            return [stream for stream in self._streams.values() if stream.here]
+            return [answer for answer in self._answers.values() if answer.here]
 
-    def reader(self, inner: TokenStream) -> LiveStream | None:
-        """Where the tokens of another worker's stream are read; None when nobody does any more."""
+    def reader(self, feed: TokenStream) -> Answer | None:
+        """The answer that another worker's tokens belong to; None when its reader has left."""
         with self._lock:
-            stream = self._streams.get(inner.request_id)
-            return stream if stream is not None and stream.reads(inner) else None
+            answer = self._answers.get(feed.request_id)
+            return answer if answer is not None and answer.reads(feed) else None
 
     def release(self) -> bool:
         """Gives the own engine up, with all that it holds; False while it still runs something."""
@@ -242,7 +181,7 @@ class LiveEngine:
             raise Moved("this replica has handed its work over and ends; send the request again, it finds another one")
         return found
 
-    def _forget(self, stream: LiveStream) -> None:
+    def _forget(self, answer: Answer) -> None:
         with self._lock:
-            if self._streams.get(stream.request_id) is stream:
-                del self._streams[stream.request_id]
+            if self._answers.get(answer.request_id) is answer:
+                del self._answers[answer.request_id]

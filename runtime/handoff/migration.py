@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from cache_agent.errors import AgentError
-from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState
+from runtime.engine.base import GenerationState
 from runtime.errors import FunctionError
-from runtime.handoff.live import LiveEngine, LiveStream
+from runtime.handoff.live import LiveEngine
 from runtime.handoff.messages import Kept, Ready, Refused, Running
 from runtime.handoff.migration_table import Action, Event, Move, travels
 from runtime.handoff.orphans import Orphan, Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import ANSWER, Relay, Sent
+from runtime.resume.answer import Answer
 from runtime.resume.checkpoint import Checkpoints
 from runtime.resume.session import Hold
 from runtime.resume.snapshot import Place, Snapshot
@@ -50,7 +51,7 @@ class Told:
 class Unit:
     """What moves together: the choices of a kept request, or one generation."""
 
-    streams: dict[int, LiveStream]  # by choice
+    streams: dict[int, Answer]  # by choice
     hold: Hold | None
     orphan: Orphan | None = None
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -144,8 +145,8 @@ class Mover:
         whole = list(states.values())
         if hold is not None:
             told = zip(hold.requests, hold.tokens, strict=True)
-            whole = [states.get(n) or _complete(request, ids, place) for n, (request, ids) in enumerate(told)]
-        unit.snapshots = [Snapshot(state, place.tokenizer, place.adapter, unit.epoch) for state in whole]
+            whole = [states.get(n) or place.state(request, ids) for n, (request, ids) in enumerate(told)]
+        unit.snapshots = [place.snapshot(state, unit.epoch) for state in whole]
         return Event.FROZEN
 
     def _still(self, unit: Unit, sent: Sent) -> Event:
@@ -156,7 +157,7 @@ class Mover:
         unit.how = "recompute" if any(sent.tokens) else "relay"
         return Event.FROZEN
 
-    def _export(self, stream: LiveStream, unit: Unit, relay: Relay) -> GenerationState:
+    def _export(self, stream: Answer, unit: Unit, relay: Relay) -> GenerationState:
         size, again = self._live.recompute(stream.request_id)
         kv = travels(size, relay.speed, again, exact=stream.request.deterministic)
         state = self._live.export(stream.request_id, kv=kv)
@@ -260,9 +261,3 @@ class Mover:
         unit.why = str(error)
         relay.close(unit.why)
         return Event.BROKEN
-
-
-def _complete(request: GenerationRequest, tokens: Sequence[int], place: Place) -> GenerationState:
-    """Of a choice that has ended."""
-    arithmetic = place.arithmetic if request.deterministic else ""
-    return GenerationState(STATE_VERSION, place.engine, place.revision, request, tuple(tokens), 0, (), arithmetic)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtime.engine.base import TokenEvent
-from runtime.handoff.live import LiveEngine, LiveStream
+from runtime.handoff.live import LiveEngine
 from runtime.handoff.relay import Sent
+from runtime.resume.answer import Answer
 
 PATIENCE = 15.0  # seconds that a client waits, in silence, for another destination
 MOST = 3  # destinations that one request may outlive: it may be what they die of
@@ -65,7 +66,7 @@ class Orphans:
         with self._lock:
             return list(self._waiting)
 
-    def streams(self, orphan: Orphan) -> dict[int, LiveStream] | None:
+    def streams(self, orphan: Orphan) -> dict[int, Answer] | None:
         """What its clients read, by choice; None when they have left."""
         found = {n: self._live.reader(stream) for n, stream in orphan.sent.streams.items()}
         there = {n: stream for n, stream in found.items() if stream is not None}

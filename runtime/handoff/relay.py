@@ -16,7 +16,6 @@ from itertools import count
 from typing import TypeVar
 
 from runtime.engine.base import (
-    STATE_VERSION,
     EngineStats,
     GenerationRequest,
     GenerationState,
@@ -242,14 +241,11 @@ class Relay:
     # --- what answers use: `Elsewhere` ------------------------------------------------------------------------------
 
     def begin(self, request: GenerationRequest) -> TokenStream:
-        place = self._place
-        arithmetic = place.arithmetic if request.deterministic else ""
-        return self.admit(GenerationState(STATE_VERSION, place.engine, place.revision, request, (), 0, (), arithmetic))
+        return self.admit(self._place.state(request))
 
     def admit(self, state: GenerationState) -> TokenStream:
         try:
-            snapshots = [Snapshot(state, self._place.tokenizer, self._place.adapter)]
-            sent = self.offer(snapshots, (0,), None, now=True)
+            sent = self.offer([self._place.snapshot(state)], (0,), None, now=True)
             stream = sent.all[0]
             reply = self.answer(sent, Ready, ANSWER)
         except Broken as error:

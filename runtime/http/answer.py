@@ -21,10 +21,10 @@ from runtime.errors import AnswerTooLong, BadRequest, EngineFailed, Moved, NotRe
 from runtime.function.model import Model
 from runtime.protocol.logprobs import logprobs
 from runtime.protocol.requests import Job
+from runtime.resume.answer import Answer
 from runtime.resume.position import written
 from runtime.resume.record import Context, Route
 from runtime.resume.resume import Asked, TakenUp, take_up
-from runtime.resume.session import Hold
 
 TICK = 0.25  # seconds between two looks at whether the client is still there
 
@@ -39,7 +39,7 @@ class Run:
         self.id = wanted.id or f"{prefix(job.chat)}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model: Model | None = None
-        self.streams: list[TokenStream | None] = []  # None where all of a choice was told before
+        self.streams: list[TokenStream] = []
         self.said: list[int] = []  # characters of each choice that a stream has sent
         self.told: list[int] = []  # tokens of each choice that these came from
         self.ended: list[bool] = []
@@ -75,9 +75,9 @@ class Run:
 
     def _adopt(self, found: TakenUp) -> None:
         self.created = found.context.created
-        self.streams = list(found.streams)
+        self.streams = list(found.answers)
         self.told, self.said, self.ended = list(found.told), list(found.said), list(found.ended)
-        self.prompt_tokens = sum(len(request.prompt) for request in found.requests[:: self.job.n])
+        self.prompt_tokens = sum(len(answer.request.prompt) for answer in found.answers[:: self.job.n])
         self.completion_tokens = sum(found.told)
         self.usage_told = found.usage_told
 
@@ -104,20 +104,20 @@ class Run:
         self.said, self.told, self.ended = [0] * len(requests), [0] * len(requests), [False] * len(requests)
         if model.book is not None and (job.stream or self._wanted.id):
             context = Context(self._route, self.id, self.created, self._wanted.digest, job.include_usage)
-            hold: Hold = model.book.open(context, requests)
-            self.streams = [hold.stream(n, stream) for n, stream in enumerate(self.streams) if stream is not None]
+            hold = model.book.open(context, requests)
+            each = enumerate(zip(requests, self.streams, strict=True))
+            self.streams = [Answer.of(request, stream).keep(hold, n) for n, (request, stream) in each]
 
     def close(self) -> None:
         for stream in self.streams:
-            if stream is not None:
-                stream.close()
+            stream.close()
 
     def events(self) -> Iterator[tuple[int, TokenEvent] | None]:
         """(choice, event) as they come, and None every quarter of a second.
 
         Raises `AnswerTooLong`, `EngineFailed`, `Moved`.
         """
-        live = {index: stream for index, stream in enumerate(self.streams) if stream is not None}
+        live = {index: stream for index, stream in enumerate(self.streams) if not self.ended[index]}
         ticked = time.monotonic()
         while live:
             for index, stream in tuple(live.items()):

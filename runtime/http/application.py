@@ -1,4 +1,11 @@
-"""The Flask application of a function: reserved routes, the OpenAI routes, and everything else for the handler."""
+"""The Flask application of a function: reserved routes, the OpenAI routes, and everything else for the handler.
+
+    prepare() ──► Prepared: the routes, the same for all functions     once in a layer, before it is forked
+                     └── Application: what they serve in one worker     complete once it is made
+
+Making routes is a third of what a worker's start computes, so that a layer has them made. An application writes nothing
+into them: each request says in its WSGI environment which application it is for.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from functools import wraps
+from typing import Any, Concatenate, NewType, ParamSpec, TypeVar, cast
 
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
@@ -28,49 +36,46 @@ from runtime.resume.resume import asked_of_handler
 log = logging.getLogger("glowplug.app")
 
 _RESERVED = "/_/"
-_AT_END = "glowplug.at_end"  # in the WSGI environment: what to call once the response is out, or was broken off
+_APPLICATION = "glowplug.application"  # in the WSGI environment: the application that the request is for
+_AT_END = "glowplug.at_end"  # likewise: what to call once the response is out, or was broken off
 _ENTERED = "glowplug.entered"  # likewise: when the request came, on time.monotonic
 _NO_TOKEN = re.compile(r"[^A-Za-z0-9_-]")  # what a name in Server-Timing must not have
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
+Prepared = NewType("Prepared", Flask)
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class Application:
-    """The WSGI application of a function.
+    """The WSGI application of one worker."""
 
-    Making its routes is a third of what a worker's start computes, and takes nothing of the function: a layer has it
-    made, and `serve` says what it is for.
-    """
-
-    def __init__(self) -> None:
-        self._openai = routes.Served()
-        self._flask = Flask("glowplug", static_folder=None)
-        self._add_routes(self._flask)
-
-    def serve(
+    def __init__(
         self,
         config: FunctionConfig,
         lifecycle: Lifecycle,
         ledger: Ledger,
         drain: Callable[[str], None],
         start_kind: Callable[[], str] = lambda: "cold",
-    ) -> Application:
-        """Before the first request. `drain(reason)` begins to drain; `start_kind()` is the layer that this start found.
-        Raises `BadConfig`."""
+        prepared: Prepared | None = None,
+    ) -> None:
+        """`drain(reason)` begins to drain; `start_kind()` is the layer that this start found. Raises `BadConfig`."""
         self._config, self._lifecycle, self._ledger, self._start_kind = config, lifecycle, ledger, start_kind
         self._drain = drain
         self._token = config.token()
         self._turns = threading.Semaphore(config.concurrent_handlers)
         self._first = threading.Lock()
-        self._openai.by(
+        self._flask = prepared or prepare()
+        self._openai = routes.Served(
             lifecycle,
             max_body=config.max_body,
             start_limit=config.start_timeout,
             answer_limit=config.longest_answer,
         )
-        return self
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Lets a bounded number of requests in; probes always come through."""
+        environ[_APPLICATION], environ[routes.SERVED] = self, self._openai
         if environ.get("PATH_INFO", "").startswith(_RESERVED):
             return self._flask(environ, start_response)
         try:
@@ -86,52 +91,40 @@ class Application:
                 end()
             raise
 
-    def _add_routes(self, app: Flask) -> None:
-        @app.get("/_/health")
-        def health() -> Response:
-            return jsonify(status="ok")
+    def health(self) -> Response:
+        return jsonify(status="ok")
 
-        @app.get("/_/ready")
-        def ready() -> tuple[Response, int]:
-            lifecycle = self._lifecycle
-            done, total = lifecycle.progress
-            error = lifecycle.error
+    def ready(self) -> tuple[Response, int]:
+        lifecycle = self._lifecycle
+        done, total = lifecycle.progress
+        error = lifecycle.error
+        return jsonify(
+            state=lifecycle.state,
+            phase=lifecycle.phase,
+            loaded=done,
+            total=total,
+            error=error.text if error else None,
+        ), 200 if lifecycle.state == "ready" else 503
+
+    def ledger(self) -> Response:
+        ledger = self._ledger
+        spans = [
+            {"owner": span.owner, "name": span.name, "start_ns": span.start, "end_ns": span.end}
+            for span in ledger.spans()
+        ]
+        start = {"start_id": ledger.start_id, "node": ledger.node, "start": self._start_kind()}
+        return jsonify(**start, state=self._lifecycle.state, spans=spans)
+
+    def drain(self) -> tuple[Response, int]:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not self._token or not hmac.compare_digest(given.encode(), self._token.encode()):
             return jsonify(
-                state=lifecycle.state,
-                phase=lifecycle.phase,
-                loaded=done,
-                total=total,
-                error=error.text if error else None,
-            ), 200 if lifecycle.state == "ready" else 503
+                error={"code": "denied", "message": "draining takes the agent's token as a bearer token"}
+            ), 403
+        self._drain(f"asked for by {request.remote_addr}")
+        return jsonify(state=self._lifecycle.state), 202
 
-        @app.get("/_/ledger")
-        def show_ledger() -> Response:
-            ledger = self._ledger
-            spans = [
-                {"owner": span.owner, "name": span.name, "start_ns": span.start, "end_ns": span.end}
-                for span in ledger.spans()
-            ]
-            start = {"start_id": ledger.start_id, "node": ledger.node, "start": self._start_kind()}
-            return jsonify(**start, state=self._lifecycle.state, spans=spans)
-
-        @app.post("/_/drain")
-        def begin_drain() -> tuple[Response, int]:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not self._token or not hmac.compare_digest(given.encode(), self._token.encode()):
-                return jsonify(
-                    error={"code": "denied", "message": "draining takes the agent's token as a bearer token"}
-                ), 403
-            self._drain(f"asked for by {request.remote_addr}")
-            return jsonify(state=self._lifecycle.state), 202
-
-        app.register_blueprint(routes.blueprint(self._openai))
-        app.route("/", defaults={"path": ""}, methods=_METHODS)(self._handle)
-        app.route("/<path:path>", methods=_METHODS)(self._handle)
-        app.errorhandler(FunctionError)(_failed)
-        app.errorhandler(HTTPException)(_refused)
-        app.after_request(self._announce)
-
-    def _handle(self, path: str) -> Response:
+    def handle(self, path: str) -> Response:
         config, lifecycle, turns = self._config, self._lifecycle, self._turns
         if request.path.startswith(_RESERVED):
             return _error(404, "not_found", f"{request.path} is no route of glowplug's")
@@ -172,7 +165,7 @@ class Application:
             at_end.append(turns.release)
         return response
 
-    def _announce(self, response: Response) -> Response:
+    def announce(self, response: Response) -> Response:
         """The first answer of a worker tells what its start took."""
         starting = request.path.startswith(_RESERVED) or self._lifecycle.state == "starting"
         if not starting and self._first.acquire(blocking=False):
@@ -184,15 +177,31 @@ class Application:
         return response
 
 
-def create_app(
-    config: FunctionConfig,
-    lifecycle: Lifecycle,
-    ledger: Ledger,
-    drain: Callable[[str], None],
-    start_kind: Callable[[], str] = lambda: "cold",
-) -> Application:
-    """One that is made and told what it serves at once; see `Application.serve`."""
-    return Application().serve(config, lifecycle, ledger, drain, start_kind)
+def prepare() -> Prepared:
+    """The routes of every function."""
+    app = Flask("glowplug", static_folder=None)
+    app.get("/_/health")(_bound(Application.health))
+    app.get("/_/ready")(_bound(Application.ready))
+    app.get("/_/ledger")(_bound(Application.ledger))
+    app.post("/_/drain")(_bound(Application.drain))
+    app.register_blueprint(routes.routes)
+    handle = _bound(Application.handle)
+    app.route("/", defaults={"path": ""}, methods=_METHODS)(handle)
+    app.route("/<path:path>", methods=_METHODS)(handle)
+    app.errorhandler(FunctionError)(_failed)
+    app.errorhandler(HTTPException)(_refused)
+    app.after_request(_bound(Application.announce))
+    return Prepared(app)
+
+
+def _bound(method: Callable[Concatenate[Application, P], R]) -> Callable[P, R]:
+    """The method of the application that the present request is for."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return method(cast(Application, request.environ[_APPLICATION]), *args, **kwargs)
+
+    return call
 
 
 def _failed(error: FunctionError) -> Response:

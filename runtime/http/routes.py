@@ -2,6 +2,8 @@
 
     body ──► Struct ──► Job ──► (wait for the model) ──► Run: one token stream per choice ──► JSON or events
 
+The routes are the same for all functions. What a request is for, its server puts into its WSGI environment: a `Served`.
+
 What can be refused without the model is refused before anything is sent. A stream that has begun says what went wrong
 in a `data: {"error": …}` event, which OpenAI's clients raise, and ends with `[DONE]` in any case. A client that goes
 away cancels its generations.
@@ -17,7 +19,8 @@ import socket
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 from flask import Blueprint, Response, request
@@ -39,15 +42,17 @@ from runtime.protocol.requests import (
     decode,
     several,
 )
-from runtime.resume.resume import Asked, asked
+from runtime.resume.resume import asked
 
 _log = logging.getLogger("glowplug.openai")
 
+SERVED = "glowplug.openai"  # in the WSGI environment: the `Served` of a request
 MAX_BODY = 4 << 20
 
 W = TypeVar("W", ChatRequest, CompletionRequest, EmbeddingRequest)
 
 _COMMIT_AFTER = 1.0  # a start that takes longer answers 200 and keep-alive comments; until then it can be a 4xx or 5xx
+_OTHER_METHODS = ["PUT", "PATCH", "DELETE"]
 
 
 class ModelGate(Protocol):
@@ -63,39 +68,37 @@ class ModelGate(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class Served:
-    """What the routes serve, and within which limits. Routes may be made before that is known."""
+    """What the routes serve, and within which limits.
 
-    def __init__(self, gate: ModelGate | None = None, **limits: Any) -> None:
-        """Without a `gate`, `by` has to name it before the first request; `limits` are those of `by`."""
-        if gate is not None:
-            self.by(gate, **limits)
+    `max_body` in bytes; `keep_alive` is the time between comments while nothing else is sent, `start_limit` how long a
+    request waits for the model, `answer_limit` how long it may take in all, in seconds. `since` is in Unix time.
+    """
 
-    def by(
-        self,
-        gate: ModelGate,
-        *,
-        max_body: int = MAX_BODY,
-        keep_alive: float = 5.0,
-        start_limit: float = 600.0,
-        answer_limit: float = math.inf,
-    ) -> None:
-        """`max_body` in bytes; `keep_alive` is the time between comments while nothing else is sent, `start_limit` how
-        long a request waits for the model, `answer_limit` how long it may take in all, in seconds."""
-        self.gate, self.since = gate, int(time.time())
-        self.max_body, self.keep_alive = max_body, keep_alive
-        self.start_limit, self.answer_limit = start_limit, answer_limit
+    gate: ModelGate
+    max_body: int = MAX_BODY
+    keep_alive: float = 5.0
+    start_limit: float = 600.0
+    answer_limit: float = math.inf
+    since: int = field(default_factory=lambda: int(time.time()))
 
+    def require(self, name: str | None) -> None:
+        """Raises `Refusal` for the name of another model."""
+        if name not in (None, self.gate.name):
+            text = f"there is no model {name!r} here; this function serves {self.gate.name!r}"
+            raise Refusal(404, text, "model", "model_not_found")
 
-class OpenGate:
-    """The gate of a model that is there already."""
+    def wait(self, environ: Mapping[str, Any]) -> Model | None:
+        """The model, however long its start takes; None once the client is gone. Raises `NotReady`."""
+        deadline = time.monotonic() + self.start_limit
+        while (model := self.gate.wait(TICK)) is None and not _client_gone(environ):
+            if time.monotonic() > deadline:
+                raise _too_slow(self.start_limit)
+        return model
 
-    def __init__(self, model: Model) -> None:
-        self.name = model.name
-        self._model = model
-
-    def wait(self, timeout: float) -> Model:  # noqa: ARG002  the protocol's
-        return self._model
+    def card(self) -> dict[str, object]:
+        return {"id": self.gate.name, "object": "model", "created": self.since, "owned_by": "glowplug"}
 
 
 class Refusal(Exception):
@@ -128,130 +131,130 @@ class Refusal(Exception):
         return response
 
 
-def blueprint(served: Served) -> Blueprint:
-    """The routes under /v1."""
-    routes = Blueprint("openai", __name__)
+# --- the routes -------------------------------------------------------------------------------------------------------
 
-    @routes.errorhandler(Exception)
-    def failed(error: Exception) -> Response:
-        return Refusal.of(error).response()
+routes = Blueprint("openai", __name__)
 
-    @routes.post("/v1/chat/completions")
-    def chat_completions() -> Response:
-        return answer(*parsed(ChatRequest, chat_job))
 
-    @routes.post("/v1/completions")
-    def completions() -> Response:
-        return answer(*parsed(CompletionRequest, completion_job))
+def _served() -> Served:
+    return cast(Served, request.environ[SERVED])
 
-    @routes.post("/v1/embeddings")
-    def embeddings() -> Response:
-        wanted = parse(EmbeddingRequest)
-        if wanted.encoding_format not in (None, "float", "base64"):
-            raise BadRequest("encoding_format must be float or base64", "encoding_format")
-        texts = several(wanted.input, "input")
-        if (model := wait()) is None:
+
+@routes.post("/v1/chat/completions")
+def chat_completions() -> Response:
+    return _completion(ChatRequest, chat_job)
+
+
+@routes.post("/v1/completions")
+def completions() -> Response:
+    return _completion(CompletionRequest, completion_job)
+
+
+@routes.post("/v1/embeddings")
+def embeddings() -> Response:
+    served = _served()
+    wanted = _parsed(EmbeddingRequest, read_body(request.environ, served.max_body))
+    if wanted.encoding_format not in (None, "float", "base64"):
+        raise BadRequest("encoding_format must be float or base64", "encoding_format")
+    texts = several(wanted.input, "input")
+    if (model := served.wait(request.environ)) is None:
+        return _nobody()
+    prompts = [model.encode(text) for text in texts]
+    vectors: list[Any] = list(model.embed(prompts))
+    if wanted.encoding_format == "base64":
+        vectors = [base64.b64encode(array("f", vector).tobytes()).decode() for vector in vectors]
+    tokens = sum(map(len, prompts))
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return _json({"object": "list", "data": data, "model": model.name, "usage": usage})
+
+
+@routes.get("/v1/models")
+def models() -> Response:
+    return _json({"object": "list", "data": [_served().card()]})
+
+
+@routes.get("/v1/models/<path:name>")
+def one_model(name: str) -> Response:
+    _served().require(name)
+    return _json(_served().card())
+
+
+@routes.route("/v1/chat/completions", methods=["GET", *_OTHER_METHODS])
+@routes.route("/v1/completions", methods=["GET", *_OTHER_METHODS])
+@routes.route("/v1/embeddings", methods=["GET", *_OTHER_METHODS])
+@routes.route("/v1/models", methods=["POST", *_OTHER_METHODS])
+def wrong_method() -> Response:
+    raise Refusal(405, f"{request.path} does not take {request.method}", None, "method_not_allowed")
+
+
+@routes.errorhandler(Exception)
+def failed(error: Exception) -> Response:
+    return Refusal.of(error).response()
+
+
+# --- their answers ----------------------------------------------------------------------------------------------------
+
+
+def _parsed(kind: type[W], body: bytes) -> W:
+    wanted = decode(body, kind)
+    _served().require(wanted.model)
+    return wanted
+
+
+def _completion(kind: type[W], job_of: Callable[[W], Job]) -> Response:
+    served = _served()
+    body = read_body(request.environ, served.max_body)
+    job = job_of(_parsed(kind, body))
+    wanted = asked(request.headers, prefix(job.chat), request.path, body)  # type: ignore[arg-type]
+    run = Run(job, wanted, time.monotonic() + served.answer_limit)
+    if not job.stream:
+        if (model := served.wait(request.environ)) is None:
             return _nobody()
-        prompts = [model.encode(text) for text in texts]
-        vectors: list[Any] = list(model.embed(prompts))
-        if wanted.encoding_format == "base64":
-            vectors = [base64.b64encode(array("f", vector).tobytes()).decode() for vector in vectors]
-        tokens = sum(map(len, prompts))
-        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return _json({"object": "list", "data": data, "model": model.name, "usage": usage})
+        run.start(model)
+        return _whole(run, request.environ)
+    if (model := served.gate.wait(_COMMIT_AFTER)) is not None:
+        run.start(model)
+    response = Response(_pieces(served, run, request.environ), mimetype="text/event-stream")
+    response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": run.id})
+    response.call_on_close(run.close)  # a generator that was never begun does not run its `finally`
+    return response
 
-    @routes.get("/v1/models")
-    def models() -> Response:
-        return _json({"object": "list", "data": [card()]})
 
-    @routes.get("/v1/models/<path:name>")
-    def one_model(name: str) -> Response:
-        require(name)
-        return _json(card())
-
-    def wrong_method() -> Response:
-        raise Refusal(405, f"{request.path} does not take {request.method}", None, "method_not_allowed")
-
-    for path, other in (("chat/completions", "GET"), ("completions", "GET"), ("embeddings", "GET"), ("models", "POST")):
-        methods = [other, "PUT", "PATCH", "DELETE"]
-        routes.add_url_rule(f"/v1/{path}", "wrong_method", wrong_method, methods=methods)
-
-    def require(name: str | None) -> None:
-        if name not in (None, served.gate.name):
-            text = f"there is no model {name!r} here; this function serves {served.gate.name!r}"
-            raise Refusal(404, text, "model", "model_not_found")
-
-    def parse(kind: type[W], body: bytes | None = None) -> W:
-        wanted = decode(read_body(request.environ, served.max_body) if body is None else body, kind)
-        require(wanted.model)
-        return wanted
-
-    def parsed(kind: type[W], job_of: Callable[[W], Job]) -> tuple[Job, Asked]:
-        body = read_body(request.environ, served.max_body)
-        job = job_of(parse(kind, body))
-        return job, asked(request.headers, prefix(job.chat), request.path, body)  # type: ignore[arg-type]
-
-    def card() -> dict[str, object]:
-        return {"id": served.gate.name, "object": "model", "created": served.since, "owned_by": "glowplug"}
-
-    def wait() -> Model | None:
-        """The model, however long its start takes; None once the client is gone."""
-        deadline = time.monotonic() + served.start_limit
-        while (model := served.gate.wait(TICK)) is None and not _client_gone(request.environ):
-            if time.monotonic() > deadline:
+def _pieces(served: Served, run: Run, environ: Mapping[str, Any]) -> Iterator[bytes]:
+    """The answer as an event stream."""
+    try:
+        deadline, sent = time.monotonic() + served.start_limit, time.monotonic()
+        while run.model is None:
+            if (model := served.gate.wait(TICK)) is not None:
+                run.start(model)
+            elif _client_gone(environ):
+                return
+            elif time.monotonic() > deadline:
                 raise _too_slow(served.start_limit)
-        return model
-
-    def answer(job: Job, wanted: Asked) -> Response:
-        run = Run(job, wanted, time.monotonic() + served.answer_limit)
-        if not job.stream:
-            if (model := wait()) is None:
-                return _nobody()
-            run.start(model)
-            return _whole(run, request.environ)
-        if (model := served.gate.wait(_COMMIT_AFTER)) is not None:
-            run.start(model)
-        response = Response(pieces(run, request.environ), mimetype="text/event-stream")
-        response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": run.id})
-        response.call_on_close(run.close)  # a generator that was never begun does not run its `finally`
-        return response
-
-    def pieces(run: Run, environ: Mapping[str, Any]) -> Iterator[bytes]:
-        try:
-            deadline, sent = time.monotonic() + served.start_limit, time.monotonic()
-            while run.model is None:
-                if (model := served.gate.wait(TICK)) is not None:
-                    run.start(model)
-                elif _client_gone(environ):
-                    return
-                elif time.monotonic() > deadline:
-                    raise _too_slow(served.start_limit)
-                elif time.monotonic() > run.ends:
-                    raise AnswerTooLong.of_stream()
-                elif time.monotonic() - sent >= served.keep_alive:
-                    yield sse.KEEP_ALIVE
-                    sent = time.monotonic()
-            yield from opening(run)
-            for item in run.events():
-                if item is not None:
-                    yield from chunks(run, *item)
-                elif _client_gone(environ):
-                    return
-                elif time.monotonic() - sent < served.keep_alive:
-                    continue
-                else:
-                    yield sse.KEEP_ALIVE
+            elif time.monotonic() > run.ends:
+                raise AnswerTooLong.of_stream()
+            elif time.monotonic() - sent >= served.keep_alive:
+                yield sse.KEEP_ALIVE
                 sent = time.monotonic()
-            if run.job.include_usage and not run.usage_told:
-                yield event_of(run, [], run.usage())
-        except Exception as error:
-            yield sse.event(msgspec.json.encode(Refusal.of(error).body))
-        finally:
-            run.close()
-        yield sse.DONE
-
-    return routes
+        yield from opening(run)
+        for item in run.events():
+            if item is not None:
+                yield from chunks(run, *item)
+            elif _client_gone(environ):
+                return
+            elif time.monotonic() - sent < served.keep_alive:
+                continue
+            else:
+                yield sse.KEEP_ALIVE
+            sent = time.monotonic()
+        if run.job.include_usage and not run.usage_told:
+            yield event_of(run, [], run.usage())
+    except Exception as error:
+        yield sse.event(msgspec.json.encode(Refusal.of(error).body))
+    finally:
+        run.close()
+    yield sse.DONE
 
 
 def _whole(run: Run, environ: Mapping[str, Any]) -> Response:

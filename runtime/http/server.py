@@ -1,16 +1,13 @@
-"""Owns the HTTP side of a worker: gunicorn's threaded worker on an inherited socket, without gunicorn's arbiter.
+"""The HTTP side of a worker: its port, which the shim holds, too, and which a worker leaves without losing a request.
 
-The shim is the arbiter here: it holds the socket, watches the heartbeat and replaces the process. gunicorn's own
-control socket, pid files and privilege changes stay out of it.
+The shim is gunicorn's arbiter here: it watches the heartbeat and replaces the process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import math
-import os
 import select
 import socket
 import struct
@@ -19,42 +16,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gunicorn.config import Config
-from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from cache_agent.web.wsgi import Settings, ThreadedServer
 
 _PROBES = 4
 _SO_ATTACH_FILTER = 26
 _CONNECTIONS = 1024
+_GRACE = 5  # seconds for what runs when it is stopped
 _LOOK_AGAIN = 0.02
 _HANDSHAKE = 0.05  # seconds for connections that were half made
 _SILENT = 1.0  # seconds that a connection without a request may hold up the end
 
 
-class _App:
-    """What gunicorn asks of an application object."""
-
-    def __init__(self, wsgi: Callable[..., Any]) -> None:
-        self._wsgi = wsgi
-
-    def wsgi(self) -> Callable[..., Any]:
-        return self._wsgi
-
-
-class Settings:
-    """gunicorn's, with the logger that it makes of them: 120 objects of 120 classes. A layer has one, and each of its
-    children is the only one that changes its copy."""
-
-    def __init__(self) -> None:
-        self.config = Config()
-        self.logger = Logger(self.config)
-        self.logger.error_log.handlers = logging.getLogger().handlers
-
-
-class HttpServer(ThreadWorker):  # type: ignore[misc]
+class HttpServer(ThreadedServer):
     """`run_until_stopped` serves in the calling (main) thread until `stop`, then lets running requests end."""
-
-    nr_conns: int  # gunicorn's: open connections
 
     def __init__(
         self,
@@ -72,20 +46,18 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         It ends with the process `parent`, if one is given. `accepted` are connections that wait for it already.
         `settings` are used up.
         """
-        settings = settings or Settings()
-        config = settings.config
-        config.set("threads", capacity + _PROBES)
-        config.set("worker_connections", max(_CONNECTIONS, 2 * capacity))
-        config.set("keepalive", 15)
-        # gunicorn took these from whoever imported it, which in a forked worker was somebody else.
-        config.set("user", os.geteuid())
-        config.set("group", os.getegid())
-        config.set("graceful_timeout", 5)
+        super().__init__(
+            sock,
+            wsgi,
+            threads=capacity + _PROBES,
+            connections=max(_CONNECTIONS, 2 * capacity),
+            grace=_GRACE,
+            parent=parent,
+            settings=settings,
+        )
         self._on_beat = on_beat
         self._beat_at = 0.0
         self._turning = threading.Event()
-        self.in_hand = 0  # connections with a thread; only the serving thread counts
-        super().__init__(0, parent, [sock], _App(wsgi), 0, config, settings.logger)
         self.retired = False
         self._accepted = accepted
 
@@ -94,10 +66,8 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         for client in self._accepted:
-            with contextlib.suppress(OSError):  # it has gone away meanwhile
-                connection = TConn(self.cfg, client, client.getpeername(), client.getsockname())
-                self.nr_conns += 1
-                self.enqueue_req(connection)
+            with contextlib.suppress(OSError):  # the client has gone meanwhile
+                self.take(client, client.getpeername(), client.getsockname())
         super().run()
 
     def wait_idle(self, deadline: float) -> bool:
@@ -117,24 +87,11 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         if not waiting and not self.in_hand:
             idle.set()
 
-    def enqueue_req(self, conn: Any) -> None:
-        self.in_hand += 1
-        super().enqueue_req(conn)
-
-    def finish_request(self, conn: Any, fs: Any) -> None:
-        self.in_hand -= 1
-        connections = self.nr_conns
-        super().finish_request(conn, fs)
-        # gunicorn 27 counts a connection that was cut in the middle of its answer twice when it closes it.
-        self.nr_conns = max(self.nr_conns, connections - 1)
-
     def stop(self, *, at_once: bool = False) -> None:
         """May be called from any thread, also before it runs. `at_once` cuts the requests that still run."""
         if at_once:
             self.cfg.set("graceful_timeout", 0)
-        self.alive = False
-        with contextlib.suppress(AttributeError, TypeError):  # gunicorn's wake-up pipe exists only once it runs
-            self.method_queue.defer(lambda: None)
+        super().stop()
 
     def retire(self, done: Callable[[bool], None]) -> None:
         """Stops if there is no connection at all; `done` hears whether. What has not been accepted stays waiting.
@@ -154,9 +111,6 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
     def accept(self, listener: Any) -> None:
         if self._accepting:  # noticed in the instant of retiring, it stays for the next worker; at the end, it has gone
             super().accept(listener)
-
-    def is_parent_alive(self) -> bool:
-        return not self.ppid or bool(super().is_parent_alive())
 
     def finish(self, deadline: float) -> None:
         """The end of the port: takes what waits there, refuses what comes later, lets requests run until `deadline`.
@@ -193,9 +147,6 @@ class HttpServer(ThreadWorker):  # type: ignore[misc]
         if now >= self._beat_at:
             self._beat_at = now + 1.0
             self._on_beat()
-
-    def init_signals(self) -> None:
-        """Signals are the worker's, which took them before anything else."""
 
 
 def _ignore_strangers(listener: socket.socket) -> None:

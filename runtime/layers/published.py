@@ -1,14 +1,14 @@
 """Owns what a supervisor lets people know of its layers: a file of its own, written anew when they change.
 
     {"pid": …, "mode": "pod" | "pool", "name": …, "rho": …, "layers": [
-        {"level": "lang", "model": "", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …, "rebuild": …,
-         "until": …, "why": …}]}
+        {"level": "lang", "model": "", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …,
+         "why": …}]}
 
 `model` is the URI of a model that a pool holds or that one of its functions serves, "" in a pod; a pool's `user` layers
 also have the `function`'s name; `state` is `building`, `used` (something runs,
 or stands on it), `idle` or `absent`; `since` is when it became idle, in seconds of CLOCK_MONOTONIC, null while it is
-used; `hold`, `rebuild` and `until` are seconds of idleness as in `HoldDecision`, null for never. The file is gone
-when its supervisor ends; one that was left behind is known by its pid.
+used; `hold` is in seconds of idleness as in `HoldDecision`, null for ever. The file is gone when its
+supervisor ends; one that was left behind is known by its pid.
 Standard library only.
 """
 
@@ -19,32 +19,30 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
-
-from cache_agent.policy.keepalive import HoldDecision
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cache_agent.client.cache_client import CacheClient
     from runtime.layers.reporter import Telling
+    from runtime.layers.rule import LayerRule, Presence
 
-State = Literal["building", "used", "idle", "absent"]
 _PREFIX = "glowplug-layers-"
 _APART = 1.0  # seconds between two writes: requests come oftener than anybody looks
 
 
-def entry(level: str, state: State, since: float | None, decision: HoldDecision, model: str = "") -> dict[str, Any]:
-    """One layer, and what is decided for it."""
-    ends = {"hold": decision.hold, "rebuild": decision.rebuild, "until": decision.until}
+def entry(level: str, presence: Presence, rule: LayerRule, model: str = "") -> dict[str, Any]:
+    """Return one layer, and what its rule decides for it."""
+    decision, since = rule.decision, rule.since
     return {
         "level": level,
         "model": model,
-        "state": state,
+        "state": presence if presence != "there" else "used" if since is None else "idle",
         "since": since,
         "seconds": decision.layer.seconds,
         "bytes": decision.layer.bytes,
-        **{name: end if math.isfinite(end) else None for name, end in ends.items()},
+        "hold": decision.hold if math.isfinite(decision.hold) else None,
         "why": decision.why,
     }
 
@@ -60,7 +58,7 @@ class Published:
 
     def __init__(
         self,
-        mode: Literal["pod", "pool"],
+        mode: str,
         name: str,
         rho: float,
         client: Callable[[], CacheClient] | None = None,

@@ -16,14 +16,15 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from runtime.process import wire
+from runtime.process.messages import Span
 from runtime.process.wire import Gone, Wire
 
+PROGRAM = ("-m", "runtime.zygote.forkserver")
 SILENCE = 1.0  # seconds without a beat after which a zygote that was ready counts as hanging
 BUILD = 120.0  # seconds that building may take
 
@@ -95,12 +96,13 @@ class Held:
 class Zygote:
     """One zygote as its supervisor sees it. `state` goes from building to ready to gone."""
 
-    def __init__(self, wire: Wire, pid: int, pidfd: int, key: str) -> None:
-        self.wire, self.pid, self.pidfd, self.key = wire, pid, pidfd, key
+    def __init__(self, wire: Wire, pid: int, pidfd: int) -> None:
+        self.wire, self.pid, self.pidfd = wire, pid, pidfd
         self.state = "building"
-        self.level = ""
-        self.status: int | None = None  # of waitpid, where it is the supervisor's own child
-        self._since = self._heard = time.monotonic()
+        self.lost = ""  # why it is gone
+        self._since: float | None = None  # on the caller's clock, as `overdue` is told it; None before
+        self._heard = 0.0  # likewise
+        self._spoke = True  # since `overdue` was last asked
         self._paused = False
 
     def read(self) -> list[Event]:
@@ -115,7 +117,7 @@ class Zygote:
                 break
             if received is None:
                 break
-            self._heard = time.monotonic()
+            self._spoke = True
             event = self._event(*received)
             if event is not None:
                 events.append(event)
@@ -124,7 +126,7 @@ class Zygote:
     def _event(self, message: dict[str, Any], fds: list[int]) -> Event | None:
         match message, fds:
             case {"ready": str(level), "key": str(key), "seconds": float(seconds), "bytes": int(size)}, []:
-                self.state, self.level = "ready", level
+                self.state = "ready"
                 return Ready(level, key, seconds, size)
             case {"failed": str(text)}, []:
                 return self._lose(text)
@@ -139,7 +141,15 @@ class Zygote:
         return None
 
     def overdue(self, now: float) -> str:
-        """Why it counts as hanging at `now` (of time.monotonic), or ""."""
+        """Return why the zygote counts as hanging at `now`, or "".
+
+        `now` is in seconds of any clock that does not go back. No other clock is looked at: silence begins with the
+        first call after a word of the zygote, building with the first call of all.
+        """
+        if self._since is None:
+            self._since = now
+        if self._spoke:
+            self._heard, self._spoke = now, False
         if self._paused or self.state == "gone":
             return ""
         if self.state == "building":
@@ -155,7 +165,7 @@ class Zygote:
         connections: Sequence[int] = (),
         environment: Mapping[str, str],
         start_id: str,
-        spans: str,
+        spans: Sequence[Span],
         why: str = "",
         cwd: str = "/",
         **more: Any,
@@ -171,7 +181,7 @@ class Zygote:
     def fork_zygote(self, number: int, spec: Spec, held: Held) -> Wire:
         """Asks for the layer of a model on top of this one; `Forked` or `Refused` follows.
 
-        The wire is for `Zygote(wire, forked.pid, forked.pidfd, spec.key)`. Raises `Gone`.
+        The wire is for `Zygote(wire, forked.pid, forked.pidfd)`. Raises `Gone`.
         """
         ours, theirs = wire.pair()
         with theirs:
@@ -184,21 +194,21 @@ class Zygote:
         """Stops it, and lets it go on: one that is being built must not take time from requests."""
         if paused != self._paused and self.state != "gone":
             self._paused = paused
-            self._heard = time.monotonic()
+            self._spoke = True  # a stopped one cannot
             self.signal(signal.SIGSTOP if paused else signal.SIGCONT)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def kill(self) -> None:
-        """Its memory is free as soon as it is dead; children are not touched."""
+    def kill(self, why: str = "") -> None:
+        """Its memory is free as soon as it is dead; children are not touched. `why` is for who had asked it to fork."""
         self.signal(signal.SIGKILL)
-        self._lose("it was killed")
+        self._lose(why or "it was killed")
 
     def _lose(self, why: str) -> Lost:
         if self.state != "gone":
-            self.state = "gone"
+            self.state, self.lost = "gone", why
             self.wire.close()
         return Lost(why)
 
@@ -213,7 +223,7 @@ def boot(
     spec: Spec,
     *,
     environment: Mapping[str, str] | None = None,
-    program: Sequence[str] = ("-m", "runtime.zygote.forkserver"),
+    program: Sequence[str] = PROGRAM,
 ) -> Zygote:
     """Starts a zygote that builds its layer from the interpreter up. Its parent is this process."""
     ours, theirs = wire.pair()
@@ -225,4 +235,4 @@ def boot(
         variables |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-P", *program, str(fd), spec.dump()]
         pid = os.posix_spawn(sys.executable, command, variables)
-    return Zygote(Wire(ours), pid, os.pidfd_open(pid), spec.key)
+    return Zygote(Wire(ours), pid, os.pidfd_open(pid))

@@ -1,9 +1,9 @@
-"""What a pool knows of a container's worker, the layer `user`, and decides: when it goes, when one comes. Pure.
+"""The worker of a container, the layer `user`, as a pool knows it: what it costs, and when it goes. Pure.
 
     absent ──asked──▶ starting ──serves──▶ serving ──ended──▶ absent ──parked──▶ parked ──asked──▶ starting …
 
-Its shim tells; a worker that another pool had forked is one like any other. `absent` is for a moment: a shim asks for
-another worker, or says that it has none on purpose.
+The container's shim tells what happens; a worker that another pool had forked is one like any other. `absent` is for a
+moment: a shim asks for another worker, or says that it has none on purpose.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from cache_agent.policy import keepalive
 from runtime.config import from_environment
 from runtime.layers import published
+from runtime.layers.rule import LayerRule, Presence
 
 _GUESSED = keepalive.LayerCost("user", 0.3, 100 << 20)
 _AGAIN = 1.0  # seconds after which what was wanted is said again
@@ -30,27 +31,21 @@ class Serving:
     def __init__(self, environment: Mapping[str, str], cwd: str) -> None:
         """Raises `BadConfig`. Settings of other parts are the function's own affair."""
         names = [f"GLOWPLUG_{name}" for name in _SETTINGS]
-        self._config = config = from_environment({name: environment[name] for name in names if name in environment})
+        config = from_environment({name: environment[name] for name in names if name in environment})
         uri = config.model_uri
         if "://" not in config.model:  # a path is one in the container
             uri = "file://" + os.path.normpath(os.path.join(cwd, config.model))
         self.model = uri if config.layers == "model" and not config.private_weights else ""
         self.state: State = "absent"
-        self._uri = uri
-        self._ahead = False  # it was this pool's wish that a worker comes
+        self._uri, self._name = uri, config.served_name
         self._inside = 0
-        self._again_at = 0.0
-        self._cost = _GUESSED
-        self._history = keepalive.History()
-        self._decision: keepalive.HoldDecision | None = None
-
-    # --- what the pool sees, and the shim tells -------------------------------------------------------------------
+        self._again_at = -math.inf
+        self._rule = LayerRule(_GUESSED, config.start_price, config.holds.get("user"))
 
     def asked(self, now: float) -> None:
-        """A worker is asked for: by a request, unless it is one that `wish` wanted."""
-        if not self._ahead:
-            self._used(now)
-        self.state, self._ahead, self._inside = "starting", False, 0
+        """A worker is asked for, by a request."""
+        self._rule.used(now)
+        self.state, self._inside = "starting", 0
 
     def ended(self) -> None:
         """The worker has, for whatever reason."""
@@ -62,53 +57,28 @@ class Serving:
             case {"serves": int() | float() as seconds} if 0 <= seconds < math.inf:
                 self.state = "serving"
                 if forked:
-                    self._cost, self._decision = self._cost._replace(seconds=float(seconds)), None
+                    self._rule.measured(seconds=float(seconds))
                 if not self._inside:
-                    self._history.idle(now)
+                    self._rule.idle(now)
             case {"load": int(inside)} if inside >= 0:
                 self._inside = inside
-                self._used(now) if inside else self._history.idle(now)
+                self._rule.used(now) if inside else self._rule.idle(now)
             case {"bytes": int(size)} if 0 <= size < 1 << 60:
-                self._cost, self._decision = self._cost._replace(bytes=size), None
+                self._rule.measured(size=size)
             case {"parked": 1}:
                 self.state = "parked"
             case _:
                 return False
         return True
 
-    def _used(self, now: float) -> None:
-        self._history.used(now)
-        self._decision = None
-
-    # --- what is decided ------------------------------------------------------------------------------------------
-
-    @property
-    def decision(self) -> keepalive.HoldDecision:
-        if self._decision is None:
-            price = self._config.start_price
-            if (held := self._config.holds.get("user")) is not None:
-                self._decision = keepalive.HoldDecision(self._cost, price, held)
-            else:
-                self._decision = keepalive.keep(self._cost, self._history.gaps, price)
-        return self._decision
-
-    def wish(self, now: float) -> Literal["", "retire", "start"]:
-        """What the shim is to be told: an idle worker costs more than another one would, or a request is due."""
-        age = self._history.age(now)
-        if age is None or now < self._again_at:
+    def wish(self, now: float) -> Literal["", "retire"]:
+        """Return "retire", for the shim, where holding an idle worker costs more than another one would."""
+        if self.state != "serving" or self._inside or now < self._again_at or not self._rule.expired(now):
             return ""
-        wanted = self.decision.wanted(age)
-        if self.state == "serving" and not self._inside and not wanted:
-            self._again_at = now + _AGAIN
-            return "retire"
-        if self.state == "parked" and wanted and self.decision.ahead:
-            self._again_at, self._ahead = now + _AGAIN, True
-            return "start"
-        return ""
+        self._again_at = now + _AGAIN
+        return "retire"
 
     def report(self) -> dict[str, Any]:
         """For people; see published.py."""
-        since = self._history.since
-        state: published.State = "absent" if self.state in ("absent", "parked") else "used" if since is None else "idle"
-        entry = published.entry("user", state, since, self.decision, self._uri)
-        return {**entry, "function": self._config.served_name}
+        presence: Presence = "absent" if self.state in ("absent", "parked") else "there"
+        return {**published.entry("user", presence, self._rule, self._uri), "function": self._name}

@@ -1,4 +1,6 @@
-"""The line between a worker and its shim: one JSON object per line. Standard library only.
+"""The line between a worker and its shim: one message (see messages.py) per line. Standard library only.
+
+A line feed inside a message is a vertical tab on the line.
 
 worker → shim
     {"beat": 1}                                         the HTTP loop turns; silence means the worker hangs
@@ -7,11 +9,11 @@ worker → shim
     {"state": "draining"} … {"state": "drained"}        it finishes what runs; it has finished, and exits with 0
     {"state": "retired"}                                it was asked to, has no request, takes no more, and exits with 0
     {"state": "needed"}                                 it was asked to retire, and has connections: it goes on
-    {"load": [turn, n]}                                 n requests are inside; turns count, as lines may overtake
+    {"load": n, "turn": t}                              n requests are inside; turns count, as lines may overtake
     {"bytes": n}                                        memory that would be free without the worker; once it is idle
-    {"spans": [[owner, name, start, end], …]}           new spans of the start's ledger (ns of CLOCK_MONOTONIC)
+    {"spans": [(owner, name, start, end), …]}           new spans of the start's ledger (ns of CLOCK_MONOTONIC)
     {"agent": why}                                      its agent is of no use: it asks for a private one
-    {"error": [code, text]}                             why it is about to exit
+    {"error": code, "text": text}                       why it is about to exit
     {"keep": n} + fds                                   weights that came over TCP, for the next worker: see kept.py
 shim → worker
     {"kept": n} + fds                                   those of an earlier worker; first of all, and over TCP only
@@ -29,17 +31,23 @@ Process tree and fds of pod mode:
 from __future__ import annotations
 
 import contextlib
-import json
 import select
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from runtime.process.messages import Span, pack, unpack
 
 if TYPE_CHECKING:
     from runtime.process.fd_store import Memory
 
 MAX_LINE = 64 << 10
+
+
+def line(message: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a message on the line."""
+    return pack(message).replace(b"\n", b"\v") + b"\n"
 
 
 class Line:
@@ -52,7 +60,7 @@ class Line:
             sock.settimeout(1.0)
 
     def send(self, **message: object) -> None:
-        data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        data = line(message)
         with self._lock:
             if self._sock is None:
                 return
@@ -81,7 +89,7 @@ class Line:
             except OSError:  # nothing came: it is no shim of ours
                 return []
 
-    def messages(self) -> Iterator[dict[str, object]]:
+    def messages(self) -> Iterator[dict[str, Any]]:
         """What the shim says, until it is gone. For one thread of its own."""
         sock, lines = self._sock, Lines()
         if sock is None:
@@ -102,7 +110,7 @@ class Line:
                     return
                 yield from lines.feed(data)
 
-    def spans(self, spans: Iterable[tuple[str, str, int, int]]) -> None:
+    def spans(self, spans: Iterable[Span]) -> None:
         rows = list(spans)
         for start in range(0, len(rows), 100):
             self.send(spans=rows[start : start + 100])
@@ -125,7 +133,7 @@ class Hearing:
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def messages(self) -> list[dict[str, object]]:
+    def messages(self) -> list[dict[str, Any]]:
         """All that have come."""
         found, self._early = self._early, []
         while not self.ended:
@@ -142,7 +150,7 @@ class Hearing:
     def tell(self, **message: object) -> None:
         """A worker that does not read, or is gone, is told nothing."""
         with contextlib.suppress(OSError):
-            self._sock.send(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+            self._sock.send(line(message))
 
     def close(self) -> None:
         self._sock.close()
@@ -154,26 +162,12 @@ class Lines:
     def __init__(self) -> None:
         self._buffer = b""
 
-    def feed(self, data: bytes) -> list[dict[str, object]]:
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         if len(self._buffer) > MAX_LINE:
             self._buffer = b""
-        messages = []
-        for line in lines:
-            try:
-                message = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(message, dict):
-                messages.append(message)
-        return messages
-
-
-def checked_spans(value: object) -> list[tuple[str, str, int, int]]:
-    """The well-formed rows of a `spans` message."""
-    rows: list[tuple[str, str, int, int]] = []
-    for row in value if isinstance(value, Sequence) else ():
-        match row:
-            case [str(owner), str(name), int(start), int(end)]:
-                rows.append((owner, name, start, end))
-    return rows
+        found = []
+        for each in lines:
+            with contextlib.suppress(ValueError):
+                found.append(unpack(each.replace(b"\v", b"\n")))
+        return found

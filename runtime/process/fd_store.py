@@ -16,6 +16,8 @@ import os
 import socket
 from collections.abc import Sequence
 
+from runtime.process import messages
+
 MOST_FDS = 250  # the kernel passes 253 at once
 _READ = 64 << 10
 _FD_SPACE = socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize)
@@ -23,11 +25,11 @@ _FD_SPACE = socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize)
 
 def send(sock: socket.socket, word: str, fds: Sequence[int]) -> None:
     """The fds stay the caller's. Raises `OSError`."""
-    line = b'{"%s":%d}\n' % (word.encode(), len(fds))
+    data = messages.pack({word: len(fds)}) + b"\n"
     if fds:
-        socket.send_fds(sock, [line], fds)
+        socket.send_fds(sock, [data], fds)
     else:
-        sock.send(line)
+        sock.send(data)
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:

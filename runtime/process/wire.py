@@ -1,8 +1,8 @@
-"""Owns a socket between a supervisor and a zygote: one JSON object per packet, with the fds that it names.
+"""Owns a socket between a supervisor and a zygote: one message per packet (see messages.py), and its fds.
 
     supervisor → zygote
         {"fork": id, "kind": "worker" | "zygote", "environment": {…}, …}                     fds: see forkserver.py
-        {"fork": id, "kind": "spare", "place": {…}, "asked": ns}                            fds: see placed.py
+        {"fork": id, "kind": "spare", "place": JSON, "asked": ns}                           fds: see placed.py
     zygote → supervisor
         {"beat": 1}                                                 it turns; also while it is being built
         {"ready": level, "key": …, "seconds": …, "bytes": …}         it may be forked from now on
@@ -11,16 +11,16 @@
         {"refused": id, "why": text}                                nothing was forked
         {"ended": pid, "status": status}                            as waitpid gave it
     shim → pool
-        {"wants": {"machine": …, "python": …, "base": …}, "environment": {…}, "cwd": …}
+        {"wants": version, "machine": …, "python": …, "base": …, "environment": {…}, "cwd": …}
                                                                     what its function is made of; first of all, once
-        {"fork": id, "environment": {…}, "cwd": …, "start_id": …, "spans": …}               fds: a worker's, and stdio
+        {"fork": id, "environment": {…}, "cwd": …, "start_id": …, "spans": […]}             fds: a worker's, and stdio
         {"serves": seconds}                                         its worker is ready, so long after it was asked for
         {"load": n}, {"bytes": n}                                   of its worker; see control.py
         {"parked": 1}                                               its worker has gone on purpose
     pool → shim: what a zygote says to its supervisor, and
-        {"wish": "retire" | "start"}                                its idle worker may go; one should be there soon
+        {"wish": "retire"}                                          its idle worker may go
     pool → spare
-        {"environment": {…}, "cwd": …, "start_id": …, "spans": …, "why": …}                  fds: the same
+        {"environment": {…}, "cwd": …, "start_id": …, "spans": […], "why": …}                fds: the same
     spare → pool
         {"parked": bytes, "seconds": …}                             it is where it should be, and what that took
         {"failed": text}                                            it could not go there, and ends
@@ -32,13 +32,14 @@ from __future__ import annotations
 
 import array
 import contextlib
-import json
 import os
 import socket
 import stat
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
+
+from runtime.process import messages
 
 MAX_PACKET = 256 << 10  # an environment may be large
 MAX_FDS = 64
@@ -48,6 +49,10 @@ _FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 class Gone(Exception):
     """The other side has closed its end, or was closed."""
+
+
+class Unreadable(Gone):
+    """The other side has sent something that is no message; nothing more is read from it."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -87,7 +92,7 @@ class Wire:
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """The fds stay the caller's. Raises `Gone`, and `ValueError` for a message that is too large."""
-        data = json.dumps(message, separators=(",", ":")).encode()
+        data = messages.pack(message)
         if len(data) > MAX_PACKET or len(fds) > MAX_FDS:
             raise ValueError(f"a message of {len(data)} bytes and {len(fds)} fds; {MAX_PACKET} and {MAX_FDS} may be")
         self._waiting.append((data, [os.dup(fd) for fd in fds]))
@@ -110,7 +115,10 @@ class Wire:
                 os.close(fd)
 
     def receive(self) -> tuple[dict[str, Any], list[int]] | None:
-        """The next message and its fds, close-on-exec and the caller's; None if none is there. Raises `Gone`."""
+        """The next message and its fds, close-on-exec and the caller's; None if none is there.
+
+        Raises `Gone`, and `Unreadable`.
+        """
         try:
             data, ancillary, flags, _ = self.sock.recvmsg(MAX_PACKET + 1, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -124,15 +132,15 @@ class Wire:
         try:
             if not data:
                 raise Gone("closed")
-            message = json.loads(data)
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, dict):
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError
-        except (Gone, ValueError, RecursionError) as error:
+            message = messages.unpack(data)
+        except (Gone, ValueError) as error:
             for fd in fds:
                 os.close(fd)
             if isinstance(error, Gone):
                 raise
-            raise Gone("it sent something that is no message") from None
+            raise Unreadable("it sent something that is no message") from None
         return message, list(fds)
 
     def dismiss(self, message: dict[str, Any]) -> None:

@@ -23,12 +23,12 @@ from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.errors import AgentError
 from cache_agent.snapshots.store import Claimed, Keep, Key
 from cache_agent.wire.requests import KeptStatus
-from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, TokenEvent
+from runtime.engine.base import GenerationRequest, TokenEvent
 from runtime.resume import record
 from runtime.resume.record import Context
 from runtime.resume.seal import Seal
-from runtime.resume.session import STUCK, Hold
-from runtime.resume.snapshot import Place, Snapshot
+from runtime.resume.session import Hold
+from runtime.resume.snapshot import Place
 
 log = logging.getLogger("glowplug.checkpoint")
 
@@ -36,6 +36,7 @@ LEASE = 3.0  # seconds for which a `keep` holds a request; as long a client may 
 _RETELL = 256  # pieces after which a record is told anew, in two
 _RETRY = 0.5  # seconds between attempts while the store cannot be asked
 _LAST_WORD = 30.0  # seconds for which the end of a request is tried to be told
+_STUCK = 15.0  # seconds, upper bound of a wait that the agent's own deadlines end sooner
 _LOOK = 0.1  # seconds between two looks at whether another has let go
 
 
@@ -250,7 +251,7 @@ class Checkpoints:
         self._changed.notify_all()
         answered = self._changed.wait_for(
             lambda: hold.over or hold.unkept or hold.handed or hold.until > time.monotonic() or hold.answered > mark,
-            STUCK,
+            _STUCK,
         )
         if hold.over or not answered:
             return False
@@ -276,7 +277,9 @@ class Checkpoints:
         pieces: list[bytes] = []
         if not hold.at:
             place = self.place()
-            pieces.append(record.opening(hold.context, [_snapshot(request, place) for request in hold.requests]))
+            pieces.append(
+                record.opening(hold.context, [place.snapshot(place.state(request)) for request in hold.requests])
+            )
         start = hold.sent if hold.at else [0] * len(counts)
         if not hold.renew_only:
             gains = {n: (at, hold.tokens[n][at:]) for n, at in enumerate(start) if counts[n] > at or hold.cut}
@@ -360,12 +363,6 @@ class Checkpoints:
                 self._settle(hold)
             elif hold.complete and not hold.closed_at:
                 hold.closed_at = now
-
-
-def _snapshot(request: GenerationRequest, place: Place) -> Snapshot:
-    arithmetic = place.arithmetic if request.deterministic else ""
-    state = GenerationState(STATE_VERSION, place.engine, place.revision, request, (), 0, (), arithmetic)
-    return Snapshot(state, place.tokenizer, place.adapter)
 
 
 def _about(request_id: str, number: int) -> str:

@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cache_agent.errors import AgentError
 from cache_agent.snapshots.store import Claimed
-from runtime.engine.base import Codec, Engine, GenerationRequest, TokenEvent, TokenStream
+from runtime.engine.base import Codec, Engine, GenerationRequest, TokenEvent
 from runtime.engine.generation import Generation
 from runtime.errors import BadRequest, EngineBusy, Moved
 from runtime.resume import position as positions
 from runtime.resume import snapshot
+from runtime.resume.answer import Answer, recorded
 from runtime.resume.checkpoint import Checkpoints
 from runtime.resume.position import Position
 from runtime.resume.record import Context, Record, Route
-from runtime.resume.session import Hold
 
 PATIENCE = 10.0  # seconds that a client waits for whoever has its request, and for a slot
 _LOOK = 0.05
@@ -41,10 +40,6 @@ class Asked:
     id: str
     position: Position | None
     digest: str
-
-    @property
-    def by_key(self) -> bool:
-        return bool(self.id) and self.position is None
 
 
 def asked(headers: Mapping[str, str], prefix: str, path: str, body: bytes) -> Asked:
@@ -80,13 +75,11 @@ class Continuing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TakenUp:
-    """An answer that goes on: of each choice its stream (None when its end was told), the tokens and characters that
-    were told; `hold` is None when the record is complete and nobody's."""
+    """A request that goes on: of each choice its answer (nothing but an end where that was told before), and the tokens
+    and characters that were told."""
 
     context: Context
-    hold: Hold | None
-    requests: tuple[GenerationRequest, ...]
-    streams: tuple[TokenStream | None, ...]
+    answers: tuple[Answer, ...]
     told: tuple[int, ...]
     said: tuple[int, ...]
     ended: tuple[bool, ...]
@@ -151,23 +144,24 @@ def _go_on(
         tokens = [[event.token for event in events if event.token is not None] for events in histories]
         hold = book.go_on(claimed, found, tokens, since)
         hold.ended |= {n for n, end in enumerate(ended) if end}
-    streams: list[TokenStream | None] = []
+    answers: list[Answer] = []
     try:
         for n, events in enumerate(histories):
+            request = found.choices[n].state.request
             if ended[n]:
-                streams.append(None)
+                answers.append(Answer(request, recorded(request.id, [TokenEvent(told[n], None, "", "stop")])))
                 continue
-            stream = _continued(model.engine, found.choices[n], events, told[n], deadline)
-            streams.append(hold.stream(n, stream) if hold else stream)
+            answers.append(_continued(model.engine, found.choices[n], events, told[n], deadline))
+            if hold:
+                answers[n].keep(hold, n)
     except BaseException:
-        for begun in filter(None, streams):
+        for begun in answers:
             begun.close()
         if hold:
             hold.let_go("it could not be gone on with here")
         raise
     said = tuple(sum(len(event.text) for event in events[: told[n]]) for n, events in enumerate(histories))
-    requests = tuple(choice.state.request for choice in found.choices)
-    return TakenUp(found.context, hold, requests, tuple(streams), told, said, ended, bool(place and place.usage))
+    return TakenUp(found.context, tuple(answers), told, said, ended, bool(place and place.usage))
 
 
 def _replayed(request: GenerationRequest, tokens: Sequence[int], codec: Codec) -> list[TokenEvent]:
@@ -183,20 +177,19 @@ def _replayed(request: GenerationRequest, tokens: Sequence[int], codec: Codec) -
 
 def _continued(
     engine: Engine, kept: snapshot.Snapshot, events: Sequence[TokenEvent], told: int, deadline: float
-) -> TokenStream:
+) -> Answer:
     request = kept.state.request
     if events and events[-1].finish is not None:
-        rest = list(events[told:]) or [TokenEvent(len(events), None, "", events[-1].finish)]
-        return Continued(request.id, rest, None, 0)
+        rest = events[told:] or [TokenEvent(len(events), None, "", events[-1].finish)]
+        return Answer(request, recorded(request.id, rest))
     engine.cancel(request.id)  # a connection that this client gave up, and that does not know it yet
     tokens = tuple(event.token for event in events if event.token is not None)
     emitted = sum(len(event.text) for event in events)
     state = replace(kept.state, generated=tokens, emitted=emitted)
-    live = _with_patience(lambda: engine.admit(state) if tokens else engine.submit(request), deadline)
-    return Continued(request.id, events[told:], live, told)
+    return _with_patience(lambda: Answer.begun(engine, state), deadline).resume(events[told:], told)
 
 
-def _with_patience(begin: Callable[[], TokenStream], deadline: float) -> TokenStream:
+def _with_patience(begin: Callable[[], Answer], deadline: float) -> Answer:
     while True:
         try:
             return begin()
@@ -204,38 +197,3 @@ def _with_patience(begin: Callable[[], TokenStream], deadline: float) -> TokenSt
             if time.monotonic() >= deadline:
                 raise
         time.sleep(_LOOK)
-
-
-class Continued:
-    """`events`, then those of `rest`; of the latter none is told before number `skip`."""
-
-    def __init__(self, request_id: str, events: Sequence[TokenEvent], rest: TokenStream | None, skip: int) -> None:
-        self.request_id = request_id
-        self._events = deque(events)
-        self._rest = rest
-        self._skip = skip
-
-    def next(self, timeout: float) -> TokenEvent | None:
-        if self._events:
-            return self._events.popleft()
-        if self._rest is None:
-            raise StopIteration
-        event = self._rest.next(timeout)
-        if event is None or event.index >= self._skip:
-            return event
-        if event.finish is None:
-            return None
-        return replace(event, token=None, text="", logprobs=None)
-
-    def __iter__(self) -> Continued:
-        return self
-
-    def __next__(self) -> TokenEvent:
-        while (event := self.next(PATIENCE)) is None:
-            pass
-        return event
-
-    def close(self) -> None:
-        self._events.clear()
-        if self._rest is not None:
-            self._rest.close()

@@ -1,4 +1,4 @@
-"""Owns one request that is kept: what was told of it under which right, and the streams that are told under it."""
+"""Owns one request that is kept: what was told of it, and under which right."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cache_agent.snapshots.store import Key
-from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
+from runtime.engine.base import GenerationRequest, TokenEvent
 from runtime.resume.record import Context
 
 if TYPE_CHECKING:
     from runtime.resume.checkpoint import Checkpoints
-
-STUCK = 15.0  # upper bound of a wait that the agent's own deadlines end sooner
 
 
 class Hold:
@@ -54,9 +52,6 @@ class Hold:
     def complete(self) -> bool:
         return len(self.ended) == len(self.requests)
 
-    def stream(self, choice: int, tokens: TokenStream) -> HeldStream:
-        return HeldStream(self, choice, tokens)
-
     def tell(self, choice: int, event: TokenEvent) -> bool:
         """Takes down an event that is about to be told; False if it must not be."""
         return self._book.tell(self, choice, event)
@@ -64,41 +59,3 @@ class Hold:
     def let_go(self, why: str) -> None:
         """Nothing more is told here, and another may claim it; without effect on one that is complete or over."""
         self._book.let_go(self, why)
-
-
-class HeldStream:
-    """A token stream whose events are told under a `Hold`."""
-
-    def __init__(self, hold: Hold, choice: int, tokens: TokenStream) -> None:
-        self.request_id = tokens.request_id
-        self._hold = hold
-        self._choice = choice
-        self._tokens = tokens
-        self._over = False
-
-    def next(self, timeout: float) -> TokenEvent | None:
-        if self._over:
-            raise StopIteration
-        event = self._tokens.next(timeout)
-        if event is None and not self._hold.over:
-            return None
-        if event is not None and self._hold.tell(self._choice, event):
-            self._over = event.finish is not None
-            return event
-        self._over = True
-        self._tokens.close()
-        told = len(self._hold.tokens[self._choice])
-        return TokenEvent(told, None, "", "moved", f"this answer goes on elsewhere ({self._hold.over})")
-
-    def __iter__(self) -> HeldStream:
-        return self
-
-    def __next__(self) -> TokenEvent:
-        while (event := self.next(STUCK)) is None:
-            pass
-        return event
-
-    def close(self) -> None:
-        self._over = True
-        self._tokens.close()
-        self._hold.let_go("its client left")

@@ -14,6 +14,8 @@ from runtime.resume.checkpoint import Checkpoints
 from runtime.resume.seal import seal
 from runtime.resume.snapshot import Place
 
+_EVERY = 16  # tokens of a request after which it is kept again
+
 
 def book(config: FunctionConfig, client: Callable[[], CacheClient], model: Model) -> Checkpoints | None:
     """None for a function that keeps no requests. Raises `BadConfig`."""
@@ -25,7 +27,7 @@ def book(config: FunctionConfig, client: Callable[[], CacheClient], model: Model
         seal(config.function_key_file),
         lambda: place_of(model),
         owner=f"worker-{os.getpid()}-{secrets.token_hex(8)}",
-        every=config.checkpoint_tokens,
+        every=_EVERY,
     )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -216,6 +216,16 @@ class Place:
     tokenizer: str
     adapter: str = ""
     arithmetic: str = ""
+
+    def state(self, request: GenerationRequest, generated: Sequence[int] = ()) -> GenerationState:
+        """Of a request of this replica, by its tokens alone."""
+        arithmetic = self.arithmetic if request.deterministic else ""
+        return GenerationState(
+            STATE_VERSION, self.engine, self.revision, request, tuple(generated), 0, arithmetic=arithmetic
+        )
+
+    def snapshot(self, state: GenerationState, epoch: int = 0) -> Snapshot:
+        return Snapshot(state, self.tokenizer, self.adapter, epoch)
 
 
 def check(snapshot: Snapshot, here: Place) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from runtime.errors import RequestGone
 from runtime.function.model import Model, TextStream
+from runtime.resume.answer import Answer
 from runtime.resume.checkpoint import Checkpoints
 from runtime.resume.record import Context
 from runtime.resume.resume import Asked, take_up
@@ -22,10 +23,10 @@ def keeper(book: Checkpoints, wanted: Asked) -> Callable[[TextStream], None]:
     """What is done with a stream that a handler returned."""
 
     def keep(text: TextStream) -> None:
-        if text.request is not None and not text.usage.completion_tokens and text.finish_reason is None:
+        if not text.usage.completion_tokens and text.finish_reason is None:
             context = Context("handler", wanted.id or f"{PREFIX}-{secrets.token_hex(12)}", 0, wanted.digest)
             hold = book.open(context, [text.request])
-            text.held(context.id, lambda tokens: hold.stream(0, tokens))
+            text.kept(context.id, Answer.of(text.request, text.tokens).keep(hold, 0))
 
     return keep
 
@@ -40,8 +41,5 @@ def resumed(book: Checkpoints, model: Model, wanted: Asked) -> TextStream | None
         if wanted.position:
             raise RequestGone("nothing is kept of this request any more; send it anew, without Last-Event-ID")
         return None
-    stream = found.streams[0]
-    assert stream is not None, "a handler's stream has no end of its own in its ids"
-    text = TextStream(stream, len(found.requests[0].prompt), found.requests[0], told=found.told[0])
-    text.held(found.context.id, lambda tokens: tokens)
-    return text
+    (answer,) = found.answers
+    return TextStream(answer, answer.request, told=found.told[0], kept_as=found.context.id)

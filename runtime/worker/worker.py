@@ -21,29 +21,27 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from cache_agent.client.lease import Lease
 from cache_agent.errors import AgentError
 from cache_agent.ledger import Ledger, Span
-from cache_agent.model.manifest import model_config
 from cache_agent.wire.messages import Drain, RevisionNotice
-from runtime.config import FunctionConfig, from_environment
-from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, StaleLayer, WeightsUnavailable
+from runtime.config import FunctionConfig, from_environment, gone
+from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, WeightsUnavailable
 from runtime.http.lifecycle import Lifecycle
+from runtime.process import messages
 from runtime.process.control import Line
-from runtime.worker.imports import Importing
+from runtime.worker.assembly import Assembled, Assembly
 from runtime.worker.leasing import Leasing
 from runtime.worker.reporting import Reporting
 
 if TYPE_CHECKING:
     from runtime.function.handler import Handler
-    from runtime.function.model import Model
     from runtime.handoff.incoming import Moving
+    from runtime.http.server import HttpServer
     from runtime.resume.checkpoint import Checkpoints
-    from runtime.worker.weights import Loaded, Weights
     from runtime.zygote.warm import Warm
 
 log = logging.getLogger("glowplug.worker")
@@ -56,19 +54,25 @@ _LAST_ANSWERS = 2.0  # seconds for answers at the end: of those who waited for a
 class Worker:
     """One worker process; `run()` is its life and returns the exit code."""
 
-    def __init__(self, config: FunctionConfig, ledger: Ledger, line: Line, warm: Warm | None = None) -> None:
-        """`warm` is the layer that this process was forked from; without one it imports everything itself."""
+    def __init__(
+        self,
+        config: FunctionConfig,
+        ledger: Ledger,
+        line: Line,
+        terminate: threading.Event,
+        warm: Warm | None = None,
+    ) -> None:
+        """`terminate` is set by the signals that end the process. `warm` is the layer that it was forked from; without
+        one it imports everything itself."""
         self._config = config
         self._warm = warm
         self._ledger = ledger
         self._line = line
         self._lifecycle = Lifecycle(config.served_name, config.slots + config.queue)
-        self._http_up = threading.Event()
-        self._terminate = threading.Event()
+        self._http: Future[HttpServer] = Future()  # made while a start without a layer runs already
+        self._terminate = terminate
         self._over = threading.Event()  # nothing is served any more
         self._cut = 0  # requests that the grace was too short for
-        self._lease: Lease | None = None
-        self._whole: Lease | None = None  # the one whose bytes are all there
         self._book: Checkpoints | None = None
         self._moving: Moving | None = None
         self._given_up = threading.Event()  # another worker does the work: the weights are not needed any more
@@ -77,47 +81,51 @@ class Worker:
         self._reporting = Reporting(config, ledger, line, self._lifecycle, self._leasing.client)
         if warm is not None:
             self._reporting.kind = warm.level
+        self._assembly = Assembly(config, ledger, self._lifecycle, self._leasing, self._reporting, warm, self._broken)
 
     def run(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket] = ()) -> int:
-        for number in _STOPPING:
-            signal.signal(number, lambda _number, _frame: self._terminate.set())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the shim blocked them for as long as nobody listened
-        self._imports = Importing(_import_model_code, lean=self._config.lean_imports) if self._warm is None else None
         if self._warm is None:
             self._begin()
         with self._ledger.span("http"):
-            from runtime.http.application import Application
-            from runtime.http.server import HttpServer, Settings
-
-            made = None if self._warm is None else self._warm.http
-            application, settings = (Application(), Settings()) if made is None else made
-            self._server = HttpServer(
-                sock,
-                application.serve(
-                    self._config, self._lifecycle, self._ledger, self._drain, lambda: self._reporting.kind
-                ),
-                capacity=self._config.slots + self._config.queue,
-                parent=parent,
-                on_beat=self._reporting.beat,
-                accepted=accepted,
-                settings=settings,
-            )
+            server = self._make_server(sock, parent, accepted)
         threading.Thread(target=self._end, name="drainer", daemon=True).start()
         threading.Thread(target=self._obey, name="shim", daemon=True).start()
-        self._lifecycle.on_load = lambda turn, inside: self._line.send(load=[turn, inside])
+        self._lifecycle.on_load = lambda turn, inside: self._line.send(load=inside, turn=turn)
         self._line.send(state="http")
-        self._http_up.set()
-        if self._imports is not None:
-            self._imports.begin()  # not before: importing holds the interpreter's lock, and probes come first
+        self._http.set_result(server)
+        if self._warm is None:
+            self._assembly.import_modules()  # importing holds the interpreter's lock, and probes come first
         else:
-            self._begin()  # likewise: two threads that only compute have no more of that lock than one
-        self._server.run_until_stopped()
+            self._begin()  # two threads that only compute have no more of the interpreter's lock than one
+        server.run_until_stopped()
         self._over.set()
-        if self._server.retired:
+        if server.retired:
             self._line.send(state="retired")
         if self._exit is None and self._terminate.is_set():
             self._ended()
         return self._exit.exit_code if self._exit else 0
+
+    def _make_server(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket]) -> HttpServer:
+        from runtime.http.application import Application
+        from runtime.http.server import HttpServer
+
+        prepared, settings = (self._warm.http if self._warm is not None else None) or (None, None)
+        return HttpServer(
+            sock,
+            Application(
+                self._config, self._lifecycle, self._ledger, self._drain, lambda: self._reporting.kind, prepared
+            ),
+            capacity=self._config.slots + self._config.queue,
+            parent=parent,
+            on_beat=self._reporting.beat,
+            accepted=accepted,
+            settings=settings,
+        )
+
+    @property
+    def _server(self) -> HttpServer:
+        """Waits until the server is there."""
+        return self._http.result()
 
     # --- start ----------------------------------------------------------------------------------------------------
 
@@ -136,30 +144,32 @@ class Worker:
             self._fail(FunctionError(f"the start failed: {type(error).__name__}: {error}"))
 
     def _prepare(self) -> None:
-        model = self._leasing.leased(self._assemble)  # torch is imported while the bytes are on their way
-        handler = None
+        assembled = self._leasing.leased(self._assembly.assemble)  # torch is imported while the bytes are on their way
+        model, handler = assembled.model, None
         gc.freeze()  # what is there now stays; looking through it for garbage would take a third of a second each time
         gc.enable()
         if self._config.handler:
             self._lifecycle.phase = "handler"
             with self._ledger.span("handler"):
-                handler = self._import_handler(model)
+                handler = self._import_handler(assembled)
         from runtime.handoff.incoming import moving
         from runtime.resume.sessions import book
 
         self._book = model.book = book(self._config, self._leasing.client, model)
-        self._moving = moving(self._config, self._leasing.client, model, self._lifecycle, lambda: self._released(model))
+        self._moving = moving(
+            self._config, self._leasing.client, model, self._lifecycle, lambda: self._released(assembled)
+        )
         self._lifecycle.phase = "serving"
         self._lifecycle.opened(model, handler)
         if self._moving is not None and self._lifecycle.draining:
             self._moving.depart()
         self._reporting.spans()
-        self._line.send(state="ready", kind=self._kind)
-        threading.Thread(target=self._listen, args=(model,), name="agent", daemon=True).start()
+        self._line.send(state="ready", kind=assembled.kind)
+        threading.Thread(target=self._listen, args=(assembled,), name="agent", daemon=True).start()
         self._reporting.start()
 
-    def _import_handler(self, model: Model) -> Handler:
-        place = self._config.handler, self._config.packages, model, self._mapped.guard.scope
+    def _import_handler(self, assembled: Assembled) -> Handler:
+        place = self._config.handler, self._config.packages, assembled.model, assembled.weights.guard.scope
         if self._config.reload:
             from runtime.function.reload import Reloading
 
@@ -170,127 +180,40 @@ class Worker:
 
         return handlers.load(*place)
 
-    def _assemble(self, lease: Lease, deadline: float) -> Model:
-        self._lifecycle.phase = "imports"
-        if self._imports is not None:
-            self._imports.wait()
-            self._ledger.add("imports", self._imports.started, self._imports.ended)
-        import torch
-
-        from cache_agent.limits import cpu_quota
-        from runtime.engine.choice import choose
-        from runtime.engine.serial import TokenizerCodec
-        from runtime.function.model import Model, sampling_defaults
-        from runtime.worker import weights
-
-        self._kind = str(model_config(lease.manifest.files).get("model_type", ""))
-        with self._ledger.span("model code"):
-            weights.preload(lease.manifest)
-        self._lifecycle.phase = "model"
-        torch.set_num_threads(self._config.threads or cpu_quota())
-        with self._ledger.span("attach"):
-            # The weights are still on their way; the model needs to know only where they will be.
-            mapped, loaded = self._ready_parts(lease) or self._put_together(lease, deadline)
-        self._await_weights(lease, deadline)
-        if not self._config.private_weights:
-            threading.Thread(target=lambda: deque(mapped.populate(), 0), name="pages", daemon=True).start()
-        self._lifecycle.phase = "engine"
-        log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
-        begun = time.monotonic_ns()
-        codec = TokenizerCodec(loaded.tokenizer, loaded.eos)
-        engine, serial = choose(
-            loaded.model, codec, self._config, revision=lease.revision, threads=self._config.threads or cpu_quota()
-        )
-        self._ledger.add(f"engine, one request at a time: {serial}" if serial else "engine", begun)
-        engine.on_first_token = self._first_token
-        engine.on_broken = self._broken
-        self._lease = self._reporting.lease = lease
-        self._mapped = mapped
-        return Model(
-            self._config.served_name,
-            lease.revision,
-            codec,
-            engine,
-            tokenizer=loaded.tokenizer,
-            raw=loaded.model,
-            raw_guard=None if self._config.private_weights else mapped.guard.arm,
-            defaults=sampling_defaults(loaded.generation_config),
-            deterministic=self._config.deterministic,
-            tokenizer_digest=loaded.tokenizer_digest,
-        )
-
-    def _ready_parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
-        """What the layer has put together already, if it is this very model."""
-        if self._warm is None or self._config.private_weights:
-            return None
-        parts = self._warm.parts(lease)
-        if parts is None and self._reporting.kind == "model":
-            if self._warm.shared:  # whoever may not have that model must not find it in memory, either
-                raise StaleLayer("the pool's model is another one than the agent has now; another worker starts")
-            log.info("the warm model is another one than the agent has now: it is put together anew")
-            self._reporting.kind = "lang"
-        return parts
-
-    def _put_together(self, lease: Lease, deadline: float) -> tuple[Weights, Loaded]:
-        from runtime.worker import weights
-
-        mapped = weights.Weights(lease)
-        loaded = weights.assemble(
-            mapped, private=self._config.private_weights, whole=lambda: self._await_weights(lease, deadline)
-        )
-        return mapped, loaded
-
-    def _await_weights(self, lease: Lease, deadline: float) -> None:
-        if self._whole is lease:
-            return
-        self._lifecycle.phase = "weights"
-        with self._ledger.span("weights"):
-            lease.wait_ready(deadline, self._on_progress)
-        self._whole = lease
-        self._leasing.arrived(lease)
-        self._ledger.extend(lease.spans)
-        self._lifecycle.progress = (lease.manifest.nbytes, lease.manifest.nbytes)
-
-    def _first_token(self, asked: int) -> None:
-        self._ledger.add("first token", asked)
-
     def _broken(self, why: str) -> None:
         """The requests in flight know it already; a new worker can serve the next ones, this one cannot."""
         self._fail(EngineFailed(f"{why}; the worker ends, so that another takes its place"))
-
-    def _on_progress(self, done: int, total: int) -> None:
-        self._lifecycle.progress = (done, total)
 
     def _fail(self, error: FunctionError) -> None:
         """Answers those who waited, tells the shim why, and ends the process with the error's code."""
         log.error("%s [%s]", error.text, error.code)
         self._lifecycle.fail(error)
-        self._line.send(error=[error.code, error.text])
+        self._line.send(error=error.code, text=error.text)
         self._reporting.start()
-        self._http_up.wait()
+        server = self._server
         self._exit = error
-        self._server.wait_idle(time.monotonic() + _LAST_ANSWERS)
-        self._server.stop()
+        server.wait_idle(time.monotonic() + _LAST_ANSWERS)
+        server.stop()
 
     # --- serving --------------------------------------------------------------------------------------------------
 
-    def _listen(self, model: Model) -> None:
+    def _listen(self, assembled: Assembled) -> None:
         """The agent's pushes. The weights outlive the agent: whoever serves next is offered them."""
-        assert self._lease is not None, "leased before anything is served"
+        model, lease = assembled.model, assembled.lease
         while True:
             try:
                 while True:
-                    match self._lease.next_event(60.0):
+                    match lease.next_event(60.0):
                         case RevisionNotice(revision):
                             model.revision = model.engine.revision = revision
                         case Drain(reason, _):
                             self._drain(f"the agent says: {reason}")
             except AgentError as error:
                 if self._given_up.is_set():
-                    self._lease.close()
+                    lease.close()
                     return
                 log.warning("%s; this function goes on with the weights that it maps", error)
-            self._leasing.rejoin(self._lease)
+            self._leasing.rejoin(lease)
 
     def _obey(self) -> None:
         for message in self._line.messages():
@@ -304,13 +227,12 @@ class Worker:
         log.warning("the shim is gone; the worker ends with it")
         self._server.stop(at_once=True)
 
-    def _released(self, model: Model) -> None:
+    def _released(self, assembled: Assembled) -> None:
         """Another worker does the work: weights and model go now, not when this process ends."""
         self._given_up.set()
-        model.let_go()  # by name, and not by collecting garbage: that would hold every stream up for 0.3 s
-        self._mapped.close()
-        if self._lease is not None:
-            self._lease.interrupt()
+        assembled.model.let_go()  # by name, and not by collecting garbage: that would hold every stream up for 0.3 s
+        assembled.weights.close()
+        assembled.lease.interrupt()
         log.info("all work is another replica's; the model is released")
 
     # --- end ------------------------------------------------------------------------------------------------------
@@ -355,22 +277,24 @@ class Worker:
         self._line.send(state="drained")
 
 
-def _import_model_code() -> None:
-    from runtime.engine import choice, serial  # noqa: F401
-    from runtime.worker import weights  # noqa: F401
-
-
 def serve(
-    listen_fd: int, control_fd: int, start_id: str, spans: str, warm: Warm, *, why: str, connections: Sequence[int] = ()
+    listen_fd: int,
+    control_fd: int,
+    start_id: str,
+    spans: Iterable[messages.Span],
+    warm: Warm,
+    *,
+    why: str,
+    connections: Sequence[int] = (),
 ) -> int:
     """The life of a worker that was forked from a layer; `why` it was not a deeper one. `connections` wait for it."""
     ledger = _ledger(start_id, spans, f"fork from {warm.level}" + (f", {why}" if why else ""), time.monotonic_ns())
     return _live(listen_fd, control_fd, ledger, 0, warm, [socket.socket(fileno=fd) for fd in connections])
 
 
-def _ledger(start_id: str, spans: str, name: str, born: int) -> Ledger:
+def _ledger(start_id: str, spans: Iterable[messages.Span], name: str, born: int) -> Ledger:
     ledger = Ledger("worker", start_id)
-    ledger.extend(Span(*row) for row in json.loads(spans))
+    ledger.extend(Span(*row) for row in spans)
     asked = max((span.end for span in ledger.spans() if span.owner == "shim"), default=born)
     ledger.add(name, min(asked, born), born)
     return ledger
@@ -386,11 +310,17 @@ def _live(
 ) -> int:
     config = from_environment()
     log_to_stderr(config.log_level)
+    for text in gone(os.environ):
+        log.warning("%s", text)
     line = Line(socket.socket(fileno=control_fd))
+    terminate = threading.Event()
+    for number in _STOPPING:
+        signal.signal(number, lambda _number, _frame: terminate.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the shim blocked them for as long as nobody listened
     try:
-        return Worker(config, ledger, line, warm).run(socket.socket(fileno=listen_fd), parent, accepted)
+        return Worker(config, ledger, line, terminate, warm).run(socket.socket(fileno=listen_fd), parent, accepted)
     except FunctionError as error:
-        line.send(error=[error.code, error.text])
+        line.send(error=error.code, text=error.text)
         return error.exit_code
 
 
@@ -417,7 +347,7 @@ def main(arguments: list[str]) -> int:
     for fd in (listen_fd, control_fd, *connections):
         os.set_inheritable(int(fd), False)
     accepted = [socket.socket(fileno=int(fd)) for fd in connections]
-    ledger = _ledger(start_id, spans, "python", born)
+    ledger = _ledger(start_id, json.loads(spans), "python", born)
     return _live(int(listen_fd), int(control_fd), ledger, int(parent), accepted=accepted)
 
 

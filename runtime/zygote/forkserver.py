@@ -60,13 +60,13 @@ class ForkServer:
     ) -> None:
         self._wire, self._warm, self._key = wire, warm, key
         self._fork, self._enter = fork, enter
-        self._parent = os.getpid()
+        self._own = {wire.fileno()}  # fds of sockets that are no danger to its children
 
     def run(self, since: int) -> None:
         """`since` is when building began, in ns of CLOCK_MONOTONIC."""
         seal()
         wake = Wakeup(signal.SIGCHLD)
-        self._own = {self._wire.fileno(), *wake.fds}
+        self._own |= {*wake.fds}
         try:
             if why := self.unfit():
                 raise Unfit(why)
@@ -164,7 +164,7 @@ class ForkServer:
         name_process("worker")
         listener, line, *connections = fds
         return worker.serve(
-            listener, line, request["start_id"], request["spans"], self._warm, why=request.get("why", ""),
+            listener, line, request["start_id"], request.get("spans", []), self._warm, why=request.get("why", ""),
             connections=connections,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -63,8 +64,8 @@ class Place:
     oom: int
     filtered: bool  # a seccomp filter is on it
 
-    def dump(self) -> dict[str, Any]:
-        return asdict(self)
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
 
 
 def peer(sock: socket.socket) -> tuple[int, Place]:
@@ -90,6 +91,7 @@ def look(pidfd: int) -> Place:
         spaces = {name: os.stat(base / "ns" / name).st_ino for name in ("pid", "user", "mnt")}
         own = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name in spaces}
         label, own_label = (_label(each) for each in (base, Path("/proc/self")))
+        clocks, own_clocks = (_clocks(each) for each in (base, Path("/proc/self")))
         cgroup, cgroups = _cgroups((base / "cgroup").read_text(), Path("/proc/self/cgroup").read_text())
         oom = int((base / "oom_score_adj").read_text())
         limits = _limits((base / "limits").read_text())
@@ -101,6 +103,8 @@ def look(pidfd: int) -> Place:
         raise Refused("only the first process of a container is served")
     if spaces["mnt"] == own["mnt"]:
         raise Refused("it has no mount namespace of its own")
+    if clocks != own_clocks:
+        raise Refused("its container has a time namespace, whose clocks a worker of the pool would not have")
     if spaces["user"] != own["user"]:
         raise Refused("its container has a user namespace, which a worker of the pool would not have")
     if label != own_label:
@@ -212,6 +216,14 @@ def lives(pidfd: int) -> bool:
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return not poller.poll(0)
+
+
+def _clocks(base: Path) -> int:
+    """The inode of a process's time namespace; 0 where the kernel has none."""
+    try:
+        return os.stat(base / "ns" / "time").st_ino
+    except OSError:
+        return 0
 
 
 def _label(base: Path) -> str:

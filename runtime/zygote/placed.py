@@ -41,6 +41,7 @@ class Entering:
     def fork(self, request: dict[str, Any], fds: list[int]) -> int:
         if "place" not in request:
             return os.fork()
+        request["place"] = json.loads(request["place"])
         home = os.pidfd_open(os.getpid())
         try:
             return join.fork_into(request["place"], fds[1], home)
@@ -71,10 +72,10 @@ class Entering:
         for target, fd in enumerate(fds[-_STDIO:]):
             os.dup2(fd, target)
         del fds[-_STDIO:]
-        spans = json.loads(order["spans"])
+        spans = order["spans"]
         since = min((start for _, _, start, _ in spans), default=0)  # what was done before is no part of this start
         spans += [("pool", name, start, end) for name, start, end in steps if start >= since]
-        request.update(order, spans=json.dumps(spans))
+        request.update(order, spans=spans)
 
 
 def _leave(wire: Wire, why: str) -> NoReturn:

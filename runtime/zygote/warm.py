@@ -20,8 +20,8 @@ from runtime.worker import imports
 if TYPE_CHECKING:
     from cache_agent.client.lease import Known, Lease
     from cache_agent.model.manifest import Manifest
-    from runtime.http.application import Application
-    from runtime.http.server import Settings
+    from cache_agent.web.wsgi import Settings
+    from runtime.http.application import Prepared
     from runtime.worker.weights import Loaded, Weights
 
 
@@ -38,12 +38,12 @@ class _Lent:
 class Warm:
     """A layer as its children find it. `files` are the segments that `weights` maps, by device and inode.
 
-    `http` is made for a worker to use up.
+    `http` is what a worker's HTTP side is made of. A worker writes into the `Settings`, not into what is `Prepared`.
     Children of one that is `shared` belong to several containers, whose functions may not all have its model.
     """
 
     level: Level
-    http: tuple[Application, Settings] | None = None
+    http: tuple[Prepared, Settings] | None = None
     known: Known | None = None
     weights: Weights | None = None
     loaded: Loaded | None = None
@@ -122,27 +122,32 @@ def _one_thread() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not open it
 
 
-def _http() -> tuple[Application, Settings]:
-    """A worker's HTTP side, through which requests have gone as they would come from a socket: gunicorn, Flask and the
-    classes that they ask one another about import and remember a lot at the first."""
-    from runtime.http.application import Application
-    from runtime.http.server import Settings
+def _http() -> tuple[Prepared, Settings]:
+    """What a worker's HTTP side is made of, after requests have gone through it as they would come from a socket.
 
-    application, settings = Application(), Settings()
-    _ask(application, settings)
-    return application, settings
+    At the first one, gunicorn, Flask and the classes that they ask one another about import and remember a lot.
+    """
+    from cache_agent.web.wsgi import Settings
+    from runtime.http import server  # noqa: F401  imported for the children
+    from runtime.http.application import prepare
+
+    prepared, settings = prepare(), Settings()
+    _ask(prepared, settings)
+    return prepared, settings
 
 
-def _ask(application: Application, settings: Settings) -> None:
+def _ask(prepared: Prepared, settings: Settings) -> None:
     from gunicorn.http import RequestParser
 
     from cache_agent.ledger import Ledger
     from runtime.config import FunctionConfig
     from runtime.function.handler import Handler
+    from runtime.http.application import Application
     from runtime.http.lifecycle import Lifecycle
 
     lifecycle = Lifecycle("warm", 1)
-    application.serve(FunctionConfig(model="/warm"), lifecycle, Ledger("warm"), lambda _reason: None)
+    config = FunctionConfig(model="/warm")
+    application = Application(config, lifecycle, Ledger("warm"), lambda _reason: None, prepared=prepared)
     nobody: Any = SimpleNamespace(book=None)
     lifecycle.opened(nobody, Handler(lambda event, _context: f"{event.body!r} {dict(event.query)}"))
     for method, path in (("GET", "/_/health"), ("GET", "/_/ledger"), ("GET", "/_/absent"), ("POST", "/")):

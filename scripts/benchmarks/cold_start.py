@@ -6,8 +6,9 @@ worker needs for its next first token: no cold start can be shorter. `pod` is a 
 whose idle worker was dropped to a layer: from the request to its first token. `node` is a container's first start,
 forked by a pool from this layer; `fork_join_ms` is that fork with the cgroup and the container that it entered,
 `charged_mb` what the container's memory cgroup is charged once it has answered. `node, spare` is a container there
-whose idle worker was dropped: what it asks for has waited in it for a second. The agent's memory is of huge pages
-where a pool of them can be had: a fresh process enters 4 KiB pages one by one in its first forward pass.
+whose idle worker was dropped: what it asks for has waited in it for a second. `kept_…` and `fresh_…` are the first
+bytes of a started function's answers that ask no model, on one connection and on as many. The agent's memory is of
+huge pages where a pool of them can be had: a fresh process enters 4 KiB pages one by one in its first forward pass.
 """
 
 from __future__ import annotations
@@ -82,6 +83,12 @@ def run(quick: bool, console: Console) -> Report:
             f"node_lang_vs_warm_worker{suffix}": result.ratio(
                 "glowplug node, lang", "glowplug node, lang", "first_token_ms", "warm_token_ms"
             ),
+            **{
+                f"kept_vs_fresh_{answer}{suffix}": result.ratio(
+                    "glowplug agent, warm", "glowplug agent, warm", f"kept_{answer}_ms", f"fresh_{answer}_ms"
+                )
+                for answer in functions.WITHOUT_MODEL
+            },
             f"private_cold_vs_plain{suffix}": result.ratio("glowplug private, warm", "plain, warm", "first_token_ms"),
         }
         headline |= {key: middle(pair) for key, pair in pairs.items()} | _absolute(result, suffix)
@@ -116,7 +123,7 @@ def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
     }
     return [
         *(
-            Variant(f"{name}, {cache}", lambda start=start: _start(start), prepare)  # type: ignore[misc]
+            Variant(f"{name}, {cache}", lambda name=name, start=start: _start(name, start), prepare)  # type: ignore[misc]
             for name, start in starts.items()
             for cache, prepare in (("warm", warm(start)), ("cold", cold))
         ),
@@ -129,13 +136,15 @@ def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
     ]
 
 
-def _start(start: Callable[[], AbstractContextManager[Function]]) -> Sample:
+def _start(name: str, start: Callable[[], AbstractContextManager[Function]]) -> Sample:
     with start() as function:
         sample = {
             "first_token_ms": function.first_token,
             "http_ready_ms": function.http_ready,
             "warm_token_ms": statistics.median(function.ask() for _ in range(_WARM_TOKENS)),
         }
+        if name == "glowplug agent":
+            sample |= function.connections()
         return {**sample, **function.phases()}
 
 
@@ -178,6 +187,10 @@ def _absolute(result: Result, suffix: str) -> dict[str, float | None]:
     for layer in ("lang", "model"):
         for metric in ("fork_join_ms", "charged_mb", "first_token_ms", "http_ready_ms"):
             found[f"node_{layer}_{metric}{suffix}"] = result.median(f"glowplug node, {layer}", metric)
+    for answer in functions.WITHOUT_MODEL:
+        for connection in ("kept", "fresh"):
+            metric = f"{connection}_{answer}_ms"
+            found[f"{metric}{suffix}"] = result.median("glowplug agent, warm", metric)
     found[f"node_spare_ms{suffix}"] = result.median("glowplug node, spare", "first_token_ms")
     found[f"pod_rewarm_ms{suffix}"] = result.median("glowplug pod, lang", "first_token_ms")
     found[f"pod_rewarm_model_ms{suffix}"] = result.median("glowplug pod, model", "first_token_ms")

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,9 +29,11 @@ from benchmarks.containers import NAMESPACES, Container, MemoryCgroup, container
 from benchmarks.harness import Sample, Unavailable
 from runtime.container import native
 
+WITHOUT_MODEL = {"handler": "/word", "ready": "/_/ready", "stream": "/words"}  # paths that ask no model, by name
 PROMPT_TOKENS = 32  # the checkpoints' tokenizer merges letters only: every digit is a token
 _FOLDER = Path(__file__).parent / "function"
 _SECONDS = 300.0
+_ANSWERS = 15
 
 
 def prompt() -> str:
@@ -93,6 +96,23 @@ class Function:
             raise Unavailable(f"the function answered {response.status}: {answer[:300].decode(errors='replace')}")
         return answer
 
+    def connections(self) -> Sample:
+        """Return the ms until an answer's first byte comes that asks no model.
+
+        `kept_…` is on one connection, from its second answer on; `fresh_…` with a connection for each.
+        """
+        found: dict[str, float] = {}
+        for name, path in WITHOUT_MODEL.items():
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=_SECONDS)) as kept:
+                _first_byte(kept, path)  # only the next one may have to wait for an acknowledgement
+                found[f"kept_{name}_ms"] = statistics.median(_first_byte(kept, path) for _ in range(_ANSWERS))
+            fresh = []
+            for _ in range(_ANSWERS):
+                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=_SECONDS)) as once:
+                    fresh.append(_first_byte(once, path))
+            found[f"fresh_{name}_ms"] = statistics.median(fresh)
+        return found
+
     def phases(self) -> Sample:
         """`<phase>_ms` of the start, as the function itself tells."""
         told: Any = json.loads(self.request("GET", self.marks))
@@ -118,6 +138,19 @@ class Function:
                 return
             else:
                 return
+
+
+def _first_byte(connection: http.client.HTTPConnection, path: str) -> float:
+    """Return the ms until an answer's first byte comes, with the connecting where the connection is not open yet."""
+    start = time.monotonic_ns()
+    connection.request("GET", path)
+    response = connection.getresponse()
+    begin = response.read(1)
+    took = (time.monotonic_ns() - start) / 1e6
+    response.read()
+    if response.status != 200 or not begin:
+        raise Unavailable(f"the function answered {path} with {response.status}")
+    return took
 
 
 @contextlib.contextmanager
@@ -216,7 +249,7 @@ def pool(kind: str, *options: str) -> Iterator[Path]:
             )
         try:
             deadline = time.monotonic() + _SECONDS
-            while "layer is ready" not in log.read_text():
+            while "layer is warm" not in log.read_text():
                 if time.monotonic() > deadline or process.poll() is not None:
                     raise Unavailable(f"the pool did not become ready: {log.read_text()[-500:]}")
                 time.sleep(0.05)

@@ -174,14 +174,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def row(values: Sequence[float], **constant: str | float) -> Row:
-    """Median, quartiles, extremes and number of these values."""
+    """Median, quartiles and number of these values."""
     middle = spread(values)
     figures = {
         "median": short(middle.median),
         "q1": short(middle.q1),
         "q3": short(middle.q3),
-        "min": short(min(values)),
-        "max": short(max(values)),
         "runs": len(values),
     }
     return {**constant, **figures}

@@ -1,73 +1,194 @@
-"""Draws a result: a panel per metric, a bar per variant, the quartiles as whiskers; ratios share one panel."""
+"""Draws results for a talk: one claim a picture. What is no curve and has no phases stays in the tables."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from report import Report, Row
 
-_UNITS = {"mb_s": "MB/s", "_s": "seconds", "_ms": "milliseconds", "_mb": "megabytes"}  # the first that fits
-_RATIO = "(ratio)"
-_FIGURES = ("metric", "median", "q1", "q3", "min", "max", "runs", "reason")
+OURS, OTHER, THIRD, GREY = "#1f4e79", "#b5651d", "#4d7c57", "#8a8a8a"
+_PHASES = {
+    "Python and HTTP server": (
+        (
+            "python and gunicorn",
+            "flask",
+            "shim: exec",
+            "shim: python",
+            "shim: listen",
+            "worker: python",
+            "worker: http",
+        ),
+        "#c9c9c9",
+    ),
+    "imports: torch, transformers, tokenizer": (
+        ("torch", "transformers", "tokenizer", "worker: imports", "worker: model code"),
+        OTHER,
+    ),
+    "fork of a warm process": (("worker: fork from lang", "worker: fork from model"), THIRD),
+    "model on its weights": (
+        ("model", "worker: attach", "worker: weights", "worker: engine", "worker: handler"),
+        "#7fa6c9",
+    ),
+}
+_LAST = ("first token, and the rest", OURS)  # what is left of the whole once its phases are taken away
+_STARTS = {
+    "plain, warm": "plain: Flask and transformers",
+    "glowplug agent, warm": "Glowplug, first start",
+    "glowplug node, lang": "Glowplug, forked after the imports",
+    "glowplug node, model": "Glowplug, forked with the model",
+}
 
 
-def draw(report: Report, path: Path) -> None:
-    """The format follows the file's name."""
+@contextmanager
+def picture(report: Report, title: str, caption: str, path: Path, *, height: float = 4.6) -> Iterator[Any]:
+    """Yield the one pair of axes of a picture that says `title`; the format follows the file's name."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    panels: dict[str, list[Row]] = {}
-    for row in report.rows:
-        # Phases of a start, whose names have spaces, are for the tables: there are too many to be seen at once.
-        if row.get("median") is not None and row["variant"] != "(machine)" and " " not in f"{row['metric']}":
-            ratio = row["variant"] == _RATIO
-            panels.setdefault("ratio" if ratio else f"{row['metric']}", []).append(row)
-    heights = [0.9 + 0.3 * len(rows) for rows in panels.values()] or [1.0]
-    figure, axes = plt.subplots(
-        len(heights), 1, figsize=(9, 1.2 + sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    for axis, (metric, rows) in zip(axes[:, 0], panels.items(), strict=False):
-        shown = rows[::-1]
-        middles = [_number(row["median"]) for row in shown]
-        whiskers = [
-            [max(0.0, middle - _number(row["q1"])) for middle, row in zip(middles, shown, strict=True)],
-            [max(0.0, _number(row["q3"]) - middle) for middle, row in zip(middles, shown, strict=True)],
-        ]
-        shades = ["0.45" if f"{row['variant']}".startswith("glowplug") else "0.8" for row in shown]
-        axis.barh(range(len(shown)), middles, xerr=whiskers, color=shades, ecolor="0.2", capsize=2, height=0.7)
-        for place, middle in enumerate(middles):
-            axis.text(middle + whiskers[1][place], place, f" {_short(middle)}", va="center", fontsize=8)
-        axis.set_yticks(range(len(shown)), [_name(row, rows) for row in shown], fontsize=8)
-        axis.set_xlim(left=0)
-        unit = next((text for suffix, text in _UNITS.items() if metric.endswith(suffix)), "")
-        axis.set_xlabel(f"{metric} ({unit})" if unit else metric, fontsize=8)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    machine = report.machine
-    title = (
-        f"{report.name}: commit {report.commit}, {machine['cpus']} × {machine['processor']}, torch {machine['torch']}"
-    )
-    figure.suptitle(title + (f"\nnot to be quoted: {report.note}" if report.note else ""), fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with pyplot.rc_context({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
+        yield axes
+        figure.suptitle(title, fontsize=18, fontweight="bold", x=0.01, ha="left")
+        machine = report.machine
+        where = f"{machine['cpus']} × {machine['processor']}, commit {report.commit}"
+        note = f". Not to be quoted: {report.note}" if report.note else ""
+        figure.supxlabel(f"{caption}; {where}{note}", fontsize=10, color="0.35", x=0.01, ha="left")
+        figure.savefig(path, dpi=100)
+        pyplot.close(figure)
 
 
-def _name(row: Row, rows: list[Row]) -> str:
-    """The variant, and what tells its case from the others of this panel."""
-    if row["variant"] == _RATIO:
-        return f"{row['metric']}"
-    keys = [key for key in row if key not in _FIGURES]
-    telling = [key for key in keys if key == "variant" or len({other.get(key) for other in rows}) > 1]
-    return ", ".join(f"{row[key]}" if key == "variant" else f"{row[key]} {key}" for key in telling)
+def draw(report: Report, path: Path) -> bool:
+    """Draw what there is a picture of; whether there is one."""
+    drawn = PICTURES.get(report.name)
+    if drawn is not None:
+        drawn(report, path)
+    return drawn is not None
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _number(value: object) -> float:
-    assert isinstance(value, (int, float)), "rows without figures were left out"
+def number(value: str | float | None) -> float:
+    assert isinstance(value, (int, float)), "figures are numbers"
     return float(value)
+
+
+def _medians(rows: Sequence[Row], **case: str | float) -> dict[str, dict[str, float]]:
+    """Return variant → metric → median, of the rows of this case."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.get("median") is not None and all(row.get(key) == value for key, value in case.items()):
+            found.setdefault(f"{row['variant']}", {})[f"{row['metric']}"] = number(row["median"])
+    return found
+
+
+def _first(report: Report, key: str, otherwise: str | float) -> str | float:
+    return next((row[key] or otherwise for row in report.rows if key in row), otherwise)
+
+
+def _cold_start(report: Report, path: Path) -> None:
+    model = _first(report, "model", "")
+    starts = _medians(report.rows, model=model)
+    shown = [name for name in _STARTS if name in starts]
+    slow, quick = (
+        starts.get(name, {}).get("first_token_ms", 0.0) / 1e3 for name in ("plain, warm", "glowplug node, lang")
+    )
+    title = f"First token after {quick:.1f} s instead of {slow:.1f} s: a fork imports nothing"
+    tokens = _first(report, "prompt_tokens", 0)
+    caption = f"Llama {model}, prompt of {tokens} tokens, libraries in the page cache"
+    with picture(report, title, caption, path) as axes:
+        lefts = dict.fromkeys(shown, 0.0)
+        for phase, (metrics, colour) in _PHASES.items():
+            widths = [sum(starts[name].get(f"{metric} ms", 0.0) for metric in metrics) / 1e3 for name in shown]
+            axes.barh(shown, widths, left=list(lefts.values()), color=colour, label=phase, height=0.6)
+            lefts = {name: left + width for (name, left), width in zip(lefts.items(), widths, strict=True)}
+        whole = {name: starts[name]["first_token_ms"] / 1e3 for name in shown}
+        rest = [max(0.0, whole[name] - lefts[name]) for name in shown]
+        axes.barh(shown, rest, left=list(lefts.values()), color=_LAST[1], label=_LAST[0], height=0.6)
+        for place, name in enumerate(shown):
+            axes.text(max(whole[name], lefts[name]), place, f" {whole[name]:.2f} s", va="center", fontweight="bold")
+        axes.set_yticks(range(len(shown)), [_STARTS[name] for name in shown])
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("seconds from the container's entrypoint to the first token")
+        axes.set_xlim(0, 1.15 * max([*whole.values(), 0.01]))
+        axes.legend(loc="lower right", fontsize=12, frameon=False)
+
+
+def _density(report: Report, path: Path) -> None:
+    found = _medians(report.rows)
+    curves = {
+        kind: {
+            int(name.partition(" x")[2]): figures["weights_mb"] / 1e3
+            for name, figures in found.items()
+            if name.startswith(f"{kind} x") and "weights_mb" in figures
+        }
+        for kind in ("plain", "glowplug")
+    }
+    most = max(curves["glowplug"], default=1)
+    title = f"{_word(most)} replicas hold the weights once"
+    with picture(report, title, f"{_first(report, 'model', '')}, weights in memory, page cache dropped", path) as axes:
+        for kind, colour, name in (
+            ("plain", OTHER, "plain: a copy for each"),
+            ("glowplug", OURS, "Glowplug: one for all"),
+        ):
+            _curve(axes, curves[kind], colour, name)
+        missing = [row for row in report.rows if f"{row['variant']}".startswith("plain x") and row.get("reason")]
+        if missing and curves["plain"]:
+            at, size = max(curves["plain"].items())
+            count = int(f"{missing[0]['variant']}".partition(" x")[2])
+            axes.plot([at, count], [size, size * count / at], color=OTHER, linestyle=":", linewidth=2)
+            place = {"textcoords": "offset points", "ha": "right", "va": "top"}
+            axes.annotate("does not fit here", (count, size * count / at), (0, -50), color=OTHER, **place)
+        axes.set_xticks(sorted({count for curve in curves.values() for count in curve} or {1}))
+        axes.set_xlabel("replicas of one function on a node")
+        axes.set_ylabel("weights in memory, GB")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper left", frameon=False)
+
+
+def _fanout(report: Report, path: Path) -> None:
+    found = {
+        name: figures["egress_copies"] for name, figures in _medians(report.rows).items() if "egress_copies" in figures
+    }
+    nodes = int(number(_first(report, "agents", 1)))
+    whole = {count: found[name] for count, name in ((1, "one agent"), (nodes, "all agents")) if name in found}
+    title = f"{_word(nodes)} nodes that start together read the origin {found.get('all agents', 0):.1f} times"
+    rate = number(_first(report, "link_mb_s", 0))
+    with picture(report, title, f"each node behind a link of {rate:g} MB/s", path) as axes:
+        axes.plot(
+            [1, nodes], [1, nodes], color=OTHER, linestyle="--", linewidth=2, label="each for itself (arithmetic)"
+        )
+        _curve(axes, whole, OURS, "Glowplug: nodes give each other what they read")
+        if (killed := found.get("all agents, two are killed")) is not None:
+            axes.plot([nodes], [killed], "D", color=THIRD, markersize=9, label="the same, two nodes killed on the way")
+            axes.annotate(
+                f"{killed:.2g}", (nodes, killed), (-12, 8), textcoords="offset points", ha="right", color=THIRD
+            )
+        axes.set_xticks(range(1, nodes + 1))
+        axes.set_xlabel("nodes that load the model at once")
+        axes.set_ylabel("copies read from the origin")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper left", frameon=False)
+
+
+def _curve(axes: Any, curve: Mapping[int, float], colour: str, name: str) -> None:
+    """Draw it with its last value beside it."""
+    axes.plot(list(curve), list(curve.values()), marker="o", markersize=8, linewidth=3, color=colour, label=name)
+    if curve:
+        last, value = max(curve.items())
+        axes.annotate(f"{value:.2g}", (last, value), (0, -22), textcoords="offset points", ha="center", color=colour,
+                      fontweight="bold")  # fmt: skip
+
+
+def _word(count: int) -> str:
+    return {2: "Two", 4: "Four", 8: "Eight"}.get(count, f"{count}")
+
+
+PICTURES: Mapping[str, Callable[[Report, Path], None]] = {
+    "cold-start": _cold_start,
+    "density": _density,
+    "fanout": _fanout,
+}

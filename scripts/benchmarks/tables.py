@@ -1,4 +1,4 @@
-"""Writes the README's tables, and the plots beside them, from committed results: no figure there was typed by hand.
+"""Writes the tables of measurements, and the plots beside them, from committed results: no figure is typed by hand.
 
 Between `<!-- bench: NAME -->` and `<!-- bench: end -->` stands what `results/NAME.json` says, and nothing else. A
 result that is not to be quoted is refused.
@@ -6,21 +6,24 @@ result that is not to be quoted is refused.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import report
 from report import Report, Row
 
-from benchmarks import NAMES
+from benchmarks import plots
 
-README = report.ROOT / "README.md"
+PAGES = tuple(report.ROOT / "scripts" / folder / "README.md" for folder in ("benchmarks", "simulations"))
 PLOTS = report.ROOT / ".github" / "plots"
+FROM_PAGES = os.path.relpath(PLOTS, PAGES[0].parent)
+"""The plots as each of the pages links to them; both lie equally deep."""
 RESULTS = report.ROOT / report.RESULTS
 _PLACE = re.compile(r"(<!-- bench: (?!end)(?P<name>[\w-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
-_NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "min", "max", "runs")
+_NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "runs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +66,15 @@ _SHAPES = {
 
 
 def write() -> list[str]:
-    """Renews the README and the plots; which files it looked after."""
-    from benchmarks import plots
-
-    README.write_text(rendered(README.read_text(), RESULTS))
+    """Renew the pages and the plots; return the names of the files that were looked after."""
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(), RESULTS))
     PLOTS.mkdir(exist_ok=True)
-    drawn = [path for path in sorted(RESULTS.glob("*.json")) if path.stem in NAMES]
-    for path in drawn:
-        plots.draw(_tabled(report.read(path)), PLOTS / f"{path.stem}.png")
-    return [README.name, *(f"{PLOTS.relative_to(report.ROOT)}/{path.stem}.png" for path in drawn)]
+    drawn = [name for name in plots.PICTURES if (RESULTS / f"{name}.json").exists()]
+    for name in drawn:
+        plots.draw(report.read(RESULTS / f"{name}.json"), PLOTS / f"{name}.png")
+    written = [*PAGES, *(PLOTS / f"{name}.png" for name in drawn)]
+    return [str(path.relative_to(report.ROOT)) for path in written]
 
 
 def rendered(text: str, results: Path) -> str:
@@ -97,15 +100,6 @@ def _table(found: Report) -> str:
     if shape is not None:
         blocks.insert(0, _variants(found, shape))
     return "\n".join([*blocks, _origin_of(found)])
-
-
-def _tabled(found: Report) -> Report:
-    """What a plot shows beside the table: its rows, and the ratios of the headline."""
-    shape = _SHAPES.get(found.name)
-    if shape is None:
-        return found
-    rows = [row for row in _picked(found.rows, shape) if row.get("metric") in shape.columns.values()]
-    return replace(found, rows=[*rows, *(row for key, row in _spreads(found).items() if key in found.headline)])
 
 
 def _spreads(found: Report) -> dict[str, Row]:
@@ -158,7 +152,7 @@ def _figures(found: Report) -> str:
 
 def _origin_of(found: Report) -> str:
     m = found.machine
-    plot = f"[Plot]({PLOTS.relative_to(report.ROOT)}/{found.name}.png). " if found.name in NAMES else ""
+    plot = f"[Plot]({FROM_PAGES}/{found.name}.png). " if found.name in plots.PICTURES else ""
     return plot + (
         f"Commit {found.commit}; {m['cpus']} × {m['processor']}, {m['memory_gib']} GiB, Linux {m['kernel']}, "
         f"Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}.\n"

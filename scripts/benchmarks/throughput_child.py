@@ -94,7 +94,7 @@ def http(model: Any, place: Path, threads: int) -> Decode:
     from runtime.config import FunctionConfig
     from runtime.engine.base import SamplingParams
     from runtime.function.model import Model
-    from runtime.http.application import create_app
+    from runtime.http.application import Application
     from runtime.http.lifecycle import Lifecycle
     from runtime.http.server import HttpServer
 
@@ -102,7 +102,7 @@ def http(model: Any, place: Path, threads: int) -> Decode:
     config, lifecycle = FunctionConfig(model="bench"), Lifecycle("bench", 64)
     lifecycle.opened(Model("bench", "bench", engine.codec, engine, defaults=SamplingParams(0.0)), None)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    app = create_app(config, lifecycle, Ledger("worker"), lambda _reason: None)
+    app = Application(config, lifecycle, Ledger("worker"), lambda _reason: None)
     server = HttpServer(listener, app, capacity=64, parent=os.getppid(), on_beat=lambda: None)
     threading.Thread(target=server.run_until_stopped, daemon=True).start()
 

@@ -26,7 +26,7 @@ class Hardware(NamedTuple):
     places: int = 2
     dram: int = 64 * GB
     ssd: int = 256 * GB
-    dram_rate: float = 12.0 * GB  # to the device
+    dram_rate: float = 12.0 * GB  # to where a simulated node computes
     ssd_rate: float = 2.5 * GB
     origin_rate: float = 1.25 * GB  # a network of 10 Gbit/s
     attach: float = 0.05

@@ -8,26 +8,41 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from cache_agent.policy import eviction, keepalive
-from cache_agent.policy.keepalive import History, HoldDecision, LayerCost
+from cache_agent.policy.keepalive import History, LayerCost
 from simulations.functions import Call, Function
 from simulations.worlds import Hold, Rule
+
+
+def pooled(stack: Sequence[LayerCost]) -> LayerCost:
+    """Return the first of `stack` as a world prices it that holds layers of one function alone.
+
+    `stack` is a layer and the ones it stands on that nothing else needs, the nearest first. Holding it holds all of
+    them. Where one below is dearer to hold for what it saves, it would have gone sooner on its own; so the two are
+    priced as one, and the first is held for as long as the dearest part of the stack that ends with it is worth it.
+    """
+    seconds, size = 0.0, 0
+    best = stack[0]
+    for layer in stack:
+        seconds, size = seconds + layer.seconds, size + layer.bytes
+        if seconds * best.bytes < best.seconds * size:
+            best = LayerCost(best.name, seconds, size)
+    return best
 
 
 class Priced(Rule):
     """The shipped module, as it is."""
 
-    def __init__(self, rho: float, *, ahead: bool = True) -> None:
-        self._rho, self._ahead = rho, ahead
+    def __init__(self, rho: float) -> None:
+        self._rho = rho
         self._histories: dict[str, History] = defaultdict(History)
 
     def reach(self, layer: LayerCost, now: float) -> None:
         self._histories[layer.name].used(now)
 
-    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> HoldDecision:
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:
         history = self._histories[layer.name]
         history.idle(now)
-        stack = keepalive.pooled([layer, *below[:alone]])
-        return keepalive.keep(stack, history.gaps, self._rho, ahead=self._ahead)
+        return Hold(keepalive.keep(pooled([layer, *below[:alone]]), history.gaps, self._rho).hold)
 
 
 class RainbowCake(Rule):
@@ -175,5 +190,5 @@ class Clairvoyant(Rule):
         calls = self._calls[layer.name]
         following = bisect_right(calls, now)
         gap = calls[following] - now if following < len(calls) else math.inf
-        worth = keepalive.beta(keepalive.pooled([layer, *below[:alone]]), self._rho)
+        worth = keepalive.beta(pooled([layer, *below[:alone]]), self._rho)
         return Hold(gap + 1e-6 if gap < worth else 0.0)

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from cache_agent.policy.keepalive import GB, LayerCost
 from simulations.functions import Call, Function
@@ -24,18 +24,9 @@ FORK = 0.02  # seconds from a call to its forked, placed and joined process
 PRIVATE = 0.1  # of the layers below, that a process forked from them has as pages of its own
 
 
-class Plan(Protocol):
-    """What becomes of an idle layer, in seconds of idleness; `Decision` of the shipped module is one."""
-
-    @property
-    def hold(self) -> float: ...
-    @property
-    def rebuild(self) -> float: ...
-    @property
-    def until(self) -> float: ...
-
-
 class Hold(NamedTuple):
+    """What becomes of an idle layer, in seconds of idleness: held, and with some rules built again for a window."""
+
     hold: float
     rebuild: float = math.inf
     until: float = math.inf
@@ -53,7 +44,7 @@ class Rule:
     def reach(self, layer: LayerCost, now: float) -> None:
         """A call looks for this layer, having found none that is deeper."""
 
-    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Plan:
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:
         """A layer has nothing to do. `below` are the ones it stands on, the nearest first; the first `alone` of them
         would be idle without it."""
         raise NotImplementedError

@@ -12,6 +12,8 @@ QUESTIONS = Path(__file__).with_name("questions.txt")
 
 _PAGES = ("README.md", "CONTRIBUTING.md", "templates/llm-python/README.md", "knative/README.md")
 _PACKAGES = ("cache_agent", "runtime")
+_FOLDERS = (*_PACKAGES, "scripts", "tests")
+"""Whose own pages are prose of the project, too."""
 
 _CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _HTML = re.compile(r"<!--.*?-->|<[^>]+>", re.DOTALL)
@@ -53,9 +55,10 @@ def paragraphs(repository: Path) -> list[str]:
 
 
 def _sources(repository: Path) -> Iterator[str]:
-    for page in _PAGES:
-        if (repository / page).is_file():
-            yield (repository / page).read_text(encoding="utf-8")
+    beside = [path for folder in _FOLDERS for path in sorted((repository / folder).rglob("README.md"))]
+    for page in (*(repository / page for page in _PAGES), *beside):
+        if page.is_file():
+            yield page.read_text(encoding="utf-8")
     for package in _PACKAGES:
         for file in sorted((repository / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

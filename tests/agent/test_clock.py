@@ -124,6 +124,12 @@ def test_what_this_agent_heard_itself_ages_with_the_clock_that_does_not_jump():
     assert clocks.confirmed.age("s3://m", "src-2", clocks.day - 5.0) == 5.0, "that it was another is another matter"
 
 
+def test_what_was_never_heard_is_not_as_old_as_the_machine():
+    clocks = Ticking()
+    clocks.up = 5.0
+    assert clocks.confirmed.age("s3://m", "", clocks.day - YEAR) == YEAR
+
+
 @pytest.mark.parametrize(
     ("since", "age"),
     [(-YEAR, YEAR), (-5.0, 5.0), (0.0, 0.0), (CLOCKS_APART - 1, 0.0), (CLOCKS_APART + 1, math.inf), (YEAR, math.inf)],

@@ -10,17 +10,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cache_agent.kube import routes
 from cache_agent.kube.extender import Extender
 from cache_agent.kube.outlook import FileOutlook, NoOutlook, Unavailable
+from cache_agent.kube.routes import MAX_BODY, Refused, RoutesServer
 from cache_agent.policy.placement import PlacementNode, Tier, View
-from cache_agent.web.webserver import MAX_BODY, Refused, WebServer
 
 MODEL = "s3://models/a"
 ESTIMATES = {
@@ -191,39 +192,39 @@ def test_estimates_follow_the_file(estimates: Path) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[WebServer]:
+def server() -> Iterator[RoutesServer]:
     nodes = tuple(PlacementNode(f"node-{number}", tiers=(Tier("ssd", number, 1e9),)) for number in range(300))
     extender = Extender(Known(View(10**9, nodes)))
-    routes = {("POST", "/scheduler/prioritize"): extender.prioritize, ("POST", "/broken"): lambda _: 1 / 0}
-    with WebServer("127.0.0.1", 0, routes) as made:  # type: ignore[arg-type]
-        thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
+    verbs = {("POST", "/scheduler/prioritize"): extender.prioritize, ("POST", "/broken"): lambda _: 1 / 0}
+    made = RoutesServer("127.0.0.1", 0, verbs)  # type: ignore[arg-type]
+    made.start()
+    yield made
+    made.stop()
 
 
-def ask(server: WebServer, sent: bytes, *, path: str = "/scheduler/prioritize", **headers: str) -> tuple[int, Any]:
+def ask(server: RoutesServer, sent: bytes, *, path: str = "/scheduler/prioritize", **headers: str) -> tuple[int, Any]:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
         connection.request("POST", path, sent, {name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()
         return response.status, json.loads(response.read())
 
 
-def test_an_answer_comes_in_one_piece(server: WebServer) -> None:
-    """On one connection, as a scheduler keeps it: with headers and body apart, the first read would lack the body."""
-    sent = request({"glowplug.dev/model": MODEL}, [f"node-{number}" for number in range(300)])
-    head = f"POST /scheduler/prioritize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n".encode()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
-        for _ in range(20):
-            client.sendall(head + sent)
-            answer = client.recv(1 << 20)
-            header, _, rows = answer.partition(b"\r\n\r\n")
-            assert len(json.loads(rows)) == 300
-            assert f"Content-Length: {len(rows)}".encode() in header
+def test_a_kept_connections_next_answer_waits_for_nothing(server: RoutesServer, eventually: Callable[..., Any]) -> None:
+    """Ten answers of 300 nodes within less than half of what ten delayed acknowledgements take, each of them 40 ms."""
+    sent = request({}, [f"node-{number}" for number in range(300)])
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+
+        def ten() -> float:
+            start = time.perf_counter()
+            for _ in range(10):
+                connection.request("POST", "/scheduler/prioritize", sent)
+                assert len(json.loads(connection.getresponse().read())) == 300
+            return time.perf_counter() - start
+
+        eventually(lambda: ten() < 0.2, 30, "ten answers come at once")
 
 
-def test_what_http_refuses(server: WebServer) -> None:
+def test_what_http_refuses(server: RoutesServer) -> None:
     assert ask(server, b"{}")[0] == 400
     assert ask(server, b"{}", path="/nothing")[0] == 404
     assert ask(server, b"{}", path="/healthz")[0] == 405
@@ -235,12 +236,52 @@ def test_what_http_refuses(server: WebServer) -> None:
     assert (status, "ZeroDivisionError" in said["error"]) == (500, False)
 
 
-def test_garbage_and_silence_hold_nobody_up(server: WebServer) -> None:
+def test_garbage_and_silence_hold_nobody_up(server: RoutesServer) -> None:
     with contextlib.ExitStack() as stack:
         for sent in (b"", b"\x16\x03\x01\x02\x00", b"POST", b"GET / HTTP/9.9\r\n\r\n", b"A" * 70_000):
             client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
             client.sendall(sent)
         assert ask(server, request({}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/9.9\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nno field\r\n\r\n", 400),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n", 431),
+        (b"POST /scheduler/filter HTTP/1.1\r\nContent-Length: 9\r\nContent-Length: 8\r\n\r\n", 400),
+        (b"POST /scheduler/filter HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 8\r\n\r\n", 411),
+    ],
+)
+def test_what_is_no_request_of_http_is_refused_in_json(server: RoutesServer, sent: bytes, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(sent)
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        assert (response.status, response.getheader("Connection")) == (status, "close")
+        assert json.loads(response.read())["error"]
+        assert client.recv(100) == b""
+
+
+def test_a_client_that_stops_within_a_body_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it sends later is no request of its own."""
+    monkeypatch.setattr(routes, "_IDLE_SECONDS", 1)
+    server = RoutesServer("127.0.0.1", 0, {})
+    server.start()
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            client.sendall(b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            assert (response.status, json.loads(response.read())["error"]) == (400, "the body ended early")
+            with contextlib.suppress(OSError):
+                client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert client.recv(100) == b""
+    finally:
+        server.stop()
 
 
 def test_commands(estimates: Path, eventually: Callable[..., Any]) -> None:
@@ -259,8 +300,10 @@ def test_commands(estimates: Path, eventually: Callable[..., Any]) -> None:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
             connection.request("POST", "/scheduler/filter", request({"glowplug.dev/require-agent": "true"}))
             assert json.loads(connection.getresponse().read())["NodeNames"] == ["node-1", "node-2"]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"POST /scheduler/filter HTTP/1.1\r\n")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0, "half a request holds nothing up"
     finally:
         process.kill()
         process.wait(10)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -24,6 +29,7 @@ from cache_agent.model.checkpoint import describe
 from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.hf import Hub, HubOrigin
+from cache_agent.tiers.origin import FileOrigin
 
 COMMIT = "c0ffee" * 6 + "beef"
 
@@ -98,9 +104,17 @@ class FakeHub:
                         "pointerSize": 1,
                     }
                 items.append(item)
-            assert parse_qs(parts.query)["blobs"] == ["true"]
+            if parse_qs(parts.query).get("blobs") != ["true"]:
+                items = [{"rfilename": name} for name in self.branches[branch]]
             body = json.dumps({"id": "org/name", "sha": self.commit(branch), "siblings": items, "tags": []}).encode()
             return self.reply(handler, 200, body)
+        if match := re.fullmatch(r"/api/models/org/name/tree/([0-9a-f]{40})", parts.path):  # asked by `hf download`
+            files = next(f for b, f in self.branches.items() if self.commit(b) == match[1])
+            entries = [
+                {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
+                for name, content in files.items()
+            ]
+            return self.reply(handler, 200, json.dumps(entries).encode(), Content_Type="application/json")
         if match := re.fullmatch(r"/org/name/resolve/([0-9a-f]{40})/([^/]+)", parts.path):
             files = next((f for b, f in self.branches.items() if self.commit(b) == match[1]), {})
             content = files.get(unquote(match[2]))
@@ -108,10 +122,14 @@ class FakeHub:
                 return self.reply(handler, 404, X_Error_Message="Entry not found")
             if match[2].endswith(".safetensors"):
                 digest = hashlib.sha256(content).hexdigest()
-                headers = {"X_Linked_Etag": f'"{digest}"', "X_Linked_Size": str(len(content))}
+                headers = {
+                    "X_Linked_Etag": f'"{digest}"',
+                    "X_Linked_Size": str(len(content)),
+                    "X_Repo_Commit": match[1],
+                }
                 place = f"{self.cdn}/{match[1]}/{match[2]}?sig={self.signature}"
                 return self.reply(handler, 302, Location=place, **headers)
-            return self.ranged(handler, content, f'"{blob_id(content)}"')
+            return self.ranged(handler, content, f'"{blob_id(content)}"', X_Repo_Commit=match[1])
         return self.reply(handler, 404)
 
     def store(self, handler) -> None:
@@ -125,12 +143,20 @@ class FakeHub:
         files = next(f for b, f in self.branches.items() if self.commit(b) == commit)
         return self.ranged(handler, files[name], '"an etag of its own"')
 
-    def ranged(self, handler, content: bytes, etag: str) -> None:
+    def ranged(self, handler, content: bytes, etag: str, **more: str) -> None:
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
+        if match is None:
+            return self.reply(handler, 200, content, ETag=etag, **more)
         start, end = int(match[1]), min(int(match[2]), len(content) - 1)
         self.reply(
-            handler, 206, content[start : end + 1], ETag=etag, Content_Range=f"bytes {start}-{end}/{len(content)}"
+            handler,
+            206,
+            content[start : end + 1],
+            ETag=etag,
+            Content_Range=f"bytes {start}-{end}/{len(content)}",
+            **more,
         )
+        return None
 
 
 @pytest.fixture
@@ -295,3 +321,23 @@ def test_without_a_setting_the_endpoint_is_the_hub_clients_own():
     from huggingface_hub.constants import ENDPOINT
 
     assert Hub().endpoint == ENDPOINT.rstrip("/")
+
+
+def test_the_hubs_own_client_brings_a_directory_that_is_a_model(hub, tmp_path):
+    """`hf download`, as cache_agent/tiers/README.md says it; an agent reads what it has brought."""
+    program = Path(sys.prefix) / "bin" / "hf"
+    if not program.exists():
+        pytest.skip("huggingface-hub has no command hf here")
+    hub.branches["main"]["pytorch_model.bin"] = b"pickle"
+    page = (Path(__file__).parents[2] / "cache_agent" / "tiers" / "README.md").read_text()
+    command = next(line.removeprefix("$ hf ") for line in page.splitlines() if line.startswith("$ hf download"))
+    command = command.replace("org/llama-1b", "org/name")
+    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [program, *shlex.split(command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    brought = {path.name: path.read_bytes() for path in (tmp_path / "llama-1b").iterdir() if path.is_file()}
+    assert brought == {name: body for name, body in hub.branches["main"].items() if name != "pytorch_model.bin"}
+    origin = FileOrigin(parse_uri(f"file://{tmp_path / 'llama-1b'}"), [tmp_path])
+    assert {file.name for file in describe(origin).source.files} <= brought.keys()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent.policy.keepalive import GB, HISTORY, History, HoldDecision, LayerCost, beta, keep, pooled
+from cache_agent.policy.keepalive import GB, HISTORY, History, HoldDecision, LayerCost, beta, keep
 
 LANG = LayerCost("lang", 3.0, int(0.3 * GB))  # β = 10 ρ
 
@@ -23,17 +22,13 @@ def cost(decision: HoldDecision, gaps: list[float]) -> float:
     """What a decision would have cost, in starts; written as the rule is, without its sums."""
     limit, total = beta(decision.layer, decision.rho), 0.0
     for gap in gaps:
-        held = min(gap, decision.hold)
-        if gap >= decision.rebuild:
-            held += min(gap, decision.until) - decision.rebuild
-        total += held / limit + (not decision.wanted(gap))
+        total += min(gap, decision.hold) / limit + (not decision.wanted(gap))
     return total
 
 
 @given(layers, st.lists(times, min_size=8, max_size=HISTORY), prices)
 def test_no_other_time_would_have_been_cheaper(layer: LayerCost, gaps: list[float], rho: float) -> None:
-    found = keep(layer, gaps, rho, ahead=False)
-    assert not found.ahead
+    found = keep(layer, gaps, rho)
     least = cost(found, gaps)
     others = [0.0, *gaps, *(gap * factor for gap in gaps for factor in (0.999, 1.001)), beta(layer, rho)]
     assert least <= min(cost(found._replace(hold=other), gaps) for other in others) * (1 + 1e-9)
@@ -42,7 +37,7 @@ def test_no_other_time_would_have_been_cheaper(layer: LayerCost, gaps: list[floa
 
 @given(layers, st.lists(st.integers(0, 20).map(float), min_size=8, max_size=HISTORY), prices)
 def test_of_equal_times_the_shortest(layer: LayerCost, gaps: list[float], rho: float) -> None:
-    found = keep(layer, gaps, rho, ahead=False)
+    found = keep(layer, gaps, rho)
     shorter = [other for other in {0.0, *gaps} if other < found.hold]
     assert all(cost(found._replace(hold=other), gaps) > cost(found, gaps) * (1 - 1e-9) for other in shorter)
 
@@ -50,33 +45,7 @@ def test_of_equal_times_the_shortest(layer: LayerCost, gaps: list[float], rho: f
 @given(layers, st.lists(times, max_size=HISTORY), st.lists(prices, min_size=2, max_size=6))
 def test_a_higher_price_of_starts_never_holds_shorter(layer: LayerCost, gaps: list[float], rhos: list[float]) -> None:
     for cheap, dear in pairwise(sorted(rhos)):
-        assert keep(layer, gaps, cheap, ahead=False).hold <= keep(layer, gaps, dear, ahead=False).hold * (1 + 1e-9)
-
-
-@given(layers, st.lists(times, min_size=8, max_size=HISTORY), prices)
-def test_a_window_is_the_best_there_is_and_worth_it(layer: LayerCost, gaps: list[float], rho: float) -> None:
-    """Against all pairs of gaps; what is shipped is a little wider than the best window."""
-    limit, known = beta(layer, rho), sorted(gaps)
-
-    def window(begin: float, end: float) -> float:
-        held = sum(min(gap, end) - begin + layer.seconds for gap in known if gap >= begin)
-        starts = sum(gap < begin or gap > end for gap in known) + 0.1 * sum(gap >= begin for gap in known)
-        return held / limit + starts
-
-    begins = [gap for gap in known if gap > layer.seconds]
-    best = min((window(begin, end) for begin in begins for end in known if end >= begin), default=math.inf)
-    plain = keep(layer, gaps, rho, ahead=False)
-    found = keep(layer, gaps, rho)
-    if not found.ahead:
-        assert found == plain
-        far_cheaper = best < 0.8 * cost(plain, gaps) * (1 - 1e-6)
-        assert not far_cheaper or any(begin - layer.seconds <= (known[-1] - known[0]) for begin in begins)
-        return
-    assert best <= 0.8 * cost(plain, gaps) * (1 + 1e-6)
-    begin = min(gap for gap in known if gap >= found.rebuild + layer.seconds - 1e-6 * (1 + gap))
-    assert found.hold == 0.0 < found.rebuild < begin <= found.until * (1 + 1e-9)
-    inside = [gap for gap in known if begin <= gap <= found.until]
-    assert found.hits <= len(inside)
+        assert keep(layer, gaps, cheap).hold <= keep(layer, gaps, dear).hold * (1 + 1e-9)
 
 
 @given(layers, st.lists(times, max_size=100), prices, st.floats(0.0, 1e6))
@@ -93,31 +62,6 @@ def test_decisions_are_consistent(layer: LayerCost, gaps: list[float], rho: floa
     assert not found.why.endswith(".")
 
 
-@given(st.lists(layers, min_size=1, max_size=4), prices, st.floats(0.001, 1e6))
-def test_pooled_layers_are_held_as_long_as_the_whole_stack_is_worth_it(
-    stack: list[LayerCost], rho: float, gap: float
-) -> None:
-    """Against all that can be held through a gap: any number of layers, from the bottom up."""
-
-    def cost(dropped: int) -> float:
-        held = sum(layer.bytes for layer in stack[dropped:]) / GB * gap
-        return held + rho * sum(layer.seconds for layer in stack[:dropped])
-
-    one = pooled(stack)
-    margin = cost(0) - min(cost(dropped) for dropped in range(1, len(stack) + 1))
-    if abs(margin) > 1e-9 * cost(0):
-        assert (gap < beta(one, rho)) == (margin < 0)
-    assert one.name == stack[0].name
-    assert beta(one, rho) <= beta(stack[0], rho)
-
-
-def test_pooled() -> None:
-    user, lang, bare = LayerCost("user", 1.8, 55), LayerCost("lang", 0.4, 128), LayerCost("bare", 0.4, 22)
-    assert pooled([user]) == user
-    assert pooled([user, lang, bare]) == LayerCost("user", 2.2, 183), "bare is worth more than what stands on it"
-    assert pooled([lang, bare]) == lang
-
-
 @pytest.mark.parametrize("known", range(8))
 def test_little_known_costs_at_most_twice_the_best(known: int) -> None:
     found = keep(LANG, [1000.0] * known, 6.0)
@@ -131,10 +75,10 @@ def test_little_known_costs_at_most_twice_the_best(known: int) -> None:
 
 
 def test_eight_gaps() -> None:
-    assert keep(LANG, [59.0] * 8, 6.0, ahead=False).hold == 59.0
-    assert keep(LANG, [60.0] * 8, 6.0, ahead=False).hold == 0.0, "equal: not cheaper"
-    assert keep(LANG, [61.0] * 8, 6.0, ahead=False).hold == 0.0
-    assert keep(LANG, [500.0] * 8, 6.0, ahead=False).why == (
+    assert keep(LANG, [59.0] * 8, 6.0).hold == 59.0
+    assert keep(LANG, [60.0] * 8, 6.0).hold == 0.0, "equal: not cheaper"
+    assert keep(LANG, [61.0] * 8, 6.0).hold == 0.0
+    assert keep(LANG, [500.0] * 8, 6.0).why == (
         "not held: for its last 8 idle times 0.3 GB would have cost more than starts of 3 s at 6 GB·s a second"
     )
 
@@ -143,7 +87,7 @@ def test_nights_are_not_held_through() -> None:
     """The module's example."""
     gaps = [gap for n in range(16) for gap in (60.0, 120.0, 90.0, 20_000.0 + 1000.0 * n)]
     day = keep(LANG, gaps, 60.0)
-    assert (day.hold, day.hits, day.known, day.ahead) == (120.0, 48, 64, False)
+    assert (day.hold, day.hits, day.known) == (120.0, 48, 64)
     assert day.why == (
         "held for 2 min: of its last 64 idle times 48 were no longer, and 0.3 GB for 104 min cost less than 48 starts "
         "of 3 s at 60 GB·s a second"
@@ -169,7 +113,7 @@ def test_only_the_last_gaps_count() -> None:
 @pytest.mark.parametrize("gaps", [[], [10.0], [10.0] * HISTORY])
 def test_what_is_free(layer: LayerCost, rho: float, hold: float, gaps: list[float]) -> None:
     found = keep(layer, gaps, rho)
-    assert (found.hold, found.ahead) == (hold, False)
+    assert found.hold == hold
     assert found.wanted(1e12) == (hold > 0)
     assert found.changes_in(0.0 if hold else 1.0) == math.inf
     assert found.why
@@ -189,32 +133,6 @@ def test_gaps_that_are_no_time() -> None:
     gaps = [5.0] * 9
     assert keep(LANG, [-5.0, math.nan, *gaps, math.inf], 6.0) == keep(LANG, gaps, 6.0)
     assert keep(LANG, [0.0] * 8, 6.0).hold == 0.0
-
-
-def test_a_periodic_function_is_built_ahead() -> None:
-    """Every ten minutes, give or take a few seconds; β is a minute."""
-    source = random.Random(1)
-    gaps = [600.0 + source.uniform(-3, 3) for _ in range(HISTORY)]
-    found = keep(LANG, gaps, 6.0)
-    assert found.ahead
-    assert found.hold == 0.0
-    assert 590.0 < found.rebuild < 597.0 - LANG.seconds + 1.0
-    assert max(gaps) <= found.until < 604.0
-    assert found.why.startswith("built ahead, from 9.9 min to 10.1 min of idleness: of its last 64 idle times 64 were")
-    ahead = [600.0 + source.uniform(-3, 3) for _ in range(1000)]
-    plain = keep(LANG, gaps, 6.0, ahead=False)
-    assert cost(found, ahead) < 0.25 * cost(plain, ahead)
-
-
-def test_chance_is_not_taken_for_a_period() -> None:
-    """Poisson arrivals have no memory: what was seen must not be read into what comes."""
-    taken = 0
-    for seed in range(200):
-        source = random.Random(seed)
-        gaps = [source.expovariate(1 / 60.0) for _ in range(HISTORY)]
-        taken += keep(LANG, gaps, 6.0).ahead
-    assert taken <= 4
-    assert not keep(LANG, [600.0] * 7, 6.0).ahead, "too few to know"
 
 
 def test_history_notes_idle_times() -> None:

@@ -34,26 +34,34 @@ def only(layers: Layers) -> LayerStatus:
 def test_age_price_and_time_left(layers: Layers, clock: Any) -> None:
     layers.tell(told(LANG))
     layer = only(layers)
-    assert (layer.idle_seconds, layer.left_seconds, layer.back_seconds) == (30.0, 90.0, None)
+    assert (layer.idle_seconds, layer.left_seconds) == (30.0, 90.0)
     assert (layer.worth_seconds, layer.build_seconds, layer.why) == (pytest.approx(600.0), 3.0, "held for 120 s")
     clock.now = 140.0
     assert only(layers).left_seconds == 80.0, "it runs, though nothing new was told"
 
 
 @pytest.mark.parametrize(
-    ("changed", "left", "back"),
+    ("changed", "left"),
     [
-        ({"hold": None}, None, None),
-        ({"state": "used", "since": None}, None, None),
-        ({"state": "building", "since": None}, None, None),
-        ({"state": "absent", "hold": 0.0, "rebuild": 50.0, "until": 70.0}, None, 20.0),
-        ({"state": "absent", "hold": 0.0}, None, None),
-        ({"hold": 0.0, "rebuild": 20.0, "until": 70.0}, 40.0, None),
+        ({"hold": 31.0}, 1.0),
+        ({"hold": 20.0}, None),
+        ({"hold": None}, None),
+        ({"state": "used", "since": None}, None),
+        ({"state": "building", "since": None}, None),
+        ({"state": "absent", "hold": 0.0}, None),
     ],
 )
-def test_what_becomes_of_it(layers: Layers, changed: dict[str, Any], left: float | None, back: float | None) -> None:
+def test_what_becomes_of_it(layers: Layers, changed: dict[str, Any], left: float | None) -> None:
     layers.tell(told(msgspec.structs.replace(LANG, **changed)))
-    assert (only(layers).left_seconds, only(layers).back_seconds) == (left, back)
+    assert only(layers).left_seconds == left
+
+
+def test_a_function_of_an_older_image_is_understood(layers: Layers) -> None:
+    """Its supervisor tells of a window, too, in which it builds the layer ahead of a request."""
+    window = {"state": "absent", "hold": 0.0, "rebuild": 50.0, "until": 70.0}
+    sent = msgspec.to_builtins(told(LANG)) | {"layers": [{**msgspec.to_builtins(LANG), **window}]}
+    layers.tell(msgspec.json.decode(msgspec.json.encode(sent), type=LayersTold))
+    assert (only(layers).state, only(layers).left_seconds) == ("absent", None)
 
 
 def test_a_layer_that_takes_no_memory_is_worth_holding_for_ever(layers: Layers) -> None:

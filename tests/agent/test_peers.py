@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import threading
+from types import SimpleNamespace
 
 import pytest
 from leased import soon
 
 from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.cluster.key import ClusterKey
+from cache_agent.cluster.peer import Membership, Peer, PeerFailed
 from cache_agent.errors import OriginUnavailable
+from cache_agent.serving import remote
 from cache_agent.tiers.fake import FakeOrigin
 
 URI = "s3://models/m"
@@ -161,6 +165,23 @@ def test_an_image_on_ssd_is_given_too(cluster, start_local_agent, files, right, 
     second = start_local_agent({URI: SameName(URI, files)}, node="n1", directory=first.directory, key=KEY)
     assert Loads().run(second) == [("peer", right)]
     assert read(second) < size_of(files) / 10
+
+
+def test_a_follower_hears_at_once_what_there_is_however_young_the_machine_is(cluster, files, monkeypatch):
+    (agent,) = cluster(files)
+    with agent.client.lease(URI, deadline=soon(60)) as lease:
+        lease.wait_ready(soon(60))
+        source = lease.manifest.source
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: 0.0))  # it was booted just now
+    peer, heard = Peer("n0", agent.address, Membership("n9", "", KEY)), []
+
+    def hear(message):
+        heard.append(message)
+        peer.close()
+
+    with contextlib.suppress(PeerFailed):
+        peer.follow(source, hear)
+    assert len(heard) == 1
 
 
 # --- what a lying node is worth ---------------------------------------------------------------------------------------

@@ -69,8 +69,9 @@ def test_many_requests_in_one_call(start_local_agent, open_client):
     client.close()
 
 
-def test_what_is_too_large_is_said_of_that_one_alone(start_local_agent, open_client):
-    client = open_client(start_local_agent(snapshot_size=1000))
+def test_what_is_too_large_is_said_of_that_one_alone(start_local_agent, open_client, monkeypatch):
+    monkeypatch.setattr("cache_agent.snapshots.index.MOST", 1000)
+    client = open_client(start_local_agent())
     other = Key("chat", "chatcmpl-1111111111111111")
     results = client.keep([step(0, b"x" * 2000), step(0, b"x", key=other)])
     assert [kept.outcome for kept in results] == ["too_large", "kept"]

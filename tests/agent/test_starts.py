@@ -11,6 +11,8 @@ from cache_agent.journal.starts import KEPT, Starts
 from cache_agent.ledger import Span
 from cache_agent.wire.operations import Started
 
+pytestmark = pytest.mark.clock  # of other processes
+
 
 def told(number: int, *spans: Span, error: str = "") -> Started:
     return Started(f"start-{number}", "chat", "file:///m", "cold", list(spans), error)

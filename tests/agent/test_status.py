@@ -1,7 +1,8 @@
-"""What an agent says of itself: events with reasons, metrics that the README names, and who may ask."""
+"""What an agent says of itself: events with reasons, metrics that the documentation names, and who may ask."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -23,8 +24,9 @@ from cache_agent.journal.journal import OTHERS, Journal
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.web import status as statuses
 from cache_agent.web.status import Status, parse_address
+from cache_agent.web.wsgi import listen
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "cache_agent" / "web" / "README.md").read_text()
 OPERATOR = "secret of operator"
 
 
@@ -203,6 +205,29 @@ def test_who_may_ask(watched) -> None:
     assert watched.http.get("/", OPERATOR)[0] == 200
     assert watched.http.get("/nothing", OPERATOR)[0] == 404
     assert json.loads(watched.http.get("/status.json", OPERATOR)[2])["node"] == "test"
+
+
+def test_a_kept_connections_next_answer_waits_for_nothing(watched, eventually) -> None:
+    """Ten answers within less than a quarter of what ten delayed acknowledgements take, each of them 40 ms."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", watched.http.port, timeout=20)) as connection:
+
+        def ten() -> float:
+            start = time.perf_counter()
+            for _ in range(10):
+                connection.request("GET", "/healthz")
+                assert connection.getresponse().read() == b'{"status":"ok"}'
+            return time.perf_counter() - start
+
+        eventually(lambda: ten() < 0.1, 20, "ten answers come at once")
+
+
+def test_its_connections_send_at_once() -> None:
+    with (
+        listen("127.0.0.1", 0, "--port") as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("watched", [("/healthz", "/metrics")], indirect=True)

@@ -23,7 +23,7 @@ from cache_agent.cluster.key import ClusterKey
 from cache_agent.cluster.peer import Membership, Peer, PeerFailed
 from cache_agent.errors import AccessDenied, AgentError, AgentUnreachable, LeaseLost
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.wire.link import Link, parse_address
+from cache_agent.wire.link import Link, dial, listen, parse_address
 from cache_agent.wire.messages import Drain, Identity, RevisionNotice
 
 URI = "s3://models/m"
@@ -267,6 +267,15 @@ def test_over_tcp_nobody_is_served_without_an_identity(start_local_agent, agent)
     open_agent.client.status()
     with pytest.raises(AccessDenied):
         CacheClient(f"tcp://{open_agent.address}", timeout=5).status()
+
+
+def test_both_ends_send_at_once():
+    with listen("127.0.0.1:0") as server:
+        called = dial(f"127.0.0.1:{server.getsockname()[1]}", 5)
+        calling = Link(server.accept()[0], of_agent=True)
+        for end in (called, calling):
+            assert end.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            end.close()
 
 
 def test_where_nobody_listens():

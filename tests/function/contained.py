@@ -122,14 +122,15 @@ def obey(order: dict[str, Any], wire: Any, fds: list[int], options: dict[str, An
             request = {"fork": number, "environment": environment, "cwd": "/"}
             with open(os.devnull) as nothing:
                 fds = [*fds[:2], nothing.fileno(), 2, 2]
-                wire.send({**request, "start_id": "0" * 16, "spans": "[]"}, fds)
+                wire.send({**request, "start_id": "0" * 16, "spans": [("shim", "exec", 1, 2)]}, fds)
         case {"wants": dict(changes)}:
             from runtime.layers import identity
+            from runtime.process.messages import VERSION
 
             needs = identity.needs()
-            made_of = {"machine": needs.machine, "python": needs.python, "base": needs.base}
+            made_of = {"wants": VERSION, "machine": needs.machine, "python": needs.python, "base": needs.base}
             environment = {**dict(needs.environment), **options["environment"]}
-            wire.send({"wants": {**made_of, **changes}, "environment": environment, "cwd": "/"})
+            wire.send({**made_of, **changes, "environment": environment, "cwd": "/"})
         case {"tell": dict(what)}:
             wire.send(what)
         case {"attack": str(source)}:

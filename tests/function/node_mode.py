@@ -54,7 +54,7 @@ class Pool:
 
     def ready(self) -> Pool:
         """Itself, once it has a layer."""
-        wait(lambda: "layer is ready" in self.log.read_text(), "it has a layer", self.log)
+        wait(lambda: "the lang layer is warm" in self.log.read_text(), "it has a layer", self.log)
         return self
 
     def children(self) -> list[int]:

@@ -25,7 +25,7 @@ from runtime.config import FunctionConfig
 from runtime.function.handler import Handler
 from runtime.function.testing import toy_model
 from runtime.handoff.incoming import Moving
-from runtime.http.application import create_app
+from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.resume.checkpoint import Checkpoints
 from runtime.resume.seal import Plain
@@ -65,7 +65,7 @@ class Replica:
             self.moving = Moving("chat", lambda: agent.client, *common)
         handle = options.get("handle")
         self.lifecycle.opened(self.model, Handler(handle) if handle else None)
-        self.served = serve(create_app(self.config, self.lifecycle, Ledger("worker", "x"), lambda _: None), 32)
+        self.served = serve(Application(self.config, self.lifecycle, Ledger("worker", "x"), lambda _: None), 32)
         self.url = f"http://127.0.0.1:{self.served.port}"
 
     def _let_go(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from runtime.errors import ModelUnusable, NotReady, WeightsUnavailable
 from runtime.function.handler import Handler
 from runtime.function.model import Model
 from runtime.function.testing import toy_model
-from runtime.http.application import create_app
+from runtime.http.application import Application, prepare
 from runtime.http.lifecycle import Lifecycle
 
 CHAT = {"messages": [{"role": "user", "content": "hello there"}]}
@@ -34,7 +35,7 @@ class App:
         self.ledger.add("http", 1_000_000, 3_500_000)
         self.drains: list[str] = []
         self.model = model
-        self.wsgi = create_app(self.config, self.lifecycle, self.ledger, self.drains.append)
+        self.wsgi = Application(self.config, self.lifecycle, self.ledger, self.drains.append)
         self.client = Client(self.wsgi)
 
     def opened(self, handle: Callable[..., object] | None = None) -> App:
@@ -46,6 +47,12 @@ class App:
 
     def post(self, path: str, **options: Any) -> Any:
         return self.client.post(path, buffered=True, **options)
+
+
+@pytest.fixture
+def closing() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,23 @@ def _echo(event: Any, _context: Any) -> object:
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------
+
+
+def test_applications_on_the_same_prepared_routes_serve_each_its_own(closing: ExitStack) -> None:
+    """As in a layer, whose routes have served a warm-up before they serve a function; and each request is one's."""
+    prepared, clients = prepare(), dict[str, Client]()
+    for name in ("first", "second"):
+        model, lifecycle = toy_model(name), Lifecycle(name, 4)
+        closing.callback(model.engine.close)
+        lifecycle.opened(model, Handler(lambda event, context: context.model.name))
+        config, ledger = FunctionConfig(model="file:///models/toy"), Ledger("worker", name)
+        clients[name] = Client(Application(config, lifecycle, ledger, lambda _reason: None, prepared=prepared))
+    for name in ("first", "second", "first"):
+        client = clients[name]
+        assert client.get("/_/ledger", buffered=True).get_json()["start_id"] == name
+        assert client.get("/v1/models", buffered=True).get_json()["data"][0]["id"] == name
+        assert client.post("/v1/chat/completions", json=CHAT, buffered=True).get_json()["model"] == name
+        assert client.post("/", buffered=True).text == name
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])

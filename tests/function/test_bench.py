@@ -1,4 +1,4 @@
-"""What `scripts/bench` says can be trusted: rounds, ratios, refusals, result files, the README. Nothing is timed."""
+"""What `scripts/bench` says can be trusted: rounds, ratios, refusals, result files, the pages. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,8 +23,9 @@ sys.path.append(str(ROOT / "scripts"))
 
 import bench  # noqa: E402
 import report  # noqa: E402
-from benchmarks import NAMES, WAITING, built, harness, machine, tables  # noqa: E402
+from benchmarks import NAMES, harness, machine, module, plots, tables  # noqa: E402
 from benchmarks.harness import Result, Unavailable, Variant, judged, measure, ratio_rows  # noqa: E402
+from documented import PAGES, rows  # noqa: E402
 from report import Report  # noqa: E402
 
 MACHINE = {
@@ -185,27 +187,82 @@ def test_the_result_file(golden: Callable[[str, Any], None], tmp_path: Path) -> 
     assert report.read(tmp_path / "sample.json") == sample_report()
 
 
-def test_a_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
-    from benchmarks import plots
+def test_a_summary_can_be_read_by_people_and_says_all_there_is(tmp_path: Path) -> None:
+    """What one variant measured in one case stands together, and nothing is as long as to be scrolled aside."""
+    place = tmp_path / "many.json"
+    metrics = [f"a metric, whose name has {n} things to say" for n in range(40)]
+    rows = [harness.row([1.0, 2.0], variant=name, metric=m, case="x, y") for name in ("a", "b") for m in metrics]
+    rows += [rows[0], {"variant": "c", "reason": 'it said "no, "'}, harness.row([1.0], variant="a", metric=metrics[0])]
+    many = Report("many", {}, rows, commit="0", machine=MACHINE, note='a note, "quoted", ')
+    many.write(place)
+    assert report.read(place) == many
+    assert place.read_text().count('"metrics"') == 4
+    assert max(map(len, place.read_text().splitlines())) < 200
 
-    plots.draw(sample_report(), tmp_path / "sample.svg")
-    drawn = (tmp_path / "sample.svg").read_text()
-    assert drawn.startswith("<?xml")
-    plots.draw(Report("empty", {}, []), tmp_path / "empty.png")
+
+@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_summaries(path: Path, tmp_path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+    report.read(path).write(tmp_path / path.name)
+    assert (tmp_path / path.name).read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_a_picture_states_its_claim_and_what_it_is_of(name: str, tmp_path: Path) -> None:
+    mpl = pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
+    committed = report.read(tables.RESULTS / f"{name}.json")
+    place = tmp_path / f"{name}.svg"
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        assert plots.draw(committed, place)
+    drawn = place.read_text()
+    assert f"commit {committed.commit}" in drawn
+    assert "to be quoted" not in drawn
+    assert re.search(
+        {"cold-start": "0.2 s instead of 3.5 s", "density": "Eight replicas", "fanout": "1.3 times"}[name], drawn
+    )
+    assert (tables.PLOTS / f"{name}.png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_what_measured_nothing_is_drawn_all_the_same(name: str, tmp_path: Path) -> None:
+    """A quick run on a machine without root, for one."""
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
+    rows = [{"variant": "plain x8", "reason": "it is not root"}]
+    assert plots.draw(Report(name, {}, rows, trusted=False, note="a quick run"), tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
-# --- the README -------------------------------------------------------------------------------------------------------
+def test_what_is_no_curve_has_no_picture(tmp_path: Path) -> None:
+    assert not plots.draw(sample_report(), tmp_path / "sample.png")
+    assert not (tmp_path / "sample.png").exists()
+    assert {path.stem for path in tables.PLOTS.iterdir()} == plots.PICTURES.keys()
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    text = tables.README.read_text()
-    assert tables.rendered(text, tables.RESULTS) == text, "run scripts/bench tables"
+# --- the pages --------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_say_what_the_results_say() -> None:
+    texts = [page.read_text() for page in tables.PAGES]
+    for text in texts:
+        assert tables.rendered(text, tables.RESULTS) == text, "run scripts/bench tables"
+    text = "".join(texts)
     for name in NAMES:
-        assert (f"<!-- bench: {name} -->" in text) == built(name), f"the README has a place for {name}, and it is built"
-        plot = (tables.PLOTS / f"{name}.png").relative_to(tables.README.parent)
-        assert (f"({plot})" in text) == (tables.README.parent / plot).exists(), "run scripts/bench tables"
+        assert text.count(f"<!-- bench: {name} -->") == 1, f"one page has a place for {name}"
+        plot = tables.PLOTS / f"{name}.png"
+        assert (f"({tables.FROM_PAGES}/{name}.png)" in text) == plot.exists(), "run scripts/bench tables"
+    for page in tables.PAGES:
+        assert (page.parent / tables.FROM_PAGES).resolve() == tables.PLOTS
+    assert not [page for page in PAGES if "<!-- bench" in (ROOT / page).read_text() and ROOT / page not in tables.PAGES]
+
+
+def test_the_first_page_quotes_the_results() -> None:
+    quoted = rows((ROOT / "README.md").read_text(), "gain")
+    assert len(quoted) > 5
+    for *_, without, gained, source in quoted:
+        name, *keys = re.findall(r"`([^`]*)`", source)
+        headline = report.read(tables.RESULTS / f"{name}.json").headline
+        figures = [cell.partition(" ")[0] for cell in (without, gained)]
+        assert figures[-len(keys) :] == [tables._number(headline[key]) for key in keys], source
 
 
 PLACES = [("sample", "| stale | 9 |\n"), ("load", "")]
@@ -265,15 +322,8 @@ def test_noise_has_an_exit_code_of_its_own(fake: Callable[[Report], None]) -> No
     assert CliRunner().invoke(bench.main, ["load", "--quick"]).exit_code == 0, "a quick run compares nothing"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not built(name)])
-def test_what_is_not_built_yet_says_what_it_waits_for(name: str) -> None:
-    done = CliRunner().invoke(bench.main, [name])
-    assert done.exit_code == 2
-    assert "is not built yet: it waits for" in done.output
-
-
-def test_every_benchmark_is_built_or_waits_for_something() -> None:
-    assert all(built(name) or name in WAITING for name in NAMES)
+def test_every_benchmark_is_there() -> None:
+    assert all((ROOT / "scripts" / "benchmarks" / f"{module(name)}.py").exists() for name in NAMES)
     assert CliRunner().invoke(bench.main, ["nothing"]).exit_code == 2
 
 

@@ -98,8 +98,6 @@ def test_help_and_version(run: Callable[..., Any]) -> None:
         ["base", "check"],
         ["base", "install"],
         ["base", "lock"],
-        ["push"],
-        ["pull"],
     ):
         result, _ = run(*command, "-h")
         assert result.exit_code == 0

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
 
 from runtime.commands import serve
-from runtime.config import FunctionConfig, from_environment
+from runtime.config import _GONE, FunctionConfig, from_environment, gone
 from runtime.errors import BadConfig
 
-README = Path(__file__).parents[2] / "README.md"
 NAMES = [field.name for field in fields(FunctionConfig)]
 CHOICES = {name: (text, text) for name, text in {"log_level": "debug", "layers": "off", "hold": "user=1"}.items()}
 OTHER = {"str": ("elsewhere", "elsewhere"), "int": ("7", 7), "float": ("7.5", 7.5), "bool": ("1", True)}
@@ -85,6 +83,14 @@ def test_a_senseless_value_is_refused_by_name(variable: str, text: str) -> None:
     assert len(caught.value.text.split()) >= 5, "a sentence that says what would do"
 
 
+def test_a_former_setting_is_named_and_harms_nobody() -> None:
+    environment = {"GLOWPLUG_CHUNK": "0", "GLOWPLUG_CHECKPOINT_TOKENS": "", "GLOWPLUG_SLOTS": "2"}
+    assert from_environment(environment) == FunctionConfig(slots=2)
+    (text,) = gone(environment)
+    assert text.startswith("GLOWPLUG_CHUNK is no setting any more")
+    assert not {variable.removeprefix("GLOWPLUG_").lower() for variable in _GONE} & set(NAMES)
+
+
 def test_no_model_is_refused_when_it_is_asked_for() -> None:
     with pytest.raises(BadConfig, match="GLOWPLUG_MODEL is not set"):
         _ = FunctionConfig().model_uri
@@ -154,11 +160,3 @@ def test_every_option_of_the_command_line_sets_a_field() -> None:
     assert options == set(serve.OPTIONS)
     variables = {f"GLOWPLUG_{name.upper()}" for name in NAMES}
     assert set(serve.OPTIONS.values()) <= variables
-
-
-def test_the_readme_has_a_row_for_every_variable() -> None:
-    if not README.exists():
-        pytest.skip("README.md is not there")
-    cells = re.findall(r"^\|([^|]*)\|", README.read_text(), re.MULTILINE)
-    rows = {variable for cell in cells for variable in re.findall(r"`(GLOWPLUG_[A-Z0-9_]+)`", cell)}
-    assert {f"GLOWPLUG_{name.upper()}" for name in NAMES} <= rows

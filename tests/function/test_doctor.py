@@ -26,7 +26,7 @@ from cache_agent.wire.operations import (
 from runtime import cli
 from runtime.commands import doctor
 from runtime.config import FunctionConfig
-from runtime.http.application import create_app
+from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 
 
@@ -91,6 +91,21 @@ def test_a_budget_beyond_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (memory["state"], "lower GLOWPLUG_DRAM" in memory["advice"]) == ("warning", True)
 
 
+def test_what_looks_like_a_setting_and_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A former setting, one with a slip in it, and those that are."""
+    monkeypatch.setenv("GLOWPLUG_TEST_S3_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("GLOWPLUG_SLOTS", "4")
+    assert found(run("--json"))["settings"]["state"] == "ok"
+    monkeypatch.setenv("GLOWPLUG_SLOST", "4")
+    monkeypatch.setenv("GLOWPLUG_CHUNK", "512")
+    monkeypatch.setenv("GLOWPLUG_SNAPSHOT_SIZE", "1M")
+    settings = found(run("--json"))["settings"]
+    assert settings["state"] == "warning"
+    assert "GLOWPLUG_SLOST is no setting and changes nothing" in settings["text"]
+    assert "GLOWPLUG_CHUNK is no setting any more and changes nothing: a step takes 256" in settings["text"]
+    assert settings["text"].count("GLOWPLUG_") == 3
+
+
 def test_a_redis_that_answers(redis_url: str) -> None:
     finding = doctor._redis(AgentConfig(redis_url=redis_url))
     assert finding.state == "ok", finding
@@ -150,7 +165,7 @@ def test_the_last_start() -> None:
 def test_a_function_with_an_agent_of_its_own_tells_its_start(serve: Callable[..., Any]) -> None:
     ledger = Ledger("worker", "start-7")
     ledger.extend([Span("worker", "imports", 0, 3 * 10**9), Span("worker", "attach", 3 * 10**9, 4 * 10**9)])
-    served = serve(create_app(FunctionConfig(start_timeout=1.0), Lifecycle("m", 4), ledger, lambda reason: None))
+    served = serve(Application(FunctionConfig(start_timeout=1.0), Lifecycle("m", 4), ledger, lambda reason: None))
     last = json.loads(run("--json", "--url", f"http://127.0.0.1:{served.port}").stdout)["last_start"]
     assert (last["start_id"], last["bottleneck"], last["share"]) == ("start-7", "worker imports", 0.75)
     assert doctor._served(f"http://127.0.0.1:{served.port}/nothing") is None

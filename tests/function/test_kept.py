@@ -103,7 +103,7 @@ def test_new_memory_takes_the_place_of_the_old(kept: Memory) -> None:
         assert worker.line.kept() == []
 
 
-@pytest.mark.parametrize("said", [b'{"keep":5}\n', b'{"keep":0}\n', b'{"keep":-1}\n', b'{"beat":1}\n', b"\0\n"])
+@pytest.mark.parametrize("said", [b"keep=5\0\n", b"keep=0\0\n", b"keep=-1\0\n", b"beat=1\0\n", b"\0\n"])
 def test_fds_that_no_message_counts_are_closed_by_the_next_worker(kept: Memory, said: bytes) -> None:
     """User code may have got hold of the line."""
     before = open_fds()
@@ -119,7 +119,7 @@ def test_a_flood_of_fds_is_closed(kept: Memory) -> None:
     before = open_fds()
     with Worker(kept) as worker:
         for _ in range(4):
-            socket.send_fds(worker.sock, [b'{"beat":1}\n'], [worker.sock.fileno()] * 200)
+            socket.send_fds(worker.sock, [b"beat=1\0\n"], [worker.sock.fileno()] * 200)
             worker.heard(kept)
             assert open_fds() <= before + 2 + MOST_FDS
         worker.line.keep([worker.sock.fileno()] * (MOST_FDS + 1))

@@ -84,6 +84,7 @@ PURE = [
     "runtime/engine/generation.py",
     "runtime/sse.py",
     "runtime/layers/keys.py",
+    "runtime/layers/rule.py",
     "runtime/resume/snapshot.py",
     "runtime/resume/record.py",
     "runtime/resume/position.py",
@@ -216,7 +217,14 @@ def test_the_runtime_uses_only_public_names_of_the_agent() -> None:
 def test_the_shim_is_standard_library_and_a_few_modules_of_ours() -> None:
     loaded = _loaded_by("import runtime.container.shim")
     ours = {name for name in loaded if name.split(".")[0] in ("runtime", "cache_agent")}
-    process = {"process", "process.children", "process.control", "process.crashes", "process.wakeup"}
+    process = {
+        "process",
+        "process.children",
+        "process.control",
+        "process.crashes",
+        "process.messages",
+        "process.wakeup",
+    }
     container = {"container", "container.port", "container.shim", "container.supply"}
     assert ours == {"runtime", *(f"runtime.{name}" for name in {"config", "errors"} | process | container)}
     before = _loaded_by("pass")
@@ -225,7 +233,14 @@ def test_the_shim_is_standard_library_and_a_few_modules_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["runtime.config", "runtime.process.control", "runtime.errors", "runtime.container.standby"]
+    "module",
+    [
+        "runtime.config",
+        "runtime.process.control",
+        "runtime.errors",
+        "runtime.process.messages",
+        "runtime.container.standby",
+    ],
 )
 def test_what_the_shim_imports_is_standard_library_alone(module: str) -> None:
     new = {name.split(".")[0] for name in _loaded_by(f"import {module}") - _loaded_by("pass")}

@@ -6,9 +6,11 @@ Once with the shim in Python, and once with its static twin, which the twin's co
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +41,8 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+PIDFD_GETFD = 438  # the system call, of which Python has no function
 GIVES_WAY = "the static shim gives way to the one in Python"
 HANDLER = """
 import contextlib
@@ -145,6 +149,36 @@ def test_a_functions_first_start_is_a_fork(function: Callable[..., Function]) ->
     assert served.crash()["start"] == "lang"
     os.kill(served.container.first(), signal.SIGTERM)
     assert served.container.process.wait(SECONDS) == 0, served.container.log.read_text()
+
+
+def test_its_port_sends_at_once_also_while_no_worker_is_there(function: Callable[..., Function]) -> None:
+    """Whoever answers on it, the shim or a worker: connections inherit the listener's option."""
+    served = function(GLOWPLUG_HOLD="user=0.3")
+    served.ready()
+    wait(lambda: served.get("/_/ready") == {"state": "parked"}, "it is parked", served.container.log)
+    (listener,) = listeners(served.container.first())
+    with listener:
+        assert listener.getsockname()[1] == served.port
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def listeners(pid: int) -> list[socket.socket]:
+    """The TCP ports that a process listens on, as fds of one's own."""
+    found = []
+    process = os.pidfd_open(pid)
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        fd = LIBC.syscall(PIDFD_GETFD, process, int(name), 0)
+        assert fd >= 0, os.strerror(ctypes.get_errno())
+        if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            os.close(fd)
+            continue
+        sock = socket.socket(fileno=fd)
+        if sock.family == socket.AF_INET and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            found.append(sock)
+        else:
+            sock.close()
+    os.close(process)
+    return found
 
 
 def test_an_idle_worker_goes_when_the_pool_says_so_and_comes_with_a_request(

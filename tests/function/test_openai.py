@@ -28,7 +28,8 @@ from runtime.engine.base import SamplingParams
 from runtime.errors import FunctionError, WeightsUnavailable
 from runtime.function.model import Model
 from runtime.function.testing import toy_model
-from runtime.http.routes import ModelGate, OpenGate, Served, blueprint
+from runtime.http.lifecycle import Lifecycle
+from runtime.http.routes import SERVED, ModelGate, Served, routes
 from runtime.sse import EventParser
 
 HELLO: list[Any] = [{"role": "user", "content": "Grüße, 你好 warm world"}]
@@ -52,10 +53,27 @@ class ColdGate:
         return self.model
 
 
+class App(Flask):
+    """The routes, and what they serve."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__("function")
+        self.served = served
+        self.register_blueprint(routes)
+
+    def wsgi_app(self, environ: Any, start_response: Any) -> Any:
+        return super().wsgi_app({**environ, SERVED: self.served}, start_response)
+
+
 def make_app(gate: ModelGate, **options: Any) -> Flask:
-    app = Flask("function")
-    app.register_blueprint(blueprint(Served(gate, **options)))
-    return app
+    return App(Served(gate, **options))
+
+
+def opened(model: Model) -> ModelGate:
+    """The gate of a model that is there already."""
+    gate = Lifecycle(model.name, 64)
+    gate.opened(model, None)
+    return gate
 
 
 @contextlib.contextmanager
@@ -87,7 +105,7 @@ def toy() -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def app(toy: Model) -> Flask:
-    return make_app(OpenGate(toy), max_body=1 << 20)
+    return make_app(opened(toy), max_body=1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +347,7 @@ class TestRefusals:
 
     def test_busy(self) -> None:
         model = toy_model(slots=1, queue_size=0, step_delay=0.05)
-        app = make_app(OpenGate(model))
+        app = make_app(opened(model))
         with contextlib.closing(model.engine), model.generate("x", stream=True):
             for stream in (False, True):
                 answer = post(app, chat(stream=stream))
@@ -341,7 +359,7 @@ class TestRefusals:
 
     def test_partial_submission_leaves_nothing(self) -> None:
         model = toy_model(slots=2, queue_size=0, step_delay=0.05)
-        app = make_app(OpenGate(model))
+        app = make_app(opened(model))
         with contextlib.closing(model.engine), model.generate("x", stream=True):
             assert post(app, chat(n=2)).status_code == 429
             assert model.engine.stats().running + model.engine.stats().waiting == 1
@@ -449,7 +467,7 @@ def open_stream(url: str, body: object) -> tuple[socket.socket, Iterator[bytes]]
 class TestGoneClients:
     def test_stream_is_cancelled(self) -> None:
         model = toy_model(step_delay=0.01, context_length=100_000)
-        with contextlib.closing(model.engine), serving(make_app(OpenGate(model))) as url:
+        with contextlib.closing(model.engine), serving(make_app(opened(model))) as url:
             connection, lines = open_stream(url, chat(stream=True, max_tokens=50_000, ignore_eos=True))
             next(lines)
             until(lambda: model.engine.stats().running == 1)
@@ -460,7 +478,7 @@ class TestGoneClients:
     def test_stream_that_never_began(self) -> None:
         model = toy_model(step_delay=0.01)
         with contextlib.closing(model.engine):
-            answer = post(make_app(OpenGate(model)), chat(stream=True, max_tokens=2000, ignore_eos=True))
+            answer = post(make_app(opened(model)), chat(stream=True, max_tokens=2000, ignore_eos=True))
             assert model.engine.stats().running + model.engine.stats().waiting == 1
             answer.close()
             assert model.engine.stats().running == 0
@@ -469,7 +487,7 @@ class TestGoneClients:
         """As under gunicorn, which shows the connection's socket."""
         model = toy_model(step_delay=0.01)
         server, client = socket.socketpair()
-        app = make_app(OpenGate(model))
+        app = make_app(opened(model))
         threading.Timer(0.3, client.close).start()
         with contextlib.closing(model.engine), contextlib.closing(server):
             answer = app.test_client().post(
@@ -483,12 +501,18 @@ class TestGoneClients:
 
 GUNICORN_APP = """
 from flask import Flask
-from runtime.http.routes import OpenGate, Served, blueprint
+from runtime.http.lifecycle import Lifecycle
+from runtime.http.routes import SERVED, Served, routes
 from runtime.function.testing import toy_model
 
 model = toy_model(step_delay=0.02, context_length=50_000)
+gate = Lifecycle("toy", 64)
+gate.opened(model, None)
+served = Served(gate, max_body=1 << 20)
 app = Flask("function")
-app.register_blueprint(blueprint(Served(OpenGate(model), max_body=1 << 20)))
+app.register_blueprint(routes)
+answer = app.wsgi_app
+app.wsgi_app = lambda environ, start_response: answer({**environ, SERVED: served}, start_response)
 app.add_url_rule("/running", view_func=lambda: str(model.engine.stats().running))
 """
 
@@ -547,7 +571,7 @@ class TestLimit:
         model = toy_model(step_delay=0.01, context_length=100_000)
         with contextlib.closing(model.engine):
             body = chat(stream=True, max_tokens=50_000, ignore_eos=True)
-            answer = post(make_app(OpenGate(model), answer_limit=0.2), body)
+            answer = post(make_app(opened(model), answer_limit=0.2), body)
             *pieces, error, done = EventParser().feed(answer.get_data())
             assert json.loads(pieces[1].data)["choices"][0]["delta"]["content"]
             assert (json.loads(error.data)["error"]["code"], done.data) == ("answer_limit", "[DONE]")
@@ -556,7 +580,7 @@ class TestLimit:
     def test_whole_answer(self) -> None:
         model = toy_model(step_delay=0.01, context_length=100_000)
         with contextlib.closing(model.engine):
-            app = make_app(OpenGate(model), answer_limit=0.2)
+            app = make_app(opened(model), answer_limit=0.2)
             answer = post(app, chat(max_tokens=50_000, ignore_eos=True))
             assert (answer.status_code, answer.get_json()["error"]["code"]) == (504, "answer_limit")
             until(lambda: model.engine.stats().running == 0)
@@ -570,13 +594,13 @@ class TestLimit:
     def test_an_answer_in_time_is_whole(self) -> None:
         model = toy_model()
         with contextlib.closing(model.engine):
-            assert post(make_app(OpenGate(model), answer_limit=60.0), chat()).status_code == 200
+            assert post(make_app(opened(model), answer_limit=60.0), chat()).status_code == 200
 
 
 class TestBrokenEngine:
     def test_mid_stream(self) -> None:
         model = toy_model(step_delay=0.01, context_length=10_000)
-        with serving(make_app(OpenGate(model))) as url:
+        with serving(make_app(opened(model))) as url:
             connection, lines = open_stream(url, chat(stream=True, max_tokens=5000, ignore_eos=True))
             with connection:
                 next(lines)
@@ -584,7 +608,7 @@ class TestBrokenEngine:
                 events = EventParser().feed(b"".join(lines))
             assert events[-1].data == "[DONE]"
             assert json.loads(events[-2].data)["error"]["code"] == "engine_failed"
-        assert post(make_app(OpenGate(model)), chat()).status_code == 500
+        assert post(make_app(opened(model)), chat()).status_code == 500
 
 
 @pytest.fixture(scope="module")
@@ -632,7 +656,7 @@ class TestBatchedEngine:
         import torch
 
         with (
-            serving(make_app(OpenGate(tiny_model))) as url,
+            serving(make_app(opened(tiny_model))) as url,
             openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
         ):
             asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 24}
@@ -663,12 +687,12 @@ class TestBatchedEngine:
 
                 return list(await asyncio.gather(*map(one, prompts)))
 
-        with serving(make_app(OpenGate(tiny_model))) as url:
+        with serving(make_app(opened(tiny_model))) as url:
             assert asyncio.run(ask(url)) == want
 
     def test_tools_reach_the_chat_template(self, tiny_model: Model) -> None:
         tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-        app = make_app(OpenGate(tiny_model))
+        app = make_app(opened(tiny_model))
         sizes = {}
         for name, more in (("none", {}), ("tools", {"tools": tools}), ("off", {"tools": tools, "tool_choice": "none"})):
             answer = post(app, {"messages": HELLO, "max_tokens": 2, **more}).get_json()
@@ -678,7 +702,7 @@ class TestBatchedEngine:
 
     def test_logprobs(self, tiny_model: Model) -> None:
         with (
-            serving(make_app(OpenGate(tiny_model))) as url,
+            serving(make_app(opened(tiny_model))) as url,
             openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
         ):
             asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "seed": 1, "temperature": 1}
@@ -715,7 +739,7 @@ class TestBatchedEngine:
                 assert value == max(top.values())
 
     def test_deterministic_is_a_field(self, tiny_model: Model) -> None:
-        app = make_app(OpenGate(tiny_model))
+        app = make_app(opened(tiny_model))
         answers = [
             post(app, {"messages": HELLO, "max_tokens": 9, "deterministic": wanted}).get_json()["choices"]
             for wanted in (True, False)

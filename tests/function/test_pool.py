@@ -6,7 +6,6 @@ As root only: these containers are real namespaces, with a root directory and a 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -192,10 +191,10 @@ import json, os, socket
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
     asking.connect("/run/glowplug/pool.sock")
     asking.settimeout(20)
-    print(json.dumps(json.loads(asking.recv(4096))))
+    print(json.dumps(asking.recv(4096).decode()))
 """
     )
-    assert found == {"failed": "only the first process of a container is served"}
+    assert found == "failed=only the first process of a container is served\0"
 
 
 def test_a_spare_waits_for_the_request_and_goes_with_its_container(
@@ -239,7 +238,7 @@ def test_who_is_no_container_is_refused(pool: Pool) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
         asking.connect(str(pool.socket))
         asking.settimeout(SECONDS)
-        assert json.loads(asking.recv(4096)) == {"failed": "only the first process of a container is served"}
+        assert asking.recv(4096) == b"failed=only the first process of a container is served\0"
 
 
 def test_a_filtered_container_needs_a_filter(container: Callable[..., Container], doomed: Pool) -> None:
@@ -261,15 +260,38 @@ print(asking.recv(4096).decode())
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     if "unshare" in done.stderr:
         pytest.skip(done.stderr)
-    assert "user namespace" in json.loads(done.stdout)["failed"]
+    assert done.stdout.startswith("failed=its container has a user namespace")
+
+
+OLD = b'{"wants":{"machine":"x86_64","python":"p","base":"b"},"environment":{},"cwd":"/"}'
+
+
+def test_a_container_with_its_own_clocks_is_refused(pool: Pool) -> None:
+    """Its shim and a worker of the pool would not agree on when anything was."""
+    code = f"""
+import socket
+asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+asking.connect({str(pool.socket)!r})
+asking.settimeout(20)
+print(asking.recv(4096).decode())
+"""
+    spaces = ["--time", "--monotonic=86400", "--mount", "--pid", "--fork"]
+    done = subprocess.run(["unshare", *spaces, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    if "unshare" in done.stderr:
+        pytest.skip(done.stderr)
+    assert "time namespace" in done.stdout.partition("failed=")[2]
 
 
 @pytest.mark.parametrize(
-    "message", [b"{}", b"[1]", b"not json", b'{"fork": 1, "kind": "zygote", "spec": "{}"}', b"\0" * 5000]
-)
-def test_nonsense_ends_the_connection_and_nothing_else(
-    pool: Pool, container: Callable[..., Container], message: bytes
-) -> None:
+    ("message", "answer"),
+    [
+        (b"", b""), (b"no message", b""), (b"beat=1\0", b""), (b"fork=1\0kind=zygote\0spec={}\0\0", b""),
+        (b"\0" * 5000, b""), (OLD, b'{"failed":"the pool is of another version"}'),
+        (b"wants=1\0machine=\0python=\0base=\0cwd=/\0\0A=b\0", b"failed=the pool is of another version\0"),
+    ],
+)  # fmt: skip
+def test_nonsense_ends_the_connection_and_nothing_else(pool: Pool, message: bytes, answer: bytes) -> None:
+    """What shims of other versions say is answered so that they understand it, and start without the pool."""
     code = f"""
 import socket
 asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -277,12 +299,13 @@ asking.connect({str(pool.socket)!r})
 asking.settimeout(20)
 asking.send({message!r})
 while data := asking.recv(4096):
-    pass
+    print(data.hex())
 print("closed")
 """
     command = ["unshare", "--mount", "--pid", "--fork", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert "closed" in done.stdout or "reset" in done.stderr, done.stderr
+    assert answer.hex() in done.stdout, done.stdout
     assert pool.process.poll() is None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import select
 import socket
@@ -13,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from cache_agent.policy.keepalive import LayerCost
 from cache_agent.tiers.fake import FakeOrigin
 from runtime.config import FunctionConfig
+from runtime.layers.building import ZygoteLayer
 from runtime.layers.keys import Needs
-from runtime.layers.spawn import Forked, Refused, Zygote
+from runtime.layers.rule import LayerRule
+from runtime.layers.spawn import BUILD, SILENCE, Zygote
 from runtime.pool.models import Models
 from runtime.process import wire as wires
-from runtime.process.wire import Wire
+from runtime.process.wire import Gone, Wire
 
 ONE, OTHER = "fake://m/one", "fake://m/other"
 LANG = Needs(machine="m", python="p", base="b", domain="d", preload=("llama",))
@@ -30,17 +32,47 @@ class Played:
 
     def __init__(self, agent: Any, most: int, **settings: Any) -> None:
         self.said: list[str] = []
-        config = FunctionConfig(**settings)
-        self.models = Models(config, str(agent.socket), LANG, most, itertools.count(1).__next__, self.said.append)
-        ours, theirs = wires.pair()
-        self.lang, self.forks = Zygote(Wire(ours), 0, -1, ""), Wire(theirs)
         self.processes: list[subprocess.Popen[bytes]] = []
         self.told: list[Wire] = []
+        config = FunctionConfig(**settings)
+        self.lang = ZygoteLayer("lang", LayerRule(LayerCost("lang", 2.0, 1), 60.0), lambda _: None)
+        self.models = Models(config, str(agent.socket), LANG, self.lang, most, self.said.append)
+        self.build_lang()
+
+    def build_lang(self) -> None:
+        """A lang layer is built; the test answers for it."""
+        ours, theirs = wires.pair()
+        self.lang.zygote, self.forks = Zygote(Wire(ours), *self.process()), Wire(theirs)
+
+    def announce(self) -> None:
+        """The lang layer can be forked from now on."""
+        self.forks.send({"ready": "lang", "key": "", "seconds": 2.0, "bytes": 1})
+
+    def process(self) -> tuple[int, int]:
+        """Something that can be killed, and a pidfd of it."""
+        self.processes.append(subprocess.Popen(["sleep", "600"]))
+        pid = self.processes[-1].pid
+        return pid, os.pidfd_open(pid)
+
+    def step(self, now: float) -> None:
+        """What a pool does at each turn, its zygotes having spoken since the last one."""
+        for each in [self.forks, *self.told]:
+            with contextlib.suppress(Gone):
+                each.send({"beat": 1})
+        self.models.step(now)
+
+    def serve(self, uri: str, begin: float, end: float) -> None:
+        """A worker with this model comes and goes; after the first one there is a lang layer, too."""
+        self.models.asked(uri, begin)
+        self.models.began(uri, begin)
+        self.step(end)
+        self.models.ended(uri, end)
+        self.announce()
 
     def lend(self, now: float) -> dict[str, Any]:
         """Steps until a layer was asked for; the request."""
         for _ in range(200):
-            self.models.step(now, self.lang)
+            self.step(now)
             if (received := self.forks.receive()) is not None:
                 message, (told, *segments) = received
                 self.told.append(Wire(socket.socket(fileno=told)))
@@ -50,23 +82,25 @@ class Played:
             select.select([*self.models.fds()], [], [], 0.1)
         raise AssertionError(f"no layer was asked for: {self.said}")
 
+    def forked(self, number: int) -> None:
+        pid, pidfd = self.process()
+        self.forks.send({"forked": number, "pid": pid}, [pidfd])
+        os.close(pidfd)
+
     def build(self, now: float, seconds: float = 0.2, size: int = 50_000_000) -> None:
         request = self.lend(now)
         assert (request["kind"], request["size"] > 0) == ("zygote", True)
-        self.processes.append(subprocess.Popen(["sleep", "600"]))
-        pid = self.processes[-1].pid
-        assert self.models.takes(Forked(request["fork"], pid, os.pidfd_open(pid)), now)
+        self.forked(request["fork"])
         self.told[-1].send({"ready": "model", "key": "k", "seconds": seconds, "bytes": size})
-        self.models.step(now, self.lang)
+        self.step(now)
 
     def quiet(self, now: float) -> bool:
         """Whether nothing is asked for by then, and nothing is under way."""
-        self.models.step(now, self.lang)
+        self.step(now)
         return self.forks.receive() is None and all(each["state"] != "building" for each in self.models.report())
 
     def close(self) -> None:
         self.models.close()
-        self.lang.close()
         self.forks.close()
         for each in self.told:
             each.close()
@@ -88,16 +122,10 @@ def played(start_local_agent: Callable[..., Any], checkpoint_files: Callable[...
         yield make
 
 
-def serve(models: Models, uri: str, begin: float, end: float) -> None:
-    models.asked(uri, begin)
-    models.began(uri, begin)
-    models.step(end, None)  # nothing can be built without a lang layer
-    models.ended(uri, end)
-
-
 def test_a_model_is_built_once_somebody_has_run_with_it(played: Callable[..., Any]) -> None:
     """The pool leases as itself: it must not fetch what the agent would have refused to whoever asks."""
     pool = played()
+    pool.announce()
     pool.models.asked(ONE, 0.0)
     pool.models.began(ONE, 0.0)
     assert pool.quiet(1.9)
@@ -109,23 +137,23 @@ def test_a_model_is_built_once_somebody_has_run_with_it(played: Callable[..., An
     layer, why = pool.models.deepest(ONE)
     assert layer is not None
     assert (layer.uri, why) == (ONE, "")
-    assert pool.models.deepest(OTHER) == (None, "no model layer is there")
-    assert pool.models.deepest("") == (None, "")
+    assert pool.models.deepest(OTHER) == (pool.lang, "no model layer is there")
+    assert pool.models.deepest("") == (pool.lang, "")
 
 
 def test_an_idle_model_is_held_for_its_price_and_comes_back(played: Callable[..., Any]) -> None:
     pool = played(start_price=60.0)
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     pool.build(10.0)
     (entry,) = pool.models.report()
     held = entry["hold"]
     assert held == pytest.approx(60.0 * 0.2 / (entry["bytes"] / 1e9))
     assert entry["bytes"] > 50_000_000, "the weights that the lease keeps are counted, too"
     layer, _ = pool.models.deepest(ONE)
-    pool.models.step(10.0 + held - 1.0, pool.lang)
+    pool.step(10.0 + held - 1.0)
     assert pool.models.deepest(ONE)[0] is layer
-    pool.models.step(10.0 + held + 1.0, pool.lang)
-    assert pool.models.deepest(ONE)[0] is None
+    pool.step(10.0 + held + 1.0)
+    assert pool.models.deepest(ONE)[0] is pool.lang
     assert pool.processes[-1].wait(30) != 0
     assert pool.quiet(2000.0), "nobody asks for it"
     pool.models.asked(ONE, 3000.0)
@@ -135,34 +163,70 @@ def test_an_idle_model_is_held_for_its_price_and_comes_back(played: Callable[...
 
 def test_there_are_as_many_as_may_be(played: Callable[..., Any]) -> None:
     pool = played(most=1)
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     pool.build(10.0)
-    serve(pool.models, OTHER, 11.0, 20.0)
+    pool.serve(OTHER, 11.0, 20.0)
     assert pool.quiet(20.0)
-    assert pool.models.deepest(OTHER)[0] is None
+    assert pool.models.deepest(OTHER)[0] is pool.lang
 
 
 def test_what_cannot_be_built_is_tried_again_later_and_later(played: Callable[..., Any]) -> None:
     pool = played()
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     request = pool.lend(10.0)
-    assert pool.models.takes(Refused(request["fork"], "it has 2 threads"), 10.0)
+    pool.forks.send({"refused": request["fork"], "why": "it has 2 threads"})
+    assert pool.quiet(10.0)
     assert pool.quiet(39.0)
     request = pool.lend(41.0)
-    assert pool.models.takes(Refused(request["fork"], "it has 2 threads"), 41.0)
+    pool.forks.send({"refused": request["fork"], "why": "it has 2 threads"})
+    assert pool.quiet(41.0)
     assert pool.quiet(100.0)
     assert [line.rpartition("; ")[2] for line in pool.said] == ["tried again after 30 s", "tried again after 60 s"]
 
 
 def test_another_revision_or_a_lost_zygote_end_a_layer(played: Callable[..., Any]) -> None:
     pool = played()
-    serve(pool.models, ONE, 0.0, 10.0)
+    pool.serve(ONE, 0.0, 10.0)
     pool.build(10.0)
     layer, _ = pool.models.deepest(ONE)
-    pool.models.stale(layer, 11.0)
-    assert pool.models.deepest(ONE)[0] is None
+    layer.drop("the agent has another revision")
+    assert pool.models.deepest(ONE)[0] is pool.lang
     pool.build(11.0)
     pool.told[-1].close()
-    pool.models.step(12.0, pool.lang)
+    pool.step(12.0)
     assert "its zygote was lost" in pool.said[-1]
-    assert pool.models.deepest(ONE)[0] is None
+    assert pool.models.deepest(ONE)[0] is pool.lang
+
+
+def test_a_lang_layer_that_goes_while_it_forks_leaves_nothing_half_built(played: Callable[..., Any]) -> None:
+    pool = played()
+    pool.serve(ONE, 0.0, 10.0)
+    pool.lend(10.0)
+    pool.forks.close()
+    pool.step(11.0)
+    assert [each["state"] for each in pool.models.report()] == ["absent"]
+    assert pool.said[-1].endswith("the layer below it is gone; tried again after 30 s")
+    pool.build_lang()
+    pool.announce()
+    pool.build(41.0)
+    assert pool.models.deepest(ONE)[0] is not pool.lang
+
+
+def test_a_zygote_hangs_by_the_clock_that_the_pool_goes_by(played: Callable[..., Any]) -> None:
+    """Whatever the machine's clock says: it may have been booted a minute ago, or ten years."""
+    pool = played()
+    pool.serve(ONE, 0.0, 10.0)
+    pool.build(10.0)
+    for now, there in ((10.0 + SILENCE, True), (10.1 + SILENCE, False)):
+        pool.forks.send({"beat": 1})
+        pool.models.step(now)
+        assert (pool.models.deepest(ONE)[0] is not pool.lang) == there
+    assert "its zygote was silent for 1 s and was killed" in pool.said[-1]
+    assert pool.processes[-1].wait(30) != 0
+    request = pool.lend(100.0)
+    pool.forked(request["fork"])
+    for now in (100.0, 100.0 + BUILD):
+        pool.step(now)
+        assert [each["state"] for each in pool.models.report()] == ["building"]
+    pool.step(100.1 + BUILD)
+    assert "its zygote was not ready after 120 s and was killed" in pool.said[-1]

@@ -313,6 +313,14 @@ def test_a_handler_that_returns_the_stream_as_it_is(replica: Any) -> None:
     assert len(calls) == 2, "it was not called for the rest"
 
 
+def test_a_handlers_answer_whose_end_its_client_claims_to_have_seen_ends(replica: Any) -> None:
+    """No event of a handler's stream says so: its ids have no end."""
+    first = replica(handle=lambda event, context: context.model.generate(WORDS, stream=True, max_tokens=120))
+    head = first.cut("/", b"", 5, Accept="text/event-stream")
+    status, _, body = first.post("/", b"", Last_Event_ID=f"{head[-1].id}f", Accept="text/event-stream")
+    assert (status, [event.data for event in parsed(body)]) == (200, ["[DONE]"])
+
+
 def test_a_handler_that_does_more_with_it_has_no_ids(replica: Any) -> None:
     def handle(event: Any, context: Any) -> Any:
         return (piece.upper() for piece in context.model.generate("a b", stream=True, max_tokens=9))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
 from runtime.function.handler import Handler
-from runtime.http.application import create_app
+from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.http.server import HttpServer
 
@@ -56,7 +57,7 @@ def _function(handle: Callable[..., object], **settings: Any) -> Wsgi:
     config = FunctionConfig(model="file:///models/toy", **settings)
     lifecycle = Lifecycle("toy", config.slots + config.queue)
     lifecycle.opened(SimpleNamespace(book=None), Handler(handle))  # type: ignore[arg-type]
-    return create_app(config, lifecycle, Ledger("worker", ""), lambda _reason: None)
+    return Application(config, lifecycle, Ledger("worker", ""), lambda _reason: None)
 
 
 def test_it_serves_and_beats(serve: Callable[..., Any], eventually: Callable[..., Any]) -> None:
@@ -70,6 +71,42 @@ def test_a_connection_is_kept_alive(serve: Callable[..., Any]) -> None:
         for _ in range(3):
             connection.request("GET", "/")
             assert connection.getresponse().read() == b"ok"
+
+
+def _sends_at_once(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Length", "1")])
+    return [b"%d" % bool(environ["gunicorn.socket"].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))]
+
+
+def test_a_connection_sends_at_once_whoever_opened_the_port(serve: Callable[..., Any]) -> None:
+    """One that waited at a port since before the function had it, too."""
+    served = serve(_sends_at_once, start=False)
+    assert not served.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), "else nothing is tried"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(served.get)
+        served.start()
+        assert waiting.result(SECONDS) == served.get() == (200, b"1")
+
+
+@pytest.mark.parametrize("path", ["/", "/_/ready", "/stream"])
+def test_a_kept_connections_next_answer_waits_for_nothing(
+    serve: Callable[..., Any], eventually: Callable[..., Any], path: str
+) -> None:
+    """Ten first bytes within less than a quarter of what ten delayed acknowledgements take, each of them 40 ms."""
+    served = serve(_function(lambda event, _: _pieces(None) if event.path == "/stream" else "ok"))
+    with closing(served.connect()) as connection:
+
+        def first_byte() -> float:
+            start = time.perf_counter()
+            connection.request("GET", path)
+            response = connection.getresponse()
+            response.read(1)
+            seconds = time.perf_counter() - start
+            response.read()
+            return seconds
+
+        first_byte()
+        eventually(lambda: sum(first_byte() for _ in range(10)) < 0.1, SECONDS, "ten answers come at once")
 
 
 def test_requests_are_served_at_once_up_to_the_capacity(serve: Callable[..., Any]) -> None:
@@ -157,6 +194,18 @@ def test_a_client_that_leaves_ends_the_stream(serve: Callable[..., Any]) -> None
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert sock.recv(1000)
     assert closed.wait(SECONDS)
+
+
+def test_clients_that_do_not_close_hold_nobody_up(serve: Callable[..., Any]) -> None:
+    """The end of a connection waits two seconds for its client; other connections do not wait with it."""
+    served = serve(_plain)
+    with ExitStack() as stack:
+        for _ in range(8):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS))
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+            connection.request("GET", "/")
+            assert connection.getresponse().read() == b"ok"
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -349,7 +398,7 @@ def test_connections_that_were_accepted_before_are_served() -> None:
     with socket.create_connection(listener.getsockname()) as client:
         accepted, _ = listener.accept()
         client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-        server = HttpServer(listener, _function(lambda *_: "ok"), capacity=2, on_beat=lambda: None, accepted=[accepted])
+        server = HttpServer(listener, _sends_at_once, capacity=2, on_beat=lambda: None, accepted=[accepted])
         thread = threading.Thread(target=server.run_until_stopped)
         thread.start()
         client.settimeout(30)
@@ -359,4 +408,4 @@ def test_connections_that_were_accepted_before_are_served() -> None:
         server.stop(at_once=True)
         thread.join(30)
     assert answer.startswith(b"HTTP/1.1 200")
-    assert answer.endswith(b"ok")
+    assert answer.endswith(b"\r\n1"), "it sends at once, too"

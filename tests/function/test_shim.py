@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -15,10 +14,11 @@ from typing import Any
 import pytest
 
 STAND_IN = """
-import json, os, signal, socket, sys, time
+import os, signal, socket, sys, time
 
 def line(**message):
-    os.write(control, json.dumps(message).encode() + b"\\n")
+    os.write(control, b"".join(b"%s=%s\\0" % (name.encode(), str(value).encode()) for name, value in message.items()))
+    os.write(control, b"\\n")
 
 stop = False
 def on_term(*_):
@@ -106,7 +106,7 @@ def test_it_passes_sigterm_on_and_ends_with_the_workers_code(
 
 @pytest.mark.parametrize("code", [64, 65, 66, 67, 68, 69])
 def test_an_explained_end_is_not_tried_again(shim: Callable[..., Shim], code: int) -> None:
-    running = shim(f"line(error=['some_code', 'what happened; do this'])\nsys.exit({code})", socket="/s")
+    running = shim(f"line(error='some_code', text='what happened; do this')\nsys.exit({code})", socket="/s")
     assert running.end() == code
     assert running.output().count("glowplug: what happened; do this [some_code]\n") == 1
 
@@ -161,7 +161,7 @@ def test_a_worker_that_hangs_while_stopping_is_killed(
 
 
 def test_a_second_interrupt_does_not_wait(shim: Callable[..., Shim], eventually: Callable[..., Any]) -> None:
-    worker = f"line(state='ready')\n{SERVE}line(error=['note', 'the first was taken'])\nwhile True: time.sleep(0.01)"
+    worker = f"line(state='ready')\n{SERVE}line(error='note', text='the first was taken')\nwhile True: time.sleep(0.01)"
     running = shim(worker, socket="/s", drain_grace=600)
     eventually(lambda: "ready after" in running.output(), 30)
     running.process.send_signal(signal.SIGINT)
@@ -190,7 +190,8 @@ while not stop:
 
 
 def test_garbage_on_the_line_is_skipped(shim: Callable[..., Shim], eventually: Callable[..., Any]) -> None:
-    worker = "os.write(control, b'\\xff\\n[1]\\n{\"spans\": 5}\\n{\"error\": [1]}\\n')\nline(state='ready')\n" + SERVE
+    garbage = rb"\xff\n[1]\nspan=5\0\nerror=1\0\nload=x\0turn=9\0\nspan=1 2 \xff \xed\0error=\xff\0text=\x07\0\n"
+    worker = f"os.write(control, b'{garbage.decode()}')\nline(state='ready')\n" + SERVE
     running = shim(worker, socket="/s")
     eventually(lambda: "ready after" in running.output(), 30)
     running.process.send_signal(signal.SIGTERM)
@@ -310,7 +311,7 @@ line(state="ready")
     running = shim(worker, socket="/s")
     eventually(lambda: "ready after" in running.output(), 30)
     first, second, own, theirs = seen.read_text().splitlines()
-    assert json.loads(first) == json.loads(second) == {"agent": theirs}
+    assert first == second == f"agent={theirs}\0"
     assert own == "/s"
     assert "it speaks another version [version]; a private cache agent is asked instead" in running.output()
     running.process.send_signal(signal.SIGTERM)

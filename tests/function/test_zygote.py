@@ -94,7 +94,7 @@ class Family:
         self.number += 1
         with theirs:
             self.zygote.fork_worker(
-                self.number, listener=self.listener.fileno(), line=theirs.fileno(), start_id=what, spans="[]",
+                self.number, listener=self.listener.fileno(), line=theirs.fileno(), start_id=what, spans=[],
                 environment={"ONLY": "this", "PATH": os.environ["PATH"]},
             )  # fmt: skip
         forked = self.event(Forked)
@@ -250,7 +250,7 @@ def test_what_must_not_be_forked_says_so(tmp_path: Path) -> None:
         _until(zygote, Ready)
         for number, words in ((signal.SIGUSR1, "it has a socket"), (signal.SIGUSR2, "it has 2 threads")):
             os.kill(zygote.pid, number)
-            zygote.fork_worker(1, listener=2, line=2, environment={}, start_id="", spans="[]")
+            zygote.fork_worker(1, listener=2, line=2, environment={}, start_id="", spans=[])
             refused = _until(zygote, Refused)
             assert words in refused.why
     finally:
@@ -311,17 +311,17 @@ def test_messages_bring_their_fds_and_leave_none_behind(wires: tuple[Wire, Wire]
 def test_what_the_other_side_does_not_read_is_kept(wires: tuple[Wire, Wire]) -> None:
     here, there = wires
     for number in range(2000):
-        here.send({"number": number, "padding": "x" * 10_000}, [2])
+        here.send({"fork": number, "padding": "x" * 10_000}, [2])
     assert here.waiting
     for number in range(2000):
         here.flush()
         message, fds = there.receive() or ({}, [])
-        assert message["number"] == number
+        assert message["fork"] == number
         os.close(fds[0])
     assert not here.waiting
 
 
-@pytest.mark.parametrize("data", [b"{", b"[]", b"\xff", b'"text"'])
+@pytest.mark.parametrize("data", [b"{", b"[]", b"\xff\0", b"\0", b"fork=1", b"fork=one\0", b'{"fork": 1}'])
 def test_nonsense_is_the_end(wires: tuple[Wire, Wire], data: bytes) -> None:
     here, there = wires
     here.sock.send(data)

@@ -132,6 +132,7 @@ class QueueProxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as in every server in Go
     server: QueueProxy
 
     def do_POST(self) -> None:

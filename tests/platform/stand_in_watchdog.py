@@ -64,6 +64,7 @@ class Watchdog(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as in every server in Go
     server: Watchdog
 
     def route(self) -> None:

@@ -16,7 +16,8 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import yaml
 from celpy.adapter import json_to_cel
 
 from cache_agent.errors import BadSetting
-from cache_agent.kube import admission
-from cache_agent.web import webserver
+from cache_agent.kube import admission, certificate
+from cache_agent.kube.certificate import Certificate
+from cache_agent.kube.routes import RoutesServer
 from runtime.config import FunctionConfig
 
 KNATIVE = Path(__file__).parents[2] / "knative"
@@ -258,7 +260,7 @@ def test_only_creation_is_of_interest() -> None:
 # --- the webhook's server ---------------------------------------------------------------------------------------------
 
 
-def make_certificate(folder: Path, name: str) -> webserver.Certificate:
+def make_certificate(folder: Path, name: str) -> Certificate:
     if not shutil.which("openssl"):
         pytest.skip("there is no openssl to make a certificate with")
     chain, key = folder / "tls.crt", folder / "tls.key"
@@ -266,7 +268,7 @@ def make_certificate(folder: Path, name: str) -> webserver.Certificate:
     command += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-days", "2"]
     done = subprocess.run([*command, "-keyout", key, "-out", chain], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return webserver.Certificate(chain, key)
+    return Certificate(chain, key)
 
 
 def call(port: int, certificate: Path, name: str, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
@@ -326,8 +328,59 @@ def test_webhook_command(tmp_path: Path, eventually: Callable[..., Any]) -> None
         process.wait(10)
 
 
+@pytest.fixture
+def secured(tmp_path: Path) -> Iterator[tuple[RoutesServer, ssl.SSLContext]]:
+    """A server with TLS, and what trusts it."""
+    pair = make_certificate(tmp_path, "localhost")
+    server = RoutesServer("127.0.0.1", 0, {}, pair)
+    server.start()
+    yield server, ssl.create_default_context(cafile=str(pair.chain))
+    server.stop()
+
+
+def test_many_answers_on_one_secured_connection(
+    secured: tuple[RoutesServer, ssl.SSLContext], eventually: Callable[..., Any]
+) -> None:
+    """Ten within less than half of what ten delayed acknowledgements take; a body larger than a record of TLS, too."""
+    server, context = secured
+    with contextlib.closing(http.client.HTTPSConnection("localhost", server.port, timeout=10, context=context)) as kept:
+
+        def ten() -> float:
+            start = time.perf_counter()
+            for _ in range(10):
+                kept.request("GET", "/healthz", b" " * 100_000)
+                assert json.loads(kept.getresponse().read()) == {"status": "ok"}
+            return time.perf_counter() - start
+
+        eventually(lambda: ten() < 0.2, 30, "ten answers come at once")
+
+
+def test_requests_that_share_a_record_of_tls_are_all_answered(secured: tuple[RoutesServer, ssl.SSLContext]) -> None:
+    server, context = secured
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as client,
+    ):
+        head = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 8000\r\nPadding: \r\n\r\n"
+        head = head.replace(b"Padding: ", b"Padding: " + b"a" * (8192 - 8000 - len(head)))
+        client.sendall((head + b" " * 8000) * 2)  # of 8 KiB each, which is what gunicorn reads at a time
+        for _ in range(2):
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            assert json.loads(response.read()) == {"status": "ok"}
+
+
+def test_a_handshake_has_a_deadline(
+    secured: tuple[RoutesServer, ssl.SSLContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = secured
+    monkeypatch.setattr(certificate, "_HANDSHAKE_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
+        assert silent.recv(100) == b""
+
+
 def test_webhook_without_its_certificate_says_so(tmp_path: Path) -> None:
     (tmp_path / "nonsense").write_text("nonsense")
     for chain in (tmp_path / "absent", tmp_path / "nonsense"):
         with pytest.raises(BadSetting, match="no certificate and key"):
-            webserver.WebServer("127.0.0.1", 0, {}, webserver.Certificate(chain, chain))
+            Certificate(chain, chain)

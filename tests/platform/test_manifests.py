@@ -106,17 +106,6 @@ def test_validation_is_strict(schema: Callable[[str, str], Schema]) -> None:
     assert [problem.partition(": ")[2] for problem in found] == ["missing", "'many' is no quantity"]
 
 
-def test_the_profile_for_gpus_has_a_pods_fields(template: Path, schema: Callable[[str, str], Schema]) -> None:
-    """OpenFaaS copies them into the function's pod; `resources` into its container."""
-    profile = load(template / "examples" / "profile-gpu.yaml")
-    (function,) = load(template / "examples" / "stack-gpu.yaml")["functions"].values()
-    assert function["annotations"]["com.openfaas.profile"] == profile["metadata"]["name"]
-    resources = profile["spec"].pop("resources")
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}
-    pod["spec"] = {**profile["spec"], "containers": [{"name": "c", "resources": resources}]}
-    assert not schema("v1", "Pod").problems(pod)
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_gated_field_has_its_flag(path: Path, schema: Callable[[str, str], Schema], data: Path) -> None:
     patch = load(KNATIVE / "config-features.patch.yaml")["data"]

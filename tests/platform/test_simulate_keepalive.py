@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -14,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cache_agent.policy import keepalive
 from cache_agent.policy.keepalive import LayerCost
@@ -23,6 +24,8 @@ MB, GB = 10**6, 10**9
 BARE, LANG = LayerCost("bare", 1.0, 100 * MB), LayerCost("lang:py", 2.0, 200 * MB)
 USERS = [LayerCost(f"user:{name}", 4.0, 300 * MB) for name in "AB"]
 NEVER = math.inf
+layers = st.builds(LayerCost, st.just("lang"), st.floats(0.001, 1e3), st.integers(10**6, 10**12))
+prices = st.floats(0.001, 1e4)
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +209,36 @@ def test_runs_the_shipped_rule(sim: Any, two: Any) -> None:
     for number in range(10):
         rule.idle(USERS[0], [LANG, BARE], 0, 10.0 * number)
         rule.reach(USERS[0], 10.0 * number + 5.0)
-    assert rule.idle(USERS[0], [LANG, BARE], 0, 100.0) == keepalive.keep(USERS[0], [5.0] * 10, 6.0)
-    stack = keepalive.pooled([USERS[0], LANG, BARE])
-    assert rule.idle(USERS[0], [LANG, BARE], 2, 100.0) == keepalive.keep(stack, [5.0] * 10, 6.0)
+    assert rule.idle(USERS[0], [LANG, BARE], 0, 100.0) == (keepalive.keep(USERS[0], [5.0] * 10, 6.0).hold, NEVER, NEVER)
+    stack = sim.rules.pooled([USERS[0], LANG, BARE])
+    assert rule.idle(USERS[0], [LANG, BARE], 2, 100.0) == (keepalive.keep(stack, [5.0] * 10, 6.0).hold, NEVER, NEVER)
+
+
+@given(st.lists(layers, min_size=1, max_size=4), prices, st.floats(0.001, 1e6))
+def test_pooled_layers_are_held_as_long_as_the_whole_stack_is_worth_it(
+    sim: Any, stack: list[LayerCost], rho: float, gap: float
+) -> None:
+    """Against all that can be held through a gap: any number of layers, from the bottom up."""
+
+    def cost(dropped: int) -> float:
+        held = sum(layer.bytes for layer in stack[dropped:]) / GB * gap
+        return held + rho * sum(layer.seconds for layer in stack[:dropped])
+
+    one = sim.rules.pooled(stack)
+    margin = cost(0) - min(cost(dropped) for dropped in range(1, len(stack) + 1))
+    if abs(margin) > 1e-9 * cost(0):
+        assert (gap < keepalive.beta(one, rho)) == (margin < 0)
+    assert one.name == stack[0].name
+    assert keepalive.beta(one, rho) <= keepalive.beta(stack[0], rho)
+
+
+def test_pooled(sim: Any) -> None:
+    user, lang, bare = LayerCost("user", 1.8, 55), LayerCost("lang", 0.4, 128), LayerCost("bare", 0.4, 22)
+    assert sim.rules.pooled([user]) == user
+    assert sim.rules.pooled([user, lang, bare]) == LayerCost("user", 2.2, 183), (
+        "bare is worth more than what stands on it"
+    )
+    assert sim.rules.pooled([lang, bare]) == lang
 
 
 @pytest.mark.parametrize("rho", [0.25, 4.0])
@@ -268,7 +298,9 @@ def test_plots(sim: Any, tmp_path: Path) -> None:
     }
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(sim: Any, tmp_path: Path) -> None:
+    import report
+
     trace = tmp_path / "azure.csv"
     source = random.Random(1)
     rows = [f"2023-11-16 18:{m:02}:{s:02}.5,{source.randrange(4000)},20" for m in range(20) for s in range(0, 60, 10)]
@@ -281,14 +313,15 @@ def test_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "rainbowcake, zygotes" in done.stdout
-    report = json.loads(result.read_text())
-    assert (report["name"], report["trusted"]) == ("keepalive", True)
+    written = report.read(result)
+    assert (written.name, written.trusted) == ("keepalive", True)
     assert {"idle_memory_vs_rainbowcake", "cost_vs_best_baseline", "published_order_of_waste_kept"} <= set(
-        report["headline"]
+        written.headline
     )
-    shares = {
-        row["metric"]: row["median"] for row in report["rows"] if row["variant"] == "openwhisk" and "rho" not in row
+    figures = {
+        row["metric"]: row["median"] for row in written.rows if row["variant"] == "openwhisk" and "rho" not in row
     }
-    assert shares["calls"] == len(rows)
+    assert figures["calls"] == len(rows)
+    assert figures.keys() == {"idle_gb_s", "mean_start_s", "p50_start_s", "p99_start_s", "calls"}
     done = subprocess.run([*command[:-1], str(result)], env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, "neither arrivals per minute" in done.stderr) == (1, True)

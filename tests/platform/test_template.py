@@ -188,7 +188,7 @@ def stacks(template: Path) -> dict[str, Any]:
 def test_the_plain_stack_takes_no_edition_but_the_free_one(template: Path) -> None:
     """What the Community Edition refuses stands in files of its own."""
     found = stacks(template)
-    assert found.keys() == {"stack.yaml", "stack-pro.yaml", "stack-gpu.yaml"}
+    assert found.keys() == {"stack.yaml", "stack-pro.yaml"}
     paid = {f"com.openfaas.scale.{name}" for name in ("zero", "zero-duration", "target", "target-proportion", "type")}
     assert not paid & found["stack.yaml"].get("labels", {}).keys()
     assert "com.openfaas.profile" not in found["stack.yaml"].get("annotations", {})
@@ -349,6 +349,20 @@ def test_a_taken_port_is_a_sentence(template: Path, tmp_path: Path) -> None:
         done = run(sys.executable, "-I", "-S", template / "listen.py", "true", cwd=tmp_path, env=env)
     assert done.returncode == 64
     assert re.fullmatch(r"glowplug: cannot listen on 127\.0\.0\.1:\d+: .*; set PORT .*\n", done.stderr)
+
+
+def test_the_port_that_it_opens_sends_at_once(template: Path, tmp_path: Path) -> None:
+    """Also for requests that wait there before the function is: their connections inherit the listener's option."""
+    successor = (
+        "import os, socket\n"
+        "held = socket.socket(fileno=int(os.environ['GLOWPLUG_LISTEN_FD']))\n"
+        "client = socket.create_connection(held.getsockname())\n"
+        "print(held.accept()[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))\n"
+    )
+    env = {"GLOWPLUG_HOST": "127.0.0.1", "PORT": "0"}
+    command = (template / "listen.py", sys.executable, "-c", successor)
+    done = run(sys.executable, "-I", "-S", *command, cwd=tmp_path, env=env)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_nothing_waits_on_the_port_of_a_function_that_has_ended(template: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ QUESTIONS = ("What is Glowplug?", "Hello", "What is a lease?", "Who are you?")
 TOKENS = 24
 DRAM = 256 << 20
 SETTLE_SECONDS = 60.0
-# What a client may be told while things break; each is a code of the README's table.
+# What a client may be told while things break; each is a code of the tables of errors.
 EXPECTED_CODES = {"busy", "starting", "weights_unavailable", "engine_failed", "drain_incomplete", "worker_crashed"}
 # What a function may end with then: SIGTERM's 0, the documented codes, and SIGKILL where we sent it.
 EXPECTED_EXITS = {0, 66, 67, 68, 69, 71, 128 + signal.SIGKILL, -signal.SIGKILL}

@@ -16,7 +16,7 @@ import http.client, json, os, socket, sys, time
 from collections import deque
 from cache_agent.client.cache_client import CacheClient
 from runtime.process import children
-from runtime.worker import worker
+from runtime.worker import assembly, worker
 from runtime.zygote import forkserver
 from runtime.zygote.warm import Warm
 
@@ -35,7 +35,7 @@ for rehearsed in (False, True):
         if rehearsed:
             deque(warm.rehearse(), 0)
         known, before, threads = set(sys.modules), children.private_bytes(), len(os.listdir("/proc/self/task"))
-        told = worker.Worker._first_token
+        told = assembly.Assembly._first_token
 
         def first_token(self, asked):
             told(self, asked)
@@ -44,8 +44,8 @@ for rehearsed in (False, True):
             print(json.dumps({**seen, "environment": dict(os.environ)}))
             sys.stdout.flush()
 
-        worker.Worker._first_token = first_token
-        os._exit(worker.serve(listener.fileno(), theirs.fileno(), "0" * 16, "[]", warm, why=""))
+        assembly.Assembly._first_token = first_token
+        os._exit(worker.serve(listener.fileno(), theirs.fileno(), "0" * 16, [], warm, why=""))
     theirs.close()
     asking = http.client.HTTPConnection(*listener.getsockname(), timeout=60)
     asking.request("POST", "/", "a glow plug")

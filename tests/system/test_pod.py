@@ -291,24 +291,3 @@ def test_sigterm_ends_a_parked_function_with_zero(pod: Any) -> None:
     answer = pod.request("/about")  # the platform goes on routing for a while
     assert answer.headers["X-Glowplug-Start"] in ("model", "lang")  # the agent restarted before
     assert pod.wait() == 0
-
-
-@pytest.mark.soak
-def test_what_is_called_periodically_is_there_before_the_call(serving: Callable[..., Any], checkpoint: Path) -> None:
-    """Built ahead: between the calls nothing is held, and the next one finds a worker that nobody had asked for."""
-    period = 6.0
-    settings = {"layers": "lang", "hold": "lang=inf", "start_price": 4}
-    with serving(handler=HANDLER, model=checkpoint, **settings) as function:
-        function.request("/about")
-        _layer(function, "lang")
-        due, ahead = time.monotonic() + period, 0
-        for _ in range(14):
-            before = set[int]()
-            while time.monotonic() < due:
-                before = {pid for pid, name in function.descendants().items() if name == "glowplug-worker"}
-                time.sleep(0.05)
-            about = function.request("/about").json
-            ahead = ahead + 1 if about["pid"] in before else 0
-            due += period
-        assert "the worker was idle and is gone" in function.output(), "it is not just kept"
-        assert ahead >= 3, "each of the last calls found a worker"

@@ -400,6 +400,14 @@ ENDING = """
     """
 
 
+def test_a_former_setting_is_named_in_the_log(started: Callable[..., Any], checkpoint: Path) -> None:
+    """By the function, and by the agent, which it has for itself here."""
+    function = started(model=checkpoint, chunk=64, snapshot_size="1M")
+    function.says("GLOWPLUG_CHUNK is no setting any more")
+    function.says("GLOWPLUG_SNAPSHOT_SIZE is no setting any more")
+    function.wait_ready()
+
+
 def test_sigterm_ends_an_idle_function_at_once(started: Callable[..., Any], checkpoint: Path) -> None:
     function = started(handler=ENDING, model=checkpoint).wait_ready()
     with closing(function.connect()) as connection:  # kept alive and idle: no reason to wait for it

@@ -27,7 +27,7 @@ from runtime.engine.base import TokenEvent
 from runtime.function.testing import toy_model
 from runtime.handoff import adopted, destination
 from runtime.handoff.incoming import Moving
-from runtime.http.application import create_app
+from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.http.server import HttpServer
 from runtime.resume.checkpoint import Checkpoints
@@ -110,7 +110,7 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     moving = Moving("chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None)
     signal.signal(signal.SIGUSR1, lambda *_: moving.depart())
     lifecycle.opened(model, None)
-    app = create_app(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
+    app = Application(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         if environ["PATH_INFO"] != "/_toy/left":

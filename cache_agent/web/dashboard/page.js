@@ -267,7 +267,7 @@ function waterfall(start) {
   // The first request may have come long after the start: its token is drawn where it would have been at once.
   const shift = (span) => (span.name === "first token" && span.start > end ? span.start - end : 0);
   const last = Math.max(end, ...start.spans.map((span) => span.end - shift(span)));
-  const percent = (ns) => `${100 * ns / (last - first)}%`;
+  const percent = (ns) => `${100 * ns / Math.max(1, last - first)}%`;
   const rows = [...start.spans].sort((a, b) => a.start - b.start).map((span) => {
     const seconds = (span.end - span.start) / 1e9;
     return element("li", { class: "row" },
@@ -334,7 +334,6 @@ function branch(layer, above) {
 }
 
 function timeLeft(layer) {
-  if (layer.state === "absent") return layer.back_seconds === null ? "" : `built again in ${duration(layer.back_seconds)}`;
   if (layer.state !== "idle" || layer.idle_seconds === null) return "";
   return `for ${duration(layer.idle_seconds)}, ${layer.left_seconds === null ? "no end" : `${duration(layer.left_seconds)} left`}`;
 }

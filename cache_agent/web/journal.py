@@ -27,6 +27,7 @@ ERROR_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)  # of |predicted − took|
 _KEPT = 1000
 _MODELS = 100
 _HANDED = 64
+_REPORTED = 1024  # hand-offs by which a second report is known: more than one report has
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class Journal:
         self._labels: set[str] = set()
         self._counts = Counts()
         self._handed: deque[HandoffRecord] = deque(maxlen=_HANDED)
+        self._reported: deque[Handed] = deque(maxlen=_REPORTED)
 
     # --- what is told ---------------------------------------------------------------------------------------------
 
@@ -118,9 +120,15 @@ class Journal:
         self.record("refused", model, f"refused {model}: {text} [{code}]")
 
     def handed(self, node: str, items: Sequence[Handed]) -> None:
-        """Requests that a worker of this node has handed over, or tried to."""
+        """Requests that a worker of this node has handed over, or tried to.
+
+        A worker that got no answer in time reports again: an item that is known already is passed over.
+        """
         for item in items:
             with self._changed:
+                if item in self._reported:
+                    continue
+                self._reported.append(item)
                 function = self._label(item.function)
                 counts = self._counts
                 counts.handoffs[item.outcome, item.how] += 1

@@ -4,6 +4,6 @@ snapshot» (format)   record» (what is kept of one request)   seal (encryption)
 checkpoint (keeps)   resume (goes on)   client (for those who ask)
 
 moving (a worker's part)   live (where its generations run)   move» (how a request changes hands)
-departure, mover, relay, orphans (the worker that drains)   host, guest (the one that goes on)
+departure, mover, relay, orphans, reporter (the worker that drains)   host, guest (the one that goes on)
 talk» (what they say)   pipe (its way)
 """

@@ -62,6 +62,7 @@ class Journal:
         self._labels: set[str] = set()
         self._counts = Counts()
         self._handed: deque[HandoffRecord] = deque(maxlen=_HANDED)
+        self._ending = False
         self._reported: deque[Handed] = deque(maxlen=_REPORTED)
 
     # --- what is told ---------------------------------------------------------------------------------------------
@@ -152,10 +153,9 @@ class Journal:
             return [event for event in self._ring if event.number > number][-limit:]
 
     def wait(self, number: int, seconds: float) -> list[EventRecord]:
-        """Like `since`, once there is one, after so many seconds, or on `wake`."""
+        """Like `since`, once there is one, after so many seconds, or at once when the agent ends."""
         with self._changed:
-            if self._number <= number:
-                self._changed.wait(seconds)
+            self._changed.wait_for(lambda: self._ending or self._number > number, seconds)
         return self.since(number)
 
     def handoffs(self) -> list[HandoffRecord]:
@@ -163,9 +163,10 @@ class Journal:
         with self._changed:
             return list(reversed(self._handed))
 
-    def wake(self) -> None:
-        """Lets everybody who waits look around: the agent ends."""
+    def end(self) -> None:
+        """From here on `wait` returns at once: the agent ends."""
         with self._changed:
+            self._ending = True
             self._changed.notify_all()
 
     def counts(self) -> Counts:

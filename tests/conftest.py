@@ -267,6 +267,12 @@ def _short_directory() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _evict(client: CacheClient, model: str) -> int:
+    """Evict a model once its last lease is gone: a lease ends when the agent has noticed the end of its connection."""
+    _eventually(lambda: not any(each.leases for each in client.status().models if each.model == model))
+    return client.evict(model)
+
+
 class AgentProcess:
     """A `glowplug-agent serve` of its own. Use as a context manager; leaving it stops the agent and checks that
 
@@ -334,6 +340,10 @@ class AgentProcess:
     @property
     def client(self) -> CacheClient:
         return CacheClient(self.socket, name="test", timeout=30)
+
+    def evict(self, model: str) -> int:
+        """The bytes that the agent gave back; a lease that has just been closed is waited for."""
+        return _evict(self.client, model)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -474,6 +484,10 @@ class LocalAgent:
     @property
     def client(self) -> CacheClient:
         return CacheClient(self.socket, name="test", timeout=30)
+
+    def evict(self, model: str) -> int:
+        """The bytes that the agent gave back; a lease that has just been closed is waited for."""
+        return _evict(self.client, model)
 
     def close(self) -> None:
         """Also done by the end of the test."""

@@ -327,10 +327,10 @@ def test_a_destination_that_is_stopped_in_the_middle_of_a_copy_aborts_back_in_ti
     tmp_path: Path,
 ) -> None:
     """A process that SIGSTOP hits when the copy has been announced; the prompt is more than a socket holds."""
-    monkeypatch.setattr(pipes, "STALL", 0.3)
-    monkeypatch.setattr(mover, "ANSWER", 0.3)
+    monkeypatch.setattr(pipes, "STALL", 2.0)  # a busy machine keeps a destination that is well waiting for less
+    monkeypatch.setattr(mover, "ANSWER", 2.0)
     first = replica(delay=SLOW)
-    long = [{"role": "user", "content": "x" * 60_000}, {"role": "user", "content": FEW}]
+    long = [{"role": "user", "content": "x" * 60_000}, {"role": "user", "content": WORDS}]
     (answer,) = clients.ask(first, 1, messages=long)
     arguments = [toy_worker.__file__, str(agent.path), "halting-worker", str(tmp_path / "told"), "halting"]
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as other:
@@ -342,7 +342,7 @@ def test_a_destination_that_is_stopped_in_the_middle_of_a_copy_aborts_back_in_ti
             eventually(lambda: state.read_text().rpartition(") ")[2][0] == "T", 20, "it stands still")
             (item,) = eventually(lambda: agent.handoffs(), 10, "the source has it back")
             assert (item.destination, item.outcome) == ("halting-worker", "back")
-            assert said(answer.result(60)) == FEW
+            assert said(answer.result(60)) == WORDS
         finally:
             other.kill()
 

@@ -22,7 +22,7 @@ from runtime.model import Model
 from runtime.testing import toy_model
 
 CHAT = {"messages": [{"role": "user", "content": "hello there"}]}
-SECONDS = 30.0
+SECONDS = 120.0
 
 
 class App:

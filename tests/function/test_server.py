@@ -22,7 +22,7 @@ from runtime.handler import Handler
 from runtime.lifecycle import Lifecycle
 from runtime.server import HttpServer
 
-SECONDS = 30.0
+SECONDS = 120.0
 Wsgi = Callable[..., Iterable[bytes]]
 
 

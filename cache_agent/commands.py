@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import click
 
 from cache_agent import config, daemon
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient
-from cache_agent.errors import AgentError, BadConfig
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.errors import AgentError, BadSetting
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,7 +58,7 @@ def reported() -> Iterator[None]:
         yield
     except AgentError as error:
         click.echo(f"glowplug-agent: {error.text} [{error.code}]", err=True)
-        sys.exit(daemon.BAD_CONFIG if isinstance(error, BadConfig) else 1)
+        sys.exit(daemon.BAD_CONFIG if isinstance(error, BadSetting) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from cache_agent import limits
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 from cache_agent.limits import HugePages
 from cache_agent.logs import LogFormat
 
@@ -63,29 +63,29 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         if self.socket_mode & 0o077 and any(_is_root(root) for root in self.file_roots):
-            raise BadConfig(
+            raise BadSetting(
                 "other users can reach the agent's socket and could read any safetensors file through it: "
                 "name the directories that hold models (--file-root), or keep --socket-mode 600"
             )
         if self.huge_pages not in get_args(HugePages):
-            raise BadConfig(f"huge_pages is {self.huge_pages!r}; it can be auto, always or never")
+            raise BadSetting(f"huge_pages is {self.huge_pages!r}; it can be auto, always or never")
         if self.readers < 1 or self.dram < 0 or self.ssd_size < 0 or self.max_connections < 1:
-            raise BadConfig("readers and max_connections must be at least 1, dram and ssd_size at least 0 bytes")
+            raise BadSetting("readers and max_connections must be at least 1, dram and ssd_size at least 0 bytes")
         if not 1 <= self.snapshot_ttl <= 86400 or self.snapshot_space < 1:
-            raise BadConfig("snapshot_ttl must be 1 to 86400 seconds, snapshot_space at least a byte")
+            raise BadSetting("snapshot_ttl must be 1 to 86400 seconds, snapshot_space at least a byte")
         for address in (self.agent_listen, self.agent_address):
             if address and not _ADDRESS.fullmatch(address):
-                raise BadConfig(f"{address!r} is no address; use host:port, or [v6]:port")
+                raise BadSetting(f"{address!r} is no address; use host:port, or [v6]:port")
         if not 1 <= self.peer_witnesses <= 8:
-            raise BadConfig(f"peer_witnesses is {self.peer_witnesses}; it can be 1 to 8")
+            raise BadSetting(f"peer_witnesses is {self.peer_witnesses}; it can be 1 to 8")
         if not self.revalidate >= 0 or not self.stale >= 0:
-            raise BadConfig(f"revalidate is {self.revalidate}, stale {self.stale}; both must be at least 0 seconds")
+            raise BadSetting(f"revalidate is {self.revalidate}, stale {self.stale}; both must be at least 0 seconds")
         if self.identity not in ("", "none", "token", "kubernetes"):
-            raise BadConfig(f"identity is {self.identity!r}; it can be none, token or kubernetes")
+            raise BadSetting(f"identity is {self.identity!r}; it can be none, token or kubernetes")
         if not set(self.status_open) <= {"healthz", "metrics"}:
-            raise BadConfig(f"status_open is {','.join(self.status_open)!r}; it can name healthz and metrics")
+            raise BadSetting(f"status_open is {','.join(self.status_open)!r}; it can name healthz and metrics")
         if self.log_format not in get_args(LogFormat):
-            raise BadConfig(f"log_format is {self.log_format!r}; it can be text or json")
+            raise BadSetting(f"log_format is {self.log_format!r}; it can be text or json")
 
     @property
     def capacity(self) -> int:
@@ -106,7 +106,7 @@ class AgentConfig:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> AgentConfig:
-    """Raises `BadConfig` that names the variable."""
+    """Raises `BadSetting` that names the variable."""
     env = os.environ if environment is None else environment
     values: dict[str, object] = {}
     for name, parse in _PARSERS.items():
@@ -115,7 +115,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> AgentConfi
             try:
                 values[name] = parse(text)
             except ValueError as error:
-                raise BadConfig(f"{variable}={text!r}: {error}") from error
+                raise BadSetting(f"{variable}={text!r}: {error}") from error
     return AgentConfig(**values)  # type: ignore[arg-type]
 
 

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING
 
 from cache_agent import limits, logs
 from cache_agent.access import control as access
-from cache_agent.agent import Agent
 from cache_agent.cluster.directory import Directory, InProcessDirectory, Node
 from cache_agent.cluster.key import ClusterKey
+from cache_agent.cluster.peer import Membership
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig, from_environment, gone
-from cache_agent.errors import AgentError, BadConfig
-from cache_agent.handoff.neighbours import Neighbours
-from cache_agent.server import Server, listen
-from cache_agent.snapshots.shelf import cluster_key, shelf
-from cache_agent.tiers.peer import Membership
+from cache_agent.errors import AgentError, BadSetting
+from cache_agent.handoff.targets import Targets
+from cache_agent.serving.agent import Agent
+from cache_agent.serving.connection import Connection
+from cache_agent.serving.remote import RemoteConnection
+from cache_agent.serving.server import Server, listen
+from cache_agent.snapshots.index import cluster_key, shelf
 from cache_agent.wire import link
-from cache_agent.wire.connection import Connection
-from cache_agent.wire.remote import RemoteConnection
 
 if TYPE_CHECKING:
     from cache_agent.kube.witness import Removal, Witness
@@ -69,7 +69,7 @@ class Daemon:
         self._server = Server(self._agent, self._sock, self._access, shelf=self._shelf)
         if key is not None:
             me = Membership(config.node_name, config.advertised, key)
-            self._server.desk.neighbours = Neighbours(me, directory)
+            self._server.desk.neighbours = Targets(me, directory)
         if config.agent_listen and not self._private:
             remote = link.listen(config.agent_listen)
             # Half of all connections stay this node's own, whoever knocks from outside.
@@ -146,7 +146,7 @@ def _peers(config: AgentConfig, directory: Directory, key: ClusterKey | None) ->
 
 
 def _directory(config: AgentConfig) -> Directory:
-    """Raises `BadConfig`."""
+    """Raises `BadSetting`."""
     if not config.redis_url:
         return InProcessDirectory()
     from cache_agent.cluster.directory_redis import (
@@ -177,7 +177,7 @@ def private(fd: int, parent: int) -> None:
         Daemon(config, listening=socket.socket(fileno=fd)).run()
     except AgentError as error:
         print(f"glowplug-agent: {error.text} [{error.code}]", file=sys.stderr)
-        sys.exit(BAD_CONFIG if isinstance(error, BadConfig) else 1)
+        sys.exit(BAD_CONFIG if isinstance(error, BadSetting) else 1)
 
 
 def _end_with(parent: int) -> None:

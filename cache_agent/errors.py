@@ -173,7 +173,7 @@ class NoDestination(AgentError):
     retryable = True
 
 
-class BadConfig(AgentError):
+class BadSetting(AgentError):
     """A setting of the agent is missing or has no sense."""
 
     code = "bad_config"
@@ -203,7 +203,7 @@ BY_CODE: dict[str, type[AgentError]] = {
         SnapshotTooLarge,
         SnapshotForged,
         NoDestination,
-        BadConfig,
+        BadSetting,
     )
 }
 

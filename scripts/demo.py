@@ -27,7 +27,7 @@ from report import ROOT, Report
 from rich.console import Console
 from rich.table import Table
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AgentError
 from runtime.sse import EventParser
 
@@ -109,7 +109,7 @@ def _function(name: str, uri: str, agent_socket: Path, directory: Path) -> Itera
         "PYTHONSAFEPATH": "1",
     }
     # What a container's entrypoint runs; `glowplug serve` ends in the same command.
-    with _process([sys.executable, "-m", "runtime.shim"], log, environment) as process:
+    with _process([sys.executable, "-m", "runtime.container.shim"], log, environment) as process:
         yield Function(name, process, port, log)
 
 

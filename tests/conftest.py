@@ -34,19 +34,19 @@ import hypothesis
 import pytest
 
 from cache_agent.access.control import Access, from_config
-from cache_agent.agent import Agent
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.cluster.directory import InProcessDirectory, Node
 from cache_agent.cluster.key import ClusterKey
+from cache_agent.cluster.peer import Membership
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentError, AgentUnreachable, ModelNotFound
-from cache_agent.handoff.neighbours import Neighbours
-from cache_agent.server import Server, listen
+from cache_agent.handoff.targets import Targets
+from cache_agent.serving.agent import Agent
+from cache_agent.serving.remote import RemoteConnection
+from cache_agent.serving.server import Server, listen
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.tiers.peer import Membership
 from cache_agent.wire import link
-from cache_agent.wire.remote import RemoteConnection
 
 # What only a broken program would take: the machine may have several times as much to do as it has processors for.
 PATIENCE = 60.0
@@ -500,7 +500,7 @@ class LocalAgent:
         self.agent = Agent(self.config, self.directory, self._open, peers)
         access = access or from_config(self.config)
         self.server = Server(self.agent, listen(socket_path, 0o600), access)
-        self.server.desk.neighbours = Neighbours(me, self.directory) if me else None
+        self.server.desk.neighbours = Targets(me, self.directory) if me else None
         self.server.open_door(
             tcp, lambda sock: RemoteConnection(self.agent, sock, access, self.server.forget, self.server.desk, key), 512
         )

@@ -6,7 +6,7 @@ from cache_agent.access.control import Access
 from cache_agent.errors import AccessDenied
 from cache_agent.policy.rights import Caller
 from cache_agent.wire.message import Message
-from cache_agent.wire.messages import Adopted, ErrorReply, Granted, LeaseRequest, Offer, Ready, Streaming
+from cache_agent.wire.messages import Adopted, ErrorReply, Granted, LeaseReady, LeaseRequest, Offer, Streaming
 from cache_agent.wire.operations import (
     EvictReply,
     EvictRequest,
@@ -55,7 +55,7 @@ class Trail:
                 self._what = ""
             case Granted() | Streaming():
                 self._record(caller, "granted")  # and should the load fail, that is a line, too
-            case Ready():
+            case LeaseReady():
                 self._what = ""
             case Adopted(revision, shared):
                 self._record(caller, "adopted" if shared else "orphaned", revision=revision)

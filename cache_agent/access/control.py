@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from cache_agent.access.identity import Anybody, Check, Identities, identities
 from cache_agent.config import AgentConfig
-from cache_agent.errors import AccessDenied, AgentError, BadConfig
+from cache_agent.errors import AccessDenied, AgentError, BadSetting
 from cache_agent.model.uri import ModelURI, parse_uri
-from cache_agent.policy.rights import EVERYTHING, Caller, Grant, pieces
+from cache_agent.policy.rights import EVERYTHING, Caller, Permission, pieces
 from cache_agent.wire.messages import Identity
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Access:
             log.info("refused", extra={"fields": {"who": "", "client": client, "what": "hello", "outcome": error.code}})
             raise
 
-    def grant(self, caller: Caller) -> Grant:
+    def grant(self, caller: Caller) -> Permission:
         return EVERYTHING if self._rights is None else self._rights.current().of(caller)
 
     def may_have(self, caller: Caller, model: str) -> bool:
@@ -86,7 +86,7 @@ class Access:
         log.info("%s", outcome, extra={"fields": {**fields, **more}})
 
 
-def _covers(grant: Grant, uri: ModelURI) -> bool:
+def _covers(grant: Permission, uri: ModelURI) -> bool:
     """Looks at the disk only below what was granted: the time that a refusal takes tells nothing."""
     if not grant.covers(uri.scheme, uri.place):
         return False
@@ -105,12 +105,12 @@ def _real(parts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def from_config(config: AgentConfig) -> Access:
-    """Raises `BadConfig`."""
+    """Raises `BadSetting`."""
     check = identities(config.identity, config.token_file, config.kubernetes)
     if config.rights is None:
         return Access(check)
     if check.anybody:
-        raise BadConfig("GLOWPLUG_RIGHTS says who may have what, and nobody is asked who he is: set GLOWPLUG_IDENTITY")
+        raise BadSetting("GLOWPLUG_RIGHTS says who may have what, and nobody is asked who he is: set GLOWPLUG_IDENTITY")
     from cache_agent.access.rights import RightsFile
 
     return Access(check, RightsFile(config.rights))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cache_agent.access.keyfile import digest
-from cache_agent.errors import AccessDenied, BadConfig
+from cache_agent.errors import AccessDenied, BadSetting
 from cache_agent.policy.rights import NOBODY, Caller
 from cache_agent.stamp import Stamp, stamp
 from cache_agent.wire.messages import Identity
@@ -45,7 +45,7 @@ class Tokens:
     """Secrets in files, read again when they change."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `BadConfig`."""
+        """Raises `BadSetting`."""
         self._path = path
         self._lock = threading.Lock()
         self._stamps: dict[str, Stamp] = {}
@@ -56,7 +56,7 @@ class Tokens:
         with self._lock:
             try:
                 self._read()
-            except BadConfig as error:
+            except BadSetting as error:
                 log.error("%s; the former secrets stay good", error.text)
             names = list(self._names.items())
         given = digest(identity.token)
@@ -73,30 +73,32 @@ class Tokens:
         try:
             stamps = {name: stamp(path) for name, path in secrets.items()}
         except OSError as error:
-            raise BadConfig(f"GLOWPLUG_TOKEN_FILE={self._path} cannot be read: {error}") from error
+            raise BadSetting(f"GLOWPLUG_TOKEN_FILE={self._path} cannot be read: {error}") from error
         if stamps != self._stamps:
             self._names = {digest(read_token(path)): name for name, path in secrets.items()}
             self._stamps = stamps
 
 
 def token_files(path: Path) -> dict[str, Path]:
-    """The files of secrets by their names; a single one's is `token`. Raises `BadConfig`."""
+    """The files of secrets by their names; a single one's is `token`. Raises `BadSetting`."""
     if not path.is_dir():
         return {"token": path}
     found = {entry.name: entry for entry in sorted(path.iterdir()) if _NAME.fullmatch(entry.name) and entry.is_file()}
     if not found:
-        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} is a directory without a secret; put a file for each caller there")
+        raise BadSetting(
+            f"GLOWPLUG_TOKEN_FILE={path} is a directory without a secret; put a file for each caller there"
+        )
     return found
 
 
 def read_token(path: Path) -> str:
-    """Raises `BadConfig`."""
+    """Raises `BadSetting`."""
     try:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} cannot be read: {error}") from error
+        raise BadSetting(f"GLOWPLUG_TOKEN_FILE={path} cannot be read: {error}") from error
     if not token:
-        raise BadConfig(f"GLOWPLUG_TOKEN_FILE={path} is empty")
+        raise BadSetting(f"GLOWPLUG_TOKEN_FILE={path} is empty")
     return token
 
 
@@ -121,7 +123,7 @@ class Identities:
 def identities(kind: str, token_file: Path | None, kubernetes: str) -> Identities:
     """As the settings have it: `kind` is none, token, kubernetes or "", which is a token where there is a file of it.
 
-    A file of secrets is good beside `kubernetes`, too. Raises `BadConfig`.
+    A file of secrets is good beside `kubernetes`, too. Raises `BadSetting`.
     """
     kind = kind or ("token" if token_file else "none")
     checks: dict[str, Check] = {}
@@ -130,12 +132,14 @@ def identities(kind: str, token_file: Path | None, kubernetes: str) -> Identitie
     elif token_file is not None:
         checks["token"] = Tokens(token_file)
     if kind == "token" and token_file is None:
-        raise BadConfig("GLOWPLUG_IDENTITY=token needs GLOWPLUG_TOKEN_FILE, the file of the secret")
+        raise BadSetting("GLOWPLUG_IDENTITY=token needs GLOWPLUG_TOKEN_FILE, the file of the secret")
     if kind == "kubernetes":
         if not kubernetes:
-            raise BadConfig("GLOWPLUG_IDENTITY=kubernetes needs GLOWPLUG_KUBERNETES, the URL of the Kubernetes API")
+            raise BadSetting("GLOWPLUG_IDENTITY=kubernetes needs GLOWPLUG_KUBERNETES, the URL of the Kubernetes API")
+        from cache_agent.access.kubernetes import (
+            Api,  # nor ssl, nor http: a function that starts its own agent waits for it
+        )
         from cache_agent.access.tokenreview import TokenReview
-        from cache_agent.kube.api import Api  # nor ssl, nor http: a function that starts its own agent waits for it
 
         checks["kubernetes"] = TokenReview(Api(kubernetes))
     return Identities(checks)

@@ -21,9 +21,9 @@ from pathlib import Path
 import msgspec
 
 from cache_agent.config import parse_size
-from cache_agent.errors import AgentError, BadConfig
+from cache_agent.errors import AgentError, BadSetting
 from cache_agent.model.uri import parse_uri
-from cache_agent.policy.rights import ANY, Grant, Prefix, Rights, pieces
+from cache_agent.policy.rights import ANY, Permission, Prefix, Rights, pieces
 from cache_agent.stamp import Stamp, stamp
 
 log = logging.getLogger("glowplug.rights")
@@ -47,7 +47,7 @@ class RightsFile:
     """Any thread."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `BadConfig`."""
+        """Raises `BadSetting`."""
         self._path = path
         self._lock = threading.Lock()
         self._stamp: Stamp | None = _stamp(path)
@@ -64,7 +64,7 @@ class RightsFile:
                     self._rights = read(self._path)
                     log.info("%s was read again: %d grants", self._path, len(self._rights.grants))
                     self._said = ""
-            except BadConfig as error:
+            except BadSetting as error:
                 if error.text != self._said:
                     log.error("%s; the former rights stay in force", error.text)
                     self._said = error.text
@@ -81,39 +81,39 @@ def _stamp(path: Path) -> Stamp:
     try:
         return stamp(path)
     except OSError as error:
-        raise BadConfig(f"GLOWPLUG_RIGHTS={path} cannot be read: {error.strerror}") from error
+        raise BadSetting(f"GLOWPLUG_RIGHTS={path} cannot be read: {error.strerror}") from error
 
 
 def read(path: Path) -> Rights:
-    """Raises `BadConfig` that names the entry."""
+    """Raises `BadSetting` that names the entry."""
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
         if len(data) > _LARGEST:
-            raise BadConfig(f"GLOWPLUG_RIGHTS={path} has more than {_LARGEST >> 20} MiB")
+            raise BadSetting(f"GLOWPLUG_RIGHTS={path} has more than {_LARGEST >> 20} MiB")
         found = msgspec.convert(tomllib.loads(data.decode()), _File)
     except OSError as error:
-        raise BadConfig(f"GLOWPLUG_RIGHTS={path} cannot be read: {error.strerror}") from error
+        raise BadSetting(f"GLOWPLUG_RIGHTS={path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of msgspec
-        raise BadConfig(f"GLOWPLUG_RIGHTS={path}: {error}") from error
-    grants: dict[tuple[str, str], Grant] = {}
+        raise BadSetting(f"GLOWPLUG_RIGHTS={path}: {error}") from error
+    grants: dict[tuple[str, str], Permission] = {}
     for kind, table in (("namespace", found.namespace), ("account", found.account), ("token", found.token)):
         for name, given in table.items():
             where = f"GLOWPLUG_RIGHTS={path}: [{kind}.{name}]"
             if kind == "account" and name.count("/") != 1:
-                raise BadConfig(f"{where}: an account is written namespace/name")
+                raise BadSetting(f"{where}: an account is written namespace/name")
             grants[kind, name] = _grant(given, where)
     return Rights(grants)
 
 
-def _grant(given: _Grant, where: str) -> Grant:
+def _grant(given: _Grant, where: str) -> Permission:
     try:
         dram = parse_size(given.dram) if isinstance(given.dram, str) else given.dram
     except ValueError as error:
-        raise BadConfig(f"{where} dram = {given.dram!r}: {error}") from error
+        raise BadSetting(f"{where} dram = {given.dram!r}: {error}") from error
     if dram is not None and dram < 0:
-        raise BadConfig(f"{where} dram = {given.dram!r}: use a number of bytes, or one with K, M, G or T")
-    return Grant(tuple(_prefix(text, where) for text in given.models), given.admin, dram)
+        raise BadSetting(f"{where} dram = {given.dram!r}: use a number of bytes, or one with K, M, G or T")
+    return Permission(tuple(_prefix(text, where) for text in given.models), given.admin, dram)
 
 
 def _prefix(text: str, where: str) -> Prefix:
@@ -125,12 +125,12 @@ def _prefix(text: str, where: str) -> Prefix:
     try:
         uri = parse_uri(text)
     except AgentError as error:
-        raise BadConfig(f"{where} models: {error.text}") from error
+        raise BadSetting(f"{where} models: {error.text}") from error
     if uri.revision:
-        raise BadConfig(f"{where} models: {text}: rights are to places; leave @{uri.revision} out")
+        raise BadSetting(f"{where} models: {text}: rights are to places; leave @{uri.revision} out")
     found = pieces(uri.scheme, uri.place)
     if found is None:
-        raise BadConfig(f"{where} models: {text}: write the place plainly, without dot segments or encoded characters")
+        raise BadSetting(f"{where} models: {text}: write the place plainly, without dot segments or encoded characters")
     if uri.scheme == "hf" and "@" not in uri.place:
         found = found[:-1]  # any branch
     return Prefix(uri.scheme, found)

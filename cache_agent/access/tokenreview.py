@@ -17,8 +17,8 @@ from typing import NamedTuple
 import msgspec
 
 from cache_agent.access.keyfile import digest
+from cache_agent.access.kubernetes import Api
 from cache_agent.errors import AccessDenied, IdentityUnavailable
-from cache_agent.kube.api import Api
 from cache_agent.policy.rights import AUDIENCE, Caller
 from cache_agent.wire.messages import Identity
 

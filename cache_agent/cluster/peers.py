@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 
 from cache_agent.cluster.directory import Directory
+from cache_agent.cluster.peer import Membership, Peer, PeerFailed
 from cache_agent.cluster.swarm import Liars, Swarm
 from cache_agent.errors import AgentError
-from cache_agent.loading.checkpoint import Description
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
+from cache_agent.model.checkpoint import Description
 from cache_agent.policy.fanout import place
-from cache_agent.tiers.peer import Membership, Peer, PeerFailed
 
 log = logging.getLogger("glowplug.peers")
 
@@ -31,7 +31,7 @@ class Peers:
         self._directory = directory
         self._liars = Liars()
 
-    def helper(self, load: Load, source: str, *, origin_answers: bool) -> Helped:
+    def helper(self, load: ModelLoad, source: str, *, origin_answers: bool) -> Helped:
         """Takes a place among the nodes that load this source, and helps the load from there."""
         return Helped(self, load, source, origin_answers=origin_answers)
 
@@ -66,7 +66,7 @@ class Peers:
 class Helped:
     """One load's helper: holds its place while it runs."""
 
-    def __init__(self, peers: Peers, load: Load, source: str, *, origin_answers: bool) -> None:
+    def __init__(self, peers: Peers, load: ModelLoad, source: str, *, origin_answers: bool) -> None:
         self._peers, self._load, self._source = peers, load, source
         self._origin_answers = origin_answers
         self._claim = ""

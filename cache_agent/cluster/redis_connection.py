@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 
 
 def connect(url: str, password_file: Path | None, timeout: float) -> Any:
@@ -16,7 +16,7 @@ def connect(url: str, password_file: Path | None, timeout: float) -> Any:
     try:
         options = redis.connection.parse_url(url)  # type: ignore[no-untyped-call]
     except (ValueError, AttributeError) as error:
-        raise BadConfig(f"GLOWPLUG_REDIS_URL: {error}; use redis://, rediss:// or unix://") from error
+        raise BadSetting(f"GLOWPLUG_REDIS_URL: {error}; use redis://, rediss:// or unix://") from error
     connection = options.pop("connection_class", redis.Connection)
     if password_file is not None:
         _read_password(password_file)
@@ -45,7 +45,7 @@ class _FilePassword:
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
         try:
             password = _read_password(self._path)
-        except BadConfig as error:
+        except BadSetting as error:
             raise OSError(error.text) from error
         return (self._user, password) if self._user else (password,)
 
@@ -54,9 +54,9 @@ def _read_password(path: Path) -> str:
     try:
         password = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} cannot be read: {error}") from error
+        raise BadSetting(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} cannot be read: {error}") from error
     if not password:
-        raise BadConfig(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} is empty")
+        raise BadSetting(f"GLOWPLUG_REDIS_PASSWORD_FILE={path} is empty")
     return password
 
 
@@ -66,7 +66,7 @@ def without_password(url: str) -> str:
 
 
 def version(url: str, password_file: Path | None = None, timeout: float = 2.0) -> str:
-    """The version of the Redis there, "" if it does not tell. Raises `BadConfig`, or `OSError` with what is wrong."""
+    """The version of the Redis there, "" if it does not tell. Raises `BadSetting`, or `OSError` with what is wrong."""
     import redis
 
     client = connect(url, password_file, timeout)

@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from cache_agent.cluster.peer import Peer, PeerFailed, PeerLied
 from cache_agent.errors import AgentError, OriginUnavailable
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
 from cache_agent.loading.parallelism import Parallelism
 from cache_agent.policy.fanout import ORIGIN, Fanout, Step
-from cache_agent.tiers.peer import Peer, PeerFailed, PeerLied
 from cache_agent.wire.peers import Holds, Said
 
 log = logging.getLogger("glowplug.peers")
@@ -62,7 +62,7 @@ class Swarm:
 
     def __init__(
         self,
-        load: Load,
+        load: ModelLoad,
         source: str,
         *,
         start: float,

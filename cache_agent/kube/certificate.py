@@ -7,7 +7,7 @@ import socket
 import ssl
 from pathlib import Path
 
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 from cache_agent.stamp import Stamp, stamp
 
 _HANDSHAKE_SECONDS = 5.0
@@ -17,7 +17,7 @@ class Certificate:
     """A certificate chain and its private key, files in PEM, and the context of TLS that they make. Any thread."""
 
     def __init__(self, chain: Path, key: Path) -> None:
-        """Raises `BadConfig`."""
+        """Raises `BadSetting`."""
         self.chain = chain
         self.key = key
         self._stamps: list[Stamp] = []
@@ -27,7 +27,7 @@ class Certificate:
 
     def secure(self, sock: socket.socket) -> ssl.SSLSocket:
         """Shake hands with a client, within five seconds. Raises `OSError`."""
-        with contextlib.suppress(BadConfig):  # a pair that is just being renewed: the old one is good for this client
+        with contextlib.suppress(BadSetting):  # a pair that is just being renewed: the old one is good for this client
             self._load()
         sock.settimeout(_HANDSHAKE_SECONDS)
         return self._context.wrap_socket(sock, server_side=True)
@@ -39,4 +39,4 @@ class Certificate:
                 self._context.load_cert_chain(self.chain, self.key)
                 self._stamps = stamps
         except OSError as error:  # ssl.SSLError is one
-            raise BadConfig(f"{self.chain} and {self.key} are no certificate and key: {error}") from error
+            raise BadSetting(f"{self.chain} and {self.key} are no certificate and key: {error}") from error

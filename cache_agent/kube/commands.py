@@ -37,8 +37,7 @@ def extender(
     log_level: str,
 ) -> None:
     """Tell kube-scheduler which node would start a pod's model soonest."""
-    from cache_agent.cluster import outlook
-    from cache_agent.kube import routes
+    from cache_agent.kube import outlook, routes
     from cache_agent.kube.extender import Extender
 
     logs.configure(log_level)

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from cache_agent.cluster.outlook import Outlook, Unavailable
 from cache_agent.kube.admission import MODEL
+from cache_agent.kube.outlook import Outlook, Unavailable
 from cache_agent.kube.routes import Answer, Refused
 from cache_agent.policy import placement
 
@@ -92,7 +92,7 @@ class Extender:
         }
         return Answer(200, msgspec.json.encode(result))
 
-    def _decisions(self, arguments: _Arguments, names: list[str]) -> list[placement.Decision]:
+    def _decisions(self, arguments: _Arguments, names: list[str]) -> list[placement.PlacementDecision]:
         metadata = arguments.Pod.metadata
         model = (metadata.annotations or {}).get(MODEL, "")
         if not model or len(model) > _LONGEST_URI:

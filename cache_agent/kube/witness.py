@@ -26,7 +26,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from cache_agent.kube.api import SERVICE_ACCOUNT, Api
+from cache_agent.access.kubernetes import SERVICE_ACCOUNT, Api
 
 log = logging.getLogger("glowplug.witness")
 

@@ -11,10 +11,10 @@ from typing import Protocol
 import xxhash
 
 from cache_agent.errors import OriginChanged
-from cache_agent.loading import content
-from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.reader import OriginReader
 from cache_agent.loading.tee import Tee
+from cache_agent.model import content
+from cache_agent.model.checkpoint import Description
 from cache_agent.model.origin import Origin
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.ssd import Reading
@@ -43,7 +43,7 @@ class Helper(Protocol):
         ...
 
 
-class Load:
+class ModelLoad:
     """The bytes of one model on their way. Progress may be read, and watched, from any thread."""
 
     def __init__(

@@ -14,11 +14,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from cache_agent.errors import AgentError, OriginUnavailable
-from cache_agent.loading import ranges
-from cache_agent.loading.checkpoint import Description
 from cache_agent.loading.parallelism import Parallelism
-from cache_agent.loading.ranges import Range
+from cache_agent.model import ranges
+from cache_agent.model.checkpoint import Description
 from cache_agent.model.origin import Origin
+from cache_agent.model.ranges import Range
 from cache_agent.tiers.dram import Dram
 
 log = logging.getLogger("glowplug.loader")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import xxhash
 
-from cache_agent.manifest import Manifest
+from cache_agent.model.manifest import Manifest
 from cache_agent.tiers.ssd import Writing
 
 log = logging.getLogger("glowplug.ssd")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from cache_agent.manifest import SourceFile
+from cache_agent.model.manifest import SourceFile
 
 
 class Origin(Protocol):

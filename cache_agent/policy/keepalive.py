@@ -34,7 +34,7 @@ HISTORY = 64
 _ENOUGH = 8  # gaps, from which on they say more than the price alone does
 
 
-class Layer(NamedTuple):
+class LayerCost(NamedTuple):
     """`seconds` to build it on top of the layer below, as measured; `bytes` that are freed when it goes."""
 
     name: str
@@ -42,13 +42,13 @@ class Layer(NamedTuple):
     bytes: int
 
 
-class Decision(NamedTuple):
+class HoldDecision(NamedTuple):
     """The seconds of idleness up to and including which a layer is held, and what that is based on.
 
     `hits` of the `known` gaps would have found the layer, which would have been held for `held` seconds of them.
     """
 
-    layer: Layer
+    layer: LayerCost
     rho: float
     hold: float
     hits: int = 0
@@ -118,7 +118,7 @@ class History:
         return None if self.since is None else max(0.0, now - self.since)
 
 
-def beta(layer: Layer, rho: float) -> float:
+def beta(layer: LayerCost, rho: float) -> float:
     """The seconds for which holding a layer costs as much as building it once."""
     if not (rho >= 0 and layer.seconds >= 0 and layer.bytes >= 0):
         raise ValueError(f"a price cannot be negative: ρ is {rho}, the layer {layer}")
@@ -128,7 +128,7 @@ def beta(layer: Layer, rho: float) -> float:
     return worth / (layer.bytes / GB)
 
 
-def keep(layer: Layer, gaps: Iterable[float], rho: float) -> Decision:
+def keep(layer: LayerCost, gaps: Iterable[float], rho: float) -> HoldDecision:
     """Return how long an idle layer is held at the exchange rate `rho` (GB·s per s).
 
     `gaps` are the idle times that ended, in order; the last 64 count. Raises `ValueError` for a negative price.
@@ -136,7 +136,7 @@ def keep(layer: Layer, gaps: Iterable[float], rho: float) -> Decision:
     limit = beta(layer, rho)
     known = sorted(gap for gap in deque(gaps, HISTORY) if 0.0 <= gap < math.inf)
     if limit in (0.0, math.inf) or len(known) < _ENOUGH:
-        return Decision(layer, rho, limit, known=len(known), hits=len(known), held=sum(known))
+        return HoldDecision(layer, rho, limit, known=len(known), hits=len(known), held=sum(known))
     # Costs are in seconds of holding: one start counts for β of them. `sums[k]` is that of the k shortest gaps.
     sums = [0.0, *accumulate(known)]
     count = len(known)
@@ -147,9 +147,9 @@ def keep(layer: Layer, gaps: Iterable[float], rho: float) -> Decision:
     if (least := min(costs)) < best:
         index = costs.index(least)
     if index < 0:
-        return Decision(layer, rho, 0.0, known=count)
+        return HoldDecision(layer, rho, 0.0, known=count)
     held = sums[index + 1] + (count - 1 - index) * known[index]
-    return Decision(layer, rho, known[index], hits=index + 1, known=count, held=held)
+    return HoldDecision(layer, rho, known[index], hits=index + 1, known=count, held=held)
 
 
 def _span(seconds: float) -> str:

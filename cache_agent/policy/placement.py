@@ -45,14 +45,14 @@ class Tier(msgspec.Struct, frozen=True):
         return self.bandwidth or ASSUMED.get(self.name, ASSUMED["origin"])
 
 
-class Running(msgspec.Struct, frozen=True):
+class RunningModel(msgspec.Struct, frozen=True):
     """What takes a place that the model needs. `move_seconds` None: it cannot be moved."""
 
     ends_in: Seconds
     move_seconds: Seconds | None = None
 
 
-class Node(msgspec.Struct, frozen=True):
+class PlacementNode(msgspec.Struct, frozen=True):
     """What is known of one node. `queue` is the loading that is before us, in seconds; `places` are free ones.
 
     `alive`: its agent was heard of lately. Without one the function reads the origin by itself, for itself. `capacity`
@@ -65,7 +65,7 @@ class Node(msgspec.Struct, frozen=True):
     queue: Seconds = 0.0
     attach: Seconds = 0.05
     places: int = 1
-    running: tuple[Running, ...] = ()
+    running: tuple[RunningModel, ...] = ()
     origin: Seconds = 0.0  # bytes per second of the origin, as this node measured it; 0 if it did not
     capacity: Bytes = 0
 
@@ -74,10 +74,10 @@ class View(msgspec.Struct, frozen=True):
     """A model of so many bytes, as the nodes see it."""
 
     bytes: Bytes
-    nodes: tuple[Node, ...] = ()
+    nodes: tuple[PlacementNode, ...] = ()
 
 
-class Decision(NamedTuple):
+class PlacementDecision(NamedTuple):
     """The quickest way to the model on a node. `measured`: which share of the loading time rests on measurements."""
 
     node: str
@@ -88,26 +88,28 @@ class Decision(NamedTuple):
     why: str
 
 
-def decide(size: int, node: Node) -> Decision:
+def decide(size: int, node: PlacementNode) -> PlacementDecision:
     """What a node offers for a model of `size` bytes."""
     load, tier, measured, steps = _loading(size, node)
     if node.alive and 0 < node.capacity < size:
         why = f"its agent has {node.capacity / 1e6:.0f} MB for weights in all, and refuses {size / 1e6:.0f} MB"
-        return Decision(node.name, "none", math.inf, tier, 1.0, why)
+        return PlacementDecision(node.name, "none", math.inf, tier, 1.0, why)
     if node.places > 0:
-        return Decision(node.name, "load", load, tier, measured, steps)
+        return PlacementDecision(node.name, "load", load, tier, measured, steps)
     ways: list[tuple[float, str, str]] = []
     for running in node.running:
         ways.append((running.ends_in, "wait", f"wait {running.ends_in:.2f} s for what runs there to end"))
         if running.move_seconds is not None:
             ways.append((running.move_seconds, "move", f"move what runs there in {running.move_seconds:.2f} s"))
     if not ways:
-        return Decision(node.name, "none", math.inf, tier, measured, "no place is free, and nothing is known to end")
+        return PlacementDecision(
+            node.name, "none", math.inf, tier, measured, "no place is free, and nothing is known to end"
+        )
     before, way, text = min(ways)
-    return Decision(node.name, way, before + load, tier, measured, f"{text}; {steps}")
+    return PlacementDecision(node.name, way, before + load, tier, measured, f"{text}; {steps}")
 
 
-def rank(view: View) -> list[Decision]:
+def rank(view: View) -> list[PlacementDecision]:
     """All nodes, the soonest first."""
     return sorted((decide(view.bytes, node) for node in view.nodes), key=lambda found: (found.seconds, found.node))
 
@@ -115,10 +117,10 @@ def rank(view: View) -> list[Decision]:
 def covering(view: View, names: Iterable[str]) -> View:
     """The view with a node for each name: of one that nothing is known of, that it has no agent."""
     known = {node.name for node in view.nodes}
-    return View(view.bytes, (*view.nodes, *(Node(name, alive=False) for name in names if name not in known)))
+    return View(view.bytes, (*view.nodes, *(PlacementNode(name, alive=False) for name in names if name not in known)))
 
 
-def scores(decisions: Iterable[Decision], names: Sequence[str]) -> dict[str, int]:
+def scores(decisions: Iterable[PlacementDecision], names: Sequence[str]) -> dict[str, int]:
     """0 … 10 for each name; one without a decision gets 0, as the slowest one does.
 
     The scale is logarithmic, because 0.1 s against 1 s matters as much as 1 s against 10 s; and it shrinks where all
@@ -148,7 +150,7 @@ def from_holdings(
     return View(
         size,
         tuple(
-            Node(
+            PlacementNode(
                 name,
                 name in alive,
                 tuple(found),
@@ -160,7 +162,7 @@ def from_holdings(
     )
 
 
-def _loading(size: int, node: Node) -> tuple[float, str, float, str]:
+def _loading(size: int, node: PlacementNode) -> tuple[float, str, float, str]:
     """(seconds, the tier that most of them go to, share of them that was measured, the sum in words)."""
     origin = Tier("origin", size, node.origin)
     tiers = sorted(node.tiers, key=lambda tier: -tier.rate) if node.alive else []

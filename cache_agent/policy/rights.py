@@ -55,7 +55,7 @@ class Prefix(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class Permission:
     """What a caller was given. `dram` is how many bytes of memory it may hold for itself, None for any number."""
 
     models: tuple[Prefix, ...] = ()
@@ -69,17 +69,17 @@ class Grant:
         return found is not None and any(prefix.covers(scheme, found) for prefix in self.models)
 
 
-NOTHING = Grant()
-EVERYTHING = Grant((Prefix(ANY, ()),), admin=True)
+NOTHING = Permission()
+EVERYTHING = Permission((Prefix(ANY, ()),), admin=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Rights:
     """Grants by ("account", "namespace/name"), ("namespace", name or "*") and ("token", name)."""
 
-    grants: Mapping[tuple[str, str], Grant]
+    grants: Mapping[tuple[str, str], Permission]
 
-    def of(self, caller: Caller) -> Grant:
+    def of(self, caller: Caller) -> Permission:
         """The closest grant alone counts: an account's, else its namespace's, else that of all namespaces."""
         keys: Iterable[tuple[str, str]] = ()
         if caller.kind == "kubernetes":

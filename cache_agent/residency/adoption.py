@@ -14,13 +14,13 @@ import hashlib
 import os
 from collections.abc import Sequence
 
-from cache_agent import manifest as manifests
 from cache_agent.ledger import Ledger
-from cache_agent.loading import content
-from cache_agent.loading.checkpoint import Description, describe
-from cache_agent.manifest import Manifest
+from cache_agent.model import content
+from cache_agent.model import manifest as manifests
+from cache_agent.model.checkpoint import Description, describe
+from cache_agent.model.manifest import Manifest
 from cache_agent.model.origin import Origin
-from cache_agent.residency.held import Held
+from cache_agent.residency.leases import EntryMemory
 from cache_agent.tiers.dram import Dram
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -57,7 +57,7 @@ def examine(fds: Sequence[int], plan: Manifest) -> None:
             raise NotAdopted(f"segment {number} has holes")
 
 
-def receive(origin: Origin, source: str, fds: Sequence[int]) -> Held:
+def receive(origin: Origin, source: str, fds: Sequence[int]) -> EntryMemory:
     """The memory behind the fds, on descriptions of our own, for `prove`.
 
     Raises `NotAdopted`, or what the origin does.
@@ -66,10 +66,10 @@ def receive(origin: Origin, source: str, fds: Sequence[int]) -> Held:
     if description.manifest.source != source:
         raise NotAdopted("the origin has other files by now")
     examine(fds, description.manifest)
-    return Held(description, Ledger("agent"), Dram.adopted(fds), tier="dram")
+    return EntryMemory(description, Ledger("agent"), Dram.adopted(fds), tier="dram")
 
 
-def prove(held: Held, origin: Origin, known: str) -> str:
+def prove(held: EntryMemory, origin: Origin, known: str) -> str:
     """The revision that the bytes were shown to be; `known` is what the source is, or "" to read the origin.
 
     Raises `NotAdopted`, or what the origin does.

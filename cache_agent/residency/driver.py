@@ -16,19 +16,19 @@ from cache_agent.cluster.directory import Directory, Holding
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.errors import OriginChanged, translated
-from cache_agent.loading import content
-from cache_agent.loading.loader import Load
-from cache_agent.loading.resolving import Resolver
-from cache_agent.loading.revisions import Revisions
+from cache_agent.journal.journal import Journal
+from cache_agent.loading.loader import ModelLoad
+from cache_agent.model import content
 from cache_agent.model.uri import parse_uri
 from cache_agent.residency import events
-from cache_agent.residency.books import Books
+from cache_agent.residency.background import HERE, Background, Lane, here, lane_of
 from cache_agent.residency.events import Action, Event
-from cache_agent.residency.held import Held, Resolution
-from cache_agent.residency.jobs import HERE, Jobs, Lane, here, lane_of
-from cache_agent.residency.keeping import Keeping
+from cache_agent.residency.leases import EntryMemory, Resolution
+from cache_agent.residency.ledger import ResidencyLedger
+from cache_agent.residency.resolving import Resolver
+from cache_agent.residency.retention import Retention
+from cache_agent.residency.revisions import Revisions
 from cache_agent.tiers.dram import Dram
-from cache_agent.web.journal import Journal
 
 log = logging.getLogger("glowplug.agent")
 
@@ -36,7 +36,7 @@ _OF_ORIGIN, _OF_PLACE = 16, 8  # resolved at once, and loaded at once
 
 
 class Tell(Protocol):
-    """Takes an event to residency; `resolved` is what a `Load` that follows from it is to read."""
+    """Takes an event to residency; `resolved` is what a `ModelLoad` that follows from it is to read."""
 
     def __call__(self, event: Event, *, resolved: Resolution | None = None) -> None: ...
 
@@ -47,10 +47,10 @@ class Driver:
     def __init__(
         self,
         config: AgentConfig,
-        books: Books,
+        books: ResidencyLedger,
         directory: Directory,
         journal: Journal,
-        keeping: Keeping,
+        keeping: Retention,
         revisions: Revisions,
         resolver: Resolver,
         peers: Peers | None,
@@ -59,8 +59,8 @@ class Driver:
         self._config, self._books, self._directory, self._journal = config, books, directory, journal
         self._keeping, self._revisions, self._resolver, self._peers = keeping, revisions, resolver, peers
         self._tell = tell
-        self._resolves = Jobs("resolve", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
-        self._loads = Jobs("load", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
+        self._resolves = Background("resolve", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
+        self._loads = Background("load", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
 
     def act(self, action: Action, resolved: Resolution | None) -> None:
@@ -128,7 +128,7 @@ class Driver:
         if self._peers is not None and not known:  # what others found it to be is proved before anything is ready
             known = self._revisions.stated(description.source.id, self._config.peer_witnesses)
         plan = description.manifest
-        held = Held(description, ledger)
+        held = EntryMemory(description, ledger)
         start = time.monotonic()
         image = None
         try:
@@ -136,7 +136,7 @@ class Driver:
                 held.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")
                 held.keep_manifest()
             image = self._keeping.open(plan)
-            held.load = load = Load(
+            held.load = load = ModelLoad(
                 description,
                 origin,
                 held.dram,
@@ -195,7 +195,7 @@ class Driver:
             if maps:
                 self._keeping.repair(load, maps)
 
-    def _holding(self, load: Load) -> Holding:
+    def _holding(self, load: ModelLoad) -> Holding:
         return Holding(self._config.node_name, "dram", load.progress()[1], load.total)
 
     def _admit(self, entry: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cache_agent.errors import NoCapacity, WrongRevision
-from cache_agent.manifest import Manifest
+from cache_agent.model.manifest import Manifest
 from cache_agent.policy.copies import listed, mb
 
 State = Literal["loading", "ready", "evicting"]

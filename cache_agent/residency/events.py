@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cache_agent.errors import AgentError
-from cache_agent.manifest import Manifest
+from cache_agent.model.manifest import Manifest
 from cache_agent.policy.quota import NO_ACCOUNT, Account
 
 # --- events -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from collections.abc import Collection
 from itertools import count
 
 from cache_agent.errors import AgentError, EvictRefused, ModelNotFound, NoCapacity
-from cache_agent.manifest import Manifest
+from cache_agent.model.manifest import Manifest
 from cache_agent.policy.copies import mb, short
 from cache_agent.policy.eviction import Candidate, cheapest, priority
 from cache_agent.policy.quota import Account, Accounts

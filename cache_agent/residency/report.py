@@ -8,7 +8,7 @@ from pathlib import Path
 from cache_agent.cluster.directory import Directory
 from cache_agent.policy.estimate import Measured
 from cache_agent.residency.entry import Entry
-from cache_agent.residency.held import Held
+from cache_agent.residency.leases import EntryMemory
 from cache_agent.tiers.quarantine import Quarantined
 from cache_agent.tiers.ssd import Stored
 from cache_agent.wire.operations import (
@@ -26,7 +26,7 @@ from cache_agent.wire.operations import (
 _TIERS = ("origin", "peer", "ssd", "dram")
 
 
-def model(entry: Entry, held: Held | None, pinned: bool, now: float) -> ModelStatus:
+def model(entry: Entry, held: EntryMemory | None, pinned: bool, now: float) -> ModelStatus:
     load = held.load if held else None
     return ModelStatus(
         model=entry.uri,

@@ -45,7 +45,7 @@ class Keep(NamedTuple):
 Outcome = Literal["kept", "fenced", "gap"]
 
 
-class Kept(NamedTuple):
+class KeepResult(NamedTuple):
     """`fenced`: another owns it by now. `gap`: pieces before `at` are not there, tell all of them again from 0.
 
     `wanted`: somebody else claims it and waits.
@@ -77,7 +77,7 @@ class Change(NamedTuple):
 class Snapshots(Protocol):
     """Each call is one atomic step. Raises `StoreUnavailable` when nothing can be said, `SnapshotTooLarge`."""
 
-    def keep(self, keep: Keep) -> Kept: ...
+    def keep(self, keep: Keep) -> KeepResult: ...
 
     def claim(self, key: Key, owner: str, lease: float) -> Claimed: ...
 
@@ -129,24 +129,24 @@ class InProcessSnapshots:
         self._records: dict[Key, _Record] = {}
         self._sizes: dict[str, int] = {}
 
-    def keep(self, keep: Keep) -> Kept:
+    def keep(self, keep: Keep) -> KeepResult:
         now = self._clock()
         with self._lock:
             self._expire(now)
             record = self._records.get(keep.key)
             if record is None:
                 if keep.at:
-                    return Kept("gap")
+                    return KeepResult("gap")
                 record = _Record(keep.owner, keep.epoch, 0.0, 0.0, changes=[Change(keep.epoch, keep.owner)])
             if keep.epoch > record.epoch:  # the store forgot the last change of owner; its outcome is told again
                 if keep.at:
-                    return Kept("gap")
+                    return KeepResult("gap")
                 record.owner, record.epoch = keep.owner, keep.epoch
                 record.changes = [*record.changes, Change(keep.epoch, keep.owner)][-MOST_CHANGES:]
             if (record.owner, record.epoch) != (keep.owner, keep.epoch):
-                return Kept("fenced")
+                return KeepResult("fenced")
             if keep.at > len(record.pieces):
-                return Kept("gap")
+                return KeepResult("gap")
             fresh = [*record.pieces[: keep.at], *keep.pieces]
             size = sum(map(len, fresh))
             in_space = self._sizes.get(keep.key.space, 0) + size - record.size
@@ -158,7 +158,7 @@ class InProcessSnapshots:
             wanted = bool(record.wanted) and not keep.done
             if not keep.lease:
                 record.wanted = ""
-            return Kept("kept", wanted)
+            return KeepResult("kept", wanted)
 
     def claim(self, key: Key, owner: str, lease: float) -> Claimed:
         now = self._clock()

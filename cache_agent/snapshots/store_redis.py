@@ -18,7 +18,7 @@ from typing import Any
 
 from cache_agent.cluster.redis_connection import connect
 from cache_agent.errors import SnapshotTooLarge, StoreUnavailable
-from cache_agent.snapshots.store import Change, Claimed, Keep, Kept, Key, too_large
+from cache_agent.snapshots.store import Change, Claimed, Keep, KeepResult, Key, too_large
 
 
 class RedisSnapshots:
@@ -39,13 +39,13 @@ class RedisSnapshots:
         self._client = connect(url, password_file, timeout)
         self._step = self._client.register_script(Path(__file__).with_name("snapshots.lua").read_text())
 
-    def keep(self, keep: Keep) -> Kept:
+    def keep(self, keep: Keep) -> KeepResult:
         arguments = (keep.owner, keep.epoch, keep.at, _ms(keep.lease), int(keep.done), self._most, self._space)
         outcome, wanted, size, total = self._ask("keep", keep.key, *arguments, *keep.pieces)
         if outcome == b"large":
             too_large(keep.key, size, self._most, total, self._space)
             raise SnapshotTooLarge(f"{keep.key.id} of {keep.key.space} does not fit")
-        return Kept(outcome.decode(), bool(wanted))
+        return KeepResult(outcome.decode(), bool(wanted))
 
     def claim(self, key: Key, owner: str, lease: float) -> Claimed:
         outcome, epoch, wait, *pieces = self._ask("claim", key, owner, _ms(lease))

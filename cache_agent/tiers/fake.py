@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from cache_agent.errors import ModelNotFound, OriginChanged
-from cache_agent.manifest import SourceFile
+from cache_agent.model.manifest import SourceFile
 from cache_agent.tiers.origin import ReadOneByOne
 
 

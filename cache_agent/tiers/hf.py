@@ -20,13 +20,13 @@ import msgspec
 from cache_agent.errors import (
     AccessDenied,
     AgentError,
-    BadConfig,
     BadModelURI,
+    BadSetting,
     ModelNotFound,
     OriginChanged,
     OriginUnavailable,
 )
-from cache_agent.manifest import SourceFile
+from cache_agent.model.manifest import SourceFile
 from cache_agent.model.uri import ModelURI
 from cache_agent.tiers.origin import ReadScattered
 from cache_agent.tiers.s3 import PATIENCE
@@ -74,13 +74,13 @@ class Hub:
 
     @property
     def endpoint(self) -> str:
-        """Without a slash at its end. Raises `BadConfig`."""
+        """Without a slash at its end. Raises `BadSetting`."""
         if given := self._given or os.environ.get("HF_ENDPOINT", "").strip():
             return given.rstrip("/")
         try:
             from huggingface_hub.constants import ENDPOINT
         except ImportError:
-            raise BadConfig("hf:// needs HF_ENDPOINT, the hub's address, or the package huggingface_hub") from None
+            raise BadSetting("hf:// needs HF_ENDPOINT, the hub's address, or the package huggingface_hub") from None
         return str(ENDPOINT).rstrip("/")
 
     def get(self, url: str, **headers: str) -> Any:
@@ -116,7 +116,7 @@ class HubOrigin(ReadScattered):
     """The files at the top of one repository, at one revision."""
 
     def __init__(self, uri: ModelURI, hub: Hub) -> None:
-        """Raises `BadModelURI`, `BadConfig`."""
+        """Raises `BadModelURI`, `BadSetting`."""
         self.uri = uri.text
         name, _, revision = uri.place.strip("/").partition("@")
         if not _NAME.match(name) or ".." in name:

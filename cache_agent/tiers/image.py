@@ -28,7 +28,7 @@ from typing import Annotated
 import msgspec
 import xxhash
 
-from cache_agent.manifest import FORMAT, LAYOUT, MAX_MANIFEST, MOST_SEGMENTS, PAGE, Manifest, Size, encode
+from cache_agent.model.manifest import FORMAT, LAYOUT, MAX_MANIFEST, MOST_SEGMENTS, PAGE, Manifest, Size, encode
 
 log = logging.getLogger("glowplug.ssd")
 

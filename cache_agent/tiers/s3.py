@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any
 
 from cache_agent.errors import AccessDenied, AgentError, BadModelURI, ModelNotFound, OriginChanged, OriginUnavailable
-from cache_agent.manifest import SourceFile
+from cache_agent.model.manifest import SourceFile
 from cache_agent.model.uri import ModelURI
 from cache_agent.tiers.origin import ReadScattered
 

@@ -25,8 +25,8 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from cache_agent.errors import BadConfig
-from cache_agent.manifest import LAYOUT, Manifest, encode
+from cache_agent.errors import BadSetting
+from cache_agent.model.manifest import LAYOUT, Manifest, encode
 from cache_agent.policy import eviction
 from cache_agent.tiers import image
 from cache_agent.tiers.image import BadImage, Index, Segments
@@ -65,7 +65,7 @@ class Ssd:
         tell: Callable[[str, int], None] | None = None,
         on_evicted: Callable[[str, int, str], None] | None = None,
     ) -> None:
-        """`capacity` in bytes; 0 is all that the filesystem can spare. Raises `BadConfig`.
+        """`capacity` in bytes; 0 is all that the filesystem can spare. Raises `BadSetting`.
 
         `tell(source, bytes)` hears of every image that there is from now on, with 0 bytes when it goes;
         `on_evicted(uri, bytes, why)` of every one that had to go.
@@ -92,7 +92,7 @@ class Ssd:
             self.capacity = capacity or filesystem.f_frsize * filesystem.f_blocks - self._spare
             self._recover()
         except OSError as error:
-            raise BadConfig(
+            raise BadSetting(
                 f"GLOWPLUG_SSD={directory} cannot be used: {error.strerror}; choose another --ssd"
             ) from error
 
@@ -106,7 +106,7 @@ class Ssd:
                     time.sleep(0.05)
                     continue
                 os.close(self._guard)
-                raise BadConfig(
+                raise BadSetting(
                     f"another agent uses GLOWPLUG_SSD={self.directory}; give each its own directory (--ssd)"
                 ) from None
             return

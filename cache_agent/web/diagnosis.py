@@ -19,7 +19,7 @@ _NOWHERE = "between the phases"
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class NodeFacts:
     """What a diagnosis must know of the node: the model's bytes (0: unknown), and what the agent could do better."""
 
     bytes: int = 0
@@ -39,7 +39,7 @@ class Diagnosis:
     phases: dict[str, float] = field(default_factory=dict)
 
 
-def diagnose(spans: Sequence[Span], tier: str, node: Node) -> Diagnosis | None:
+def diagnose(spans: Sequence[Span], tier: str, node: NodeFacts) -> Diagnosis | None:
     """`tier` is where the bytes came from, "" if that is not known. None where there is nothing to say."""
     parts = attribute([span for span in spans if span.owner != "agent"])
     total = sum(parts.values()) / 1e9
@@ -79,7 +79,7 @@ def _named(name: str, tier: str) -> str:
     return f"{_TRANSFER}{tier}" if name == f"worker {_WAIT}" and tier else name
 
 
-def _advice(bottleneck: str, tier: str, node: Node) -> str:
+def _advice(bottleneck: str, tier: str, node: NodeFacts) -> str:
     if bottleneck.startswith(_TRANSFER):
         if tier == "origin" and not node.ssd:
             return "; this node's SSD tier is off (glowplug-agent serve --ssd DIR), and glowplug warm MODEL loads ahead"

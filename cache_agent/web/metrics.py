@@ -9,13 +9,13 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from cache_agent import __version__
-from cache_agent.web.journal import ERROR_BUCKETS, Counts, Journal
+from cache_agent.journal.journal import ERROR_BUCKETS, Counts, Journal
 from cache_agent.wire.operations import StatusReply
 
 Values = Mapping[str, int] | Mapping[str, float] | Mapping[tuple[str, str], int] | Mapping[tuple[str, str], float]
 
 
-class Node(Protocol):
+class MeasuredAgent(Protocol):
     """The agent, as far as it is measured."""
 
     journal: Journal
@@ -26,7 +26,7 @@ class Node(Protocol):
 class Collector:
     """A collector of prometheus_client's; any thread."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: MeasuredAgent) -> None:
         self._node = node
 
     def collect(self) -> Iterator[Metric]:

@@ -27,8 +27,8 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wsgi import ClosingIterator
 
 from cache_agent.access.control import Access
-from cache_agent.agent import Agent
-from cache_agent.errors import AccessDenied, AgentError, BadConfig
+from cache_agent.errors import AccessDenied, AgentError, BadSetting
+from cache_agent.serving.agent import Agent
 from cache_agent.web import dashboard
 from cache_agent.web.metrics import Collector
 from cache_agent.web.wsgi import WsgiServer, listen
@@ -46,10 +46,10 @@ class Status:
     """The server, from `start` to `close`."""
 
     def __init__(self, agent: Agent, access: Access, address: str, open_paths: tuple[str, ...]) -> None:
-        """`address` is host:port. Raises `BadConfig`."""
+        """`address` is host:port. Raises `BadSetting`."""
         host, port = parse_address(address)
         if access.open and not _is_local(host):
-            raise BadConfig(
+            raise BadSetting(
                 f"GLOWPLUG_STATUS={address} would show others what this node holds, and nobody is asked who he is: "
                 "listen on 127.0.0.1, or set GLOWPLUG_IDENTITY or GLOWPLUG_TOKEN_FILE"
             )
@@ -169,11 +169,11 @@ def _stream(agent: Agent, since: int, ending: threading.Event) -> Iterator[bytes
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """(host, port) from "127.0.0.1:9480" or "[::1]:9480". Raises `BadConfig`."""
+    """(host, port) from "127.0.0.1:9480" or "[::1]:9480". Raises `BadSetting`."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
-        raise BadConfig(f"GLOWPLUG_STATUS={text!r} is no address; use one like 127.0.0.1:9480")
+        raise BadSetting(f"GLOWPLUG_STATUS={text!r} is no address; use one like 127.0.0.1:9480")
     return host, int(port)
 
 
@@ -190,7 +190,7 @@ def _number(name: str, default: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 16):
-        raise BadConfig(f"?{name}={text[:50]} is no number")
+        raise BadSetting(f"?{name}={text[:50]} is no number")
     return int(text)
 
 

@@ -22,7 +22,7 @@ from gunicorn.http.errors import NoMoreData
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 
 log = logging.getLogger("glowplug.web")
 
@@ -218,12 +218,12 @@ class WsgiServer(ThreadedServer):
 
 
 def listen(host: str, port: int, setting: str) -> socket.socket:
-    """A listening TCP socket. Raises `BadConfig`, which tells to choose another `setting`."""
+    """A listening TCP socket. Raises `BadSetting`, which tells to choose another `setting`."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
-        raise BadConfig(f"cannot listen on {host}:{port}: {error}; choose another {setting}") from error
+        raise BadSetting(f"cannot listen on {host}:{port}: {error}; choose another {setting}") from error
     send_at_once(listener)
     return listener
 

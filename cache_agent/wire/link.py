@@ -15,9 +15,9 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from cache_agent.errors import BadConfig, ProtocolError
-from cache_agent.manifest import PAGE
-from cache_agent.wire.fdsocket import Channel, Disconnected
+from cache_agent.errors import BadSetting, ProtocolError
+from cache_agent.model.manifest import PAGE
+from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.message import Message
 
 SLOWEST = 64 << 10  # bytes per second
@@ -36,14 +36,14 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def listen(address: str) -> socket.socket:
-    """A listening TCP socket. Raises `BadConfig`."""
+    """A listening TCP socket. Raises `BadSetting`."""
     host, port = parse_address(address)
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
         )  # a `Link` sets TCP_NODELAY on its connection, at either end
     except OSError as error:
-        raise BadConfig(
+        raise BadSetting(
             f"cannot listen on {address}: {error.strerror or error}; choose another --agent-listen"
         ) from error
 

@@ -42,7 +42,7 @@ from cache_agent.wire.requests import (
     HandoffRequest,
     HostRequest,
     Matched,
-    Relay,
+    RelayedBytes,
     TransferReply,
     TransferRequest,
 )
@@ -80,7 +80,7 @@ class Challenge(Message, frozen=True, tag="challenge"):
     proof: Short
 
 
-class Answer(Message, frozen=True, tag="answer"):
+class ChallengeAnswer(Message, frozen=True, tag="answer"):
     """`address` is where the caller's own agent listens, as host:port, or "" where nobody can reach it."""
 
     proof: Short
@@ -113,7 +113,7 @@ class Progress(Message, frozen=True, tag="progress"):
     total: Count
 
 
-class Ready(Message, frozen=True, tag="ready"):
+class LeaseReady(Message, frozen=True, tag="ready"):
     """All bytes are there. `tier` is where they came from; `revision` is empty until the digest is known."""
 
     tier: Short
@@ -129,7 +129,7 @@ class Streaming(Message, frozen=True, tag="streaming"):
     body: Annotated[int, msgspec.Meta(ge=1, lt=1 << 30)]
 
 
-class Piece(Message, frozen=True, tag="piece"):
+class StreamedPiece(Message, frozen=True, tag="piece"):
     """`body` verified bytes follow; they belong at `offset` of a segment. Each segment comes in order, once."""
 
     segment: Count
@@ -137,7 +137,7 @@ class Piece(Message, frozen=True, tag="piece"):
     body: Body
 
 
-class Admitted(Message, frozen=True, tag="admitted"):
+class RevisionNotice(Message, frozen=True, tag="admitted"):
     revision: Short
 
 
@@ -194,8 +194,8 @@ AnyMessage = (
     | LeaseRequest
     | Granted
     | Progress
-    | Ready
-    | Admitted
+    | LeaseReady
+    | RevisionNotice
     | Offer
     | Adopted
     | Drain
@@ -233,11 +233,11 @@ AnyMessage = (
     | Matched
     | HandedReport
     | HandedReply
-    | Relay
+    | RelayedBytes
     | Challenge
-    | Answer
+    | ChallengeAnswer
     | Streaming
-    | Piece
+    | StreamedPiece
     | ManifestInline
     | FollowRequest
     | Holds

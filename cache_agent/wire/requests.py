@@ -112,13 +112,13 @@ class Matched(Message, frozen=True, tag="matched"):
     fds: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
 
 
-class Relay(Message, frozen=True, tag="relay"):
+class RelayedBytes(Message, frozen=True, tag="relay"):
     """Between agents: `body` bytes follow, a piece of what two workers say to each other, signed by the agent."""
 
     body: Body
 
 
-class Handed(msgspec.Struct, frozen=True):
+class HandoffOutcome(msgspec.Struct, frozen=True):
     """How one request fared when its worker drained, as that worker tells it.
 
     `pause` in seconds; `how` is `kv` (its rows travelled), `recompute` (they were made anew) or `relay` (it had no
@@ -136,7 +136,7 @@ class Handed(msgspec.Struct, frozen=True):
     reason: Text = ""
 
 
-class HandoffRecord(Handed, frozen=True, kw_only=True):
+class HandoffRecord(HandoffOutcome, frozen=True, kw_only=True):
     """As it is shown: `node` is that of the worker that drained, `time` in seconds since 1970."""
 
     node: Short
@@ -144,7 +144,7 @@ class HandoffRecord(Handed, frozen=True, kw_only=True):
 
 
 class HandedReport(Message, frozen=True, tag="handed"):
-    items: Annotated[list[Handed], msgspec.Meta(max_length=MAX_ITEMS)]
+    items: Annotated[list[HandoffOutcome], msgspec.Meta(max_length=MAX_ITEMS)]
 
 
 class HandedReply(Message, frozen=True, tag="handed_reply"):

@@ -43,7 +43,7 @@ FROM build AS shim
 
 RUN apt-get update -qy \
     && apt-get install -qy --no-install-recommends gcc libc6-dev \
-    && python -P -m runtime.zygote.native /usr/src/glowplug-shim
+    && python -P -m runtime.container.native /usr/src/glowplug-shim
 
 
 FROM build AS ship

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from runtime.commands.output import json_option, place_of, print_json
-from runtime.handoff import client as resuming
+from runtime.resume import client as resuming
 from runtime.sse import EventParser, ServerEvent
 
 _LARGEST_ERROR = 4096

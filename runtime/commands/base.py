@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from runtime import baseset
+from runtime.commands import baseset
 from runtime.commands.output import json_option, print_json
 from runtime.errors import BadConfig
 

@@ -120,7 +120,7 @@ def _settings() -> Finding:
 
 
 def _base() -> Finding:
-    from runtime import baseset
+    from runtime.commands import baseset
     from runtime.errors import FunctionError
 
     try:
@@ -150,11 +150,11 @@ def _stores(settings: AgentConfig) -> Iterator[Finding]:
 
 def _redis(settings: AgentConfig) -> Finding:
     from cache_agent.cluster import redis_connection
-    from cache_agent.errors import BadConfig
+    from cache_agent.errors import BadSetting
 
     try:
         version = redis_connection.version(settings.redis_url, settings.redis_password_file, _REDIS_SECONDS)
-    except BadConfig as error:
+    except BadSetting as error:
         return Finding("Redis", "failed", error.text, "see the settings in cache_agent/cluster/README.md")
     except OSError as error:
         return Finding(
@@ -264,9 +264,9 @@ def _served(url: str) -> Start | None:
 
 def last_start(start: Start, ssd: bool, huge_pages: bool) -> dict[str, Any] | None:
     """The diagnosis of a start, for people and programs."""
-    from cache_agent.web.diagnosis import Node, diagnose
+    from cache_agent.web.diagnosis import NodeFacts, diagnose
 
-    found = diagnose(start.spans, start.tier, Node(start.bytes, ssd, huge_pages))
+    found = diagnose(start.spans, start.tier, NodeFacts(start.bytes, ssd, huge_pages))
     if found is None:
         return None
     return {

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from runtime.commands.output import json_option, megabytes, print_json
-from runtime.zygote import published
+from runtime.layers import published
 
 _WIDTHS = (6, 9, 9, 10, 9)
 

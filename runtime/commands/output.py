@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     import msgspec
 
-    from cache_agent.client import CacheClient
+    from cache_agent.client.cache_client import CacheClient
 
 F = TypeVar("F", bound=Callable[..., Any])
 Report = Callable[[str, int, int], None]
@@ -43,8 +43,8 @@ def print_json(value: msgspec.Struct | list[Any] | dict[str, Any]) -> None:
 def agent(socket: Path | str | None) -> CacheClient:
     """A client of this node's agent. Raises `BadConfig`."""
     from cache_agent import config
-    from cache_agent.access import credentials
-    from cache_agent.client import CacheClient
+    from cache_agent.client import credentials
+    from cache_agent.client.cache_client import CacheClient
 
     settings = config.from_environment()
     return CacheClient(socket or settings.socket, name="glowplug", identity=credentials.shown(settings.token_file))

@@ -36,8 +36,8 @@ def place(
 ) -> None:
     """Show where MODEL would start soonest: on each node that the directory knows, or on this one alone."""
     from cache_agent import config
-    from cache_agent.cluster.outlook import AgentOutlook, FileOutlook, Outlook, Unavailable, shared
     from cache_agent.commands import model_uri
+    from cache_agent.kube.outlook import AgentOutlook, FileOutlook, Outlook, Unavailable, shared
     from cache_agent.policy import placement
 
     with ExitStack() as stack:

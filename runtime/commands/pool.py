@@ -43,9 +43,9 @@ def pool(
     Needs root, Linux 6.5 and the node's pid namespace. Containers that it serves share the imported libraries' memory,
     and trust this process. How long models and waiting processes are held follows from GLOWPLUG_START_PRICE.
     """
-    from runtime.zygote import layers, own
-    from runtime.zygote.pool import Pool
-    from runtime.zygote.spawn import Spec
+    from runtime.layers import identity, keys
+    from runtime.layers.spawn import Spec
+    from runtime.pool.pool import Pool
 
     if os.geteuid() != 0:
         raise BadConfig(
@@ -60,8 +60,8 @@ def pool(
         else:
             click.echo(f"glowplug pool: {text}", err=True)
 
-    made_of = dataclasses.replace(own.needs(), domain=domain, preload=kinds)
-    spec = Spec(key=layers.key("lang", made_of), kinds=kinds)
+    made_of = dataclasses.replace(identity.needs(), domain=domain, preload=kinds)
+    spec = Spec(key=keys.key("lang", made_of), kinds=kinds)
     made = Pool(
         path, spec, made_of, from_environment(), agent=agent, models=models, spares=spares, seccomp=seccomp, say=say
     )

@@ -67,7 +67,7 @@ class Commands(click.Group):
 
 def _told(error: Exception) -> int | None:
     """Says in one sentence what went wrong; the exit code, or None for what is a fault of ours."""
-    from cache_agent.errors import AgentError, BadConfig
+    from cache_agent.errors import AgentError, BadSetting
     from runtime.errors import FunctionError
 
     match error:
@@ -87,7 +87,7 @@ def _told(error: Exception) -> int | None:
             return error.exit_code
         case AgentError():
             _say(f"{error.text} [{error.code}]")
-            return 64 if isinstance(error, BadConfig) else FAILED
+            return 64 if isinstance(error, BadSetting) else FAILED
         case FunctionError():
             _say(f"{error.text} [{error.code}]")
             return error.exit_code

@@ -41,7 +41,7 @@ def render(platform: str, pairs: tuple[str, ...], as_json: bool, **options: Any)
     """Print the objects that make NAME a function of the platform."""
     import yaml
 
-    from runtime import render as renderer
+    from runtime.commands import objects as renderer
 
     environment = dict(pair.partition("=")[::2] for pair in pairs)
     function = renderer.Function(environment=environment, **options)

@@ -63,4 +63,4 @@ def serve(folder: Path | None, follow: bool, as_json: bool, **options: object) -
         )
         sys.stdout.flush()
     # The shim takes this process's place: nothing of the command line's imports stays in memory.
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "runtime.shim"])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "runtime.container.shim"])  # noqa: S606

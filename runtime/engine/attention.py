@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from runtime.engine.rows import Rows, Shape
-from runtime.skeleton import skeleton
+from runtime.engine.skeleton import skeleton
 
 NAME = "glowplug"
 _PACK = "glowplug"  # the keyword that brings a `Pack` through the model's forward to `attend`

@@ -19,14 +19,14 @@ from typing import Protocol
 from cache_agent.errors import AgentError
 from runtime.engine.base import TokenStream
 from runtime.errors import FunctionError
-from runtime.handoff.checkpoint import Checkpoints
 from runtime.handoff.live import LiveEngine
-from runtime.handoff.move import Event
-from runtime.handoff.mover import Mover, Told, Unit
+from runtime.handoff.migration import Mover, Told, Unit
+from runtime.handoff.migration_table import Event
 from runtime.handoff.orphans import Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import Relay, Sent
-from runtime.handoff.snapshot import Place
+from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.snapshot import Place
 
 log = logging.getLogger("glowplug.handoff")
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from runtime.engine.base import Engine, EngineStats, GenerationRequest, GenerationState, TokenStream
 from runtime.errors import Moved
-from runtime.handoff.answer import Answer
+from runtime.resume.answer import Answer
 
 
 class Elsewhere(Protocol):

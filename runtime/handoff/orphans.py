@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtime.engine.base import TokenEvent
-from runtime.handoff.answer import Answer
 from runtime.handoff.live import LiveEngine
 from runtime.handoff.relay import Sent
+from runtime.resume.answer import Answer
 
 PATIENCE = 15.0  # seconds that a client waits, in silence, for another destination
 MOST = 3  # destinations that one request may outlive: it may be what they die of

@@ -15,8 +15,8 @@ import time
 from types import TracebackType
 
 from runtime.errors import SnapshotRefused
-from runtime.handoff.seal import Seal
-from runtime.handoff.talk import HEADER, MAX_FRAME, VERSION, AnyMessage, Beat, Greeting, Message, decode, encode
+from runtime.handoff.messages import HEADER, MAX_FRAME, VERSION, AnyMessage, Beat, Greeting, Message, decode, encode
+from runtime.resume.seal import Seal
 
 STALL = 2.0
 SILENCE = 5.0

@@ -24,11 +24,7 @@ from runtime.engine.base import (
 )
 from runtime.engine.stream import Stream
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, FunctionError, Moved, SnapshotRefused
-from runtime.handoff import snapshot
-from runtime.handoff.hold import Hold
-from runtime.handoff.pipe import Broken, Pipe
-from runtime.handoff.snapshot import Place, Snapshot
-from runtime.handoff.talk import (
+from runtime.handoff.messages import (
     MAX_PART,
     AnyMessage,
     Cancel,
@@ -49,6 +45,10 @@ from runtime.handoff.talk import (
     Vectors,
     event_of,
 )
+from runtime.handoff.pipe import Broken, Pipe
+from runtime.resume import snapshot
+from runtime.resume.session import Hold
+from runtime.resume.snapshot import Place, Snapshot
 
 log = logging.getLogger("glowplug.handoff")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from cache_agent.errors import AgentError
-from cache_agent.wire.requests import MAX_ITEMS, Handed
+from cache_agent.wire.requests import MAX_ITEMS, HandoffOutcome
 from runtime.errors import FunctionError
 
 log = logging.getLogger("glowplug.handoff")
@@ -26,15 +26,15 @@ _MOST = 1024  # reports that are kept for an agent that is away; the oldest are 
 class Reporter:
     """One worker's. Any thread."""
 
-    def __init__(self, send: Callable[[Sequence[Handed]], None]) -> None:
+    def __init__(self, send: Callable[[Sequence[HandoffOutcome]], None]) -> None:
         """`send` raises any `AgentError`, `FunctionError` or `OSError` while the agent has not heard."""
         self._send = send
         self._changed = threading.Condition()
-        self._waiting: deque[Handed] = deque(maxlen=_MOST)
+        self._waiting: deque[HandoffOutcome] = deque(maxlen=_MOST)
         self._hurried = self._closed = False
         self._thread: threading.Thread | None = None
 
-    def report(self, item: Handed) -> None:
+    def report(self, item: HandoffOutcome) -> None:
         """Return at once; the agent is told by a thread of the reporter's own."""
         with self._changed:
             self._waiting.append(item)
@@ -73,7 +73,7 @@ class Reporter:
                 self._changed.wait(_AGAIN[0] if self._hurried else pause)
             pause = min(_AGAIN[1], 2 * pause)
 
-    def _heard(self, batch: Sequence[Handed]) -> bool:
+    def _heard(self, batch: Sequence[HandoffOutcome]) -> bool:
         """Report a batch; False where another attempt can help."""
         try:
             self._send(batch)
@@ -85,7 +85,7 @@ class Reporter:
             return False
         return True
 
-    def _forget(self, batch: Sequence[Handed]) -> None:
+    def _forget(self, batch: Sequence[HandoffOutcome]) -> None:
         with self._changed:
             for item in batch:
                 if self._waiting and self._waiting[0] is item:  # or it was dropped meanwhile

@@ -28,12 +28,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from runtime.children import private_bytes, reap
-from runtime.wakeup import Wakeup
-from runtime.zygote import kernel
-from runtime.zygote.spawn import Spec
+from runtime.layers.spawn import Spec
+from runtime.process import kernel
+from runtime.process.children import private_bytes, reap
+from runtime.process.wakeup import Wakeup
+from runtime.process.wire import Gone, Wire
 from runtime.zygote.warm import Warm
-from runtime.zygote.wire import Gone, Wire
 
 BEAT = 0.25
 Fork: TypeAlias = Callable[[dict[str, Any], list[int]], int]
@@ -159,7 +159,7 @@ class ForkServer:
             wire = Wire(socket.socket(fileno=fds[0]))
             spec = Spec.parse(request["spec"])
             return build(wire, spec, lambda: self._warm.with_model(request["size"], *fds[1:]), self._fork, self._enter)
-        from runtime import worker
+        from runtime.worker import worker
 
         name_process("worker")
         listener, line, *connections = fds

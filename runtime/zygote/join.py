@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.zygote import kernel
+from runtime.process import kernel
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _NAMESPACES = (

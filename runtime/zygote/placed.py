@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime.children import private_bytes
+from runtime.container.node import NO_ENTRY
+from runtime.layers.spawn import Spec
+from runtime.process.children import private_bytes
+from runtime.process.wire import Gone, Wire
 from runtime.zygote import forkserver, join
-from runtime.zygote.node import NO_ENTRY
-from runtime.zygote.spawn import Spec
 from runtime.zygote.warm import Warm
-from runtime.zygote.wire import Gone, Wire
 
 _AT_ONCE = 200  # ms in which the order comes if somebody waits; only after that it looks how large it is
 _STDIO = 3

@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from runtime import imports
-from runtime.zygote.layers import Level
+from runtime.layers.keys import Level
+from runtime.worker import imports
 
 if TYPE_CHECKING:
-    from cache_agent.lease import Known, Lease
-    from cache_agent.manifest import Manifest
+    from cache_agent.client.lease import Known, Lease
+    from cache_agent.model.manifest import Manifest
     from cache_agent.web.wsgi import Settings
-    from runtime.app import Prepared
-    from runtime.weights import Loaded, Weights
+    from runtime.http.application import Prepared
+    from runtime.worker.weights import Loaded, Weights
 
 
 _PROMPT = 32  # tokens
@@ -58,16 +58,16 @@ class Warm:
         def load() -> None:
             import numpy.random  # noqa: F401  numpy leaves it to the first who asks
 
-            from runtime import weights
             from runtime.engine import choice, serial  # noqa: F401
-            from runtime.handoff import book, moving  # noqa: F401
+            from runtime.handoff import incoming  # noqa: F401
+            from runtime.worker import weights
 
             for kind in kinds:
                 weights.preload_kind(kind)
 
         gc.disable()
         imports.imported(load, lean=lean)
-        from runtime.worker import log_to_stderr
+        from runtime.worker.worker import log_to_stderr
 
         log_to_stderr("info")
         http = _http()
@@ -79,8 +79,8 @@ class Warm:
 
         The fds are closed; the mappings stay, whether or not the agent lives on.
         """
-        from cache_agent.lease import Known
-        from runtime.weights import Weights, assemble
+        from cache_agent.client.lease import Known
+        from runtime.worker.weights import Weights, assemble
 
         files = _files(segments)
         known = Known(manifest, size)
@@ -128,8 +128,8 @@ def _http() -> tuple[Prepared, Settings]:
     At the first one, gunicorn, Flask and the classes that they ask one another about import and remember a lot.
     """
     from cache_agent.web.wsgi import Settings
-    from runtime import server  # noqa: F401  imported for the children
-    from runtime.app import prepare
+    from runtime.http import server  # noqa: F401  imported for the children
+    from runtime.http.application import prepare
 
     prepared, settings = prepare(), Settings()
     _ask(prepared, settings)
@@ -140,10 +140,10 @@ def _ask(prepared: Prepared, settings: Settings) -> None:
     from gunicorn.http import RequestParser
 
     from cache_agent.ledger import Ledger
-    from runtime.app import Application
     from runtime.config import FunctionConfig
-    from runtime.handler import Handler
-    from runtime.lifecycle import Lifecycle
+    from runtime.function.handler import Handler
+    from runtime.http.application import Application
+    from runtime.http.lifecycle import Lifecycle
 
     lifecycle = Lifecycle("warm", 1)
     config = FunctionConfig(model="/warm")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AgentError
 
 _START_SECONDS = 30.0

@@ -77,8 +77,8 @@ def tensorizer(job: Job) -> Any:
 
 def glowplug(job: Job) -> Any:
     """As a worker does it: the model is put together while its bytes arrive."""
-    from cache_agent.client import CacheClient
-    from runtime import weights
+    from cache_agent.client.cache_client import CacheClient
+    from runtime.worker import weights
 
     lease = CacheClient(job["socket"]).lease(job["uri"])
     model = weights.assemble_model(weights.Weights(lease))
@@ -89,8 +89,8 @@ def glowplug(job: Job) -> Any:
 
 def attach(job: Job) -> None:
     """No model on top: lease, map, and a view for every tensor."""
-    from cache_agent.client import CacheClient
-    from runtime.weights import Weights
+    from cache_agent.client.cache_client import CacheClient
+    from runtime.worker.weights import Weights
 
     lease = CacheClient(job["socket"]).lease(job["uri"])
     lease.wait_ready(time.monotonic() + 300)
@@ -173,8 +173,8 @@ _IMPORTS = {
     "runai_s3": ["runai_model_streamer"],
     "fastsafetensors": ["fastsafetensors"],
     "tensorizer": ["tensorizer"],
-    "glowplug": ["runtime.weights"],
-    "attach": ["runtime.weights"],
+    "glowplug": ["runtime.worker.weights"],
+    "attach": ["runtime.worker.weights"],
     "download_then_load": ["boto3"],
 }
 

@@ -32,7 +32,7 @@ from benchmarks.agents import Running, agent
 from benchmarks.harness import Sample, Unavailable, Variant, judged, measure, middle, ratio_rows
 from benchmarks.links import Links
 from benchmarks.stores import Store, store
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 
 NAME = "fanout"
 _NODES = 8

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.containers import NAMESPACES, Container, MemoryCgroup, container
 from benchmarks.harness import Sample, Unavailable
-from runtime.zygote import native
+from runtime.container import native
 
 WITHOUT_MODEL = {"handler": "/word", "ready": "/_/ready", "stream": "/words"}  # paths that ask no model, by name
 PROMPT_TOKENS = 32  # the checkpoints' tokenizer merges letters only: every digit is a token
@@ -191,7 +191,7 @@ def glowplug(
         **settings,
         **({"GLOWPLUG_SOCKET": str(agent)} if agent else {}),
     )
-    command = [str(static_shim())] if static and static_shim() else [sys.executable, "-m", "runtime.shim"]
+    command = [str(static_shim())] if static and static_shim() else [sys.executable, "-m", "runtime.container.shim"]
     with _started(command, environment, port, "/_/health", "/_/ledger", cgroup) as function:
         yield function
 

@@ -110,7 +110,7 @@ def replicas(place: Path, running: Running, count: int, **settings: object) -> I
                     "HF_HUB_OFFLINE": "1",
                     **{f"GLOWPLUG_{name.upper()}": str(value) for name, value in settings.items()},
                 }
-                command = [sys.executable, "-m", "runtime.shim"]
+                command = [sys.executable, "-m", "runtime.container.shim"]
                 made.append(
                     Replica(subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True), port)
                 )

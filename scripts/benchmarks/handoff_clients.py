@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.handoff.client import AskFailed, ask
+from runtime.resume.client import AskFailed, ask
 
 _PATH = "/v1/completions"
 

@@ -108,7 +108,7 @@ def function(place: Path, agent_socket: Path) -> Iterator[Function]:
         }
         environment.pop("OMP_NUM_THREADS", None)  # the function decides by the processors it has
         process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.shim"], env=environment, cwd=folder, start_new_session=True
+            [sys.executable, "-m", "runtime.container.shim"], env=environment, cwd=folder, start_new_session=True
         )
         try:
             deadline = time.monotonic() + 30

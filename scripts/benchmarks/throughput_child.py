@@ -91,12 +91,12 @@ def deterministic(model: Any, place: Path, threads: int) -> Decode:
 def http(model: Any, place: Path, threads: int) -> Decode:
     """The function's own HTTP server; the clients are another process."""
     from cache_agent.ledger import Ledger
-    from runtime.app import Application
     from runtime.config import FunctionConfig
     from runtime.engine.base import SamplingParams
-    from runtime.lifecycle import Lifecycle
-    from runtime.model import Model
-    from runtime.server import HttpServer
+    from runtime.function.model import Model
+    from runtime.http.application import Application
+    from runtime.http.lifecycle import Lifecycle
+    from runtime.http.server import HttpServer
 
     engine = _engine(model, place, threads)
     config, lifecycle = FunctionConfig(model="bench"), Lifecycle("bench", 64)

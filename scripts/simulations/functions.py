@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cache_agent.policy.keepalive import Layer
+from cache_agent.policy.keepalive import LayerCost
 from simulations import trace
 
 _CURVE = "rainbowcake/arrivals-per-minute.csv"
@@ -28,7 +28,7 @@ class Function(NamedTuple):
     """`layers` from the shallowest to its own; `seconds` that a call runs once they are there."""
 
     name: str
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCost, ...]
     seconds: float
 
 
@@ -153,7 +153,7 @@ def _assemble(rows: Sequence[tuple[str, str, Sequence[tuple[float, float]], floa
         for name, part in zip(names, parts, strict=True):
             measured[name].append(part)
     layers = {
-        name: Layer(name, sum(s for s, _ in parts) / len(parts), int(sum(mb for _, mb in parts) / len(parts) * MB))
+        name: LayerCost(name, sum(s for s, _ in parts) / len(parts), int(sum(mb for _, mb in parts) / len(parts) * MB))
         for name, parts in measured.items()
     }
     return tuple(
@@ -174,10 +174,10 @@ def _llm(path: Path, count: int = 50) -> Workload:
         model = random_source.choice(list(_MODELS))
         seconds, mb = _MODELS[model]
         layers = (
-            Layer("bare", 0.15, 30 * MB),
-            Layer("lang", 2.9, 280 * MB),
-            Layer(f"model:{model}", seconds, mb * MB),
-            Layer(f"user:{number}", random_source.uniform(0.01, 0.5), int(random_source.uniform(10, 60)) * MB),
+            LayerCost("bare", 0.15, 30 * MB),
+            LayerCost("lang", 2.9, 280 * MB),
+            LayerCost(f"model:{model}", seconds, mb * MB),
+            LayerCost(f"user:{number}", random_source.uniform(0.01, 0.5), int(random_source.uniform(10, 60)) * MB),
         )
         functions.append(Function(f"F{number}", layers, 1.0))
 

@@ -79,12 +79,12 @@ def shipped(cluster: Cluster, model: int, now: float) -> Choice:
         if moving := moves.get(node.name):
             assert moving[0].request is not None, "only what runs can move"
             seconds = cluster.move_seconds(moving[0].model, moving[0].request.tokens, now)
-            running.append(placement.Running(cluster.ends_in(node, now), seconds))
+            running.append(placement.RunningModel(cluster.ends_in(node, now), seconds))
         elif node.open == 0:
-            running.append(placement.Running(cluster.ends_in(node, now)))
+            running.append(placement.RunningModel(cluster.ends_in(node, now)))
         queue = 0.0 if model in node.dram else node.queue(now)
         nodes.append(
-            placement.Node(
+            placement.PlacementNode(
                 node.name,
                 tiers=tuple(tiers),
                 queue=queue,

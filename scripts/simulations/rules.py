@@ -8,12 +8,12 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from cache_agent.policy import eviction, keepalive
-from cache_agent.policy.keepalive import History, Layer
+from cache_agent.policy.keepalive import History, LayerCost
 from simulations.functions import Call, Function
 from simulations.worlds import Hold, Rule
 
 
-def pooled(stack: Sequence[Layer]) -> Layer:
+def pooled(stack: Sequence[LayerCost]) -> LayerCost:
     """Return the first of `stack` as a world prices it that holds layers of one function alone.
 
     `stack` is a layer and the ones it stands on that nothing else needs, the nearest first. Holding it holds all of
@@ -25,7 +25,7 @@ def pooled(stack: Sequence[Layer]) -> Layer:
     for layer in stack:
         seconds, size = seconds + layer.seconds, size + layer.bytes
         if seconds * best.bytes < best.seconds * size:
-            best = Layer(best.name, seconds, size)
+            best = LayerCost(best.name, seconds, size)
     return best
 
 
@@ -36,10 +36,10 @@ class Priced(Rule):
         self._rho = rho
         self._histories: dict[str, History] = defaultdict(History)
 
-    def reach(self, layer: Layer, now: float) -> None:
+    def reach(self, layer: LayerCost, now: float) -> None:
         self._histories[layer.name].used(now)
 
-    def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Hold:
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:
         history = self._histories[layer.name]
         history.idle(now)
         return Hold(keepalive.keep(pooled([layer, *below[:alone]]), history.gaps, self._rho).hold)
@@ -66,7 +66,7 @@ class RainbowCake(Rule):
         for layer in function.layers:
             self._arrivals[layer.name].append(now)
 
-    def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Hold:  # noqa: ARG002
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:  # noqa: ARG002
         arrivals = self._arrivals[layer.name]
         mean = (now - arrivals[0]) / len(arrivals)
         expected = -math.log(1 - self.QUANTILE) * mean if mean > 0 else self.LONGEST
@@ -83,14 +83,14 @@ class Fixed(Rule):
     def __init__(self, seconds: float = 600.0) -> None:
         self._seconds = seconds
 
-    def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Hold:  # noqa: ARG002
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:  # noqa: ARG002
         return Hold(self._seconds if layer.name.startswith("user") else 0.0)
 
 
 class Seuss(Rule):
     """Keeps what does not depend on the user, for ten minutes (Cadden et al., EuroSys 2020, as RainbowCake ran it)."""
 
-    def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Hold:  # noqa: ARG002
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:  # noqa: ARG002
         return Hold(0.0 if layer.name == "bare" or layer.name.startswith("user") else 600.0)
 
 
@@ -119,7 +119,7 @@ class Histogram(Rule):
         self._bins: dict[str, list[int]] = defaultdict(lambda: [0] * self.BINS)
         self._beyond: dict[str, int] = defaultdict(int)
 
-    def reach(self, layer: Layer, now: float) -> None:
+    def reach(self, layer: LayerCost, now: float) -> None:
         since = self._since.pop(layer.name, None)
         if since is None or not layer.name.startswith("user"):
             return
@@ -129,7 +129,7 @@ class Histogram(Rule):
         else:
             self._beyond[layer.name] += 1
 
-    def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Hold:  # noqa: ARG002
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:  # noqa: ARG002
         if not layer.name.startswith("user"):
             return Hold(0.0)
         self._since[layer.name] = now
@@ -165,7 +165,7 @@ class FaasCache(Rule):
     def arrive(self, function: Function, now: float) -> None:  # noqa: ARG002
         self._uses[function.name] += 1
 
-    def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Hold:  # noqa: ARG002
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:  # noqa: ARG002
         return Hold(math.inf if layer.name.startswith("user") else 0.0)
 
     def worth(self, function: Function, size: int) -> float:
@@ -186,7 +186,7 @@ class Clairvoyant(Rule):
             for layer in functions[call.function].layers:
                 self._calls[layer.name].append(call.at)
 
-    def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Hold:
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:
         calls = self._calls[layer.name]
         following = bisect_right(calls, now)
         gap = calls[following] - now if following < len(calls) else math.inf

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
 
-from cache_agent.policy.keepalive import GB, Layer
+from cache_agent.policy.keepalive import GB, LayerCost
 from simulations.functions import Call, Function
 
 FORK = 0.02  # seconds from a call to its forked, placed and joined process
@@ -41,10 +41,10 @@ class Rule:
     def arrive(self, function: Function, now: float) -> None:
         """Each call, before it is served."""
 
-    def reach(self, layer: Layer, now: float) -> None:
+    def reach(self, layer: LayerCost, now: float) -> None:
         """A call looks for this layer, having found none that is deeper."""
 
-    def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Hold:
+    def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:
         """A layer has nothing to do. `below` are the ones it stands on, the nearest first; the first `alone` of them
         would be idle without it."""
         raise NotImplementedError
@@ -110,7 +110,7 @@ class World:
 
 @dataclass(slots=True, eq=False)
 class _Zygote:
-    layer: Layer
+    layer: LayerCost
     below: tuple[_Zygote, ...]  # the nearest first
     present: bool = False
     ready: float = 0.0
@@ -220,7 +220,7 @@ class Zygotes(World):
 
 @dataclass(slots=True, eq=False)
 class _Container:
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCost, ...]
     function: int
     bytes: int = 0
     version: int = 0
@@ -317,7 +317,7 @@ class Containers(World):
             self._total += container.bytes
             self._rest(container, now)
 
-    def _ahead(self, subject: tuple[int, Layer, float], _version: int, now: float) -> None:
+    def _ahead(self, subject: tuple[int, LayerCost, float], _version: int, now: float) -> None:
         """Makes an idle container, if the function has none by then; building counts as idle."""
         number, layer, seconds = subject
         if self._idle[layer.name]:

@@ -7,7 +7,7 @@ import os
 import random
 import time
 
-from cache_agent.manifest import CHUNK
+from cache_agent.model.manifest import CHUNK
 
 FAKE = "fake://m"
 

@@ -15,7 +15,7 @@ import pytest
 from leased import FAKE, contents, inodes, large_tensors, ready, soon, tensors_of, whole
 
 from cache_agent.errors import AgentUnreachable, LeaseLost
-from cache_agent.manifest import PAGE
+from cache_agent.model.manifest import PAGE
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.ssd import Writing
 from cache_agent.wire.messages import Drain, Hello, LeaseRequest, Offer

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from leased import soon
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.config import AgentConfig
 from cache_agent.daemon import Daemon
 from cache_agent.errors import AgentError

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from cache_agent import config
 from cache_agent.cli import main
 from cache_agent.config import AgentConfig, from_environment
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 from cache_agent.wire.messages import Drain
 
 
@@ -258,7 +258,7 @@ def test_bad_options_of_serve(options, words, serve_fails, tmp_path):
     ],
 )
 def test_bad_variables_are_named(variable, value):
-    with pytest.raises(BadConfig, match=f"(?i){variable}"):
+    with pytest.raises(BadSetting, match=f"(?i){variable}"):
         from_environment({f"GLOWPLUG_{variable}": value})
 
 
@@ -331,5 +331,5 @@ def test_a_budget_nobody_set_is_a_share_of_what_there_is():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < AgentConfig().capacity <= total
     assert AgentConfig(dram=5).capacity == 5
-    with pytest.raises(BadConfig):
+    with pytest.raises(BadSetting):
         AgentConfig(dram=-1)

@@ -17,7 +17,7 @@ from cache_agent.cluster.directory import CLOCKS_APART, Holding, InProcessDirect
 from cache_agent.cluster.directory_redis import RedisDirectory
 from cache_agent.errors import OriginUnavailable
 from cache_agent.kube.witness import Metadata, Watched
-from cache_agent.loading.confirmed import Confirmed
+from cache_agent.residency.confirmed import Confirmed
 from cache_agent.tiers.fake import FakeOrigin
 
 YEAR = 365 * 86400.0
@@ -140,7 +140,7 @@ def test_what_others_remember_is_as_old_as_its_date_and_a_date_to_come_says_noth
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr("cache_agent.loading.confirmed._MOST", 3)
+    monkeypatch.setattr("cache_agent.residency.confirmed._MOST", 3)
     clocks = Ticking()
     for number in range(5):
         clocks.confirmed.say(f"s3://{number}", "src-1")

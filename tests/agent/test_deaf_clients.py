@@ -9,10 +9,10 @@ import threading
 import pytest
 from leased import contents, large_tensors, ready, tensors_of
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire import link
-from cache_agent.wire.fdsocket import Channel
+from cache_agent.wire.channel import Channel
 from cache_agent.wire.messages import Identity, LeaseRequest
 
 URI = "s3://models/m"

@@ -18,7 +18,7 @@ import redis
 
 from cache_agent.cluster.directory import Holding, Node
 from cache_agent.cluster.directory_redis import RedisDirectory
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 from cache_agent.tiers.fake import FakeOrigin
 
 BEAT, TTL = 0.05, 1.5
@@ -343,7 +343,7 @@ def test_what_another_version_wrote_is_skipped(node, held, redis_url, join, even
 
 @pytest.mark.parametrize("url", ["", "http://x", "redis", "redis://h:port"])
 def test_urls_that_are_none(url):
-    with pytest.raises(BadConfig, match="GLOWPLUG_REDIS_URL"):
+    with pytest.raises(BadSetting, match="GLOWPLUG_REDIS_URL"):
         RedisDirectory(url)
 
 
@@ -352,7 +352,7 @@ def test_password_files_that_are_none(content, tmp_path):
     path = tmp_path / "password"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(BadConfig, match="PASSWORD_FILE"):
+    with pytest.raises(BadSetting, match="PASSWORD_FILE"):
         RedisDirectory("redis://127.0.0.1:1", password_file=path)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from cache_agent.cluster.outlook import FileOutlook, NoOutlook, Unavailable
 from cache_agent.kube import routes
 from cache_agent.kube.extender import Extender
+from cache_agent.kube.outlook import FileOutlook, NoOutlook, Unavailable
 from cache_agent.kube.routes import MAX_BODY, Refused, RoutesServer
-from cache_agent.policy.placement import Node, Tier, View
+from cache_agent.policy.placement import PlacementNode, Tier, View
 
 MODEL = "s3://models/a"
 ESTIMATES = {
@@ -193,7 +193,7 @@ def test_estimates_follow_the_file(estimates: Path) -> None:
 
 @pytest.fixture
 def server() -> Iterator[RoutesServer]:
-    nodes = tuple(Node(f"node-{number}", tiers=(Tier("ssd", number, 1e9),)) for number in range(300))
+    nodes = tuple(PlacementNode(f"node-{number}", tiers=(Tier("ssd", number, 1e9),)) for number in range(300))
     extender = Extender(Known(View(10**9, nodes)))
     verbs = {("POST", "/scheduler/prioritize"): extender.prioritize, ("POST", "/broken"): lambda _: 1 / 0}
     made = RoutesServer("127.0.0.1", 0, verbs)  # type: ignore[arg-type]

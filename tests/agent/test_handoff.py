@@ -9,16 +9,16 @@ import threading
 
 import pytest
 
+from cache_agent.client.handoff import await_match, find_destination, offer_to_host, report
 from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.cluster.key import ClusterKey
 from cache_agent.errors import NoDestination, SnapshotForged
-from cache_agent.handoff import crossing as crossings
-from cache_agent.handoff.client import await_match, find_destination, offer_to_host, report
-from cache_agent.handoff.crossing import Crossing
-from cache_agent.handoff.hosts import Hosts, Waiting
+from cache_agent.handoff import splice as crossings
+from cache_agent.handoff.destinations import Destinations, Waiting
+from cache_agent.handoff.splice import Splice
 from cache_agent.wire import link
-from cache_agent.wire.fdsocket import Disconnected
-from cache_agent.wire.requests import Handed, Relay
+from cache_agent.wire.channel import Disconnected
+from cache_agent.wire.requests import HandoffOutcome, RelayedBytes
 
 KEY = ClusterKey(b"only for these tests, only for these")
 KIN, SOURCE, OTHER = "chat:00ff:plain", "worker-source", "worker-other"
@@ -113,7 +113,7 @@ def test_another_function_or_oneself_is_no_destination(start_local_agent, host, 
 
 
 def test_who_waits_longest_is_next_and_a_namespace_is_among_itself():
-    hosts = Hosts()
+    hosts = Destinations()
     for name in ("a", "b", "c"):
         hosts.wait(name, Waiting("team", KIN, name))
     hosts.wait("a", Waiting("team", KIN, "a"))
@@ -129,8 +129,8 @@ def test_who_waits_longest_is_next_and_a_namespace_is_among_itself():
 def test_what_is_told_is_counted_and_shown(start_local_agent):
     agent = start_local_agent({})
     items = [
-        Handed("chat", "gen-1", SOURCE, OTHER, 12, 0.025, "kv", "moved"),
-        Handed("chat", "gen-2", SOURCE, OTHER, 0, 5.0, "relay", "back", "it took no byte"),
+        HandoffOutcome("chat", "gen-1", SOURCE, OTHER, 12, 0.025, "kv", "moved"),
+        HandoffOutcome("chat", "gen-2", SOURCE, OTHER, 0, 5.0, "relay", "back", "it took no byte"),
     ]
     report(agent.client, items)
     newest, oldest = agent.client.status().handoffs
@@ -154,7 +154,7 @@ def crossing():
         theirs = link.Link(door.accept()[0], of_agent=False)
     near, worker = socket.socketpair()
     mine.state = theirs.state = "relaying"
-    tested = Crossing(mine, near, KEY, ("a" * 32, "b" * 32), "caller")
+    tested = Splice(mine, near, KEY, ("a" * 32, "b" * 32), "caller")
     thread = threading.Thread(target=tested.run)
     thread.start()
     worker.settimeout(20)
@@ -168,7 +168,7 @@ def crossing():
 
 
 def say(theirs, signed):
-    theirs.send(Relay(len(signed)))
+    theirs.send(RelayedBytes(len(signed)))
     theirs.send_bytes(signed)
 
 
@@ -214,5 +214,5 @@ def test_a_signature_is_for_one_place_only():
 
 def test_a_piece_is_bounded(crossing):
     _, worker, theirs = crossing
-    theirs.send(Relay(crossings._MOST + 1))
+    theirs.send(RelayedBytes(crossings._MOST + 1))
     assert worker.recv(100) == b""

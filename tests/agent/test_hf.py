@@ -24,8 +24,8 @@ from cache_agent.errors import (
     OriginUnavailable,
     UnsafeCheckpoint,
 )
-from cache_agent.loading.checkpoint import describe
-from cache_agent.loading.loader import Load
+from cache_agent.loading.loader import ModelLoad
+from cache_agent.model.checkpoint import describe
 from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.hf import Hub, HubOrigin
@@ -179,7 +179,7 @@ def opened(hub, uri="hf://org/name", **options):
 def load(origin):
     description = describe(origin)
     with Dram(description.manifest.segments, huge_pages="never") as dram:
-        Load(description, origin, dram).run()
+        ModelLoad(description, origin, dram).run()
         (mapping,) = dram.map()
         with mapping:
             return {t.name: mapping[t.offset : t.offset + t.size] for t in description.manifest.tensors}

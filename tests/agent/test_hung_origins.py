@@ -17,7 +17,7 @@ from leased import contents, large_tensors, ready, tensors_of
 
 from cache_agent.errors import OriginUnavailable
 from cache_agent.model.uri import parse_uri
-from cache_agent.residency.jobs import HERE, Jobs, Lane, here, lane_of
+from cache_agent.residency.background import HERE, Background, Lane, here, lane_of
 from cache_agent.tiers.s3 import S3, S3Origin
 from cache_agent.wire.messages import LeaseRequest
 
@@ -55,7 +55,7 @@ def test_whatever_is_asked_for_there_are_only_so_many_origins():
 
 @pytest.fixture
 def jobs():
-    made = Jobs("test", of_origin=4, of_place=2)
+    made = Background("test", of_origin=4, of_place=2)
     yield made
     made.close()
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from cache_agent.access import credentials, tokenreview
+from cache_agent.access import tokenreview
 from cache_agent.access.control import Access
 from cache_agent.access.identity import Identities, Tokens, identities
+from cache_agent.access.kubernetes import Api
 from cache_agent.access.tokenreview import TokenReview
-from cache_agent.client import CacheClient
-from cache_agent.errors import AccessDenied, BadConfig, IdentityUnavailable
-from cache_agent.kube.api import Api
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.errors import AccessDenied, BadSetting, IdentityUnavailable
 from cache_agent.policy.rights import Caller
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Drain, Identity
@@ -306,13 +307,13 @@ def test_settings_that_make_no_sense(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank").write_text(" \n")
     for path in (tmp_path / "absent", tmp_path / "empty", tmp_path / "blank"):
-        with pytest.raises(BadConfig, match="GLOWPLUG_TOKEN_FILE="):
+        with pytest.raises(BadSetting, match="GLOWPLUG_TOKEN_FILE="):
             identities("", path, "")
-    with pytest.raises(BadConfig, match="needs GLOWPLUG_TOKEN_FILE"):
+    with pytest.raises(BadSetting, match="needs GLOWPLUG_TOKEN_FILE"):
         identities("token", None, "")
-    with pytest.raises(BadConfig, match="needs GLOWPLUG_KUBERNETES"):
+    with pytest.raises(BadSetting, match="needs GLOWPLUG_KUBERNETES"):
         identities("kubernetes", None, "")
-    with pytest.raises(BadConfig, match="is no URL"):
+    with pytest.raises(BadSetting, match="is no URL"):
         identities("kubernetes", None, "kubernetes.default")
 
 
@@ -327,7 +328,7 @@ def test_what_a_client_shows(tmp_path: Path) -> None:
     account.write_text("renewed")
     assert shown() == Identity("kubernetes", "renewed")
     assert credentials.shown(None, tmp_path / "absent")() == Identity("kubernetes", "")
-    with pytest.raises(BadConfig, match="operator"):
+    with pytest.raises(BadSetting, match="operator"):
         credentials.shown(tmp_path)()
     (tmp_path / "operator").write_text("o")
     assert credentials.shown(tmp_path)() == Identity("token", "o")

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent.policy.keepalive import GB, HISTORY, Decision, History, Layer, beta, keep
+from cache_agent.policy.keepalive import GB, HISTORY, History, HoldDecision, LayerCost, beta, keep
 
-LANG = Layer("lang", 3.0, int(0.3 * GB))  # β = 10 ρ
+LANG = LayerCost("lang", 3.0, int(0.3 * GB))  # β = 10 ρ
 
 times = st.floats(0.0, 1e6)
-layers = st.builds(Layer, st.just("lang"), st.floats(0.001, 1e3), st.integers(10**6, 10**12))
+layers = st.builds(LayerCost, st.just("lang"), st.floats(0.001, 1e3), st.integers(10**6, 10**12))
 prices = st.floats(0.001, 1e4)
 
 
-def cost(decision: Decision, gaps: list[float]) -> float:
+def cost(decision: HoldDecision, gaps: list[float]) -> float:
     """What a decision would have cost, in starts; written as the rule is, without its sums."""
     limit, total = beta(decision.layer, decision.rho), 0.0
     for gap in gaps:
@@ -27,7 +27,7 @@ def cost(decision: Decision, gaps: list[float]) -> float:
 
 
 @given(layers, st.lists(times, min_size=8, max_size=HISTORY), prices)
-def test_no_other_time_would_have_been_cheaper(layer: Layer, gaps: list[float], rho: float) -> None:
+def test_no_other_time_would_have_been_cheaper(layer: LayerCost, gaps: list[float], rho: float) -> None:
     found = keep(layer, gaps, rho)
     least = cost(found, gaps)
     others = [0.0, *gaps, *(gap * factor for gap in gaps for factor in (0.999, 1.001)), beta(layer, rho)]
@@ -36,20 +36,20 @@ def test_no_other_time_would_have_been_cheaper(layer: Layer, gaps: list[float], 
 
 
 @given(layers, st.lists(st.integers(0, 20).map(float), min_size=8, max_size=HISTORY), prices)
-def test_of_equal_times_the_shortest(layer: Layer, gaps: list[float], rho: float) -> None:
+def test_of_equal_times_the_shortest(layer: LayerCost, gaps: list[float], rho: float) -> None:
     found = keep(layer, gaps, rho)
     shorter = [other for other in {0.0, *gaps} if other < found.hold]
     assert all(cost(found._replace(hold=other), gaps) > cost(found, gaps) * (1 - 1e-9) for other in shorter)
 
 
 @given(layers, st.lists(times, max_size=HISTORY), st.lists(prices, min_size=2, max_size=6))
-def test_a_higher_price_of_starts_never_holds_shorter(layer: Layer, gaps: list[float], rhos: list[float]) -> None:
+def test_a_higher_price_of_starts_never_holds_shorter(layer: LayerCost, gaps: list[float], rhos: list[float]) -> None:
     for cheap, dear in pairwise(sorted(rhos)):
         assert keep(layer, gaps, cheap).hold <= keep(layer, gaps, dear).hold * (1 + 1e-9)
 
 
 @given(layers, st.lists(times, max_size=100), prices, st.floats(0.0, 1e6))
-def test_decisions_are_consistent(layer: Layer, gaps: list[float], rho: float, idle: float) -> None:
+def test_decisions_are_consistent(layer: LayerCost, gaps: list[float], rho: float, idle: float) -> None:
     found = keep(layer, gaps, rho)
     assert found == keep(layer, gaps[-HISTORY:], rho)
     wait = found.changes_in(idle)
@@ -103,15 +103,15 @@ def test_only_the_last_gaps_count() -> None:
 @pytest.mark.parametrize(
     ("layer", "rho", "hold"),
     [
-        (Layer("bare", 1.0, 0), 1.0, math.inf),
-        (Layer("bare", 0.0, 0), 1.0, 0.0),
-        (Layer("lang", 0.0, 10**9), 1.0, 0.0),
-        (Layer("lang", 3.0, 10**9), 0.0, 0.0),
-        (Layer("bare", 1.0, 0), 0.0, 0.0),
+        (LayerCost("bare", 1.0, 0), 1.0, math.inf),
+        (LayerCost("bare", 0.0, 0), 1.0, 0.0),
+        (LayerCost("lang", 0.0, 10**9), 1.0, 0.0),
+        (LayerCost("lang", 3.0, 10**9), 0.0, 0.0),
+        (LayerCost("bare", 1.0, 0), 0.0, 0.0),
     ],
 )
 @pytest.mark.parametrize("gaps", [[], [10.0], [10.0] * HISTORY])
-def test_what_is_free(layer: Layer, rho: float, hold: float, gaps: list[float]) -> None:
+def test_what_is_free(layer: LayerCost, rho: float, hold: float, gaps: list[float]) -> None:
     found = keep(layer, gaps, rho)
     assert found.hold == hold
     assert found.wanted(1e12) == (hold > 0)
@@ -119,8 +119,10 @@ def test_what_is_free(layer: Layer, rho: float, hold: float, gaps: list[float]) 
     assert found.why
 
 
-@pytest.mark.parametrize("layer", [Layer("lang", -1.0, 1), Layer("lang", math.nan, 1), Layer("lang", 1.0, -1)])
-def test_no_price_is_negative(layer: Layer) -> None:
+@pytest.mark.parametrize(
+    "layer", [LayerCost("lang", -1.0, 1), LayerCost("lang", math.nan, 1), LayerCost("lang", 1.0, -1)]
+)
+def test_no_price_is_negative(layer: LayerCost) -> None:
     with pytest.raises(ValueError, match="price"):
         keep(layer, [1.0], 1.0)
     with pytest.raises(ValueError, match="price"):

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from cache_agent.errors import AgentError
-from cache_agent.web.layers import KEPT, SILENT_SECONDS, Layers
+from cache_agent.journal.layers import KEPT, SILENT_SECONDS, Layers
 from cache_agent.wire.layers import MOST, Layer, LayerStatus, LayersTold
 
 LANG = Layer("lang", "idle", since=100.0, seconds=3.0, bytes=300_000_000, hold=120.0, why="held for 120 s")

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 from leased import FAKE, contents, large_tensors, soon, tensors_of
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import AccessDenied, AgentError, LeaseLost, OriginChanged, OriginUnavailable
-from cache_agent.manifest import CHUNK, PAGE
+from cache_agent.model.manifest import CHUNK, PAGE
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.wire.messages import Admitted, Drain
+from cache_agent.wire.messages import Drain, RevisionNotice
 
 
 def revision_by_hand(files) -> str:
@@ -877,7 +877,7 @@ def test_admitted_is_pushed_once_the_digest_is_known(start_local_agent, checkpoi
     with agent.client.lease(FAKE) as lease:
         lease.wait_ready(soon())
         if not lease.revision:
-            assert lease.next_event(20) == Admitted(revision_by_hand(files))
+            assert lease.next_event(20) == RevisionNotice(revision_by_hand(files))
         assert lease.revision == revision_by_hand(files)
     with agent.client.lease(FAKE) as lease:
         lease.wait_ready(soon())

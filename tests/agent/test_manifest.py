@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent import manifest as manifests
 from cache_agent.errors import BadCheckpoint
-from cache_agent.loading.checkpoint import describe
-from cache_agent.loading.safetensors import RawTensor
-from cache_agent.manifest import ALIGNMENT, CHUNK, PAGE, Source, SourceFile, WeightFile
+from cache_agent.model import manifest as manifests
+from cache_agent.model.checkpoint import describe
+from cache_agent.model.manifest import ALIGNMENT, CHUNK, PAGE, Source, SourceFile, WeightFile
+from cache_agent.model.safetensors import RawTensor
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.message import MAX_FDS
 

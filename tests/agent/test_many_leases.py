@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from leased import soon
 
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.wire.messages import Hello, Identity, LeaseRequest
 from cache_agent.wire.protocol import VERSION, encode
 

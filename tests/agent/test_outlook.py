@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cache_agent.cluster.directory import Holding, InProcessDirectory, Node
-from cache_agent.cluster.outlook import DirectoryOutlook, Unavailable
 from cache_agent.kube.extender import Extender
+from cache_agent.kube.outlook import DirectoryOutlook, Unavailable
 from cache_agent.policy import placement
 
 URI, SOURCE, SIZE = "s3://models/a", "src-1", 4 * 10**9

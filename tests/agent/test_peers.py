@@ -13,10 +13,10 @@ from leased import soon
 
 from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.cluster.key import ClusterKey
+from cache_agent.cluster.peer import Membership, Peer, PeerFailed
 from cache_agent.errors import OriginUnavailable
+from cache_agent.serving import remote
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.tiers.peer import Membership, Peer, PeerFailed
-from cache_agent.wire import remote
 
 URI = "s3://models/m"
 KEY = ClusterKey(b"only for these tests, only for these")

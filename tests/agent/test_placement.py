@@ -9,24 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_agent.policy import placement
-from cache_agent.policy.placement import Node, Running, Tier, View
+from cache_agent.policy.placement import PlacementNode, RunningModel, Tier, View
 
 GB = 10**9
 MODEL = 4 * GB
 
 
-def seconds(node: Node, size: int = MODEL) -> float:
+def seconds(node: PlacementNode, size: int = MODEL) -> float:
     return placement.decide(size, node).seconds
 
 
 def test_resident_is_attached() -> None:
-    found = placement.decide(MODEL, Node("n", tiers=(Tier("dram", MODEL),), queue=9.0))
+    found = placement.decide(MODEL, PlacementNode("n", tiers=(Tier("dram", MODEL),), queue=9.0))
     assert (found.way, found.seconds, found.why) == ("load", 0.05, "all of it is in memory")
 
 
 def test_tiers_add_up() -> None:
     """3 GB are in memory, the fourth comes from the SSD; ServerlessLLM would read all four."""
-    node = Node("n", tiers=(Tier("ssd", MODEL, 2.0 * GB), Tier("dram", 3 * GB)), attach=0.0)
+    node = PlacementNode("n", tiers=(Tier("ssd", MODEL, 2.0 * GB), Tier("dram", 3 * GB)), attach=0.0)
     found = placement.decide(MODEL, node)
     assert found.seconds == pytest.approx(0.5)
     assert (found.tier, found.measured) == ("ssd", 1.0)
@@ -35,11 +35,11 @@ def test_tiers_add_up() -> None:
 
 def test_queue_delays_those_who_load() -> None:
     ssd = (Tier("ssd", MODEL, 1.0 * GB),)
-    assert seconds(Node("n", tiers=ssd, queue=3.0)) == pytest.approx(3.0 + 4.0 + 0.05)
+    assert seconds(PlacementNode("n", tiers=ssd, queue=3.0)) == pytest.approx(3.0 + 4.0 + 0.05)
 
 
 def test_what_nobody_measured_is_said() -> None:
-    found = placement.decide(MODEL, Node("n", tiers=(Tier("ssd", 2 * GB, 1.0 * GB),)))
+    found = placement.decide(MODEL, PlacementNode("n", tiers=(Tier("ssd", 2 * GB, 1.0 * GB),)))
     assert found.seconds == pytest.approx(2.0 + 2 * GB / placement.ASSUMED["origin"] + 0.05)
     assert found.measured == pytest.approx(2.0 / 10.0)
 
@@ -47,28 +47,34 @@ def test_what_nobody_measured_is_said() -> None:
 @pytest.mark.parametrize(
     ("running", "way", "expected"),
     [
-        ((Running(5.0),), "wait", 5.05),
-        ((Running(5.0, 0.5),), "move", 0.55),
-        ((Running(0.2, 0.5),), "wait", 0.25),
-        ((Running(5.0, 4.0), Running(1.0)), "wait", 1.05),
+        ((RunningModel(5.0),), "wait", 5.05),
+        ((RunningModel(5.0, 0.5),), "move", 0.55),
+        ((RunningModel(0.2, 0.5),), "wait", 0.25),
+        ((RunningModel(5.0, 4.0), RunningModel(1.0)), "wait", 1.05),
         ((), "none", math.inf),
     ],
 )
-def test_load_wait_or_move(running: tuple[Running, ...], way: str, expected: float) -> None:
-    node = Node("n", tiers=(Tier("dram", MODEL),), places=0, running=running)
+def test_load_wait_or_move(running: tuple[RunningModel, ...], way: str, expected: float) -> None:
+    node = PlacementNode("n", tiers=(Tier("dram", MODEL),), places=0, running=running)
     found = placement.decide(MODEL, node)
     assert (found.way, found.seconds) == (way, pytest.approx(expected))
 
 
 def test_moving_pays_only_where_loading_elsewhere_is_slower() -> None:
     """ServerlessLLM's figure: the node with the model in memory is busy, a free one has it on disk only."""
-    busy = Node("busy", tiers=(Tier("dram", MODEL),), places=0, running=(Running(30.0, 1.0),))
-    assert placement.rank(View(MODEL, (busy, Node("free", tiers=(Tier("ssd", MODEL, 1.0 * GB),)))))[0].node == "busy"
-    assert placement.rank(View(MODEL, (busy, Node("free", tiers=(Tier("ssd", MODEL, 8.0 * GB),)))))[0].node == "free"
+    busy = PlacementNode("busy", tiers=(Tier("dram", MODEL),), places=0, running=(RunningModel(30.0, 1.0),))
+    assert (
+        placement.rank(View(MODEL, (busy, PlacementNode("free", tiers=(Tier("ssd", MODEL, 1.0 * GB),)))))[0].node
+        == "busy"
+    )
+    assert (
+        placement.rank(View(MODEL, (busy, PlacementNode("free", tiers=(Tier("ssd", MODEL, 8.0 * GB),)))))[0].node
+        == "free"
+    )
 
 
 def test_a_dead_agents_tiers_count_for_nothing() -> None:
-    found = placement.decide(MODEL, Node("n", alive=False, tiers=(Tier("dram", MODEL),), origin=1.0 * GB))
+    found = placement.decide(MODEL, PlacementNode("n", alive=False, tiers=(Tier("dram", MODEL),), origin=1.0 * GB))
     assert found.seconds == pytest.approx(4.05)
     assert found.why.startswith("no agent is known there")
 
@@ -77,7 +83,7 @@ def test_scores_leave_other_reasons_their_say() -> None:
     """Where all are about equal nothing is preferred; what is far better gets all of the range."""
 
     def scores(*seconds: float) -> list[int]:
-        found = [placement.Decision(str(n), "load", s, "", 1.0, "") for n, s in enumerate(seconds)]
+        found = [placement.PlacementDecision(str(n), "load", s, "", 1.0, "") for n, s in enumerate(seconds)]
         return list(placement.scores(found, [str(n) for n in range(len(seconds))]).values())
 
     assert scores(5.0, 5.0, 5.0) == [0, 0, 0]
@@ -90,10 +96,13 @@ def test_scores_leave_other_reasons_their_say() -> None:
 
 
 def test_the_unknown_come_last() -> None:
-    found = [placement.Decision("a", "load", 1.0, "", 1.0, ""), placement.Decision("b", "load", 9.0, "", 1.0, "")]
+    found = [
+        placement.PlacementDecision("a", "load", 1.0, "", 1.0, ""),
+        placement.PlacementDecision("b", "load", 9.0, "", 1.0, ""),
+    ]
     assert placement.scores(found, ["x", "a", "b"]) == {"x": 0, "a": 10, "b": 0}
     assert placement.scores(found, ["x"]) == {"x": 0}
-    view = placement.covering(View(MODEL, (Node("a", tiers=(Tier("dram", MODEL),)),)), ["x", "a"])
+    view = placement.covering(View(MODEL, (PlacementNode("a", tiers=(Tier("dram", MODEL),)),)), ["x", "a"])
     assert placement.scores(placement.rank(view), ["x", "a"]) == {"x": 0, "a": 10}
 
 
@@ -101,9 +110,9 @@ def test_view_of_a_directory() -> None:
     holdings = [("n1", "dram", 5, 10), ("n1", "ssd", 10, 10), ("gone", "ssd", 10, 10)]
     view = placement.from_holdings(10, holdings, {"n1", "n2"}, {("n1", "ssd"): 3.0, ("n2", "origin"): 2.0})
     assert view.nodes == (
-        Node("gone", alive=False, tiers=(Tier("ssd", 10),)),
-        Node("n1", tiers=(Tier("dram", 5), Tier("ssd", 10, 3.0))),
-        Node("n2", origin=2.0),
+        PlacementNode("gone", alive=False, tiers=(Tier("ssd", 10),)),
+        PlacementNode("n1", tiers=(Tier("dram", 5), Tier("ssd", 10, 3.0))),
+        PlacementNode("n2", origin=2.0),
     )
 
 
@@ -111,9 +120,9 @@ names = st.sampled_from(["dram", "ssd", "peer", "origin", "another"])
 sizes = st.integers(0, 1 << 40)
 finite = st.floats(0, 1e9)
 tiers = st.builds(Tier, names, sizes, st.one_of(st.just(0.0), st.floats(1e3, 1e12)))
-running = st.builds(Running, finite, st.one_of(st.none(), finite))
+running = st.builds(RunningModel, finite, st.one_of(st.none(), finite))
 node = st.builds(
-    Node,
+    PlacementNode,
     name=st.sampled_from("abcdefgh"),
     alive=st.booleans(),
     tiers=st.lists(tiers, max_size=4).map(tuple),
@@ -142,8 +151,8 @@ def test_any_view_has_an_answer(view: View, asked: list[str]) -> None:
 
 
 @given(sizes, node)
-def test_more_of_a_model_is_never_slower(size: int, one: Node) -> None:
-    resident = Node(
+def test_more_of_a_model_is_never_slower(size: int, one: PlacementNode) -> None:
+    resident = PlacementNode(
         one.name, one.alive, (*one.tiers, Tier("dram", size)), one.queue, one.attach, one.places, one.running
     )
     assert placement.decide(size, resident).seconds <= placement.decide(size, one).seconds * (1 + 1e-9)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_agent.errors import EvictRefused, NoCapacity
-from cache_agent.manifest import Manifest
+from cache_agent.model.manifest import Manifest
 from cache_agent.policy.quota import Account
 from cache_agent.residency import events
 from cache_agent.residency.events import (

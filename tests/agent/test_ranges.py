@@ -7,10 +7,9 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent import manifest
-from cache_agent.loading import ranges
-from cache_agent.loading.safetensors import RawTensor
-from cache_agent.manifest import CHUNK, WeightFile
+from cache_agent.model import manifest, ranges
+from cache_agent.model.manifest import CHUNK, WeightFile
+from cache_agent.model.safetensors import RawTensor
 
 
 def laid_out(sizes, files=1, max_segment=64 << 20):

@@ -16,7 +16,7 @@ from cache_agent.errors import (
     OriginUnavailable,
     WrongRevision,
 )
-from cache_agent.manifest import Manifest
+from cache_agent.model.manifest import Manifest
 from cache_agent.policy.eviction import Candidate, cheapest, priority
 from cache_agent.residency import events
 from cache_agent.residency.events import (

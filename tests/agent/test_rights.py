@@ -21,11 +21,11 @@ from cache_agent.access import control as access
 from cache_agent.access import rights
 from cache_agent.access.control import Access
 from cache_agent.access.rights import RightsFile
-from cache_agent.client import CacheClient
-from cache_agent.errors import AgentError, BadConfig
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.errors import AgentError, BadSetting
 from cache_agent.logs import JsonFormatter, TextFormatter
 from cache_agent.model.uri import parse_uri
-from cache_agent.policy.rights import NOTHING, Caller, Grant, Prefix, Rights, pieces
+from cache_agent.policy.rights import NOTHING, Caller, Permission, Prefix, Rights, pieces
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Identity
 
@@ -37,12 +37,12 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def grant(tmp_path: Path, *models: str) -> Grant:
+def grant(tmp_path: Path, *models: str) -> Permission:
     text = f"[namespace.llm]\nmodels = {json.dumps(models)}\n"
     return rights.read(write(tmp_path / "rights.toml", text)).of(CHAT)
 
 
-def covers(given: Grant, uri: str) -> bool:
+def covers(given: Permission, uri: str) -> bool:
     parsed = parse_uri(uri)
     return given.covers(parsed.scheme, parsed.place)
 
@@ -146,7 +146,7 @@ def test_what_is_granted_lies_below_the_prefix_for_every_reader(parts: list[str]
     uri = f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(['models', 'llm', *parts])}"
     prefix = Prefix(scheme, ("models", "llm"))
     parsed = parse_uri(uri)
-    if Grant((prefix,)).covers(parsed.scheme, parsed.place):
+    if Permission((prefix,)).covers(parsed.scheme, parsed.place):
         assert {place[:2] for place in worst(parsed.place)} == {("models", "llm")}, uri
         assert parsed.place.strip("/").startswith("models/llm")
 
@@ -161,10 +161,10 @@ def test_pieces_are_plain_whatever_comes(place: str, scheme: str) -> None:
 
 def test_the_closest_grant_alone_counts() -> None:
     grants = {
-        ("namespace", "*"): Grant(dram=1),
-        ("namespace", "llm"): Grant(dram=2),
-        ("account", "llm/batch"): Grant(dram=3),
-        ("token", "ops"): Grant(admin=True),
+        ("namespace", "*"): Permission(dram=1),
+        ("namespace", "llm"): Permission(dram=2),
+        ("account", "llm/batch"): Permission(dram=3),
+        ("token", "ops"): Permission(admin=True),
     }
     found = Rights(grants)
     assert found.of(CHAT).dram == 2
@@ -204,12 +204,12 @@ def test_the_closest_grant_alone_counts() -> None:
 def test_a_mistake_is_named(text: str, match: str, tmp_path: Path) -> None:
     path = tmp_path / "rights.toml"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(BadConfig, match=match):
+    with pytest.raises(BadSetting, match=match):
         RightsFile(path)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadConfig, match="cannot be read"):
+    with pytest.raises(BadSetting, match="cannot be read"):
         RightsFile(tmp_path / "absent")
 
 
@@ -231,7 +231,7 @@ def test_it_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_rights_without_identities_are_a_mistake(start_local_agent, tmp_path: Path) -> None:
     write(tmp_path / "rights.toml", "")
-    with pytest.raises(BadConfig, match="GLOWPLUG_IDENTITY"):
+    with pytest.raises(BadSetting, match="GLOWPLUG_IDENTITY"):
         start_local_agent({}, rights=tmp_path / "rights.toml")
 
 

@@ -22,9 +22,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from cache_agent.errors import AccessDenied, OriginChanged, OriginUnavailable
-from cache_agent.loading.checkpoint import describe
-from cache_agent.loading.loader import Load
-from cache_agent.manifest import CHUNK
+from cache_agent.loading.loader import ModelLoad
+from cache_agent.model.checkpoint import describe
+from cache_agent.model.manifest import CHUNK
 from cache_agent.model.uri import parse_uri
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.s3 import S3, S3Origin
@@ -181,7 +181,7 @@ class Loading:
         self.description = describe(self.origin)
         store.requests.clear()
         self.dram = Dram(self.description.manifest.segments, huge_pages="never")
-        self.load = Load(self.description, self.origin, self.dram, readers=readers)
+        self.load = ModelLoad(self.description, self.origin, self.dram, readers=readers)
 
     def __enter__(self) -> Loading:
         return self

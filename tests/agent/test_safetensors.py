@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cache_agent.errors import BadCheckpoint
-from cache_agent.loading import safetensors
+from cache_agent.model import safetensors
 
 
 def framed(header: object, data: bytes = b"") -> bytes:

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 from leased import FAKE, soon
 
-from cache_agent import server as servers
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.config import AgentConfig
-from cache_agent.errors import AgentUnreachable, BadConfig, ProtocolError
+from cache_agent.errors import AgentUnreachable, BadSetting, ProtocolError
+from cache_agent.serving import connection as connections
+from cache_agent.serving import server as servers
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.wire import connection as connections
-from cache_agent.wire.fdsocket import Channel
+from cache_agent.wire.channel import Channel
 from cache_agent.wire.messages import ErrorReply, Granted, Hello, Identity, LeaseRequest, ManifestRequest, Welcome
 from cache_agent.wire.operations import EvictRequest, PushDrain, StatusReply, StatusRequest
 from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, VERSION, Decoder, encode
@@ -395,9 +395,9 @@ def test_the_right_token_is_let_in(start_agent, tmp_path, refused):
 
 
 def test_a_socket_for_others_needs_named_roots(tmp_path):
-    with pytest.raises(BadConfig, match="--file-root"):
+    with pytest.raises(BadSetting, match="--file-root"):
         AgentConfig(socket=tmp_path / "s", socket_mode=0o660)
-    with pytest.raises(BadConfig, match="--file-root"):
+    with pytest.raises(BadSetting, match="--file-root"):
         AgentConfig(socket=tmp_path / "s", socket_mode=0o606, file_roots=(Path("/models"), Path("/")))
     AgentConfig(socket=tmp_path / "s", socket_mode=0o666, file_roots=(Path("/models"),))
     AgentConfig(socket=tmp_path / "s", socket_mode=0o600)
@@ -405,7 +405,7 @@ def test_a_socket_for_others_needs_named_roots(tmp_path):
 
 @pytest.mark.parametrize("root", ["//", "/./", "/usr/..", "/proc/self/root"])
 def test_a_root_that_is_the_whole_machine_by_another_name_does_not_count_as_named(root, tmp_path):
-    with pytest.raises(BadConfig, match="--file-root"):
+    with pytest.raises(BadSetting, match="--file-root"):
         AgentConfig(socket=tmp_path / "s", socket_mode=0o660, file_roots=(Path(root),))
 
 
@@ -480,7 +480,7 @@ def test_an_agent_too_busy_to_accept_is_not_taken_for_a_stale_socket(tmp_path):
             waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
             waiting.setblocking(False)
             waiting.connect_ex(str(path))
-        with pytest.raises(BadConfig, match="already serves"):
+        with pytest.raises(BadSetting, match="already serves"):
             servers.listen(path, 0o600)
         assert path.exists()
 
@@ -489,14 +489,14 @@ def test_an_agent_too_busy_to_accept_is_not_taken_for_a_stale_socket(tmp_path):
 def test_what_is_no_socket_is_left_alone(what, tmp_path):
     path = tmp_path / "s"
     path.touch() if what == "file" else path.mkdir()
-    with pytest.raises(BadConfig, match="is no socket"):
+    with pytest.raises(BadSetting, match="is no socket"):
         servers.listen(path, 0o600)
     assert path.exists()
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere/s", "/dev/null/s", "x" * 120])
 def test_a_place_where_no_socket_can_be_is_named(place, tmp_path):
-    with pytest.raises(BadConfig, match=r"cannot listen on .*; choose another --socket") as caught:
+    with pytest.raises(BadSetting, match=r"cannot listen on .*; choose another --socket") as caught:
         servers.listen(tmp_path / place, 0o600)
     assert "None" not in caught.value.text
 

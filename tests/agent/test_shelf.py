@@ -8,10 +8,10 @@ import time
 
 import pytest
 
+from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.config import AgentConfig
-from cache_agent.errors import AgentError, AgentUnreachable, BadConfig, ProtocolError, StoreUnavailable
-from cache_agent.snapshots.client import SnapshotClient
-from cache_agent.snapshots.shelf import Shelf, shelf
+from cache_agent.errors import AgentError, AgentUnreachable, BadSetting, ProtocolError, StoreUnavailable
+from cache_agent.snapshots.index import SnapshotIndex, shelf
 from cache_agent.snapshots.store import InProcessSnapshots, Keep, Key
 from cache_agent.snapshots.store_redis import RedisSnapshots
 from cache_agent.wire import blobs
@@ -70,7 +70,7 @@ def test_many_requests_in_one_call(start_local_agent, open_client):
 
 
 def test_what_is_too_large_is_said_of_that_one_alone(start_local_agent, open_client, monkeypatch):
-    monkeypatch.setattr("cache_agent.snapshots.shelf.MOST", 1000)
+    monkeypatch.setattr("cache_agent.snapshots.index.MOST", 1000)
     client = open_client(start_local_agent())
     other = Key("chat", "chatcmpl-1111111111111111")
     results = client.keep([step(0, b"x" * 2000), step(0, b"x", key=other)])
@@ -95,7 +95,7 @@ def test_what_is_too_large_is_said_of_that_one_alone(start_local_agent, open_cli
     ],
 )
 def test_names_that_are_none_are_refused(space, id_, owner, lease):
-    tested = Shelf(InProcessSnapshots(10, 1000, 1000), b"k" * 32)
+    tested = SnapshotIndex(InProcessSnapshots(10, 1000, 1000), b"k" * 32)
     with pytest.raises(ProtocolError):
         tested.claim(ClaimRequest(space, id_, owner, lease))
     with pytest.raises(ProtocolError):
@@ -103,7 +103,7 @@ def test_names_that_are_none_are_refused(space, id_, owner, lease):
 
 
 def test_what_a_caller_is_goes_before_its_space():
-    tested = Shelf(InProcessSnapshots(10, 1000, 1000), b"k" * 32)
+    tested = SnapshotIndex(InProcessSnapshots(10, 1000, 1000), b"k" * 32)
     tested.keep(Checkpoint([KeepItem(*KEY, A, 1, 0, [1], 0.0)]), [b"x"], within="team-a")
     assert tested.claim(ClaimRequest(*KEY, B, 1.0), within="team-b").outcome == "absent"
     assert tested.claim(ClaimRequest(*KEY, B, 1.0)).outcome == "absent"
@@ -176,7 +176,7 @@ def test_what_was_changed_moved_or_never_signed_is_refused(redis_url, refused):
     import redis
 
     store = RedisSnapshots(redis_url, 20, 10_000, 10_000)
-    tested = Shelf(store, b"k" * 32)
+    tested = SnapshotIndex(store, b"k" * 32)
     pieces = f"glowplug:snapshot:{KEY.space}:{KEY.id}:pieces"
     with redis.Redis.from_url(redis_url) as client:
 
@@ -228,7 +228,7 @@ def test_a_key_that_is_none_is_refused(tmp_path, content):
     file = tmp_path / "key"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(BadConfig, match="GLOWPLUG_CLUSTER_KEY_FILE"):
+    with pytest.raises(BadSetting, match="GLOWPLUG_CLUSTER_KEY_FILE"):
         shelf(AgentConfig(cluster_key_file=file), private=False)
 
 

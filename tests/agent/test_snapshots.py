@@ -9,7 +9,7 @@ import time
 import pytest
 
 from cache_agent.errors import SnapshotTooLarge, StoreUnavailable
-from cache_agent.snapshots.store import Change, Claimed, InProcessSnapshots, Keep, Kept, Key
+from cache_agent.snapshots.store import Change, Claimed, InProcessSnapshots, Keep, KeepResult, Key
 from cache_agent.snapshots.store_redis import RedisSnapshots
 
 KEY = Key("chat", "chatcmpl-0123456789abcdef")
@@ -45,9 +45,9 @@ def keep(at=0, *pieces, owner="a", epoch=1, lease=10.0, done=False, key=KEY):
 
 def test_what_was_kept_is_there_for_whoever_claims_it_after_its_owner_let_go(store):
     assert store.claim(KEY, "b", 5) == Claimed("absent")
-    assert store.keep(keep(0, b"one", b"two")) == Kept("kept")
-    assert store.keep(keep(2, b"three")) == Kept("kept")
-    assert store.keep(keep(3, lease=0)) == Kept("kept")
+    assert store.keep(keep(0, b"one", b"two")) == KeepResult("kept")
+    assert store.keep(keep(2, b"three")) == KeepResult("kept")
+    assert store.keep(keep(3, lease=0)) == KeepResult("kept")
     assert store.claim(KEY, "b", 5) == Claimed("taken", 2, (b"one", b"two", b"three"))
     assert store.history(KEY) == [Change(1, "a"), Change(2, "b")]
 
@@ -57,8 +57,8 @@ def test_a_lease_keeps_others_away_and_tells_its_owner_that_they_wait(store):
     found = store.claim(KEY, "b", 5)
     assert (found.outcome, found.epoch, found.pieces) == ("held", 1, ())
     assert 9 < found.wait <= 10
-    assert store.keep(keep(1, b"two")) == Kept("kept", True)
-    assert store.keep(keep(2, b"three", lease=0)) == Kept("kept", True)
+    assert store.keep(keep(1, b"two")) == KeepResult("kept", True)
+    assert store.keep(keep(2, b"three", lease=0)) == KeepResult("kept", True)
     assert store.claim(KEY, "b", 5).outcome == "taken"
 
 
@@ -70,18 +70,18 @@ def test_a_lease_that_is_over_keeps_nobody_away(store, eventually):
 def test_whoever_was_overtaken_is_fenced_for_ever(store):
     store.keep(keep(0, b"one", lease=0))
     store.claim(KEY, "b", 5)
-    assert store.keep(keep(1, b"two")) == Kept("fenced")
-    assert store.keep(keep(0, b"all anew")) == Kept("fenced")
-    assert store.keep(keep(1, b"two", epoch=2)) == Kept("fenced"), "the epoch alone is not enough"
-    assert store.keep(keep(1, b"two", owner="b", epoch=1)) == Kept("fenced"), "nor is the name"
-    assert store.keep(keep(1, b"two", owner="b", epoch=2, lease=0)) == Kept("kept")
+    assert store.keep(keep(1, b"two")) == KeepResult("fenced")
+    assert store.keep(keep(0, b"all anew")) == KeepResult("fenced")
+    assert store.keep(keep(1, b"two", epoch=2)) == KeepResult("fenced"), "the epoch alone is not enough"
+    assert store.keep(keep(1, b"two", owner="b", epoch=1)) == KeepResult("fenced"), "nor is the name"
+    assert store.keep(keep(1, b"two", owner="b", epoch=2, lease=0)) == KeepResult("kept")
     assert store.claim(KEY, "a", 5) == Claimed("taken", 3, (b"one", b"two"))
 
 
 def test_an_owner_that_claims_again_fences_its_own_past(store):
     store.keep(keep(0, b"one"))
     assert store.claim(KEY, "a", 5) == Claimed("taken", 2, (b"one",))
-    assert store.keep(keep(1, b"two")) == Kept("fenced")
+    assert store.keep(keep(1, b"two")) == KeepResult("fenced")
 
 
 def test_a_note_is_for_the_owner_of_that_time_alone(store):
@@ -89,28 +89,28 @@ def test_a_note_is_for_the_owner_of_that_time_alone(store):
     assert store.claim(KEY, "b", 5).outcome == "held"
     store.keep(keep(1, lease=0))
     store.claim(KEY, "c", 5)
-    assert store.keep(keep(1, b"two", owner="c", epoch=2)) == Kept("kept", False)
+    assert store.keep(keep(1, b"two", owner="c", epoch=2)) == KeepResult("kept", False)
 
 
 def test_saying_it_twice_is_saying_it_once(store):
     store.keep(keep(0, b"one"))
     store.keep(keep(1, b"two"))
-    assert store.keep(keep(1, b"two")) == Kept("kept")
-    assert store.keep(keep(1, b"2", b"3", lease=0)) == Kept("kept")
+    assert store.keep(keep(1, b"two")) == KeepResult("kept")
+    assert store.keep(keep(1, b"2", b"3", lease=0)) == KeepResult("kept")
     assert store.claim(KEY, "b", 5).pieces == (b"one", b"2", b"3")
 
 
 def test_a_hole_is_not_made(store):
-    assert store.keep(keep(1, b"two")) == Kept("gap")
+    assert store.keep(keep(1, b"two")) == KeepResult("gap")
     store.keep(keep(0, b"one"))
-    assert store.keep(keep(2, b"three")) == Kept("gap")
-    assert store.keep(keep(0, b"anew", lease=0)) == Kept("kept")
+    assert store.keep(keep(2, b"three")) == KeepResult("gap")
+    assert store.keep(keep(0, b"anew", lease=0)) == KeepResult("kept")
     assert store.claim(KEY, "b", 5).pieces == (b"anew",)
 
 
 def test_what_is_done_can_be_read_by_everybody_and_is_nobodys(store):
     store.keep(keep(0, b"one"))
-    assert store.keep(keep(1, b"end", done=True)) == Kept("kept")
+    assert store.keep(keep(1, b"end", done=True)) == KeepResult("kept")
     assert store.claim(KEY, "b", 5) == Claimed("done", 1, (b"one", b"end"))
     assert store.claim(KEY, "c", 5) == Claimed("done", 1, (b"one", b"end"))
     assert store.history(KEY) == [Change(1, "a")]
@@ -119,9 +119,9 @@ def test_what_is_done_can_be_read_by_everybody_and_is_nobodys(store):
 def test_a_store_that_forgot_the_last_owner_learns_it_from_that_one(store):
     """Redis came back with less than it had been told: the higher epoch is the later truth."""
     store.keep(keep(0, b"one"))
-    assert store.keep(keep(1, b"two", owner="b", epoch=3)) == Kept("gap")
-    assert store.keep(keep(0, b"one", b"two", owner="b", epoch=3)) == Kept("kept")
-    assert store.keep(keep(1, b"x")) == Kept("fenced")
+    assert store.keep(keep(1, b"two", owner="b", epoch=3)) == KeepResult("gap")
+    assert store.keep(keep(0, b"one", b"two", owner="b", epoch=3)) == KeepResult("kept")
+    assert store.keep(keep(1, b"x")) == KeepResult("fenced")
     assert store.history(KEY) == [Change(1, "a"), Change(3, "b")]
 
 
@@ -132,9 +132,9 @@ def test_transfer_is_compare_and_set(store):
     assert store.transfer(KEY, "a", 1, "b", 5)
     assert store.transfer(KEY, "a", 1, "b", 5), "told again"
     assert not store.transfer(KEY, "a", 1, "c", 5)
-    assert store.keep(keep(1, b"two")) == Kept("fenced")
+    assert store.keep(keep(1, b"two")) == KeepResult("fenced")
     assert store.claim(KEY, "c", 5).outcome == "held", "the heir has a lease"
-    assert store.keep(keep(1, b"two", owner="b", epoch=2)) == Kept("kept", True)
+    assert store.keep(keep(1, b"two", owner="b", epoch=2)) == KeepResult("kept", True)
     assert store.history(KEY) == [Change(1, "a"), Change(2, "b")]
 
 

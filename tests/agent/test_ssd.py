@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from leased import FAKE, contents, large_tensors, soon, tensors_of, whole
 
-from cache_agent.errors import AgentError, BadConfig
-from cache_agent.manifest import CHUNK, LAYOUT, PAGE, Manifest
+from cache_agent.errors import AgentError, BadSetting
+from cache_agent.model.manifest import CHUNK, LAYOUT, PAGE, Manifest
 from cache_agent.tiers import image
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.tiers.ssd import Ssd
@@ -133,7 +133,7 @@ def test_a_load_from_ssd_reads_no_weights_from_the_origin(start_local_agent, ssd
 def test_two_agents_do_not_share_a_directory(ssd, monkeypatch):
     monkeypatch.setattr("cache_agent.tiers.ssd._LOCK_SECONDS", 0.2)
     first = Ssd(ssd)
-    with pytest.raises(BadConfig, match="another agent"):
+    with pytest.raises(BadSetting, match="another agent"):
         Ssd(ssd)
     first.close()
     Ssd(ssd).close()
@@ -143,7 +143,7 @@ def test_two_agents_do_not_share_a_directory(ssd, monkeypatch):
 def test_a_directory_that_cannot_be_used_is_said(place, tmp_path):
     if place == "a file":
         (tmp_path / "a file").touch()
-    with pytest.raises(BadConfig, match="GLOWPLUG_SSD"):
+    with pytest.raises(BadSetting, match="GLOWPLUG_SSD"):
         Ssd(tmp_path / place)
 
 

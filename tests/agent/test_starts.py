@@ -7,8 +7,8 @@ import time
 import pytest
 
 from cache_agent.errors import AgentError
+from cache_agent.journal.starts import KEPT, Starts
 from cache_agent.ledger import Span
-from cache_agent.web.starts import KEPT, Starts
 from cache_agent.wire.operations import Started
 
 pytestmark = pytest.mark.clock  # of other processes

@@ -18,11 +18,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cache_agent.access.control import Access, from_config
-from cache_agent.errors import BadConfig, ModelNotFound
+from cache_agent.errors import BadSetting, ModelNotFound
+from cache_agent.journal import journal as journals
+from cache_agent.journal.journal import OTHERS, Journal
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.web import journal as journals
 from cache_agent.web import status as statuses
-from cache_agent.web.journal import OTHERS, Journal
 from cache_agent.web.status import Status, parse_address
 from cache_agent.web.wsgi import listen
 
@@ -252,7 +252,7 @@ def test_what_is_open_takes_no_token(watched) -> None:
 def test_where_nobody_is_asked_only_this_machine_listens_in(start_local_agent) -> None:
     agent = start_local_agent()
     for address in ("0.0.0.0:0", "10.0.0.1:80", "example.com:80"):
-        with pytest.raises(BadConfig, match="nobody is asked"):
+        with pytest.raises(BadSetting, match="nobody is asked"):
             Status(agent.agent, Access(), address, ())
     status = Status(agent.agent, Access(), "127.0.0.1:0", ())
     status.start()
@@ -275,7 +275,7 @@ def test_an_agent_whose_lock_is_stuck_is_not_healthy(watched, monkeypatch: pytes
 
 @pytest.mark.parametrize("text", ["", "9480", ":9480", "host:", "host:x", "host:70000", "host:-1"])
 def test_an_address_that_is_none_is_named(text: str) -> None:
-    with pytest.raises(BadConfig, match="GLOWPLUG_STATUS="):
+    with pytest.raises(BadSetting, match="GLOWPLUG_STATUS="):
         parse_address(text)
 
 

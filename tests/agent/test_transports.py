@@ -17,14 +17,14 @@ import msgspec
 import pytest
 from leased import contents, inodes, soon, tensors_of
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.streamed import Leftover
 from cache_agent.cluster.key import ClusterKey
+from cache_agent.cluster.peer import Membership, Peer, PeerFailed
 from cache_agent.errors import AccessDenied, AgentError, AgentUnreachable, LeaseLost
 from cache_agent.tiers.fake import FakeOrigin
-from cache_agent.tiers.peer import Membership, Peer, PeerFailed
 from cache_agent.wire.link import Link, dial, listen, parse_address
-from cache_agent.wire.messages import Admitted, Drain, Identity
-from cache_agent.wire.streamed import Kept
+from cache_agent.wire.messages import Drain, Identity, RevisionNotice
 
 URI = "s3://models/m"
 TOKEN = "a secret of these tests"
@@ -57,7 +57,7 @@ def test_a_lease_brings_the_bytes(client, tensors):
         assert lease.tier == "origin"
         assert {span.name for span in lease.spans} >= {"lease", "resolve", "transfer"}
         while not lease.revision:
-            assert isinstance(lease.next_event(30), Admitted)
+            assert isinstance(lease.next_event(30), RevisionNotice)
     with client.lease(URI, deadline=soon()) as lease:
         lease.wait_ready(soon())
         assert (lease.tier, tensors_of(lease)["model.norm.weight"]) == ("dram", tensors["model.norm.weight"][2])
@@ -116,7 +116,7 @@ def test_a_drain_reaches_the_holder(client, agent):
         lease.wait_ready(soon())
         assert agent.agent.push_drain("update", 5.0) == 1
         found = lease.next_event(30)
-        while isinstance(found, Admitted):
+        while isinstance(found, RevisionNotice):
             found = lease.next_event(30)
         assert found == Drain("update", 5.0)
 
@@ -194,7 +194,7 @@ def test_what_an_earlier_process_fetched_is_not_fetched_again(remote, agent, ten
     sent.clear()
     try:
         for _ in range(2):
-            with remote.lease(URI, deadline=soon(), kept=Kept.of(fds)) as again:
+            with remote.lease(URI, deadline=soon(), kept=Leftover.of(fds)) as again:
                 again.wait_ready(soon())
                 assert not again.fetched
                 assert (inodes(again), tensors_of(again)) == (wanted, contents(tensors))
@@ -233,7 +233,7 @@ def test_kept_memory_that_is_not_the_model_is_fetched_anew(
             fds[0] = os.memfd_create("empty")
         case "other layout":
             manifest = msgspec.structs.replace(first.manifest, chunk=first.manifest.chunk // 2)
-            monkeypatch.setattr("cache_agent.wire.streamed._kept_manifest", lambda _: manifest)
+            monkeypatch.setattr("cache_agent.client.streamed._kept_manifest", lambda _: manifest)
         case "sockets":
             sock, other = socket.socketpair()
             for fd in fds:
@@ -243,7 +243,7 @@ def test_kept_memory_that_is_not_the_model_is_fetched_anew(
     sent.clear()
     dropped = []
     try:
-        with remote.lease(URI, deadline=soon(), kept=Kept.of(fds, lambda: dropped.append(what))) as again:
+        with remote.lease(URI, deadline=soon(), kept=Leftover.of(fds, lambda: dropped.append(what))) as again:
             assert len(dropped) == 1, "what is of no use makes room first"
             again.wait_ready(soon())
             assert again.fetched
@@ -405,7 +405,7 @@ def test_functions_cannot_ask_for_what_agents_may(agent):
 
 
 def test_who_is_slow_to_say_who_it_is_is_sent_away(agent, monkeypatch, eventually):
-    monkeypatch.setattr("cache_agent.wire.connection._HELLO_SECONDS", 0.2)
+    monkeypatch.setattr("cache_agent.serving.connection._HELLO_SECONDS", 0.2)
     with socket.create_connection(parse_address(agent.address), 10) as sock:
         sock.settimeout(10)
         sock.sendall(hello("c" * 32)[:6])
@@ -428,7 +428,7 @@ def test_strangers_cannot_take_the_nodes_own_connections(agent):
 
 
 def test_a_function_imports_no_more_for_tcp_than_it_needs():
-    code = "import sys, cache_agent.client; print(sorted(m for m in sys.modules if m.startswith('cache_agent')))"
+    code = "import sys, cache_agent.client.cache_client; print(sorted(m for m in sys.modules if m.startswith('cache_agent')))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "cache_agent.cluster.key" not in found
-    assert "cache_agent.wire.streamed" not in found
+    assert "cache_agent.client.streamed" not in found

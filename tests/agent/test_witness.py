@@ -16,8 +16,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from cache_agent.client import CacheClient
-from cache_agent.errors import BadConfig
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.errors import BadSetting
 from cache_agent.kube import witness
 from cache_agent.kube.witness import Metadata, Removal, Watched, Witness
 from cache_agent.tiers.fake import FakeOrigin
@@ -292,7 +292,7 @@ def test_ends_while_it_waits(api: ApiServer, watching: Callable[..., Witness], e
 
 @pytest.mark.parametrize("url", ["", "kubernetes", "ftp://x", "https://"])
 def test_bad_url(url: str) -> None:
-    with pytest.raises(BadConfig, match="GLOWPLUG_KUBERNETES"):
+    with pytest.raises(BadSetting, match="GLOWPLUG_KUBERNETES"):
         Witness(url, "n", print)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from cache_agent.handoff import client as handoffs
+from cache_agent.client import handoff as handoffs
 from cache_agent.ledger import Span
 from cache_agent.wire.layers import Layer, LayersTold
 from cache_agent.wire.operations import Started
-from cache_agent.wire.requests import Handed
+from cache_agent.wire.requests import HandoffOutcome
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\">"
 LOOK = "document.dispatchEvent(new Event('visibilitychange'))"  # a page asks again at once when it is looked at
@@ -62,8 +62,8 @@ def layers(since: float) -> list[Layer]:
 
 
 HANDED = (
-    Handed("chat", "req-1", "worker-1", "worker-9", 12, 0.042, "kv", "moved"),
-    Handed("chat", HOSTILE, "worker-1", "", 3, 0.5, "recompute", "lost", "no other replica took it"),
+    HandoffOutcome("chat", "req-1", "worker-1", "worker-9", 12, 0.042, "kv", "moved"),
+    HandoffOutcome("chat", HOSTILE, "worker-1", "", 3, 0.5, "recompute", "lost", "no other replica took it"),
 )
 
 

@@ -23,7 +23,7 @@ class Served:
     """A WSGI application behind the worker's own HTTP server, on a real socket, in a thread of this process."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]], capacity: int) -> None:
-        from runtime.server import HttpServer
+        from runtime.http.server import HttpServer
 
         self.beats = 0
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)

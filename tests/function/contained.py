@@ -78,7 +78,7 @@ def main() -> None:
         }
         command = options["shim"]
         os.execve(command[0], command, environment)
-    from runtime.zygote.wire import Gone, Wire
+    from runtime.process.wire import Gone, Wire
 
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -124,10 +124,10 @@ def obey(order: dict[str, Any], wire: Any, fds: list[int], options: dict[str, An
                 fds = [*fds[:2], nothing.fileno(), 2, 2]
                 wire.send({**request, "start_id": "0" * 16, "spans": [("shim", "exec", 1, 2)]}, fds)
         case {"wants": dict(changes)}:
-            from runtime.messages import VERSION
-            from runtime.zygote import own
+            from runtime.layers import identity
+            from runtime.process.messages import VERSION
 
-            needs = own.needs()
+            needs = identity.needs()
             made_of = {"wants": VERSION, "machine": needs.machine, "python": needs.python, "base": needs.base}
             environment = {**dict(needs.environment), **options["environment"]}
             wire.send({**made_of, **changes, "environment": environment, "cwd": "/"})

@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 INSIDE = Path(__file__).with_name("contained.py")
-PYTHON_SHIM = (sys.executable, "-P", "-m", "runtime.shim")
+PYTHON_SHIM = (sys.executable, "-P", "-m", "runtime.container.shim")
 UNSHARE = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
 SECONDS = 180.0
 POSSIBLE = os.geteuid() == 0 and shutil.which("unshare") is not None
@@ -66,7 +66,7 @@ class Pool:
 
     def layers(self) -> list[dict[str, Any]]:
         """As it publishes them."""
-        from runtime.zygote import published
+        from runtime.layers import published
 
         (found,) = [each for each in published.read() if each["pid"] == self.process.pid]
         return list(found["layers"])

@@ -11,26 +11,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cache_agent.agent import Agent
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.config import AgentConfig
 from cache_agent.ledger import Ledger
-from cache_agent.server import Server, listen
-from cache_agent.snapshots.client import SnapshotClient
-from cache_agent.snapshots.shelf import Shelf
+from cache_agent.serving.agent import Agent
+from cache_agent.serving.server import Server, listen
+from cache_agent.snapshots.index import SnapshotIndex
 from cache_agent.snapshots.store import InProcessSnapshots
 from cache_agent.wire.requests import HandoffRecord
-from runtime.app import Application
 from runtime.config import FunctionConfig
-from runtime.handler import Handler
-from runtime.handoff.checkpoint import Checkpoints
-from runtime.handoff.moving import Moving
-from runtime.handoff.seal import Plain
-from runtime.handoff.snapshot import Place
-from runtime.lifecycle import Lifecycle
+from runtime.function.handler import Handler
+from runtime.function.testing import toy_model
+from runtime.handoff.incoming import Moving
+from runtime.http.application import Application
+from runtime.http.lifecycle import Lifecycle
+from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.seal import Plain
+from runtime.resume.snapshot import Place
 from runtime.sse import EventParser
-from runtime.testing import toy_model
 
 CHAT = "/v1/chat/completions"
 WORDS = " ".join(f"w{n}ü" for n in range(60))
@@ -117,7 +117,7 @@ class LocalAgent:
         config = AgentConfig(socket=self.path, dram=1 << 20, huge_pages="never")
         self.agent = Agent(config, InProcessDirectory())
         self.store = InProcessSnapshots(60.0, 1 << 20, 8 << 20)
-        self.server = Server(self.agent, listen(self.path, 0o600), shelf=Shelf(self.store, b"k" * 32))
+        self.server = Server(self.agent, listen(self.path, 0o600), shelf=SnapshotIndex(self.store, b"k" * 32))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 

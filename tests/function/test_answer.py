@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from replicas import LocalAgent
 
-from cache_agent.snapshots.client import SnapshotClient
+from cache_agent.client.snapshots import SnapshotClient
 from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
 from runtime.engine.toy import ToyCodec, ToyEngine
-from runtime.handoff.answer import Answer
-from runtime.handoff.checkpoint import Checkpoints
 from runtime.handoff.live import LiveEngine
-from runtime.handoff.record import Context
-from runtime.handoff.seal import Plain
-from runtime.handoff.snapshot import Place
+from runtime.resume.answer import Answer
+from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.record import Context
+from runtime.resume.seal import Plain
+from runtime.resume.snapshot import Place
 
 COUNT = 60
 REQUEST = GenerationRequest("gen-0123456789abcdef", tuple(ToyCodec().encode("one two drei")), COUNT)

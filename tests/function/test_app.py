@@ -13,13 +13,13 @@ import pytest
 from werkzeug.test import Client
 
 from cache_agent.ledger import Ledger
-from runtime.app import Application, prepare
 from runtime.config import FunctionConfig
 from runtime.errors import ModelUnusable, NotReady, WeightsUnavailable
-from runtime.handler import Handler
-from runtime.lifecycle import Lifecycle
-from runtime.model import Model
-from runtime.testing import toy_model
+from runtime.function.handler import Handler
+from runtime.function.model import Model
+from runtime.function.testing import toy_model
+from runtime.http.application import Application, prepare
+from runtime.http.lifecycle import Lifecycle
 
 CHAT = {"messages": [{"role": "user", "content": "hello there"}]}
 SECONDS = 120.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import baseset
+from runtime.commands import baseset
 from runtime.errors import BadConfig
 
 PINS = {"base-one": "1.0", "base-two": "2.0"}

@@ -19,8 +19,8 @@ from click.testing import CliRunner, Result
 
 from cache_agent import __version__
 from cache_agent.wire.operations import ClusterReply, HoldingStatus, ModelStatus, StatusReply
-from runtime import baseset, cli
-from runtime.commands import ask, models
+from runtime import cli
+from runtime.commands import ask, baseset, models
 from runtime.errors import BadConfig
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Result, list[Any
 
 def test_serve_becomes_the_shim(run: Callable[..., Any]) -> None:
     _, [(path, argv, ours)] = run("serve")
-    assert (path, argv) == (sys.executable, [sys.executable, "-P", "-m", "runtime.shim"])
+    assert (path, argv) == (sys.executable, [sys.executable, "-P", "-m", "runtime.container.shim"])
     assert ours == {}
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.control import MAX_LINE, Line, Lines, line
-from runtime.messages import pack
+from runtime.process.control import MAX_LINE, Line, Lines, line
+from runtime.process.messages import pack
 
 texts = st.text(st.characters(exclude_characters="\0\v", exclude_categories=["Cs"]))
 names = st.sampled_from(["state", "text", "error", "agent"])

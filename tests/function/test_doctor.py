@@ -24,10 +24,10 @@ from cache_agent.wire.operations import (
     TierStatus,
 )
 from runtime import cli
-from runtime.app import Application
 from runtime.commands import doctor
 from runtime.config import FunctionConfig
-from runtime.lifecycle import Lifecycle
+from runtime.http.application import Application
+from runtime.http.lifecycle import Lifecycle
 
 
 @pytest.fixture(autouse=True)

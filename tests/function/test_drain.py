@@ -16,16 +16,16 @@ import pytest
 import toy_worker
 from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, replicas, said
 
+from cache_agent.client import handoff as reports
 from cache_agent.errors import StoreUnavailable
-from cache_agent.handoff import client as reports
 from cache_agent.snapshots.store import Key
-from runtime.handoff import mover, orphans
+from runtime.handoff import migration, orphans
 from runtime.handoff import pipe as pipes
-from runtime.handoff.client import ask
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import Relay
-from runtime.handoff.seal import Sealed
-from runtime.handoff.snapshot import Place
+from runtime.resume.client import ask
+from runtime.resume.seal import Sealed
+from runtime.resume.snapshot import Place
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_a_destination_that_is_stopped_in_the_middle_of_a_copy_aborts_back_in_ti
 ) -> None:
     """A process that SIGSTOP hits when the copy has been announced; the prompt is more than a socket holds."""
     monkeypatch.setattr(pipes, "STALL", 2.0)  # a busy machine keeps a destination that is well waiting for less
-    monkeypatch.setattr(mover, "ANSWER", 2.0)
+    monkeypatch.setattr(migration, "ANSWER", 2.0)
     first = replica(delay=SLOW)
     long = [{"role": "user", "content": "x" * 60_000}, {"role": "user", "content": WORDS}]
     (answer,) = clients.ask(first, 1, messages=long)
@@ -379,7 +379,7 @@ def test_what_is_nobodys_for_sure_is_given_up_and_can_be_resumed(
             return False
         raise StoreUnavailable("it is away")
 
-    monkeypatch.setattr(mover, "_COMMIT", 0.3)
+    monkeypatch.setattr(migration, "_COMMIT", 0.3)
     monkeypatch.setattr(agent.store, "transfer", never)
     events = read_while_draining(first, second, eventually)
     assert said(events) == WORDS

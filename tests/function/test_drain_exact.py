@@ -16,17 +16,17 @@ from tiny import GREEDY, SAMPLED, ask, run, text_of
 from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
-from runtime.handoff import mover
+from runtime.handoff import migration
+from runtime.handoff.adopted import Guests
 from runtime.handoff.departure import Departure
-from runtime.handoff.guest import Guests
 from runtime.handoff.live import LiveEngine
-from runtime.handoff.mover import Told
+from runtime.handoff.messages import Probe, Probed
+from runtime.handoff.migration import Told
 from runtime.handoff.pipe import Pipe
 from runtime.handoff.relay import Relay
-from runtime.handoff.seal import Plain
-from runtime.handoff.snapshot import Place
-from runtime.handoff.talk import Probe, Probed
-from runtime.lifecycle import Lifecycle
+from runtime.http.lifecycle import Lifecycle
+from runtime.resume.seal import Plain
+from runtime.resume.snapshot import Place
 
 COUNT = 40
 
@@ -228,7 +228,7 @@ def test_where_the_pipe_is_slow_rows_are_made_anew(pair: Callable[..., Pair], mo
 def test_a_destination_that_stands_still_aborts_back_to_the_source(
     pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mover, "ANSWER", 0.2)
+    monkeypatch.setattr(migration, "ANSWER", 0.2)
     tested = pair("bfloat16")
     tested.deaf = True
     request = ask("moved", COUNT, sampling=SAMPLED)

@@ -13,7 +13,7 @@ import cache_agent
 import runtime
 from cache_agent import errors as agent_errors
 from runtime import errors as function_errors
-from runtime.handler import error_json
+from runtime.function.handler import error_json
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "function" / "errors.json"
 

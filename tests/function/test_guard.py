@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from runtime.errors import SharedWeightsError  # noqa: E402
-from runtime.guard import Guard  # noqa: E402
+from runtime.worker.guard import Guard  # noqa: E402
 
 SHAPE = (8, 16)
 

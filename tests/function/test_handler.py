@@ -22,7 +22,7 @@ from runtime.errors import (
     HandlerNotFound,
     SharedWeightsError,
 )
-from runtime.handler import Context, Event, Handler, error_json, load, to_response, toy_context
+from runtime.function.handler import Context, Event, Handler, error_json, load, to_response, toy_context
 
 MODEL: Any = object()
 EVENTS = "text/event-stream"
@@ -412,7 +412,7 @@ def test_files_named_like_ours_cannot_take_their_place(function: Callable[..., s
         **dict.fromkeys(ours, "raise SystemExit('the user\\'s')"),
     )
     code = f"""
-import cache_agent.client, flask, runtime
+import cache_agent.client.cache_client, flask, runtime
 from runtime.handler import Context, Event, load
 handler = load({folder!r}, "", None)
 with flask.Flask("t").test_request_context():

@@ -138,7 +138,7 @@ def test_what_transformers_defines_is_remembered_and_asked_again_when_it_changes
     package = tmp_path / "transformers"
     (package / "models" / "llama").mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    from runtime import imports
+    from runtime.worker import imports
 
     asked: list[Path] = []
 

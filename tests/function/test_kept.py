@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from runtime.control import Hearing, Line
-from runtime.kept import MOST_FDS, Memory
+from runtime.process.control import Hearing, Line
+from runtime.process.fd_store import MOST_FDS, Memory
 
 
 def memory(content: bytes) -> int:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 # Modules without I/O, clock or threads, by the design; `policy` is a package of such.
 PURE = [
-    "cache_agent/manifest.py",
+    "cache_agent/model/manifest.py",
     "cache_agent/model/uri.py",
     "cache_agent/model/origin.py",
     "cache_agent/wire/messages.py",
@@ -26,23 +26,23 @@ PURE = [
     "cache_agent/wire/peers.py",
     "cache_agent/wire/layers.py",
     "cache_agent/wire/protocol.py",
-    "cache_agent/loading/safetensors.py",
+    "cache_agent/model/safetensors.py",
     "cache_agent/residency/machine.py",
     "cache_agent/residency/events.py",
     "cache_agent/web/diagnosis.py",
     "cache_agent/loading/parallelism.py",
-    "cache_agent/loading/ranges.py",
+    "cache_agent/model/ranges.py",
     "cache_agent/residency/entry.py",
     "cache_agent/residency/catalogue.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
-    "runtime/zygote/layers.py",
-    "runtime/zygote/rule.py",
-    "runtime/handoff/snapshot.py",
-    "runtime/handoff/record.py",
-    "runtime/handoff/position.py",
-    "runtime/handoff/move.py",
-    "runtime/handoff/talk.py",
+    "runtime/layers/keys.py",
+    "runtime/layers/rule.py",
+    "runtime/resume/snapshot.py",
+    "runtime/resume/record.py",
+    "runtime/resume/position.py",
+    "runtime/handoff/migration_table.py",
+    "runtime/handoff/messages.py",
     "cache_agent/wire/message.py",
     "cache_agent/wire/requests.py",
     "cache_agent/wire/signing.py",
@@ -118,7 +118,7 @@ def test_the_runtime_uses_only_public_names_of_the_agent() -> None:
 
 
 def test_the_shim_is_standard_library_and_a_few_modules_of_ours() -> None:
-    loaded = _loaded_by("import runtime.shim")
+    loaded = _loaded_by("import runtime.container.shim")
     ours = {name for name in loaded if name.split(".")[0] in ("runtime", "cache_agent")}
     light = {"children", "config", "control", "crashes", "errors", "messages", "port", "shim", "supply", "wakeup"}
     assert ours == {"runtime", *(f"runtime.{name}" for name in light)}
@@ -128,7 +128,14 @@ def test_the_shim_is_standard_library_and_a_few_modules_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["runtime.config", "runtime.control", "runtime.errors", "runtime.messages", "runtime.parked"]
+    "module",
+    [
+        "runtime.config",
+        "runtime.process.control",
+        "runtime.errors",
+        "runtime.process.messages",
+        "runtime.container.standby",
+    ],
 )
 def test_what_the_shim_imports_is_standard_library_alone(module: str) -> None:
     new = {name.split(".")[0] for name in _loaded_by(f"import {module}") - _loaded_by("pass")}
@@ -137,8 +144,10 @@ def test_what_the_shim_imports_is_standard_library_alone(module: str) -> None:
 
 def test_the_workers_http_side_needs_no_torch() -> None:
     """Everything that must be there before the first probe is answered."""
-    loaded = _loaded_by("import runtime.worker, runtime.app, runtime.server, runtime.handler", *HEAVY)
-    assert {"flask", "gunicorn", "runtime.openai", "cache_agent.client"} <= loaded
+    loaded = _loaded_by(
+        "import runtime.worker.worker, runtime.http.application, runtime.http.server, runtime.function.handler", *HEAVY
+    )
+    assert {"flask", "gunicorn", "runtime.http.routes", "cache_agent.client.cache_client"} <= loaded
     assert "boto3" not in loaded, "the worker talks to its agent only"
 
 
@@ -151,7 +160,7 @@ def test_the_command_line_needs_no_torch() -> None:
 
 
 def test_the_toy_needs_no_torch() -> None:
-    assert "runtime.engine.toy" in _loaded_by("import runtime.testing", *HEAVY)
+    assert "runtime.engine.toy" in _loaded_by("import runtime.function.testing", *HEAVY)
 
 
 @pytest.mark.parametrize("path", PURE)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.zygote.layers import LEVELS, Needs, deepest, key, relevant
+from runtime.layers.keys import LEVELS, Needs, deepest, key, relevant
 
 NEEDS = Needs(
     machine="x86_64",

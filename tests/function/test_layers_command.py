@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cache_agent.policy.keepalive import Layer
+from cache_agent.policy.keepalive import LayerCost
 from runtime.commands.layers import layers
 from runtime.config import FunctionConfig
-from runtime.zygote import published
-from runtime.zygote import wire as wires
-from runtime.zygote.pod import Pod
-from runtime.zygote.rule import LayerRule
-from runtime.zygote.spawn import Refused, Zygote
-from runtime.zygote.wire import Wire
+from runtime.container.pod import Pod
+from runtime.layers import published
+from runtime.layers.rule import LayerRule
+from runtime.layers.spawn import Refused, Zygote
+from runtime.process import wire as wires
+from runtime.process.wire import Wire
 
-LANG = Layer("lang", 3.0, 300_000_000)
+LANG = LayerCost("lang", 3.0, 300_000_000)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def shown(*arguments: str) -> str:
     return result.output
 
 
-def ruled(layer: Layer, since: float, *gaps: float) -> LayerRule:
+def ruled(layer: LayerCost, since: float, *gaps: float) -> LayerRule:
     """The rule of a layer that is idle since then, after idle times of these lengths."""
     rule, now = LayerRule(layer, 60.0), since - sum(gaps)
     for gap in gaps:
@@ -53,7 +53,7 @@ def ruled(layer: Layer, since: float, *gaps: float) -> LayerRule:
 def test_says_what_is_held_for_how_long_and_why() -> None:
     since = time.monotonic() - 30.0
     lang_rule = ruled(LANG, since, *[60.0, 120.0] * 8)
-    user_rule = ruled(Layer("user", 0.3, 100_000_000), since, *[500.0] * 8)
+    user_rule = ruled(LayerCost("user", 0.3, 100_000_000), since, *[500.0] * 8)
     supervisor = published.Published("pod", "chat", 60.0)
     supervisor.write(
         [
@@ -76,7 +76,7 @@ def test_says_what_is_held_for_how_long_and_why() -> None:
 
 
 def test_what_lasts_for_ever_and_what_is_used() -> None:
-    free = Layer("bare", 1.0, 0)
+    free = LayerCost("bare", 1.0, 0)
     supervisor = published.Published("pod", "chat", 60.0)
     supervisor.write(
         [

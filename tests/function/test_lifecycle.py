@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import EngineBusy, ModelUnusable, NotReady
-from runtime.lifecycle import Lifecycle
+from runtime.http.lifecycle import Lifecycle
 
 MODEL: Any = object()
 SOON = 120.0  # seconds that only a broken lifecycle would take

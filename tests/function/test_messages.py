@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.messages import KINDS, pack, unpack, whole
+from runtime.process.messages import KINDS, pack, unpack, whole
 
 numbers = st.integers(-(10**18) + 1, 10**18 - 1)
 texts = st.text(

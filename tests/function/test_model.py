@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from runtime.engine.base import SamplingParams
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, Unsupported
-from runtime.model import DEFAULT_MAX_TOKENS, Model, Parameters, Usage, check, sampling_defaults
-from runtime.testing import toy_model
+from runtime.function.model import DEFAULT_MAX_TOKENS, Model, Parameters, Usage, check, sampling_defaults
+from runtime.function.testing import toy_model
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -163,7 +163,7 @@ class TestRest:
 
 def test_the_cold_path_imports_nothing_heavy() -> None:
     code = (
-        "import sys, runtime.openai, runtime.testing; runtime.testing.toy_model().generate('x', max_tokens=3);"
+        "import sys, runtime.http.routes, runtime.function.testing; runtime.function.testing.toy_model().generate('x', max_tokens=3);"
         "assert not {'numpy', 'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

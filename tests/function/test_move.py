@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from runtime.handoff import move
-from runtime.handoff.move import FINAL, TABLE, Action, Event, Move, travels
+from runtime.handoff import migration_table
+from runtime.handoff.migration_table import FINAL, TABLE, Action, Event, Move, travels
 
 ANSWERS = {
     "new": (Event.BEGIN,),
@@ -20,8 +20,8 @@ ANSWERS = {
 
 
 def test_the_table_is_drawn_in_its_module() -> None:
-    table = (move.__doc__ or "").replace("\n    ", "\n")
-    assert move.drawn() in table
+    table = (migration_table.__doc__ or "").replace("\n    ", "\n")
+    assert migration_table.drawn() in table
 
 
 def test_every_event_that_can_come_has_its_row() -> None:

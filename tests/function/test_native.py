@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import pytest
 
-from runtime import messages, takeover
+from runtime.container import native, takeover
 from runtime.errors import BadConfig, FunctionError
-from runtime.zygote import native
+from runtime.process import messages
 
 pytestmark = pytest.mark.clock  # a shim's times are another program's from there on
 
@@ -219,7 +219,7 @@ def test_a_worker_whose_line_has_ended_is_as_silent_as_it_was(tmp_path: Path) ->
     """Not as long as the machine is up: it would be killed at once."""
     code = f"""
 import os, signal, socket, subprocess, time
-import runtime.shim as shim
+import runtime.container.shim as shim
 from runtime.config import FunctionConfig
 from runtime.takeover import Handed
 

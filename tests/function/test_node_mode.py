@@ -34,7 +34,7 @@ from node_mode import (
     wait,
 )
 
-from runtime.zygote import native
+from runtime.container import native
 
 pytestmark = [
     pytest.mark.skipif(not POSSIBLE, reason="needs root and unshare"),

@@ -26,11 +26,11 @@ from werkzeug.serving import make_server
 
 from runtime.engine.base import SamplingParams
 from runtime.errors import FunctionError, WeightsUnavailable
-from runtime.lifecycle import Lifecycle
-from runtime.model import Model
-from runtime.openai import SERVED, ModelGate, Served, routes
+from runtime.function.model import Model
+from runtime.function.testing import toy_model
+from runtime.http.lifecycle import Lifecycle
+from runtime.http.routes import SERVED, ModelGate, Served, routes
 from runtime.sse import EventParser
-from runtime.testing import toy_model
 
 HELLO: list[Any] = [{"role": "user", "content": "Grüße, 你好 warm world"}]
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from runtime.engine.base import Logprobs, TokenEvent
 from runtime.errors import SnapshotRefused
+from runtime.handoff import messages
 from runtime.handoff import pipe as pipes
-from runtime.handoff import talk
+from runtime.handoff.messages import Beat, Cancel, Drop, Go, Greeting, Part, Ready, decode, encode
 from runtime.handoff.pipe import Broken, Pipe
-from runtime.handoff.seal import Plain, Seal, Sealed
-from runtime.handoff.talk import Beat, Cancel, Drop, Go, Greeting, Part, Ready, decode, encode
+from runtime.resume.seal import Plain, Seal, Sealed
 
 KEY = Sealed(b"k" * 32)
 
@@ -61,7 +61,7 @@ def test_each_side_hears_who_the_other_one_is(ends: tuple[socket.socket, socket.
 
 def test_messages_arrive_in_order_whatever_their_size(pair: tuple[Pipe, Pipe]) -> None:
     source, other = pair
-    sent = [Ready(1), Part(2, bytes(talk.MAX_PART)), Go(2, 7), *(Cancel(2, n) for n in range(200))]
+    sent = [Ready(1), Part(2, bytes(messages.MAX_PART)), Go(2, 7), *(Cancel(2, n) for n in range(200))]
     thread = threading.Thread(target=lambda: [source.send(message) for message in sent])
     thread.start()
     assert [other.receive(5) for _ in sent] == sent
@@ -81,7 +81,7 @@ def test_a_side_that_closes_is_noticed_at_once(pair: tuple[Pipe, Pipe]) -> None:
 def test_a_side_that_takes_nothing_is_given_up(pair: tuple[Pipe, Pipe], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipes, "STALL", 0.2)
     with pytest.raises(Broken, match="took no byte"):
-        pair[0].send(Part(1, bytes(talk.MAX_PART)))  # more than a socket of this kind holds
+        pair[0].send(Part(1, bytes(messages.MAX_PART)))  # more than a socket of this kind holds
 
 
 def test_a_silent_side_is_given_up_and_beats_are_no_silence(
@@ -105,8 +105,8 @@ def test_who_is_somebody_else_is_refused(
 ) -> None:
     monkeypatch.setattr(pipes, "_GREETING", 0.1)
     greeting = {
-        "another kin": Greeting(talk.VERSION, "0" * 32, "other", "b"),
-        "another version": Greeting(talk.VERSION + 1, "0" * 32, "kin", "b"),
+        "another kin": Greeting(messages.VERSION, "0" * 32, "other", "b"),
+        "another version": Greeting(messages.VERSION + 1, "0" * 32, "kin", "b"),
         "no greeting": Ready(1),
     }.get(theirs)
     if greeting is not None:
@@ -176,7 +176,7 @@ def test_what_is_not_the_next_message_of_this_hand_off_ends_it(attack: str) -> N
             _held(theirs, 2)
             say(theirs[1])
         case "endless":
-            say(struct.pack("!I", talk.MAX_FRAME * 2))
+            say(struct.pack("!I", messages.MAX_FRAME * 2))
     with pytest.raises(Broken, match=r"decrypted|not encrypted|allowed"):
         other.receive(5)
 
@@ -184,7 +184,7 @@ def test_what_is_not_the_next_message_of_this_hand_off_ends_it(attack: str) -> N
 @given(st.binary(max_size=200))
 def test_no_bytes_are_more_than_refused(data: bytes) -> None:
     with contextlib.suppress(SnapshotRefused):
-        assert isinstance(decode(data), talk.Message)
+        assert isinstance(decode(data), messages.Message)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_no_bytes_are_more_than_refused(data: bytes) -> None:
     ],
 )
 def test_an_event_comes_as_it_went(event: TokenEvent) -> None:
-    message = decode(encode(talk.told(1, 2, event)))
-    assert isinstance(message, talk.Told)
-    assert talk.event_of(message) == event
+    message = decode(encode(messages.told(1, 2, event)))
+    assert isinstance(message, messages.Told)
+    assert messages.event_of(message) == event
     assert decode(encode(Beat())) == Beat()

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from cache_agent.policy.keepalive import Layer
+from cache_agent.policy.keepalive import LayerCost
 from cache_agent.tiers.fake import FakeOrigin
 from runtime.config import FunctionConfig
-from runtime.zygote import wire as wires
-from runtime.zygote.building import ZygoteLayer
-from runtime.zygote.layers import Needs
-from runtime.zygote.models import Models
-from runtime.zygote.rule import LayerRule
-from runtime.zygote.spawn import BUILD, SILENCE, Zygote
-from runtime.zygote.wire import Gone, Wire
+from runtime.layers.building import ZygoteLayer
+from runtime.layers.keys import Needs
+from runtime.layers.rule import LayerRule
+from runtime.layers.spawn import BUILD, SILENCE, Zygote
+from runtime.pool.models import Models
+from runtime.process import wire as wires
+from runtime.process.wire import Gone, Wire
 
 ONE, OTHER = "fake://m/one", "fake://m/other"
 LANG = Needs(machine="m", python="p", base="b", domain="d", preload=("llama",))
@@ -35,7 +35,7 @@ class Played:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.told: list[Wire] = []
         config = FunctionConfig(**settings)
-        self.lang = ZygoteLayer("lang", LayerRule(Layer("lang", 2.0, 1), 60.0), lambda _: None)
+        self.lang = ZygoteLayer("lang", LayerRule(LayerCost("lang", 2.0, 1), 60.0), lambda _: None)
         self.models = Models(config, str(agent.socket), LANG, self.lang, most, self.said.append)
         self.build_lang()
 

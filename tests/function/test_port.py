@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from runtime.config import FunctionConfig
+from runtime.container.port import open_port
 from runtime.errors import BadConfig
-from runtime.port import open_port
 
 
 def sends_at_once(sock: socket.socket) -> bool:

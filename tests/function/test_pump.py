@@ -12,8 +12,8 @@ import pytest
 
 from runtime import sse
 from runtime.errors import AnswerTooLong
-from runtime.handler import to_response
-from runtime.pump import END, NOTHING, Pump
+from runtime.function.handler import to_response
+from runtime.function.pump import END, NOTHING, Pump
 
 SECONDS = 120.0
 EVENTS = "text/event-stream"
@@ -156,8 +156,8 @@ def test_also_one_whose_handler_is_stuck() -> None:
 
 
 def test_comments_while_a_handler_has_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.handler._KEEP_ALIVE", 0.01)
-    monkeypatch.setattr("runtime.handler._COMMIT_AFTER", 0.01)
+    monkeypatch.setattr("runtime.function.handler._KEEP_ALIVE", 0.01)
+    monkeypatch.setattr("runtime.function.handler._COMMIT_AFTER", 0.01)
     gate = threading.Event()
 
     def pieces() -> Iterator[str]:

@@ -12,9 +12,9 @@ import flask
 import pytest
 
 from runtime.errors import FunctionError
-from runtime.handler import Context, Event
-from runtime.reload import Reloading
-from runtime.testing import toy_model
+from runtime.function.handler import Context, Event
+from runtime.function.reload import Reloading
+from runtime.function.testing import toy_model
 
 
 @pytest.fixture

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from cache_agent.client import CacheClient
-from cache_agent.handoff import client as reports
-from cache_agent.wire.requests import MAX_ITEMS, Handed
+from cache_agent.client import handoff as reports
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.wire.requests import MAX_ITEMS, HandoffOutcome
 from runtime.handoff import reporter as reporters
 from runtime.handoff.reporter import Reporter
 
 SOON = 120.0
 
 
-def handed(number: int) -> Handed:
-    return Handed("chat", f"req-{number}", "worker-1", "worker-2", 12, 0.025, "kv", "moved")
+def handed(number: int) -> HandoffOutcome:
+    return HandoffOutcome("chat", f"req-{number}", "worker-1", "worker-2", 12, 0.025, "kv", "moved")
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from replicas import CHAT, WORDS, LocalAgent, Replica, chat, frames, parsed, rep
 
 from cache_agent.snapshots.store import Key
 from runtime.commands import ask as commands
-from runtime.handoff.client import AskFailed, ask
-from runtime.handoff.seal import Plain, Sealed
-from runtime.handoff.snapshot import Place
+from runtime.resume.client import AskFailed, ask
+from runtime.resume.seal import Plain, Sealed
+from runtime.resume.snapshot import Place
 from runtime.sse import EventParser
 
 
@@ -218,7 +218,7 @@ def test_a_function_with_a_key_hides_all_and_takes_nothing_else(replica: Any, ag
 
 
 def test_the_slots_are_taken(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.handoff import resume
+    from runtime.resume import resume
 
     monkeypatch.setattr(resume, "PATIENCE", 0.3)
     first, full, third = replica(), replica(slots=1, delay=0.05), replica()

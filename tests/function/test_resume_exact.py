@@ -13,9 +13,9 @@ from tiny import GREEDY, SAMPLED, ask, run, text_of
 from runtime.engine.base import STATE_VERSION, GenerationState, TokenEvent
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
-from runtime.handoff import record, resume
-from runtime.handoff.record import Context
-from runtime.handoff.snapshot import Place, Snapshot, check
+from runtime.resume import record, resume
+from runtime.resume.record import Context
+from runtime.resume.snapshot import Place, Snapshot, check
 
 COUNT = 40
 

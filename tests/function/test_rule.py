@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_agent.policy.keepalive import Decision, Layer, keep
-from runtime.zygote.rule import Backoff, LayerRule
+from cache_agent.policy.keepalive import HoldDecision, LayerCost, keep
+from runtime.layers.rule import Backoff, LayerRule
 
-LANG = Layer("lang", 3.0, 300_000_000)  # β = 10 ρ
+LANG = LayerCost("lang", 3.0, 300_000_000)  # β = 10 ρ
 
 seconds = st.integers(0, 2000).map(float)
 sizes = st.integers(10**6, 10**11)
@@ -64,7 +64,7 @@ def test_what_is_decided_follows_from_the_last_costs_and_idle_times(
                 cost = cost._replace(seconds=value)
             case "size", value:
                 cost = cost._replace(bytes=value)
-        decided = keep(cost, gaps, rho) if hold is None else Decision(cost, rho, hold)
+        decided = keep(cost, gaps, rho) if hold is None else HoldDecision(cost, rho, hold)
         assert (rule.decision, rule.since) == (decided, since)
         assert rule.pays == (decided.hold > 0)
     now += later
@@ -150,6 +150,6 @@ def test_pauses_grow_to_the_longest_and_begin_again(first: float, factor: float,
 
 
 @pytest.mark.parametrize("cost", [LANG._replace(seconds=-1.0), LANG._replace(bytes=-1)])
-def test_no_price_is_negative(cost: Layer) -> None:
+def test_no_price_is_negative(cost: LayerCost) -> None:
     with pytest.raises(ValueError, match="price"):
         _ = LayerRule(cost, 60.0).decision

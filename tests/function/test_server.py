@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from cache_agent.ledger import Ledger
-from runtime.app import Application
 from runtime.config import FunctionConfig
-from runtime.handler import Handler
-from runtime.lifecycle import Lifecycle
-from runtime.server import HttpServer
+from runtime.function.handler import Handler
+from runtime.http.application import Application
+from runtime.http.lifecycle import Lifecycle
+from runtime.http.server import HttpServer
 
 SECONDS = 120.0
 Wsgi = Callable[..., Iterable[bytes]]

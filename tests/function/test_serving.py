@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from runtime.config import FunctionConfig
+from runtime.container.node import Node
 from runtime.errors import BadConfig
-from runtime.messages import VERSION
-from runtime.zygote import wire as wires
-from runtime.zygote.node import Node
-from runtime.zygote.serving import Serving
-from runtime.zygote.wire import Wire
+from runtime.pool.serving import Serving
+from runtime.process import wire as wires
+from runtime.process.messages import VERSION
+from runtime.process.wire import Wire
 
 
 def serving(**settings: str) -> Serving:

@@ -25,7 +25,7 @@ def on_term(*_):
     global stop
     stop = True
 
-if sys.argv[3] == "runtime.worker":
+if sys.argv[3] == "runtime.worker.worker":
     control = int(sys.argv[5])
     signal.signal(signal.SIGTERM, on_term)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

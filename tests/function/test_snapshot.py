@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationState, KVRow, SamplingParams
 from runtime.engine.toy import ToyEngine
 from runtime.errors import SnapshotRefused
-from runtime.handoff import record, snapshot
-from runtime.handoff.record import Context
-from runtime.handoff.snapshot import Place, Snapshot, check, decode, encode
+from runtime.resume import record, snapshot
+from runtime.resume.record import Context
+from runtime.resume.snapshot import Place, Snapshot, check, decode, encode
 
 REQUEST = GenerationRequest(
     "chatcmpl-0123456789abcdef01234567-0",

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import ProtocolError
 from cache_agent.wire.layers import LayersTold
-from runtime.zygote import telling
-from runtime.zygote.telling import Telling
+from runtime.layers import reporter
+from runtime.layers.reporter import Telling
 
 HEAD = {"mode": "pod", "name": "chat", "rho": 60.0, "pid": 1}
 LANG = {
@@ -29,8 +29,8 @@ SOON = 120.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "_SETTLED", 0.0)
-    monkeypatch.setattr(telling, "_APART", 0.0)
+    monkeypatch.setattr(reporter, "_SETTLED", 0.0)
+    monkeypatch.setattr(reporter, "_APART", 0.0)
 
 
 def test_an_agent_knows_what_it_was_told(start_local_agent: Callable[..., Any], eventually: Callable[..., Any]) -> None:
@@ -65,7 +65,7 @@ class Recorder(CacheClient):
 def test_it_is_said_again_while_nothing_changes(
     monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(telling, "_AGAIN", 0.01)
+    monkeypatch.setattr(reporter, "_AGAIN", 0.01)
     client = Recorder()
     word = Telling(lambda: client, HEAD)
     word.tell([LANG])

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from cache_agent.policy.keepalive import Layer
+from cache_agent.policy.keepalive import LayerCost
 from runtime.config import FunctionConfig
-from runtime.zygote import own
-from runtime.zygote import wire as wires
-from runtime.zygote.building import ZygoteLayer
+from runtime.layers import identity
+from runtime.layers.building import ZygoteLayer
+from runtime.layers.rule import LayerRule
+from runtime.layers.spawn import Forked, Zygote
+from runtime.pool.models import Models
+from runtime.pool.tenants import Tenant
+from runtime.process import wire as wires
+from runtime.process.wire import Gone, Wire
 from runtime.zygote.join import Place
-from runtime.zygote.models import Models
-from runtime.zygote.rule import LayerRule
-from runtime.zygote.spawn import Forked, Zygote
-from runtime.zygote.tenants import Tenant
-from runtime.zygote.wire import Gone, Wire
 
 PLACE = Place(
     pid=os.getpid(),
@@ -43,10 +43,10 @@ class Played:
     """A tenant whose shim has introduced itself to a pool with a lang layer."""
 
     def __init__(self) -> None:
-        config, made_of = FunctionConfig(layers="lang"), replace(own.needs(), environment=())
+        config, made_of = FunctionConfig(layers="lang"), replace(identity.needs(), environment=())
         self.processes: list[subprocess.Popen[bytes]] = []
         ours, self.zygote = self._pair()
-        self.lang = ZygoteLayer("lang", LayerRule(Layer("lang", 2.0, 1), 60.0), lambda _: None)
+        self.lang = ZygoteLayer("lang", LayerRule(LayerCost("lang", 2.0, 1), 60.0), lambda _: None)
         self.lang.zygote = Zygote(ours, *self._process())
         self.models = Models(config, "/no/agent", made_of, self.lang, 8, lambda _: None)
         self.zygote.send({"ready": "lang", "key": "", "seconds": 2.0, "bytes": 1})

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from runtime.errors import ModelUnusable, SharedWeightsError  # noqa: E402
-from runtime.weights import Loaded, Weights, assemble  # noqa: E402
+from runtime.worker.weights import Loaded, Weights, assemble  # noqa: E402
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2")
 IDS = torch.tensor([[5, 17, 99, 300, 42, 7, 7, 255]])

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from runtime.zygote import spawn, wire
-from runtime.zygote.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote
-from runtime.zygote.wire import Gone, Wire
+from runtime.layers import spawn
+from runtime.layers.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote
+from runtime.process import wire
+from runtime.process.wire import Gone, Wire
 
 pytest.importorskip("torch")
 

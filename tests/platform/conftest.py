@@ -29,7 +29,7 @@ import pytest
 from manifests import build, data, schema  # noqa: F401  fixtures
 from programs import program
 
-from runtime.zygote import native
+from runtime.container import native
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "templates" / "llm-python"

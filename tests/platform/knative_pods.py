@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from runtime import render
+from runtime.commands import objects
 
 CHAT = '{"messages": [{"role": "user", "content": "What is Glowplug?"}], "max_tokens": 8, "stream": %s}'
 QUIET = 1.5  # the 30 s of the real one, after the last request, before it lets SIGTERM through
@@ -292,10 +292,10 @@ class Pod:
         before: Callable[..., QueueProxy | RealQueueProxy] = QueueProxy,
         timeout: float | None = None,
     ) -> None:
-        function = render.Function(
+        function = objects.Function(
             name="chat", image="chat:1", model="/home/app/models/glowplug-demo", slots=8, start_timeout=120, timeout=60
         )
-        (service,) = render.knative(function)
+        (service,) = objects.knative(function)
         self.spec = service["spec"]["template"]["spec"]
         (container,) = self.spec["containers"]
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -319,7 +319,9 @@ class Pod:
         self.log = self.tmp / "log"
         command = list(container["command"])
         if command[0] == image.shim.name:  # where no compiler has made it: what it does outside of node mode
-            command = [str(image.shim)] if image.shim.exists() else [sys.executable, "-P", "-m", "runtime.shim"]
+            command = (
+                [str(image.shim)] if image.shim.exists() else [sys.executable, "-P", "-m", "runtime.container.shim"]
+            )
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=image.home, env=settings, stdout=log, stderr=log, start_new_session=True

@@ -26,7 +26,7 @@ import pytest
 import yaml
 from celpy.adapter import json_to_cel
 
-from cache_agent.errors import BadConfig
+from cache_agent.errors import BadSetting
 from cache_agent.kube import admission, certificate
 from cache_agent.kube.certificate import Certificate
 from cache_agent.kube.routes import RoutesServer
@@ -375,5 +375,5 @@ def test_a_handshake_has_a_deadline(
 def test_webhook_without_its_certificate_says_so(tmp_path: Path) -> None:
     (tmp_path / "nonsense").write_text("nonsense")
     for chain in (tmp_path / "absent", tmp_path / "nonsense"):
-        with pytest.raises(BadConfig, match="no certificate and key"):
+        with pytest.raises(BadSetting, match="no certificate and key"):
             Certificate(chain, chain)

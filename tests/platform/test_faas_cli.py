@@ -77,7 +77,11 @@ def test_shrinkwrap(project: SimpleNamespace) -> None:
     packages = {path for path in files(project.build) if path.startswith(tuple(f"glowplug/{p}/" for p in PACKAGES))}
     assert files(project.build) - model - packages - {"meta.json"} == CONTEXT | FACTS
     assert {"model/config.json", "model/model.safetensors", "model/tokenizer.json"} <= model
-    assert {"glowplug/runtime/base.lock", "glowplug/runtime/shim.py", "glowplug/cache_agent/daemon.py"} <= packages
+    assert {
+        "glowplug/runtime/base.lock",
+        "glowplug/runtime/container/shim.py",
+        "glowplug/cache_agent/daemon.py",
+    } <= packages
 
 
 def test_copies_name_files_of_the_context(project: SimpleNamespace, dockerfile: Any) -> None:

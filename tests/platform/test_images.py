@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cache_agent.client import CacheClient
-from runtime import baseset, render
+from cache_agent.client.cache_client import CacheClient
+from runtime.commands import baseset, objects
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "knative" / "images"
@@ -77,7 +77,7 @@ def test_image_and_manifests_agree(read: Callable[[str], Any]) -> None:
                 context = item["spec"]["template"]["spec"]["securityContext"]
                 assert agent.all("USER") == [f"{context['runAsUser']}:{context['runAsGroup']}"]
     function = read("function")
-    (service,) = render.knative(render.Function(name="chat", image="a", model="s3://b/c"))
+    (service,) = objects.knative(objects.Function(name="chat", image="a", model="s3://b/c"))
     (container,) = service["spec"]["template"]["spec"]["containers"]
     assert function.command == container["command"]
     assert function.all("USER") == ["{0}:{0}".format(container["securityContext"]["runAsUser"])]

@@ -26,10 +26,10 @@ from documented import commands
 from manifests import COMBINATIONS, EXAMPLES, KNATIVE, LOADER, OVERLAYS, load
 from programs import program
 
+from cache_agent.access.kubernetes import Api
 from cache_agent.access.tokenreview import TokenReview
 from cache_agent.errors import AccessDenied
 from cache_agent.kube import admission
-from cache_agent.kube.api import Api
 from cache_agent.kube.witness import Removal, Witness
 from cache_agent.wire.messages import Identity
 

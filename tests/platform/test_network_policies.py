@@ -10,7 +10,7 @@ import pytest
 from manifests import COMBINATIONS, pods
 
 from cache_agent.config import AgentConfig, from_environment
-from runtime import render
+from runtime.commands import objects as render
 
 Objects = list[dict[str, Any]]
 Labels = Mapping[str, str]

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from runtime import render
 from runtime.cli import main
+from runtime.commands import objects
 from runtime.config import from_environment
 from runtime.errors import BadConfig
 
@@ -58,12 +58,12 @@ def test_the_examples_are_what_it_prints(name: str, pytestconfig: pytest.Config)
     ],
 )
 def test_objects(name: str, platform: str, options: dict[str, Any], golden: Callable[[str, Any], None]) -> None:
-    function = render.Function(**CHAT, **options)
-    golden(f"platform/render-{name}.json", getattr(render, platform)(function))
+    function = objects.Function(**CHAT, **options)
+    golden(f"platform/render-{name}.json", getattr(objects, platform)(function))
 
 
 def spec(**options: Any) -> dict[str, Any]:
-    (service,) = render.knative(render.Function(**CHAT, **options))
+    (service,) = objects.knative(objects.Function(**CHAT, **options))
     return dict(service["spec"]["template"]["spec"])
 
 
@@ -86,7 +86,7 @@ def test_a_function_ends_before_the_platform_ends_it(timeout: int) -> None:
     assert found["responseStartTimeoutSeconds"] <= timeout  # Knative refuses more
     assert 0 < config.answer_limit < timeout
     if timeout > 50:
-        (stack,) = render.openfaas(render.Function(**CHAT, timeout=timeout))
+        (stack,) = objects.openfaas(objects.Function(**CHAT, timeout=timeout))
         entry = stack["functions"]["chat"]["environment"]
         config = from_environment(entry)
         assert config.drain_linger > int(entry["healthcheck_interval"].removesuffix("s"))
@@ -114,8 +114,8 @@ def test_openfaas_gets_what_every_edition_takes() -> None:
 
 def test_replicas_take_over_each_others_requests_where_there_can_be_several() -> None:
     def names(**options: Any) -> set[str]:
-        function = render.Function(**CHAT, **options)
-        (stack,) = render.openfaas(function)
+        function = objects.Function(**CHAT, **options)
+        (stack,) = objects.openfaas(function)
         found = [settings(spec(**options)["containers"][0]), stack["functions"]["chat"]["environment"]]
         return {from_environment(environment).handoff_name for environment in found}
 
@@ -169,7 +169,7 @@ def test_what_is_rendered_is_what_was_said() -> None:
 )
 def test_nonsense_is_named(options: dict[str, Any], match: str) -> None:
     with pytest.raises(BadConfig, match=match):
-        render.knative(render.Function(**{**CHAT, **options}))
+        objects.knative(objects.Function(**{**CHAT, **options}))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_nonsense_is_named(options: dict[str, Any], match: str) -> None:
 )
 def test_openfaas_has_no_word_for(options: dict[str, Any], match: str) -> None:
     with pytest.raises(BadConfig, match=match):
-        render.openfaas(render.Function(**CHAT, **options))
+        objects.openfaas(objects.Function(**CHAT, **options))
 
 
 def test_the_command_reports_an_error_with_its_code() -> None:
@@ -194,9 +194,7 @@ def test_the_command_reports_an_error_with_its_code() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; import runtime.render, yaml; print(runtime.render.MODEL_ANNOTATION)"
-    )
+    code = "import sys; sys.modules['torch'] = None; import runtime.commands.objects, yaml; print(runtime.commands.objects.MODEL_ANNOTATION)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=dict(os.environ)
     )

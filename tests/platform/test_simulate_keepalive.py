@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_agent.policy import keepalive
-from cache_agent.policy.keepalive import Layer
+from cache_agent.policy.keepalive import LayerCost
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MB, GB = 10**6, 10**9
-BARE, LANG = Layer("bare", 1.0, 100 * MB), Layer("lang:py", 2.0, 200 * MB)
-USERS = [Layer(f"user:{name}", 4.0, 300 * MB) for name in "AB"]
+BARE, LANG = LayerCost("bare", 1.0, 100 * MB), LayerCost("lang:py", 2.0, 200 * MB)
+USERS = [LayerCost(f"user:{name}", 4.0, 300 * MB) for name in "AB"]
 NEVER = math.inf
-layers = st.builds(Layer, st.just("lang"), st.floats(0.001, 1e3), st.integers(10**6, 10**12))
+layers = st.builds(LayerCost, st.just("lang"), st.floats(0.001, 1e3), st.integers(10**6, 10**12))
 prices = st.floats(0.001, 1e4)
 
 
@@ -55,7 +55,7 @@ def holding(sim: Any, **seconds: float) -> Any:
     """A rule that holds each kind of layer for a fixed time."""
 
     class Holding(sim.worlds.Rule):
-        def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Any:
+        def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Any:
             return sim.worlds.Hold(seconds[layer.name.partition(":")[0]])
 
     return Holding()
@@ -109,7 +109,7 @@ def test_idle_memory_of_zygotes(sim: Any, two: Any) -> None:
 
 def test_a_layer_is_built_ahead(sim: Any, two: Any) -> None:
     class Ahead(sim.worlds.Rule):
-        def idle(self, layer: Layer, below: Sequence[Layer], alone: int, now: float) -> Any:
+        def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Any:
             return sim.worlds.Hold(0.0, 50.0, 70.0) if layer.name.startswith("user") else sim.worlds.Hold(0.0)
 
     trace = calls(sim, (0, 0), (70, 0), (300, 0))
@@ -156,7 +156,7 @@ def test_faascache_stays_within_its_memory(sim: Any, two: Any) -> None:
 
 def test_faascache_lets_go_of_what_is_cheap(sim: Any) -> None:
     functions = [
-        sim.functions.Function(name, (BARE, LANG, Layer(f"user:{name}", seconds, 300 * MB)), 1.0)
+        sim.functions.Function(name, (BARE, LANG, LayerCost(f"user:{name}", seconds, 300 * MB)), 1.0)
         for name, seconds in (("dear", 40.0), ("cheap", 1.0), ("third", 5.0))
     ]
     rule = sim.rules.FaasCache(1.3 * GB)
@@ -172,7 +172,7 @@ def test_rainbowcakes_rule(sim: Any, two: Any) -> None:
         rule.arrive(two[0], float(second))
     # Six arrivals in 50 s, seen at 60: a mean of 10 s; -10 · ln 0.2 = 16.1 s.
     assert rule.idle(USERS[0], [LANG, BARE], 2, 60.0).hold == pytest.approx(0.249 * 4 / 0.3)  # β = 3.3 s is less
-    slow = Layer("user:A", 400.0, 300 * MB)
+    slow = LayerCost("user:A", 400.0, 300 * MB)
     assert rule.idle(slow, [LANG, BARE], 2, 60.0).hold == pytest.approx(16.094, abs=1e-3)
     code = sim.rules.RainbowCake(code=True)
     code.arrive(two[0], 0.0)
@@ -216,7 +216,7 @@ def test_runs_the_shipped_rule(sim: Any, two: Any) -> None:
 
 @given(st.lists(layers, min_size=1, max_size=4), prices, st.floats(0.001, 1e6))
 def test_pooled_layers_are_held_as_long_as_the_whole_stack_is_worth_it(
-    sim: Any, stack: list[Layer], rho: float, gap: float
+    sim: Any, stack: list[LayerCost], rho: float, gap: float
 ) -> None:
     """Against all that can be held through a gap: any number of layers, from the bottom up."""
 
@@ -233,9 +233,11 @@ def test_pooled_layers_are_held_as_long_as_the_whole_stack_is_worth_it(
 
 
 def test_pooled(sim: Any) -> None:
-    user, lang, bare = Layer("user", 1.8, 55), Layer("lang", 0.4, 128), Layer("bare", 0.4, 22)
+    user, lang, bare = LayerCost("user", 1.8, 55), LayerCost("lang", 0.4, 128), LayerCost("bare", 0.4, 22)
     assert sim.rules.pooled([user]) == user
-    assert sim.rules.pooled([user, lang, bare]) == Layer("user", 2.2, 183), "bare is worth more than what stands on it"
+    assert sim.rules.pooled([user, lang, bare]) == LayerCost("user", 2.2, 183), (
+        "bare is worth more than what stands on it"
+    )
     assert sim.rules.pooled([lang, bare]) == lang
 
 
@@ -268,9 +270,9 @@ def test_reads_arrivals_per_minute(sim: Any, tmp_path: Path) -> None:
     (work,) = sim.functions.load(curve)
     first, second = work.functions
     assert first.layers == (
-        Layer("bare", pytest.approx(0.32), 25 * MB),
-        Layer("lang:js", 0.4, 128 * MB),
-        Layer("user:AC", 1.8, 55 * MB),
+        LayerCost("bare", pytest.approx(0.32), 25 * MB),
+        LayerCost("lang:js", 0.4, 128 * MB),
+        LayerCost("user:AC", 1.8, 55 * MB),
     )
     assert second.layers[0] == first.layers[0]
     assert first.seconds == pytest.approx(2.0)

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from runtime import errors, handler
+from runtime import errors
 from runtime.config import FunctionConfig
+from runtime.function import handler
 
 # python3-http's build arguments, with its defaults where they are not ours to choose.
 BUILD_ARGUMENTS = {
@@ -246,7 +247,7 @@ def test_function_tests_pass_as_the_build_runs_them(dockerfile: Any, make_image:
 
 def test_installs_from_what_was_pulled(installed: Path) -> None:
     code = (
-        "import cache_agent, runtime, runtime.shim, runtime.testing, runtime.baseset as b\n"
+        "import cache_agent, runtime, runtime.container.shim, runtime.function.testing, runtime.commands.baseset as b\n"
         "print(runtime.__file__, cache_agent.__file__, len(b.read_lock()))"
     )
     # -S leaves our own environment out; what glowplug needs comes from it again, after glowplug.
@@ -377,7 +378,7 @@ def test_nothing_waits_on_the_port_of_a_function_that_has_ended(template: Path, 
         "    print(function.returncode, probe.connect_ex(held.getsockname()) != 0)\n"
     )
     env = {"GLOWPLUG_HOST": "127.0.0.1", "PORT": str(port), "GLOWPLUG_MODEL": ""}
-    command = (sys.executable, "-c", successor, sys.executable, "-P", "-m", "runtime.shim")
+    command = (sys.executable, "-c", successor, sys.executable, "-P", "-m", "runtime.container.shim")
     done = run(sys.executable, "-I", "-S", template / "listen.py", *command, cwd=tmp_path, env=env)
     assert done.stdout.split() == ["64", "True"], done.stderr
     assert "GLOWPLUG_MODEL is not set" in done.stderr

@@ -176,7 +176,7 @@ class Function:
 
     def worker(self, old: int = 0) -> int:
         """The worker's pid; waits for one that is not `old`."""
-        return self._child("runtime.worker", old)
+        return self._child("runtime.worker.worker", old)
 
     def agent(self, old: int = 0) -> int:
         """The private agent's pid; waits for one that is not `old`."""

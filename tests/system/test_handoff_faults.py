@@ -32,7 +32,7 @@ import pytest
 import redis
 from toy_worker import Line
 
-from runtime.handoff.client import ask
+from runtime.resume.client import ask
 
 WORKER = Path(__file__).with_name("toy_worker.py")
 TTL = 60  # seconds for which the store keeps a request

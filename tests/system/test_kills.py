@@ -179,7 +179,7 @@ def test_kills_at_random_moments(
         with serving(model=checkpoint, queue=8) as function:
             for _ in range(min(3, left)):
                 left -= 1
-                module = chance.choice(["runtime.worker", "cache_agent.daemon"])
+                module = chance.choice(["runtime.worker.worker", "cache_agent.daemon"])
                 moment = time.monotonic() + chance.uniform(0.0, 4.0)
                 with suppress(OSError, http.client.HTTPException):
                     while time.monotonic() < moment:  # keeps it busy until then

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.handoff.client import ask
+from runtime.resume.client import ask
 
 
 def test_a_killed_functions_answer_is_finished_by_another(

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from cache_agent.access import credentials
-from cache_agent.client import CacheClient
+from cache_agent.client import credentials
+from cache_agent.client.cache_client import CacheClient
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
 # A flag holds a stream between two pieces for as long as the test likes: nothing here depends on time.

@@ -19,21 +19,21 @@ import time
 import weakref
 from typing import Any, NamedTuple
 
-from cache_agent.client import CacheClient
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.ledger import Ledger
-from cache_agent.snapshots.client import SnapshotClient
-from runtime.app import Application
 from runtime.config import FunctionConfig
 from runtime.engine.base import TokenEvent
-from runtime.handoff import guest, host
-from runtime.handoff.checkpoint import Checkpoints
-from runtime.handoff.hold import Hold
-from runtime.handoff.moving import Moving
-from runtime.handoff.seal import Plain
-from runtime.handoff.snapshot import Place
-from runtime.lifecycle import Lifecycle
-from runtime.server import HttpServer
-from runtime.testing import toy_model
+from runtime.function.testing import toy_model
+from runtime.handoff import adopted, destination
+from runtime.handoff.incoming import Moving
+from runtime.http.application import Application
+from runtime.http.lifecycle import Lifecycle
+from runtime.http.server import HttpServer
+from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.seal import Plain
+from runtime.resume.session import Hold
+from runtime.resume.snapshot import Place
 
 LEASE = 0.8
 
@@ -89,7 +89,7 @@ class Watched(Checkpoints):
         return len(self._holds)
 
 
-class Halting(guest.Guests):
+class Halting(adopted.Guests):
     """Stops its process when a request has been announced, and before a byte of it is read."""
 
     def _offered(self, offer: Any) -> None:
@@ -105,7 +105,7 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     book = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
     model.book = None if kind == "unkept" else book
     if kind == "halting":
-        host.Guests = Halting  # type: ignore[misc]
+        destination.Guests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)
     moving = Moving("chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None)
     signal.signal(signal.SIGUSR1, lambda *_: moving.depart())

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import msgspec
 from flask import Blueprint, Response
 
-from cache_agent.web.diagnosis import Node, diagnose
-from cache_agent.web.told import Told
+from cache_agent.journal.reported import FunctionReports
+from cache_agent.web.diagnosis import NodeFacts, diagnose
 from cache_agent.wire.operations import ClusterReply, Start, StatusReply
 
 PAGE = "/dashboard"
@@ -32,18 +32,18 @@ _POLICY = (
 )
 
 
-class Agent(Protocol):
+class ShownAgent(Protocol):
     """What of an agent is shown."""
 
     @property
-    def told(self) -> Told: ...
+    def told(self) -> FunctionReports: ...
 
     def full_status(self) -> StatusReply: ...
 
     def cluster(self) -> ClusterReply: ...
 
 
-def blueprint(agent: Agent) -> Blueprint:
+def blueprint(agent: ShownAgent) -> Blueprint:
     """The paths above; whether a request is allowed is for the application to say, see `OPEN`."""
     pages = Blueprint("dashboard", __name__)
     files = {name: (Path(__file__).parent / name).read_bytes() for name in ("page.html", "page.css", "page.js")}
@@ -83,6 +83,6 @@ def told_starts(starts: list[Start], status: StatusReply) -> list[dict[str, Any]
     huge = {model.model for model in status.models if model.page > 4096}
     told = []
     for start in starts:
-        found = diagnose(start.spans, start.tier, Node(start.bytes, status.ssd is not None, start.model in huge))
+        found = diagnose(start.spans, start.tier, NodeFacts(start.bytes, status.ssd is not None, start.model in huge))
         told.append({**msgspec.to_builtins(start), "diagnosis": msgspec.to_builtins(found)})
     return told

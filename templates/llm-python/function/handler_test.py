@@ -5,7 +5,7 @@ Locally: pip install pytest ./template/llm-python/glowplug, then pytest in this 
 
 from handler import handle
 
-from runtime.handler import Event, toy_context
+from runtime.function.handler import Event, toy_context
 
 
 def test_answers_in_one_piece():

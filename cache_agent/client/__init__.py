@@ -1,0 +1,1 @@
+"""A function's side of the agent: leases, snapshots, hand-offs, credentials."""

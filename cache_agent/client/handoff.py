@@ -1,0 +1,77 @@
+"""A worker's side of hand-offs: it waits for others at its agent, asks for one of them, and tells how it went."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.lease import expect
+from cache_agent.errors import AgentTimeout, AgentUnreachable, ProtocolError, from_wire
+from cache_agent.wire.channel import Channel, Disconnected
+from cache_agent.wire.messages import ErrorReply
+from cache_agent.wire.requests import (
+    MAX_ITEMS,
+    HandedReply,
+    HandedReport,
+    HandoffOutcome,
+    HandoffRequest,
+    HostRequest,
+    Matched,
+)
+
+_FIND = 8.0  # seconds: other nodes may be asked
+_TELL = 3.0
+_LOOK = 1.0
+
+
+def offer_to_host(channel: Channel, kin: str, owner: str) -> None:
+    """From here on the worker on this channel may be given others' requests. Raises `Disconnected`."""
+    channel.send(HostRequest(kin, owner))
+
+
+def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socket | None:
+    """The end of a pipe to a worker that drains; None when this one is `unwilling`, and the channel is to be closed.
+
+    Raises `AgentError`, `Disconnected`.
+    """
+    while not unwilling():
+        try:
+            message, fds = channel.receive(time.monotonic() + _LOOK)
+        except AgentTimeout:
+            continue
+        if isinstance(message, ErrorReply):
+            raise from_wire(message.code, message.text)
+        return _end(message, fds)
+    return None
+
+
+def find_destination(client: CacheClient, kin: str, owner: str) -> socket.socket:
+    """The end of a pipe to a worker that goes on. Raises `NoDestination`, or any `AgentError`."""
+    with client.connect() as channel:
+        try:
+            channel.send(HandoffRequest(kin, owner))
+            return _end(*expect(channel, Matched, time.monotonic() + _FIND))
+        except Disconnected as error:
+            raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
+
+
+def report(client: CacheClient, items: Sequence[HandoffOutcome]) -> None:
+    """Raises any `AgentError`."""
+    with client.connect() as channel:
+        try:
+            for at in range(0, len(items), MAX_ITEMS):
+                channel.send(HandedReport(list(items[at : at + MAX_ITEMS])))
+                expect(channel, HandedReply, time.monotonic() + _TELL)
+        except Disconnected as error:
+            raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
+
+
+def _end(message: object, fds: list[int]) -> socket.socket:
+    if not isinstance(message, Matched) or len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(f"the agent answered {type(message).__name__} without the end of a pipe")
+    return socket.socket(fileno=fds[0])

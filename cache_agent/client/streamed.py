@@ -1,0 +1,176 @@
+"""Owns a lease whose bytes come over TCP into memory of the function's own: the same lease, without the node's socket.
+
+A thread takes the bytes as the agent verifies them, so that whoever asked can import and build meanwhile. When all are
+there the memory is sealed, as it would be on the node.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from cache_agent.client.lease import Lease, expect, read_manifest
+from cache_agent.errors import AgentError, AgentTimeout, LeaseLost, ProtocolError, from_wire
+from cache_agent.model import manifest as manifests
+from cache_agent.model.manifest import Manifest
+from cache_agent.tiers.dram import Dram
+from cache_agent.wire.blobs import sealed_bytes
+from cache_agent.wire.channel import Disconnected
+from cache_agent.wire.link import Link
+from cache_agent.wire.messages import ErrorReply, LeaseReady, LeaseRequest, StreamedPiece, Streaming
+
+_PATIENCE = 30.0  # seconds without a byte, once a piece has begun
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_SILENCE = 600.0  # seconds without a word: the agent's own source may be slow, and it may be proving what it got
+
+
+def receive_manifest(link: Link, streaming: Streaming) -> Manifest:
+    """The manifest that follows the frame. Raises `Disconnected`, `ProtocolError`."""
+    if streaming.body > manifests.MAX_MANIFEST:
+        raise ProtocolError(f"the agent sent a manifest of an impossible size ({streaming.body} bytes)")
+    found = manifests.decode(link.read(streaming.body, _PATIENCE))
+    if list(found.segments) != streaming.segments or found.source != streaming.source:
+        raise ProtocolError("the agent grants other segments than its manifest has")
+    return found
+
+
+class Leftover(NamedTuple):
+    """Fds of the memory of an earlier lease over TCP: its manifest, and its segments. They stay who has them's.
+
+    `drop` is called when they turn out to be of no use, before other memory is taken.
+    """
+
+    manifest: int
+    segments: Sequence[int]
+    drop: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of(cls, fds: Sequence[int], drop: Callable[[], None] = lambda: None) -> Leftover | None:
+        """The manifest's first; None where there are none."""
+        return cls(fds[0], fds[1:], drop) if fds else None
+
+
+def lease(link: Link, model: str, start_id: str, deadline: float, kept: Leftover | None) -> StreamedLease | None:
+    """A lease whose bytes come over the link, or are `kept` if those are still what the model is.
+
+    None if they are, and the agent lays them out differently: they are of no use. Raises the agent's errors.
+    """
+    known = _kept_manifest(kept) if kept is not None else None
+    link.send(LeaseRequest(model, start_id, have=known.source if known is not None else ""))
+    manifest = receive_manifest(link, expect(link, Streaming, deadline)[0])
+    if kept is not None and known == manifest:
+        return StreamedLease(link, manifest, Dram.adopted(kept.segments), whole=True)
+    if kept is not None:
+        kept.drop()
+    if known is not None and known.source == manifest.source:  # then none of it would be sent
+        return None
+    return StreamedLease(link, manifest, Dram(manifest.segments, name="glowplug:streamed"))
+
+
+def _kept_manifest(kept: Leftover) -> Manifest | None:
+    """What kept memory is; None for what is not whole and sealed memory of ours."""
+    try:
+        found = read_manifest(kept.manifest, os.fstat(kept.manifest).st_size)
+        sizes = [os.fstat(fd).st_size for fd in kept.segments]
+        sealed = all(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS for fd in kept.segments)
+    except (OSError, ProtocolError):
+        return None
+    return found if sealed and sizes == list(found.segments) else None
+
+
+class StreamedLease(Lease):
+    """See `Lease`. Mapping the segments before `wait_ready` shows bytes as they arrive."""
+
+    def __init__(self, link: Link, manifest: Manifest, dram: Dram, *, whole: bool = False) -> None:
+        """Takes over `dram`; with `whole` the bytes are all there, and none will come."""
+        self._channel = self._link = link
+        self.manifest = manifest
+        self.fetched = not whole
+        encoded = manifests.encode(self.manifest)
+        self._dram = dram
+        self.page = self._dram.page
+        self.manifest_fd, self.manifest_bytes = sealed_bytes(encoded, "glowplug:manifest"), len(encoded)
+        self.segments = [os.dup(fd) for fd in self._dram.fds]
+        self.ready, self.tier, self.revision, self.spans = False, "", "", []
+        self.arrived = list(manifest.segments) if whole else [0] * len(self.segments)
+        self._lock = threading.Condition()
+        self._done = sum(self.arrived)
+        self._failure: AgentError | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
+        self._thread.start()
+
+    def wait_ready(self, deadline: float, on_progress: Callable[[int, int], None] | None = None) -> None:
+        told = -1
+        while True:
+            with self._lock:
+                if self._done == told and not self._ended:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not self._lock.wait(left):
+                        raise AgentTimeout("the weights did not arrive in time; is the agent overloaded or stopped?")
+                done, ended, failure = self._done, self._ended, self._failure
+            if failure is not None:
+                raise failure
+            if on_progress is not None and done != told:
+                on_progress(done, self.manifest.nbytes)
+            told = done
+            if ended:
+                return
+
+    def close(self) -> None:
+        self._link.interrupt()
+        self._thread.join()
+        super().close()
+        self._dram.close()
+
+    # --- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failure: AgentError | None = None
+        try:
+            ready = self._receive()
+            self._dram.seal()
+            self.tier, self.spans = ready.tier, ready.spans
+            self.revision = ready.revision or self.revision
+            self.ready = True
+        except Disconnected as error:
+            failure = LeaseLost(f"the cache agent went away ({error}); it is asked again when it is back")
+        except AgentError as error:
+            failure = error
+        except Exception as error:
+            failure = AgentError(f"receiving the weights failed: {error!r}")
+        with self._lock:
+            self._failure, self._ended = failure, True
+            self._lock.notify_all()
+
+    def _receive(self) -> LeaseReady:
+        sent = list(self.arrived)
+        while True:
+            message, _ = self._link.receive(time.monotonic() + _SILENCE)
+            match message:
+                case StreamedPiece(segment, offset, size):
+                    if segment >= len(sent) or offset != sent[segment]:
+                        raise ProtocolError("the agent sent a piece out of turn")
+                    if offset + size > self.manifest.segments[segment]:
+                        raise ProtocolError("the agent sent more than the segment holds")
+                    view = self._dram.segments[segment].view
+                    assert view is not None, "sealed only when all is there"
+                    with view[offset : offset + size] as place:
+                        self._link.read_into(place, _PATIENCE)
+                    sent[segment] += size
+                    self.arrived = list(sent)
+                    with self._lock:
+                        self._done += size
+                        self._lock.notify_all()
+                case LeaseReady():
+                    if sent != list(self.manifest.segments):
+                        raise ProtocolError("the agent called the weights complete before all had come")
+                    return message
+                case ErrorReply(code, text):
+                    raise from_wire(code, text)
+                case _:
+                    continue  # a drain: the lease is not even ready; whoever serves learns of it with the next one

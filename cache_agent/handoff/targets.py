@@ -1,0 +1,69 @@
+"""Looks for a worker that goes on on other nodes, through their agents."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import threading
+import time
+
+from cache_agent.cluster.directory import Directory, Node
+from cache_agent.cluster.key import nonce
+from cache_agent.cluster.peer import Membership, dial_peer
+from cache_agent.errors import AgentError
+from cache_agent.handoff.destinations import Waiting
+from cache_agent.handoff.splice import Splice
+from cache_agent.wire.channel import Disconnected
+from cache_agent.wire.link import Link
+from cache_agent.wire.requests import HandoffRequest, Matched
+
+log = logging.getLogger("glowplug.handoff")
+
+_SECONDS = 5.0  # for all nodes together
+_ONE = 1.0
+
+
+class Targets:
+    """Any thread. Nodes are asked in an order of chance, so that of many not always the same ones are."""
+
+    def __init__(self, me: Membership, directory: Directory) -> None:
+        self._me, self._directory = me, directory
+
+    def match(self, wanted: Waiting) -> tuple[socket.socket, Matched] | None:
+        """One end of a way to a worker of another node, and who it is."""
+        deadline = time.monotonic() + _SECONDS
+        nodes = [node for node in self._directory.nodes() if node.address and node.name != self._me.node]
+        random.shuffle(nodes)
+        for node in nodes:
+            if time.monotonic() >= deadline:
+                break
+            try:
+                if (found := self._ask(node, wanted)) is not None:
+                    return found
+            except (AgentError, Disconnected) as error:
+                log.info("node %s was not to be asked for a worker: %s", node.name, error)
+        return None
+
+    def _ask(self, node: Node, wanted: Waiting) -> tuple[socket.socket, Matched] | None:
+        link = dial_peer(node.address, self._me.key, self._me.node, self._me.address, _ONE)
+        try:
+            mine = nonce()
+            link.send(HandoffRequest(wanted.kin, wanted.owner, mine, wanted.within))
+            reply, _ = link.receive(time.monotonic() + _ONE)
+            if not isinstance(reply, Matched):
+                link.close()
+                return None
+            near, far = socket.socketpair()
+        except BaseException:
+            link.close()
+            raise
+        crossing = Splice(link, near, self._me.key, (mine, reply.nonce), "caller")
+        threading.Thread(target=_cross, args=(crossing, link, near), name="crossing", daemon=True).start()
+        return far, reply
+
+
+def _cross(crossing: Splice, link: Link, sock: socket.socket) -> None:
+    with contextlib.closing(link), sock:
+        crossing.run()

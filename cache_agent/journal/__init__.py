@@ -1,0 +1,1 @@
+"""What the agent remembers of its node: events, starts, layers."""

@@ -1,0 +1,115 @@
+"""Owns the threads in which a node's work waits for origins: each origin has its own, and a part of it only some.
+
+An origin that accepts and never answers holds whoever asks it until his deadlines have passed. Nobody else's work may
+wait behind that: so it stands in lanes, by what fails together (an endpoint, a tree of files) and by what may fail
+alone in there (a bucket, a directory).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from cache_agent.model.uri import ModelURI
+
+log = logging.getLogger("glowplug.agent")
+
+_REMOTE = ("s3", "hf")
+
+
+class Lane(NamedTuple):
+    """`origin` fails as a whole; `place`, in it, may fail alone."""
+
+    origin: str
+    place: str = ""
+
+
+HERE = Lane("here")  # work that asks no origin
+
+
+def here(lane: Lane) -> Lane:
+    """For work that asks its origin only if something is wrong here."""
+    return Lane(HERE.origin, lane.origin)
+
+
+def lane_of(uri: ModelURI, roots: Sequence[Path]) -> Lane:
+    """Where work on a model waits. There are only so many origins, whatever URIs are asked for. No I/O."""
+    if uri.scheme in _REMOTE:
+        return Lane(uri.scheme, uri.place.strip("/").partition("/")[0])
+    if uri.scheme != "file":
+        return Lane("unknown", uri.scheme)
+    path = Path(os.path.normpath(uri.place))
+    above = [root for root in roots if path.is_relative_to(root)]
+    if not above:
+        return Lane("file")
+    root = max(above, key=lambda root: len(root.parts))
+    return Lane(f"file {root}", "".join(path.relative_to(root).parts[:1]))
+
+
+class _Job(NamedTuple):
+    work: Callable[..., None]
+    arguments: tuple[object, ...]
+
+
+class Background:
+    """Every method may be called from any thread, and none blocks."""
+
+    def __init__(self, name: str, *, of_origin: int, of_place: int) -> None:
+        """At most so many run at once; what comes then waits, in the order of its coming."""
+        self._name, self._of_origin, self._of_place = name, of_origin, of_place
+        self._lock = threading.Lock()  # guards what follows
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._running: Counter[Lane] = Counter()  # or in their pool's queue
+        self._waiting: dict[Lane, deque[_Job]] = {}
+        self._closed = False
+
+    def submit(self, lane: Lane, work: Callable[..., None], *arguments: object) -> None:
+        """What `work` raises is a fault of ours, and logged. Raises `RuntimeError` after `close`."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the agent is being closed")
+            if self._running[lane] < self._of_place:
+                self._running[lane] += 1
+                self._start(lane, _Job(work, arguments))
+            else:
+                self._waiting.setdefault(lane, deque()).append(_Job(work, arguments))
+
+    def close(self) -> None:
+        """Nothing is begun any more; what runs is not waited for."""
+        with self._lock:
+            self._closed = True
+            self._waiting.clear()
+            for pool in self._pools.values():
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, lane: Lane, job: _Job) -> None:
+        """Under the lock."""
+        pool = self._pools.get(lane.origin)
+        if pool is None:
+            pool = self._pools[lane.origin] = ThreadPoolExecutor(self._of_origin, thread_name_prefix=self._name)
+        try:
+            pool.submit(self._run, lane, job)
+        except RuntimeError:  # no thread could be started; it is in the queue all the same, for one that there is
+            log.exception("a job has to wait")
+
+    def _run(self, lane: Lane, job: _Job) -> None:
+        try:
+            job.work(*job.arguments)
+        except Exception:
+            log.exception("%r failed", job.work)
+        with self._lock:
+            waiting = self._waiting.get(lane)
+            if waiting and not self._closed:
+                self._start(lane, waiting.popleft())  # behind those of other places that wait for a thread
+                if not waiting:
+                    del self._waiting[lane]
+            elif self._running[lane] > 1:
+                self._running[lane] -= 1
+            else:
+                del self._running[lane]

@@ -1,0 +1,208 @@
+"""Owns a node's weights: asks `residency` what to do under one lock, has it done outside, and answers who asked."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from itertools import count
+
+from cache_agent.cluster.directory import Directory, Holding
+from cache_agent.cluster.peers import Peers
+from cache_agent.config import AgentConfig
+from cache_agent.journal.journal import Journal
+from cache_agent.journal.reported import FunctionReports
+from cache_agent.model import manifest
+from cache_agent.model.checkpoint import describe
+from cache_agent.model.origin import Origin
+from cache_agent.model.uri import ModelURI, parse_uri
+from cache_agent.policy.quota import Account
+from cache_agent.residency import events, report
+from cache_agent.residency.driver import Driver
+from cache_agent.residency.events import Event
+from cache_agent.residency.grants import Grants
+from cache_agent.residency.leases import Errand, Holder, PendingRequest, Resolution
+from cache_agent.residency.ledger import ResidencyLedger
+from cache_agent.residency.resolving import Resolver
+from cache_agent.residency.retention import Retention
+from cache_agent.residency.revisions import Revisions
+from cache_agent.residency.spares import Spares
+from cache_agent.serving.sharing import Sharing
+from cache_agent.tiers.origins import Origins
+from cache_agent.tiers.ssd import Ssd
+from cache_agent.wire.message import TEXT_LIMIT
+from cache_agent.wire.messages import Drain
+from cache_agent.wire.operations import ClusterReply, EstimateReply, EvictReply, ModelStatus, StatusReply
+
+
+class Agent:
+    """One node's weights. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        directory: Directory,
+        open_origin: Callable[[ModelURI], Origin] | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        self.config = config
+        self.node = config.node_name
+        self._directory = directory
+        self._open_origin = open_origin or Origins(config).open
+        self._peers = peers
+        self.journal = Journal()
+        self.told = FunctionReports(self.journal)
+        self._numbers = count(1)
+        self._books = books = ResidencyLedger(config.capacity, config.revalidate)
+        ssd = Ssd(config.ssd, config.ssd_size, self._tell_image, self._image_evicted) if config.ssd else None
+        self._keeping = keeping = Retention(ssd, books.pinned)
+        self._revisions = revisions = Revisions(directory, ssd, self.node, believe=0 if peers else 1)
+        self.sharing = Sharing(books.held_of, books.lock, keeping)
+        resolver = Resolver(self._open_origin, revisions, keeping, directory, peers, config)
+        self._driver = Driver(config, books, directory, self.journal, keeping, revisions, resolver, peers, self._handle)
+        self._offers = Spares(self._open_origin, revisions, books.resident, self._handle, config.file_roots)
+        self._answers = Grants(books, self._offers, self.journal)
+
+    # --- what connections ask for ---------------------------------------------------------------------------------
+
+    def lease(self, holder: Holder, model: str) -> int:
+        """Begins a lease; what follows comes through `holder.deliver`. Raises `BadModelURI`."""
+        uri = parse_uri(model)
+        account = _account(holder)
+        return self._ask(holder, uri.text, lambda lease: events.LeaseAsked(lease, uri.text, uri.revision, account))
+
+    def offer(self, holder: Holder, model: str, source: str, fds: list[int]) -> int:
+        """Begins to examine what a function offers, and takes over `fds`. Raises `BadModelURI`."""
+        try:
+            uri = parse_uri(model)
+            account = _account(holder)
+            number = self._ask(holder, uri.text, lambda lease: events.OfferAsked(lease, uri.text, account))
+            self._offers.examine(number, uri, source, fds)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return number
+
+    def release(self, lease: int) -> None:
+        """Ends a lease, or any other request of its holder. Nothing is delivered for it afterwards."""
+        self._handle(events.LeaseClosed(lease), forget=lease)
+
+    def evict(self, holder: Holder, model: str, ssd: bool = False) -> int:
+        """From memory, and with `ssd` from there, where it may be alone."""
+        uri = parse_uri(model).text
+        if ssd and not self._books.is_resident(uri) and (removed := self._keeping.evict(uri)):
+            holder.deliver(EvictReply(0, removed), [])
+            return 0
+        return self._ask(holder, uri, lambda asker: events.EvictAsked(asker, uri), evict_image=uri if ssd else "")
+
+    def pin(self, holder: Holder, model: str, pinned: bool) -> int:
+        uri = parse_uri(model).text
+        account = _account(holder)
+        return self._ask(holder, uri, lambda asker: events.PinAsked(asker, uri, pinned, account))
+
+    def prefetch(self, model: str) -> None:
+        """Begins to bring a model in; nobody holds it afterwards. Raises `BadModelURI`."""
+        uri = parse_uri(model)
+        errand = Errand(uri.text, self._driver.later, self.release)
+
+        def ask(lease: int) -> Event:
+            errand.lease = lease
+            return events.LeaseAsked(lease, uri.text, uri.revision)
+
+        self._ask(errand, uri.text, ask)
+
+    def describe(self, model: str) -> manifest.Manifest:
+        """The manifest of a model whose weights need not be here. Raises what the origin does."""
+        return describe(self._open_origin(parse_uri(model))).manifest
+
+    def estimate(self, model: str) -> EstimateReply:
+        """What a lease would take now. Reads the origin's headers when nothing here knows the model's size."""
+        uri = parse_uri(model).text
+        if (known := self._books.estimate(uri)) is not None:
+            return known
+        if (stored := self._keeping.find(uri)) is not None:
+            return self._books.predict("ssd", stored.index.bytes)
+        if self._peers is not None and (size := self._peers.size_elsewhere(uri)):
+            return self._books.predict("peer", size)
+        return self._books.predict("origin", self.describe(model).nbytes)
+
+    def push_drain(self, reason: str, grace: float, model: str = "", pod: str = "") -> int:
+        """Tells the holders of leases on `model`, or those in `pod`, to hand their work over; how many there are.
+
+        Empty means all of them.
+        """
+        uri = parse_uri(model).text if model else ""
+        with self._books.lock:
+            leases = [*self._books.residency.holders(uri), *self._offers.orphans(uri)]
+            holders = [self._answers.holder(lease) for lease in leases]
+            holders = [holder for holder in holders if not pod or holder.pod == pod]
+            for holder in holders:
+                holder.deliver(Drain(reason, grace), [])
+        return len(holders)
+
+    def status(self) -> tuple[int, int, list[ModelStatus]]:
+        """(capacity, used, models); bytes."""
+        return self._books.status()
+
+    def answers(self, seconds: float) -> bool:
+        """Whether the agent can decide anything within so many seconds."""
+        return self._books.answers(seconds)
+
+    def full_status(self) -> StatusReply:
+        ssd, orphaned, handoffs = self._keeping.status(), self._offers.orphaned, self.journal.handoffs()
+        tiers, layers = self._books.tiers(), self.told.layers.status()
+        return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned, handoffs, layers)
+
+    def cluster(self) -> ClusterReply:
+        """What this node's directory knows of all nodes."""
+        return report.cluster(self._directory)
+
+    def close(self, deadline: float) -> None:
+        """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
+        self._offers.close()
+        self._driver.close(deadline)
+        self._keeping.close()
+
+    # --- what the SSD tier tells ----------------------------------------------------------------------------------
+
+    def _image_evicted(self, uri: str, size: int, why: str) -> None:
+        self.journal.evicted(uri, "ssd", size, why)
+
+    def _tell_image(self, source: str, size: int) -> None:
+        if size:
+            self._directory.publish(source, Holding(self.node, "ssd", size, size))
+        else:
+            self._directory.withdraw(source, self.node, "ssd")
+
+    # --- deciding under the lock, acting outside ------------------------------------------------------------------
+
+    def _ask(self, holder: Holder, model: str, event: Callable[[int], Event], *, evict_image: str = "") -> int:
+        number = next(self._numbers)
+        with self._books.lock:
+            self._answers.expect(number, PendingRequest(holder, model, evict_image=evict_image))
+        self._handle(event(number))
+        return number
+
+    def _handle(self, event: Event, *, forget: int = 0, resolved: Resolution | None = None) -> None:
+        with self._books.lock:
+            actions = self._books.residency.handle(event, time.monotonic())
+            work = [action for action in actions if not self._answers.give(action)]
+            self._answers.forget(forget)
+            self._offers.forget(forget)
+        for action in work:
+            if isinstance(action, events.EvictDone):
+                self._evict_image(action)
+            else:
+                self._driver.act(action, resolved)
+
+    def _evict_image(self, done: events.EvictDone) -> None:
+        """The memory is given back; now the files."""
+        with self._books.lock:
+            asked = self._answers.take(done.asker)
+        removed = self._keeping.evict(asked.evict_image)
+        asked.holder.deliver(EvictReply(done.bytes, removed, done.stays[:TEXT_LIMIT]), [])
+
+
+def _account(holder: Holder) -> Account:
+    return Account(holder.caller.account, holder.grant.dram)

@@ -1,0 +1,255 @@
+"""Owns a connection over TCP: functions get bytes where they would get fds, and other nodes' agents get chunks.
+
+Nobody is served before he has shown who he is: an agent by proving that it knows the cluster's key, a function by the
+identity in its hello.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from cache_agent import __version__
+from cache_agent.access.control import Access
+from cache_agent.cluster.key import ClusterKey, nonce
+from cache_agent.errors import AccessDenied, ModelNotFound, NoDestination, ProtocolError
+from cache_agent.handoff.broker import Broker
+from cache_agent.handoff.splice import Splice
+from cache_agent.loading.loader import ModelLoad
+from cache_agent.model.manifest import CHUNK
+from cache_agent.serving.agent import Agent
+from cache_agent.serving.connection import Connection
+from cache_agent.serving.sharing import Following
+from cache_agent.wire.channel import Disconnected
+from cache_agent.wire.link import Link
+from cache_agent.wire.message import Message
+from cache_agent.wire.messages import (
+    AnyMessage,
+    Challenge,
+    ChallengeAnswer,
+    Granted,
+    Hello,
+    LeaseReady,
+    LeaseRequest,
+    ManifestInline,
+    ManifestReply,
+    Offer,
+    RevisionNotice,
+    StreamedPiece,
+    Streaming,
+    Welcome,
+)
+from cache_agent.wire.peers import DescribeRequest, FetchRequest, FollowRequest, Holds
+from cache_agent.wire.protocol import VERSION
+from cache_agent.wire.requests import HandoffRequest, HostRequest
+
+_IDLE_SECONDS = 60.0  # of an agent that asks for nothing
+_TELL_SECONDS = 0.1  # between two words on the same model, at least
+_BREATH_SECONDS = 1.0  # and at most: whoever is silent is taken for dead
+
+
+class RemoteConnection(Connection):
+    """One client or agent of another machine."""
+
+    channel_type = Link
+
+    def __init__(
+        self,
+        agent: Agent,
+        sock: socket.socket,
+        access: Access,
+        on_end: Callable[[Connection], None],
+        desk: Broker,
+        key: ClusterKey | None,
+    ) -> None:
+        super().__init__(agent, sock, access, on_end, desk)
+        self._key = key
+        self._nonces = ("", "")
+        self._peer = self._address = self._have = ""
+        self._heard = time.monotonic()
+        self._stream: _Stream | None = None
+        self._following: Following | None = None
+        self._told_at = -math.inf  # never
+
+    @property
+    def _link(self) -> Link:
+        assert isinstance(self._channel, Link), "of its type"
+        return self._channel
+
+    # --- who it is ------------------------------------------------------------------------------------------------
+
+    def _greet(self, hello: Hello) -> None:
+        if hello.identity.kind != "cluster":
+            self._require_identity(hello)
+            super()._greet(hello)
+            return
+        if self._key is None:
+            raise AccessDenied("this agent has no cluster key; set GLOWPLUG_CLUSTER_KEY_FILE on all of them")
+        self._peer = hello.client
+        self._nonces = hello.identity.token, nonce()
+        proof = self._key.proof("called", *self._nonces, hello.client, self._agent.node)
+        self._channel.send(Challenge(self._nonces[1], self._agent.node, proof))
+
+    def _require_identity(self, hello: Hello) -> None:
+        if self._access.open or hello.identity.kind == "none":
+            raise AccessDenied(
+                "over TCP this agent serves only callers that show who they are; give it and the function a "
+                "GLOWPLUG_TOKEN_FILE"
+            )
+
+    def _prove(self, answer: ChallengeAnswer) -> None:
+        assert self._key is not None, "challenged with it"
+        self._key.check(answer.proof, "caller", *self._nonces, self._peer, self._agent.node)
+        self._address = answer.address
+        self._channel.send(Welcome(VERSION, self._agent.node, __version__))
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def _answer(self, message: AnyMessage, fds: list[int]) -> None:
+        self._heard = time.monotonic()
+        match message:
+            case ChallengeAnswer():
+                self._prove(message)
+            case FetchRequest(source, number, layout):
+                self._attempt(lambda: self._agent.sharing.send(self._link, source, number, layout))
+            case DescribeRequest(source):
+                self._attempt(lambda: self._agent.sharing.describe(self._link, source))
+            case FollowRequest(source):
+                self._attempt(lambda: self._begin_to_tell(source))
+            case LeaseRequest():
+                self._have = message.have
+                super()._answer(message, fds)
+            case Offer():
+                raise ProtocolError("memory cannot be offered over TCP")
+            case HandoffRequest() if self._channel.state == "fetching":
+                self._hand_over(message)
+            case HandoffRequest() | HostRequest():
+                self._refuse(NoDestination("hand-offs take the socket of the node's own agent"))
+            case _:
+                super()._answer(message, fds)
+
+    def _hand_over(self, asked: HandoffRequest) -> None:
+        """For another node's worker; until that one, ours, or this agent ends it."""
+        assert self._key is not None, "only agents come to this state"
+        try:
+            sock, found = self._desk.of_another_node(asked)
+        except NoDestination as error:
+            self._refuse(error)
+            return
+        with sock:
+            self._say(found)
+            crossing = Splice(self._link, sock, self._key, (asked.nonce, found.nonce), "called")
+            crossing.run(lambda: self._stopping)
+        raise Disconnected("the hand-off has ended")
+
+    def _begin_to_tell(self, source: str) -> None:
+        self._following = self._agent.sharing.follow(source)
+        self._load = self._following.load
+        if self._load is not None:
+            self._load.watch(self.wake)
+        if self._address:
+            self._agent.sharing.invite(source, self._peer, self._address)
+
+    def _attempt(self, give: Callable[[], None]) -> None:
+        try:
+            give()
+        except ModelNotFound as error:
+            self._refuse(error)
+
+    # --- what goes out --------------------------------------------------------------------------------------------
+
+    def _say(self, message: Message, fds: Sequence[int] = ()) -> None:
+        match message:
+            case Granted(source, size, segments):
+                super()._say(Streaming(source, segments, size))
+                self._link.send_bytes(os.pread(fds[0], size, 0))
+                self._stream = _Stream([os.dup(fd) for fd in fds[1:]], segments)
+                if source == self._have:
+                    self._stream.sent = list(segments)
+            case ManifestReply(size):
+                super()._say(ManifestInline(size))
+                self._link.send_bytes(os.pread(fds[0], size, 0))
+            case LeaseReady() | RevisionNotice() if self._stream is not None:
+                self._stream.after.append(message)
+            case _:
+                super()._say(message, fds)
+
+    def _timeout(self) -> float | None:
+        if self._stream is not None and self._stream.due(self._load) is not None:
+            return 0.0
+        if self._following is not None:
+            return max(0.0, self._told_at + _BREATH_SECONDS - time.monotonic())
+        if self._channel.state == "peer":
+            return max(0.0, self._heard + _IDLE_SECONDS - time.monotonic())
+        return super()._timeout()
+
+    def _push(self) -> None:
+        if self._stream is not None:
+            self._push_piece(self._stream)
+        elif self._following is not None:
+            self._push_news(self._following)
+        elif self._channel.state == "peer" and time.monotonic() >= self._heard + _IDLE_SECONDS:
+            raise Disconnected("it asked for nothing for a while")
+
+    def _push_piece(self, stream: _Stream) -> None:
+        due = stream.due(self._load)
+        if due is not None:
+            segment, offset, size = due
+            self._channel.send(StreamedPiece(segment, offset, size))
+            self._link.send_file(stream.fds[segment], offset, size)
+            stream.sent[segment] += size
+        if stream.complete and stream.after:
+            self._stream = None
+            stream.close()
+            for message in stream.after:
+                super()._say(message)
+
+    def _push_news(self, following: Following) -> None:
+        now = time.monotonic()
+        if now < self._told_at + _TELL_SECONDS:
+            return
+        if following.over:
+            self._refuse(ModelNotFound("the model has left this node's memory"))
+        news = following.news()
+        if news is not None or now >= self._told_at + _BREATH_SECONDS:
+            self._told_at = now
+            self._channel.send(Holds(*(news or ([], following.reading))))
+
+    def close(self) -> None:
+        super().close()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class _Stream:
+    """A model's bytes on their way to a function that has no fds."""
+
+    def __init__(self, fds: list[int], sizes: Sequence[int]) -> None:
+        """Takes over `fds`."""
+        self.fds = fds
+        self.sent = [0] * len(sizes)
+        self.after: list[Message] = []  # what is said when all of it is there
+        self._sizes = list(sizes)
+
+    @property
+    def complete(self) -> bool:
+        return self.sent == self._sizes
+
+    def due(self, load: ModelLoad | None) -> tuple[int, int, int] | None:
+        """(segment, offset, size) of what can go out next."""
+        there = self._sizes
+        if load is not None and not load.finished.is_set():
+            there = load.progress()[0]
+        for segment, sent in enumerate(self.sent):
+            if sent < there[segment]:
+                return segment, sent, min(CHUNK, there[segment] - sent)
+        return None
+
+    def close(self) -> None:
+        fds, self.fds = self.fds, []
+        for fd in fds:
+            os.close(fd)

@@ -1,0 +1,134 @@
+"""What this node gives to other nodes' agents: what it says of a model's chunks, and the chunks, from memory or SSD."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cache_agent.errors import ModelNotFound
+from cache_agent.loading.loader import ModelLoad
+from cache_agent.model import content
+from cache_agent.model.checkpoint import encode_description
+from cache_agent.model.manifest import LAYOUT
+from cache_agent.residency.leases import EntryMemory
+from cache_agent.residency.retention import Retention
+from cache_agent.wire.link import Link
+from cache_agent.wire.peers import Chunk, Described, Said
+
+MOST_SAID = 4096  # chunks in one message
+
+
+class Sharing:
+    """Any thread; what is sent is sent in the caller's."""
+
+    def __init__(self, held: Callable[[str], EntryMemory | None], lock: threading.RLock, keeping: Retention) -> None:
+        """`held(source)` is the copy in memory, which nobody closes under `lock`."""
+        self._held, self._lock, self._keeping = held, lock, keeping
+
+    def invite(self, source: str, node: str, address: str) -> None:
+        """Tells the load of a source that a node loads the same."""
+        held = self._held(source)
+        if held is not None and held.load is not None and held.load.helper is not None:
+            held.load.helper.invite(node, address)
+
+    def send(self, link: Link, source: str, number: int, layout: int) -> None:
+        """Sends a chunk. Raises `ModelNotFound` when it is not here, or `Disconnected`."""
+        if layout != LAYOUT:
+            raise ModelNotFound(f"this agent lays models out as version {LAYOUT}, not {layout}")
+        borrowed = self._borrow(source, number)
+        if borrowed is not None:
+            try:
+                link.send(Chunk(borrowed.digest, borrowed.size))
+                link.send_file(borrowed.fd, borrowed.start, borrowed.size)
+            finally:
+                os.close(borrowed.fd)
+            return
+        with self._keeping.read(source, number) as chunk:
+            if chunk is None:
+                raise ModelNotFound(f"chunk {number} of {source} is not on this node now")
+            link.send(Chunk(content.chunk_digest(chunk), len(chunk)))
+            link.send_bytes(chunk)
+
+    def _borrow(self, source: str, number: int) -> Borrowed | None:
+        """A chunk that is in memory, whole and right."""
+        with self._lock:
+            held = self._held(source)
+            place = held.description.manifest.chunk_place(number) if held is not None else None
+            if held is None or held.dram is None or place is None:
+                return None
+            if held.load is not None and not held.load.has(number):
+                return None
+            segment, start, end = place
+            digest = held.load.said_of(number) if held.load is not None else ""
+            return Borrowed(os.dup(held.dram.fds[segment]), start, end - start, digest)
+
+    def describe(self, link: Link, source: str) -> None:
+        """Sends what is needed besides the weights. Raises `ModelNotFound`, `Disconnected`."""
+        held = self._held(source)
+        if held is not None:
+            data = encode_description(held.description)
+        elif (found := self._keeping.description(source)) is not None:
+            data = encode_description(found[0])
+        else:
+            raise ModelNotFound(f"{source} is not on this node now")
+        link.send(Described(len(data)))
+        link.send_bytes(data)
+
+    def follow(self, source: str) -> Following:
+        """Raises `ModelNotFound` when nothing of it is here."""
+        held = self._held(source)
+        if held is not None:
+            return Following(source, held, held.load, held.description.manifest.chunk_count, self._held)
+        if (chunks := self._keeping.chunks(source)) == 0:
+            raise ModelNotFound(f"{source} is not on this node now")
+        return Following(source, None, None, chunks, self._held)
+
+
+class Borrowed(NamedTuple):
+    """A chunk in memory; `fd` is the borrower's to close."""
+
+    fd: int
+    start: int
+    size: int
+    digest: str
+
+
+class Following:
+    """What one other node was told of a source. One thread."""
+
+    def __init__(
+        self,
+        source: str,
+        held: EntryMemory | None,
+        load: ModelLoad | None,
+        chunks: int,
+        find: Callable[[str], EntryMemory | None],
+    ) -> None:
+        self.load = load
+        self._source, self._of, self._find = source, held, find
+        self._chunks = chunks
+        self._told = 0
+        self.reading: list[int] = []
+
+    @property
+    def over(self) -> bool:
+        """The copy that this is about has left the memory, or its load has failed."""
+        return self._of is not None and self._find(self._source) is not self._of
+
+    def news(self) -> tuple[list[Said], list[int]] | None:
+        """What came since, and what is being read from the origin now; None when both are as before."""
+        if self.load is not None and self.load.said:
+            said = self.load.said[self._told : self._told + MOST_SAID]
+            reading = self.load.reading()
+        elif self.load is not None and not self.load.finished.is_set():
+            said, reading = [], self.load.reading()
+        else:  # all of it is here, and its digests were never computed: who takes it proves the whole
+            said = [Said(number) for number in range(self._told, min(self._told + MOST_SAID, self._chunks))]
+            reading = []
+        if not said and reading == self.reading:
+            return None
+        self._told += len(said)
+        self.reading = reading
+        return said, reading

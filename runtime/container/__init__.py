@@ -1,0 +1,1 @@
+"""A container's first process: port, probes, worker, private agent, pod mode, node mode."""

@@ -1,0 +1,165 @@
+"""Owns where a container's workers come from: its node's pool, its own zygotes, or the interpreter.
+
+    ask ──▶ forking ──Forked──▶ a worker
+     └──none to fork from, refused, no answer──▶ a worker that begins with the interpreter
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from runtime.config import FunctionConfig
+from runtime.process.children import Child, spawn
+
+if TYPE_CHECKING:
+    from runtime.container.node import Node
+    from runtime.container.pod import Pod
+    from runtime.container.takeover import Handed
+    from runtime.layers.spawn import Ended
+    from runtime.process.fd_store import Memory
+
+FORK_SECONDS = 2.0  # what a zygote has to answer a request to fork
+
+
+class Order(NamedTuple):
+    """A worker that is asked for: its end of the line is ours until it is there. Its `spans` go on growing."""
+
+    line: socket.socket
+    connections: list[socket.socket]
+    start_id: str
+    spans: list[tuple[str, str, int, int]]
+
+
+class Supply:
+    """One container's. For the shim's thread only."""
+
+    def __init__(
+        self,
+        config: FunctionConfig,
+        listener: socket.socket,
+        agent: Callable[[], str],
+        note: Callable[[str, int], None],
+        say: Callable[[str], None],
+    ) -> None:
+        """`agent()` is its agent's socket; `note(why, since)` is for the ledger, `say` for the log."""
+        self._config, self._listener, self._agent, self._note, self._say = config, listener, agent, note, say
+        self.layers: Pod | Node | None = None  # who is asked
+        self.memory: Memory | None = None  # weights of workers that got them over TCP
+        self.forked = False  # the last worker was
+        self._order: Order | None = None
+        self._number = 0
+        self._until = 0.0
+
+    def find_pool(self) -> None:
+        """Of the node, if there is one and it serves this container; its zygotes make the first start a fork, too."""
+        if self._config.layers == "off" or not os.path.exists(self._config.pool):
+            return
+        start = time.monotonic_ns()
+        from runtime.container.node import Node
+
+        node = Node(self._config)
+        if node.connect():
+            self.layers = node
+        else:
+            self._note(f"no pool: {node.why}", start)
+
+    def take_over(self, handed: Handed, order: Order | None) -> None:
+        """From the static twin: its pool, and the worker that it has asked for."""
+        start = time.monotonic_ns()
+        from runtime.container.node import Node
+
+        if handed.pool >= 0:
+            node = Node(self._config)
+            if node.take_over(handed):
+                self.layers = node
+            else:
+                self._note(f"no pool: {node.why}", start)
+        elif handed.ask_pool:
+            self.find_pool()
+        else:
+            self._note(f"no pool: {handed.why}", start)
+        self.forked = True
+        self._order, self._number, self._until = order, handed.number, handed.asked_at + FORK_SECONDS
+
+    def keep_layers(self) -> Pod | Node | None:
+        """Who was asked, or from now on the container's own zygotes: the first start has to do without."""
+        if self.layers is None and self._config.layers != "off":
+            from runtime.container.pod import Pod
+
+            self.layers = Pod(self._config, self._agent, self._say, self.memory)
+        return self.layers
+
+    def ask(self, order: Order) -> Child | None:
+        """From the deepest layer that is there, else from the interpreter; None: it comes from `step`, forked."""
+        start = time.monotonic_ns()
+        number, layers = 0, self.layers
+        self.forked = False
+        if layers is not None:
+            number = layers.fork(
+                time.monotonic(),
+                listener=self._listener.fileno(),
+                line=order.line.fileno(),
+                connections=[each.fileno() for each in order.connections],
+                environment=self._environment(),
+                start_id=order.start_id,
+                spans=order.spans,
+                cwd=os.getcwd(),
+            )
+        if number:
+            self._order, self._number, self._until = order, number, time.monotonic() + FORK_SECONDS
+            return None
+        if layers is not None and layers.why:
+            self._note(f"no pool: {layers.why}", start)
+            layers.close()
+            self.layers = None  # its own zygotes, from now on
+        return self._boot(order)
+
+    def step(self, now: float) -> list[Child | Ended]:
+        """Lets zygotes be built and dropped; workers that are there now, and how others ended."""
+        found: list[Child | Ended] = []
+        for event in [] if self.layers is None else self.layers.step(now):
+            match type(event).__name__, event:
+                case "Forked", (int(number), int(pid), int(pidfd)):
+                    if self._order is None or number != self._number:
+                        os.close(pidfd)  # it came too late, and its line is closed: it ends by itself
+                        continue
+                    self._order.line.close()
+                    self._order, self.forked = None, True
+                    found.append(Child(pid, pidfd))
+                case "Refused", (int(number), str(why)) if self._order is not None and number == self._number:
+                    found.append(self._boot_instead(why))
+                case "Ended", _:
+                    found.append(cast("Ended", event))  # by its name: whoever never forks never imports it
+        if self._order is not None and now >= self._until:
+            found.append(self._boot_instead("the zygote did not answer"))
+        return found
+
+    def _boot_instead(self, why: str) -> Child:
+        assert self._order is not None, "it was to be forked"
+        order, self._order = self._order, None
+        self._note(f"not forked: {why}", time.monotonic_ns())
+        return self._boot(order)
+
+    def _boot(self, order: Order) -> Child:
+        with order.line as line:
+            fds = [self._listener.fileno(), line.fileno(), *(each.fileno() for each in order.connections)]
+            listener, control, *connections = map(str, fds)
+            arguments = [listener, control, str(os.getpid()), order.start_id, json.dumps(order.spans), *connections]
+            # A SIGTERM that comes before it can take it must not kill it: requests may wait for it already.
+            blocked = (signal.SIGTERM, signal.SIGINT)
+            return spawn(["-P", "-m", "runtime.worker.worker", *arguments], fds, self._environment(), blocked)
+
+    def _environment(self) -> dict[str, str]:
+        return dict(os.environ, GLOWPLUG_SOCKET=self._agent())
+
+    def close(self) -> None:
+        if self.layers is not None:
+            self.layers.close()

@@ -1,0 +1,82 @@
+"""Owns what a shim takes over from its static twin (zygote/shim.c), in whose place it was executed.
+
+The twin leaves the number of a file in `GLOWPLUG_SHIM_STATE`: a message (see messages.py) with the fields of `Handed`,
+then, after an empty field, those bytes of the line that no message was made of yet. The fds that the fields name are
+open; SIGTERM, SIGINT and SIGCHLD are blocked. Times are seconds of CLOCK_MONOTONIC. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field, fields
+
+from runtime.errors import FunctionError
+from runtime.process import messages
+
+VARIABLE = "GLOWPLUG_SHIM_STATE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handed:
+    """A shim's state; fds are -1 where there is none. Without a worker, one that is asked for, or `parked`, there is
+
+    a port and no more: a worker is to be started.
+    """
+
+    why: str  # the twin could not go on
+    ask_pool: bool  # whether that would be of use
+    greeted: bool  # the pool has said that it is ready
+    start_id: str
+    spans: list[messages.Span]
+    number: int  # of the last request for a worker
+    turn: int
+    worker: int  # its pid, or 0
+    agent: str
+    retired: bool  # it said that it goes on purpose
+    finished: bool  # or that it has, with nothing left to do
+    parked: bool
+    stopping: bool
+    forking: bool  # a worker is asked for
+    known: dict[str, float]  # what the pool was told of the worker
+    unread: bytes  # of its line
+    listener: int
+    pool: int
+    line: int
+    theirs: int  # the end of the line that is for the worker that is asked for
+    pidfd: int
+    arrived: int  # a connection that a worker has to serve
+    asked_at: float
+    heard: float
+    kill_at: float = field(default=math.inf)
+    leave_at: float = field(default=math.inf)
+
+
+_FDS = ("listener", "pool", "line", "theirs", "pidfd", "arrived")
+_KNOWN = ("serves", "load", "bytes")
+_KINDS: dict[str, messages.Kind] = {
+    "int": messages.whole,
+    "bool": lambda text: bool(messages.whole(text)),
+    "float": float,
+}
+
+
+def handed() -> Handed | None:
+    """What there is to take over, once. Raises `FunctionError` for what the twin of another version has left."""
+    number = os.environ.pop(VARIABLE, "")
+    if not number:
+        return None
+    with open(int(number), "rb") as file:
+        file.seek(0)
+        state, _, unread = file.read().partition(b"\0\0")
+    kinds = {each.name: _KINDS[str(each.type)] for each in fields(Handed) if str(each.type) in _KINDS}
+    try:
+        values = messages.unpack(state + b"\0", {**messages.KINDS, **kinds})
+        known = {name: values.pop(name) for name in _KNOWN if name in values}
+        found = Handed(**values, known=known, unread=unread)
+    except (TypeError, ValueError) as error:
+        raise FunctionError(f"the static shim is of another version ({error}); build it anew") from error
+    for name in _FDS:
+        if (fd := getattr(found, name)) >= 0:
+            os.set_inheritable(fd, False)
+    return found

@@ -1,0 +1,1 @@
+"""What a function's author meets: handler, `context.model`, testing, reload."""

@@ -1,0 +1,109 @@
+"""Owns this worker's readiness to go on with others' requests: it waits at its agent, and serves whoever is sent.
+
+agent ◄── host(kin) ── this worker        matched + one end of a pipe ──► `Guests` on a thread of its own ── again
+
+It waits only while it has a free slot, so that nobody is sent to one who cannot take anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from cache_agent.client.cache_client import CacheClient
+from cache_agent.client.handoff import await_match, offer_to_host
+from cache_agent.errors import AgentError
+from cache_agent.wire.channel import Channel, Disconnected
+from runtime.handoff.adopted import Guests, Taking, Work
+from runtime.handoff.pipe import Broken, Pipe
+from runtime.resume.seal import Seal
+from runtime.resume.snapshot import Place
+
+log = logging.getLogger("glowplug.handoff")
+
+_AGAIN = (0.2, 10.0)  # seconds between attempts to reach the agent: first, and at most
+_LOOK = 0.2
+
+
+class Host:
+    """One worker's. `begin` starts it; `leave` ends that anybody new is taken in, what is here runs on."""
+
+    def __init__(
+        self,
+        client: Callable[[], CacheClient],
+        here: Taking,
+        place: Callable[[], Place],
+        kin: Callable[[], str],
+        owner: str,
+        seal: Seal,
+        work: Work,
+    ) -> None:
+        """`kin` is what both sides of a hand-off have in common, "" while it is not known."""
+        self._client, self._here, self._place, self._kin = client, here, place, kin
+        self._owner, self._seal, self._work = owner, seal, work
+        self._leaving = threading.Event()
+        self._lock = threading.Lock()
+        self._channel: Channel | None = None
+
+    def begin(self) -> None:
+        threading.Thread(target=self._run, name="host", daemon=True).start()
+
+    def leave(self) -> None:
+        self._leaving.set()
+        with self._lock:
+            if self._channel is not None:
+                with contextlib.suppress(OSError):
+                    self._channel.sock.shutdown(socket.SHUT_RDWR)
+
+    def _run(self) -> None:
+        pause = _AGAIN[0]
+        while not self._leaving.is_set():
+            if not (kin := self._kin()) or self._unwilling():
+                self._leaving.wait(_LOOK)
+                continue
+            begun = time.monotonic()
+            try:
+                self._wait_at_agent(kin)
+                continue
+            except (AgentError, Disconnected, OSError) as error:
+                log.debug("not waiting for hand-offs: %s", error)
+            if time.monotonic() > begun + _AGAIN[1]:
+                pause = _AGAIN[0]
+            self._leaving.wait(pause)
+            pause = min(_AGAIN[1], 2 * pause)
+
+    def _unwilling(self) -> bool:
+        stats = self._here.engine.stats()
+        return self._leaving.is_set() or stats.running + stats.waiting >= stats.slots
+
+    def _wait_at_agent(self, kin: str) -> None:
+        with self._client().connect() as channel:
+            with self._lock:
+                self._channel = channel
+            try:
+                while not self._unwilling():
+                    offer_to_host(channel, kin, self._owner)
+                    self._welcome(await_match(channel, self._unwilling), kin)
+            finally:
+                with self._lock:
+                    self._channel = None
+
+    def _welcome(self, sock: socket.socket | None, kin: str) -> None:
+        if sock is not None:
+            threading.Thread(target=self._serve, args=(sock, kin), name="guests", daemon=True).start()
+
+    def _serve(self, sock: socket.socket, kin: str) -> None:
+        pipe = Pipe(sock, self._seal, source=False)
+        try:
+            stats = self._here.engine.stats()
+            greeting = pipe.greet(kin, self._owner, stats.slots, stats.queue)
+        except Broken as error:
+            log.warning("a hand-off did not begin: %s", error)
+            with pipe:
+                return
+        log.info("taking what %s hands over", greeting.owner)
+        Guests(pipe, self._here, self._place, self._leaving.is_set, self._work).run()

@@ -1,0 +1,198 @@
+"""What two workers say to each other while one hands its work over, and how it becomes bytes. Pure.
+
+    frame := length (4 bytes, big endian, 1 … MAX_FRAME) body
+    body  := one message in MessagePack, as the function's seal makes it (`runtime.resume.seal`)
+
+    draining worker                        destination
+      │  greeting(nonce, kin, owner)        │
+      │ ───────────────────────────────────►│
+      │     greeting(nonce, kin, owner, …)  │   bodies are sealed from here on: as number n of this side of this pair
+      │ ◄───────────────────────────────────│   of nonces, so that none is foreign, repeated or left out
+      │  probe(bytes) … ◄── probed          │   how fast this is
+      │  offer(number, …), part …           │   a request: a snapshot of each of its choices, in parts
+      │ ───────────────────────────────────►│
+      │           ready | refused           │   it works on it, in silence
+      │ ◄───────────────────────────────────│
+      │  go(number, epoch) | drop(number)   │   after the fencing epoch has changed hands
+      │ ───────────────────────────────────►│
+      │        running(number), told …      │   every token with its index, to the end
+      │ ◄───────────────────────────────────│
+      │  cancel(number, choice)             │   its client has gone
+      │ ───────────────────────────────────►│
+      │  embed(number, prompts)             │
+      │ ───────────────────────────────────►│
+      │           vectors(number, …)        │
+      │ ◄───────────────────────────────────│
+      │  beat … beat                        │   after a second without another word: silence means that it is gone
+
+A request that came to the draining worker is offered the same way, with `now`: nobody else can own it, so that
+`ready` is its `go`, and its tokens follow.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated
+
+import msgspec
+
+from runtime.engine.base import Logprobs, TokenEvent
+from runtime.errors import SnapshotRefused
+from runtime.resume.record import MAX_CHOICES, Context
+
+VERSION = 1
+HEADER = struct.Struct("!I")
+MAX_PART = 1 << 20
+MAX_FRAME = MAX_PART + (64 << 10)
+MAX_OFFER = 8 << 30  # bytes of all snapshots of a request
+
+Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Name = Annotated[str, msgspec.Meta(max_length=512)]
+Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Root of all of them."""
+
+
+class Greeting(Message, frozen=True, tag="greeting"):
+    """`owner` is the name under which this worker owns requests; `slots` and `queue` are its engine's."""
+
+    version: int
+    nonce: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
+    kin: Name
+    owner: Name
+    slots: Number = 0
+    queue: Number = 0
+
+
+class Probe(Message, frozen=True, tag="probe"):
+    data: bytes
+
+
+class Probed(Message, frozen=True, tag="probed"):
+    pass
+
+
+class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the store knows the request as; `ended` are its choices that are complete."""
+
+    context: Context
+    ended: list[Number]
+
+
+class Offer(Message, frozen=True, tag="offer"):
+    """A request: `sizes` are the bytes of its choices' snapshots, which follow in parts, one after the other."""
+
+    number: Number
+    sizes: Annotated[list[Number], msgspec.Meta(min_length=1, max_length=MAX_CHOICES)]
+    kept: Kept | None = None
+    now: bool = False
+
+
+class Part(Message, frozen=True, tag="part"):
+    number: Number
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_PART)]
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    number: Number
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    number: Number
+    code: Name
+    text: Text
+    retry_after: float = 0.0
+
+
+class Go(Message, frozen=True, tag="go"):
+    """The request is the destination's now, under `epoch`; 0 for one that is not kept."""
+
+    number: Number
+    epoch: Number
+
+
+class Drop(Message, frozen=True, tag="drop"):
+    number: Number
+
+
+class Running(Message, frozen=True, tag="running"):
+    number: Number
+
+
+class Told(Message, frozen=True, tag="told"):
+    """One event of a choice, as the engine made it."""
+
+    number: Number
+    choice: Number
+    index: Number
+    token: int | None
+    text: str
+    finish: str | None = None
+    error: str | None = None
+    logprobs: tuple[float, list[tuple[int, float]]] | None = None
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    number: Number
+    choice: Number
+
+
+class Embed(Message, frozen=True, tag="embed"):
+    number: Number
+    prompts: list[list[int]]
+
+
+class Vectors(Message, frozen=True, tag="vectors"):
+    number: Number
+    vectors: list[list[float]]
+
+
+class Beat(Message, frozen=True, tag="beat"):
+    pass
+
+
+AnyMessage = (
+    Greeting
+    | Probe
+    | Probed
+    | Offer
+    | Part
+    | Ready
+    | Refused
+    | Go
+    | Drop
+    | Running
+    | Told
+    | Cancel
+    | Embed
+    | Vectors
+    | Beat
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> AnyMessage:
+    """Raises `SnapshotRefused` for anything but one well-formed message of this version."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise SnapshotRefused(f"what came is no message of hand-off format {VERSION}: {error}") from error
+
+
+def told(number: int, choice: int, event: TokenEvent) -> Told:
+    chances = (event.logprobs.token, list(event.logprobs.top)) if event.logprobs else None
+    return Told(number, choice, event.index, event.token, event.text, event.finish, event.error, chances)
+
+
+def event_of(message: Told) -> TokenEvent:
+    chances = Logprobs(message.logprobs[0], tuple(message.logprobs[1])) if message.logprobs else None
+    finish = message.finish
+    return TokenEvent(message.index, message.token, message.text, finish, message.error, chances)  # type: ignore[arg-type]

@@ -1,0 +1,263 @@
+"""Owns the carrying out of one move: a request stands still, is offered, made over, and goes on there, or here.
+
+What is done after what is decided by `move`; this does it, with the engine, the store and the relay, and tells how it
+went. What moves may run here, or may have lost its destination and run nowhere (`orphans`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from cache_agent.errors import AgentError
+from runtime.engine.base import GenerationState
+from runtime.errors import FunctionError
+from runtime.handoff.live import LiveEngine
+from runtime.handoff.messages import Kept, Ready, Refused, Running
+from runtime.handoff.migration_table import Action, Event, Move, travels
+from runtime.handoff.orphans import Orphan, Orphans
+from runtime.handoff.pipe import Broken
+from runtime.handoff.relay import ANSWER, Relay, Sent
+from runtime.resume.answer import Answer
+from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.session import Hold
+from runtime.resume.snapshot import Place, Snapshot
+
+log = logging.getLogger("glowplug.handoff")
+
+_FREEZE = 10.0  # seconds in which the store must have answered what it is being told
+_COMMIT = 5.0  # seconds in which the store must say whose a request is
+_SLOWEST = 4 << 20  # bytes per second that a state may take to be ready
+_LOOK = 0.1
+
+
+@dataclass(slots=True)
+class Told:
+    """How one request fared. `how` is "kv", "recompute" or "relay"; `outcome` "moved", "back" or "lost"."""
+
+    id: str
+    to: str
+    tokens: int
+    pause: float
+    how: str
+    outcome: str
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Unit:
+    """What moves together: the choices of a kept request, or one generation."""
+
+    streams: dict[int, Answer]  # by choice
+    hold: Hold | None
+    orphan: Orphan | None = None
+    snapshots: list[Snapshot] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    sent: Sent | None = None
+    how: str = "relay"
+    frozen_at: float = 0.0
+    running_at: float = 0.0
+    epoch: int = 0
+    why: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.hold.key.id if self.hold else next(iter(self.streams.values())).request_id
+
+
+class Mover:
+    """One worker's; for the thread of its `Departure` alone."""
+
+    def __init__(
+        self,
+        live: LiveEngine,
+        book: Checkpoints | None,
+        place: Callable[[], Place],
+        orphans: Orphans,
+        closing: threading.Event,
+    ) -> None:
+        self._live, self._book, self._place = live, book, place
+        self._orphans, self._closing = orphans, closing
+
+    def move(self, unit: Unit, relay: Relay) -> Told | None:
+        """None where nothing was to be moved after all."""
+        move, event = Move(), Event.BEGIN
+        try:
+            while not move.over:
+                for action in move.handle(event):
+                    event = self._act(action, unit, relay) or event
+        except Exception:  # a fault of ours: nothing may stand still for ever
+            self._resume(unit) if move.state in ("freezing", "offered") else self._lose(unit)
+            raise
+        if not unit.snapshots:
+            return None
+        tokens = sum(len(unit.snapshots[choice].state.generated) for choice in unit.streams)
+        pause = (unit.running_at or time.monotonic()) - unit.frozen_at
+        how = f"{unit.how}: {unit.why}" if unit.why else unit.how
+        log.info("%s: %s, to %s, in %.0f ms (%s)", unit.id, move.state, relay.owner, pause * 1e3, how)
+        return Told(unit.id, relay.owner, tokens, pause, unit.how, move.state, unit.why)
+
+    # --- what `move` decided ----------------------------------------------------------------------------------------
+
+    def _act(self, action: Action, unit: Unit, relay: Relay) -> Event | None:
+        match action:
+            case Action.FREEZE:
+                return self._freeze(unit, relay)
+            case Action.OFFER:
+                return self._offer(unit, relay)
+            case Action.COMMIT:
+                return self._commit(unit, relay)
+            case Action.GO:
+                return self._go(unit, relay)
+            case Action.RECLAIM:
+                return self._reclaim(unit, relay)
+            case Action.ATTACH:
+                self._attach(unit, relay)
+            case Action.DROP:
+                if unit.sent is not None:
+                    relay.drop(unit.sent)
+            case Action.RESUME:
+                self._resume(unit)
+            case Action.LOSE:
+                self._lose(unit)
+        return None
+
+    def _freeze(self, unit: Unit, relay: Relay) -> Event:
+        if unit.orphan is not None:
+            return self._still(unit, unit.orphan.sent)
+        hold = unit.hold
+        if hold is not None:
+            assert self._book is not None, "it holds it"
+            if not self._book.freeze(hold, time.monotonic() + _FREEZE):
+                return Event.UNFIT
+            if set(unit.streams) != set(range(len(hold.requests))) - hold.ended:
+                return Event.UNFIT  # one of its choices has just ended, and its last tokens are not told yet
+            unit.epoch, unit.ended = hold.epoch, sorted(hold.ended)
+        try:
+            states = {choice: self._export(stream, unit, relay) for choice, stream in unit.streams.items()}
+        except (KeyError, FunctionError) as error:  # it ended in this moment, or its step takes for ever
+            log.debug("%s is not moved now: %r", unit.id, error)
+            return Event.UNFIT
+        place = self._place()
+        whole = list(states.values())
+        if hold is not None:
+            told = zip(hold.requests, hold.tokens, strict=True)
+            whole = [states.get(n) or place.state(request, ids) for n, (request, ids) in enumerate(told)]
+        unit.snapshots = [place.snapshot(state, unit.epoch) for state in whole]
+        return Event.FROZEN
+
+    def _still(self, unit: Unit, sent: Sent) -> Event:
+        """It runs nowhere: its state is what came of it."""
+        running = set(sent.streams)
+        unit.ended = [n for n in range(len(sent.tokens)) if n not in running]
+        unit.snapshots = [replace(each, state=sent.state(n), epoch=unit.epoch) for n, each in enumerate(sent.snapshots)]
+        unit.how = "recompute" if any(sent.tokens) else "relay"
+        return Event.FROZEN
+
+    def _export(self, stream: Answer, unit: Unit, relay: Relay) -> GenerationState:
+        size, again = self._live.recompute(stream.request_id)
+        kv = travels(size, relay.speed, again, exact=stream.request.deterministic)
+        state = self._live.export(stream.request_id, kv=kv)
+        unit.frozen_at = unit.frozen_at or time.monotonic()
+        if state.kv or (state.generated and unit.how == "relay"):
+            unit.how = "kv" if state.kv else "recompute"
+        return state
+
+    def _offer(self, unit: Unit, relay: Relay) -> Event:
+        kept = Kept(unit.hold.context, unit.ended) if unit.hold else None
+        live = list(unit.streams) if unit.hold else [0]
+        size = sum(len(row.data) for each in unit.snapshots for row in each.state.kv)
+        try:
+            unit.sent = relay.offer(unit.snapshots, live, kept)
+            unit.sent.rescues = unit.orphan.sent.rescues + 1 if unit.orphan else 0
+            answer = relay.answer(unit.sent, Ready, ANSWER + size / _SLOWEST)
+        except Broken as error:
+            return self._broken(unit, relay, error)
+        if isinstance(answer, Refused):
+            unit.why = f"{answer.text} [{answer.code}]"
+            return Event.REFUSED
+        return Event.READY
+
+    def _commit(self, unit: Unit, relay: Relay) -> Event:
+        if unit.hold is None:
+            return Event.YES  # nobody else can claim it
+        assert self._book is not None, "it holds it"
+        return self.transfer(unit, self._book.owner, unit.epoch, relay.owner)
+
+    def _go(self, unit: Unit, relay: Relay) -> Event:
+        assert unit.sent is not None, "it was offered"
+        try:
+            relay.go(unit.sent, unit.epoch + 1 if unit.hold else 0)
+            relay.answer(unit.sent, Running, ANSWER)
+        except Broken as error:
+            return self._broken(unit, relay, error)
+        unit.running_at = time.monotonic()
+        return Event.RUNNING
+
+    def _reclaim(self, unit: Unit, relay: Relay) -> Event:
+        if unit.hold is None:
+            return Event.YES
+        assert self._book is not None, "it holds it"
+        unit.epoch += 1
+        event = self.transfer(unit, relay.owner, unit.epoch, self._book.owner)
+        unit.epoch += event is Event.YES
+        return event
+
+    def transfer(self, unit: Unit, owner: str, epoch: int, heir: str) -> Event:
+        """Asked again until the store has said something: saying it twice is saying it once."""
+        assert unit.hold is not None, "only what is kept has an owner"
+        assert self._book is not None, "it holds it"
+        deadline = time.monotonic() + _COMMIT
+        while True:
+            try:
+                if self._book.transfer(unit.hold, owner, epoch, heir):
+                    return Event.YES
+                unit.why = "another replica took it over"
+                return Event.NO
+            except AgentError as error:
+                unit.why = f"whose it is cannot be known now: {error.text} [{error.code}]"
+            if time.monotonic() >= deadline:
+                return Event.UNKNOWN
+            self._closing.wait(_LOOK)
+
+    def _attach(self, unit: Unit, relay: Relay) -> None:
+        sent = unit.sent
+        assert sent is not None, "it was offered"
+        if unit.hold is not None and self._book is not None:
+            self._book.handed(unit.hold, relay.owner, unit.epoch + 1)
+            sent.hold, sent.epoch = unit.hold, unit.epoch + 1
+        for choice, stream in unit.streams.items():
+            stream.attach(sent.all[choice])
+            if unit.orphan is None:
+                self._live.forget(stream.request_id)
+        if unit.orphan is not None:
+            self._orphans.found_a_place(unit.orphan)
+        if not relay.settle(sent):
+            self._orphans.take([sent], relay.broken)
+
+    def _resume(self, unit: Unit) -> None:
+        if unit.orphan is not None:  # it waits for the next destination
+            unit.orphan.sent.epoch = unit.epoch
+            return
+        if unit.hold is not None and self._book is not None:
+            self._book.thaw(unit.hold, unit.epoch if unit.epoch != unit.hold.epoch else 0)
+        for stream in unit.streams.values():
+            self._live.resume(stream.request_id)
+
+    def _lose(self, unit: Unit) -> None:
+        if unit.orphan is not None:
+            self._orphans.give_up(unit.orphan, unit.why)
+            return
+        if unit.hold is not None and self._book is not None:
+            self._book.lost(unit.hold, unit.why)
+        for stream in unit.streams.values():
+            self._live.cancel(stream.request_id)
+
+    def _broken(self, unit: Unit, relay: Relay, error: Broken) -> Event:
+        """One that answers too late is not offered anything more: each time something would stand still for it."""
+        unit.why = str(error)
+        relay.close(unit.why)
+        return Event.BROKEN

@@ -1,0 +1,138 @@
+"""Owns a worker's state: what it is doing, which requests it has let in, and when it may end.
+
+    starting ──opened──► ready ──drain──► draining ──last request out──► drained
+        └────fail────► failed
+
+While starting, requests wait, a bounded number of them; the others are told to come back. A draining worker goes on
+answering: platforms route to it until they notice, and a refused request is a lost one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from runtime.errors import EngineBusy, FunctionError, NotReady
+
+if TYPE_CHECKING:
+    from runtime.function.handler import Handler
+    from runtime.function.model import Model
+
+_REMEMBERED = 64  # requests whose duration is
+State = Literal["starting", "ready", "draining", "drained", "failed"]
+
+
+class Lifecycle:
+    """One worker's. Every method may be called from any thread."""
+
+    def __init__(self, name: str, capacity: int) -> None:
+        """`name` is the model's for clients; `capacity` requests may be inside at once, waiting ones counted."""
+        self.name = name
+        self._capacity = capacity
+        self._changed = threading.Condition()
+        self._state: State = "starting"
+        self._model: Model | None = None
+        self._handler: Handler | None = None
+        self._error: FunctionError | None = None
+        self._inside = 0
+        self._turns = 0
+        self.on_load: Callable[[int, int], None] = lambda _turn, _inside: None  # when work begins, and when it ends
+        self._took: deque[float] = deque(maxlen=_REMEMBERED)
+        self._drain_reason = ""
+        self.phase = "http"
+        self.progress: tuple[int, int] = (0, 0)  # bytes of weights there, bytes in all
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def inside(self) -> int:
+        return self._inside
+
+    @property
+    def turns(self) -> int:
+        """How often a request has come or gone."""
+        return self._turns
+
+    @property
+    def handler(self) -> Handler | None:
+        return self._handler
+
+    @property
+    def error(self) -> FunctionError | None:
+        return self._error
+
+    def wait(self, timeout: float) -> Model | None:
+        """The model, or None if it is not there within `timeout` seconds. Raises why the start failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state != "starting", timeout)
+            if self._error is not None:
+                raise self._error
+            return self._model
+
+    def opened(self, model: Model, handler: Handler | None) -> None:
+        with self._changed:
+            self._model, self._handler = model, handler
+            # A drain that was asked for while the model was on its way has not been forgotten.
+            self._state = "draining" if self._drain_reason else "ready"
+            self._changed.notify_all()
+
+    def fail(self, error: FunctionError) -> None:
+        with self._changed:
+            self._error, self._state = error, "failed"
+            self._changed.notify_all()
+
+    def enter(self) -> None:
+        """Lets a request in; `leave` must follow. Raises `NotReady` or `EngineBusy` when it is full."""
+        with self._changed:
+            if self._inside >= self._capacity:
+                if self._state == "starting":
+                    raise NotReady(f"the model is still loading and {self._inside} requests wait for it already")
+                raise EngineBusy(f"{self._inside} requests are being served or wait; try again shortly")
+            self._inside += 1
+            self._turns += 1
+            turn, inside = self._turns, self._inside
+        if inside == 1:
+            self.on_load(turn, inside)
+
+    def leave(self, took: float = 0.0) -> None:
+        """`took`: seconds since it came in."""
+        with self._changed:
+            self._inside -= 1
+            self._turns += 1
+            turn, inside = self._turns, self._inside
+            self._took.append(took)
+            self._changed.notify_all()
+        if not inside:
+            self.on_load(turn, inside)
+
+    @property
+    def longest(self) -> float:
+        """Seconds that the longest of the last requests took."""
+        with self._changed:
+            return max(self._took, default=0.0)
+
+    def drain(self, reason: str) -> bool:
+        """Begins to drain; False if it had begun already. A worker that is still starting drains at once."""
+        with self._changed:
+            if self._drain_reason:
+                return False
+            self._drain_reason = reason or "asked for"
+            if self._state == "ready":
+                self._state = "draining"
+            self._changed.notify_all()
+            return True
+
+    @property
+    def draining(self) -> str:
+        """The reason, or ""."""
+        return self._drain_reason
+
+    def drained(self) -> None:
+        with self._changed:
+            if self._state != "failed":
+                self._state = "drained"
+            self._changed.notify_all()

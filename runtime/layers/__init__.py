@@ -1,0 +1,1 @@
+"""Warm layers: keys, the rule that keeps or drops one, spawning, leases, reports."""

@@ -1,0 +1,103 @@
+"""Owns how a supervisor gets the leases for its model layers: it asks in threads, since an agent may take its time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from runtime.config import FunctionConfig
+
+if TYPE_CHECKING:
+    from cache_agent.client.cache_client import CacheClient
+    from cache_agent.client.lease import Lease
+    from cache_agent.client.streamed import Leftover
+
+_SECONDS = 10.0
+
+
+class LayerLeases:
+    """`ask` begins, `fileno` becomes readable, `take` gives what came: a lease whose bytes are there, or why not."""
+
+    def __init__(self, config: FunctionConfig, agent: Callable[[], str], name: str) -> None:
+        self._config, self._agent, self._name = config, agent, f"{name}-{os.getpid()}"
+        self._came: queue.SimpleQueue[tuple[str, Lease | str]] = queue.SimpleQueue()
+        self._wake, self._waker = socket.socketpair()
+        for end in (self._wake, self._waker):
+            end.setblocking(False)
+
+    def ask(self, uri: str, memory: Sequence[int] = ()) -> None:
+        """`memory` are fds of weights over TCP that are here already; they are closed."""
+        threading.Thread(target=self._find, args=(uri, memory), name="lease", daemon=True).start()
+
+    def fileno(self) -> int:
+        return self._wake.fileno()
+
+    def client(self) -> CacheClient:
+        """Speaks to the agent as this supervisor."""
+        from cache_agent.client import credentials
+        from cache_agent.client.cache_client import CacheClient
+
+        config = self._config
+        identity = credentials.shown(config.token_file, config.identity_file)
+        return CacheClient(self._agent(), name=self._name, identity=identity, pod=config.pod)
+
+    def take(self) -> list[tuple[str, Lease | str]]:
+        """By URI; the leases are the caller's to close."""
+        with contextlib.suppress(BlockingIOError):
+            self._wake.recv(4096)
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._came.get_nowait())
+        return found
+
+    def _find(self, uri: str, memory: Sequence[int]) -> None:
+        from cache_agent.errors import AgentError
+
+        found: Lease | str
+        try:
+            deadline = time.monotonic() + _SECONDS
+            lease = self.client().lease(uri, deadline=deadline, kept=_kept(memory))
+            try:
+                lease.wait_ready(deadline)
+            except BaseException:
+                lease.close()
+                raise
+            found = lease
+        except AgentError as error:
+            found = error.text
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        for fd in memory:
+            os.close(fd)
+        self._came.put((uri, found))
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0")
+
+
+def _kept(memory: Sequence[int]) -> Leftover | None:
+    if not memory:
+        return None
+    from cache_agent.client.streamed import Leftover
+
+    return Leftover.of(memory)
+
+
+def lost(lease: Lease) -> str:
+    """Why a lease is one no longer, or "": its agent went, or wants it back. Hears what the agent has said; no wait."""
+    from cache_agent.errors import AgentError
+    from cache_agent.wire.messages import Drain
+
+    try:
+        while (event := lease.next_event(0.0)) is not None:
+            if isinstance(event, Drain):
+                return f"the agent says: {event.reason}"
+    except AgentError as error:
+        return error.text
+    return ""

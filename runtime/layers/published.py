@@ -1,0 +1,112 @@
+"""Owns what a supervisor lets people know of its layers: a file of its own, written anew when they change.
+
+    {"pid": …, "mode": "pod" | "pool", "name": …, "rho": …, "layers": [
+        {"level": "lang", "model": "", "state": …, "since": …, "seconds": …, "bytes": …, "hold": …,
+         "why": …}]}
+
+`model` is the URI of a model that a pool holds or that one of its functions serves, "" in a pod; a pool's `user` layers
+also have the `function`'s name; `state` is `building`, `used` (something runs,
+or stands on it), `idle` or `absent`; `since` is when it became idle, in seconds of CLOCK_MONOTONIC, null while it is
+used; `hold` is in seconds of idleness as in `Decision`, null for ever. The file is gone when its
+supervisor ends; one that was left behind is known by its pid.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cache_agent.client.cache_client import CacheClient
+    from runtime.layers.reporter import Telling
+    from runtime.layers.rule import LayerRule, Presence
+
+_PREFIX = "glowplug-layers-"
+_APART = 1.0  # seconds between two writes: requests come oftener than anybody looks
+
+
+def entry(level: str, presence: Presence, rule: LayerRule, model: str = "") -> dict[str, Any]:
+    """Return one layer, and what its rule decides for it."""
+    decision, since = rule.decision, rule.since
+    return {
+        "level": level,
+        "model": model,
+        "state": presence if presence != "there" else "used" if since is None else "idle",
+        "since": since,
+        "seconds": decision.layer.seconds,
+        "bytes": decision.layer.bytes,
+        "hold": decision.hold if math.isfinite(decision.hold) else None,
+        "why": decision.why,
+    }
+
+
+def directory() -> str:
+    import tempfile  # not while a request waits for the shim that has imported this module
+
+    return tempfile.gettempdir()
+
+
+class Published:
+    """A supervisor's file. What cannot be written is not: nobody's request depends on it."""
+
+    def __init__(
+        self,
+        mode: str,
+        name: str,
+        rho: float,
+        client: Callable[[], CacheClient] | None = None,
+    ) -> None:
+        """`client()` speaks to the agent, where that shall know it, too."""
+        self._head = {"pid": os.getpid(), "mode": mode, "name": name, "rho": rho}
+        self._client = client
+        self._telling: Telling | None = None
+        self._path = ""
+        self._last: Sequence[dict[str, Any]] | None = None
+        self._at = -math.inf
+
+    def write(self, layers: Sequence[dict[str, Any]], now: float = math.inf) -> None:
+        """If it is news, and the last was a second ago: what changes sooner is seen at the next call."""
+        if layers == self._last or now - self._at < _APART:
+            return
+        self._last, self._at = layers, now
+        self._tell(layers)
+        self._path = self._path or os.path.join(directory(), f"{_PREFIX}{os.getpid()}.json")
+        new = f"{self._path.removesuffix('.json')}.new"
+        with contextlib.suppress(OSError):
+            # Others may write to this directory, too: never through a link that somebody has laid there.
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            with open(fd, "w") as file:
+                json.dump({**self._head, "layers": layers}, file)
+            os.replace(new, self._path)
+
+    def _tell(self, layers: Sequence[dict[str, Any]]) -> None:
+        if self._telling is None and self._client is not None:
+            from runtime.layers.reporter import Telling  # threads: not for who never needs them
+
+            self._telling = Telling(self._client, self._head)
+        if self._telling is not None:
+            self._telling.tell(layers)
+
+    def close(self) -> None:
+        if self._telling is not None:
+            self._telling.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+
+def read(place: Path | None = None) -> Iterator[dict[str, Any]]:
+    """What the supervisors that live say. A file that is no such thing is passed over: anybody may write there."""
+    from pathlib import Path
+
+    for path in sorted((place or Path(directory())).glob(f"{_PREFIX}*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(path.read_text())
+            if path.name == f"{_PREFIX}{found['pid']}.json" and os.path.exists(f"/proc/{int(found['pid'])}"):
+                yield found

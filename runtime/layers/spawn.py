@@ -1,0 +1,238 @@
+"""Owns a supervisor's side of its zygotes: starts them, asks them to fork, notices when they are silent or gone.
+
+    zygote = boot(Spec(...))                      # a process of its own, that begins with the interpreter
+    deeper = zygote.fork_zygote(spec, lease)      # one that begins with all that the first one has
+    zygote.fork_worker(number, ...)
+    for event in zygote.read(): ...               # never blocks
+
+Nothing here waits: a supervisor polls `zygote.wire` and `zygote.pidfd`, and calls `overdue` now and then. It has to be
+a subreaper, because the children of a zygote that died become its own. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from runtime.process import wire
+from runtime.process.messages import Span
+from runtime.process.wire import Gone, Wire
+
+PROGRAM = ("-m", "runtime.zygote.forkserver")
+SILENCE = 1.0  # seconds without a beat after which a zygote that was ready counts as hanging
+BUILD = 120.0  # seconds that building may take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What a zygote is built of. `key` names it (see layers.py); `kinds` are the model types whose code it imports."""
+
+    key: str = ""
+    kinds: tuple[str, ...] = ()
+    lean: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        values = json.loads(text)
+        return cls(**{**values, "kinds": tuple(values.get("kinds", ()))})
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Ready(NamedTuple):
+    """It may be forked. `seconds` it took to build, `bytes` that would be free if it went."""
+
+    level: str
+    key: str
+    seconds: float
+    bytes: int
+
+
+class Forked(NamedTuple):
+    """`number` is the request's; the pidfd is the caller's to close."""
+
+    number: int
+    pid: int
+    pidfd: int
+
+
+class Refused(NamedTuple):
+    number: int
+    why: str
+
+
+class Ended(NamedTuple):
+    """A child's end, with its status as waitpid gives it."""
+
+    pid: int
+    status: int
+
+
+class Lost(NamedTuple):
+    """The zygote is of no more use; its children live on, and are the supervisor's to reap."""
+
+    why: str
+
+
+Event = Ready | Forked | Refused | Ended | Lost
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a model layer is built on: the fds of a lease, which its holder keeps."""
+
+    size: int  # of the manifest, in bytes
+    manifest: int
+    segments: Sequence[int]
+
+
+class Zygote:
+    """One zygote as its supervisor sees it. `state` goes from building to ready to gone."""
+
+    def __init__(self, wire: Wire, pid: int, pidfd: int) -> None:
+        self.wire, self.pid, self.pidfd = wire, pid, pidfd
+        self.state = "building"
+        self.lost = ""  # why it is gone
+        self._since: float | None = None  # on the caller's clock, as `overdue` is told it; None before
+        self._heard = 0.0  # likewise
+        self._spoke = True  # since `overdue` was last asked
+        self._paused = False
+
+    def read(self) -> list[Event]:
+        """What it has said since the last call."""
+        events: list[Event] = []
+        while self.state != "gone":
+            try:
+                self.wire.flush()
+                received = self.wire.receive()
+            except Gone as gone:
+                events.append(self._lose(f"it went away ({gone})"))
+                break
+            if received is None:
+                break
+            self._spoke = True
+            event = self._event(*received)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def _event(self, message: dict[str, Any], fds: list[int]) -> Event | None:
+        match message, fds:
+            case {"ready": str(level), "key": str(key), "seconds": float(seconds), "bytes": int(size)}, []:
+                self.state = "ready"
+                return Ready(level, key, seconds, size)
+            case {"failed": str(text)}, []:
+                return self._lose(text)
+            case {"forked": int(number), "pid": int(pid)}, [pidfd]:
+                return Forked(number, pid, pidfd)
+            case {"refused": int(number), "why": str(why)}, []:
+                return Refused(number, why)
+            case {"ended": int(pid), "status": int(status)}, []:
+                return Ended(pid, status)
+        for fd in fds:
+            os.close(fd)
+        return None
+
+    def overdue(self, now: float) -> str:
+        """Return why the zygote counts as hanging at `now`, or "".
+
+        `now` is in seconds of any clock that does not go back. No other clock is looked at: silence begins with the
+        first call after a word of the zygote, building with the first call of all.
+        """
+        if self._since is None:
+            self._since = now
+        if self._spoke:
+            self._heard, self._spoke = now, False
+        if self._paused or self.state == "gone":
+            return ""
+        if self.state == "building":
+            return f"it was not ready after {BUILD:.0f} s" if now - self._since > BUILD else ""
+        return f"it was silent for {SILENCE:.0f} s" if now - self._heard > SILENCE else ""
+
+    def fork_worker(
+        self,
+        number: int,
+        *,
+        listener: int,
+        line: int,
+        connections: Sequence[int] = (),
+        environment: Mapping[str, str],
+        start_id: str,
+        spans: Sequence[Span],
+        why: str = "",
+        cwd: str = "/",
+        **more: Any,
+    ) -> None:
+        """Asks for a worker; `Forked` or `Refused` follows. `why` it is not forked from a deeper layer. Raises `Gone`.
+
+        `more` is for the zygote's own `fork` and `enter`.
+        """
+        request = {"fork": number, "kind": "worker", "environment": dict(environment), "cwd": cwd}
+        request |= {"start_id": start_id, "spans": spans, "why": why, **more}
+        self.wire.send(request, [listener, line, *connections])
+
+    def fork_zygote(self, number: int, spec: Spec, held: Held) -> Wire:
+        """Asks for the layer of a model on top of this one; `Forked` or `Refused` follows.
+
+        The wire is for `Zygote(wire, forked.pid, forked.pidfd)`. Raises `Gone`.
+        """
+        ours, theirs = wire.pair()
+        with theirs:
+            request = {"fork": number, "kind": "zygote", "spec": spec.dump(), "size": held.size}
+            request |= {"environment": dict(os.environ)}
+            self.wire.send(request, [theirs.fileno(), held.manifest, *held.segments])
+        return Wire(ours)
+
+    def pause(self, paused: bool = True) -> None:
+        """Stops it, and lets it go on: one that is being built must not take time from requests."""
+        if paused != self._paused and self.state != "gone":
+            self._paused = paused
+            self._spoke = True  # a stopped one cannot
+            self.signal(signal.SIGSTOP if paused else signal.SIGCONT)
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill(self, why: str = "") -> None:
+        """Its memory is free as soon as it is dead; children are not touched. `why` is for who had asked it to fork."""
+        self.signal(signal.SIGKILL)
+        self._lose(why or "it was killed")
+
+    def _lose(self, why: str) -> Lost:
+        if self.state != "gone":
+            self.state, self.lost = "gone", why
+            self.wire.close()
+        return Lost(why)
+
+    def close(self) -> None:
+        self._lose("closed")
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def boot(
+    spec: Spec,
+    *,
+    environment: Mapping[str, str] | None = None,
+    program: Sequence[str] = PROGRAM,
+) -> Zygote:
+    """Starts a zygote that builds its layer from the interpreter up. Its parent is this process."""
+    ours, theirs = wire.pair()
+    with theirs:
+        fd = theirs.fileno()
+        os.set_inheritable(fd, True)
+        variables = dict(os.environ if environment is None else environment)
+        # Before anything is imported: a child of a process that ever computed on two threads hangs.
+        variables |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-P", *program, str(fd), spec.dump()]
+        pid = os.posix_spawn(sys.executable, command, variables)
+    return Zygote(Wire(ours), pid, os.pidfd_open(pid))

@@ -1,0 +1,1 @@
+"""Node mode's daemon: warm processes for all containers of a node."""

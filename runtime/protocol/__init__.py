@@ -1,0 +1,1 @@
+"""OpenAI's bodies as requests, and answers as its bodies."""

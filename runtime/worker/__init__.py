@@ -1,0 +1,1 @@
+"""A worker's life: leasing, imports, weights, drain, reports."""

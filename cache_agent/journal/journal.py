@@ -27,6 +27,7 @@ ERROR_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)  # of |predicted − took|
 _KEPT = 1000
 _MODELS = 100
 _HANDED = 64
+_REPORTED = 1024  # hand-offs by which a second report is known: more than one report has
 
 
 @dataclass(slots=True)
@@ -61,6 +62,8 @@ class Journal:
         self._labels: set[str] = set()
         self._counts = Counts()
         self._handed: deque[HandoffRecord] = deque(maxlen=_HANDED)
+        self._ending = False
+        self._reported: deque[HandoffOutcome] = deque(maxlen=_REPORTED)
 
     # --- what is told ---------------------------------------------------------------------------------------------
 
@@ -118,9 +121,15 @@ class Journal:
         self.record("refused", model, f"refused {model}: {text} [{code}]")
 
     def handed(self, node: str, items: Sequence[HandoffOutcome]) -> None:
-        """Requests that a worker of this node has handed over, or tried to."""
+        """Requests that a worker of this node has handed over, or tried to.
+
+        A worker that got no answer in time reports again: an item that is known already is passed over.
+        """
         for item in items:
             with self._changed:
+                if item in self._reported:
+                    continue
+                self._reported.append(item)
                 function = self._label(item.function)
                 counts = self._counts
                 counts.handoffs[item.outcome, item.how] += 1
@@ -144,10 +153,9 @@ class Journal:
             return [event for event in self._ring if event.number > number][-limit:]
 
     def wait(self, number: int, seconds: float) -> list[EventRecord]:
-        """Like `since`, once there is one, after so many seconds, or on `wake`."""
+        """Like `since`, once there is one, after so many seconds, or at once when the agent ends."""
         with self._changed:
-            if self._number <= number:
-                self._changed.wait(seconds)
+            self._changed.wait_for(lambda: self._ending or self._number > number, seconds)
         return self.since(number)
 
     def handoffs(self) -> list[HandoffRecord]:
@@ -155,9 +163,10 @@ class Journal:
         with self._changed:
             return list(reversed(self._handed))
 
-    def wake(self) -> None:
-        """Lets everybody who waits look around: the agent ends."""
+    def end(self) -> None:
+        """From here on `wait` returns at once: the agent ends."""
         with self._changed:
+            self._ending = True
             self._changed.notify_all()
 
     def counts(self) -> Counts:

@@ -65,7 +65,7 @@ class Status:
 
     def close(self) -> None:
         self._ending.set()
-        self._agent.journal.wake()
+        self._agent.journal.end()
         self._server.stop()
         self._sock.close()
 
@@ -155,9 +155,11 @@ def _failed(error: HTTPException) -> Response:
 
 
 def _stream(agent: Agent, since: int, ending: threading.Event) -> Iterator[bytes]:
-    """Events as they happen; a comment now and then, by which a client that is gone is noticed."""
+    """Events as they happen, the last one included; now and then a comment, which finds out clients that are gone."""
     yield b": events\n\n"
-    while not ending.is_set():
+    over = False
+    while not over:
+        over = ending.is_set()
         found = agent.journal.wait(since, _KEEP_ALIVE_SECONDS)
         for event in found:
             since = event.number

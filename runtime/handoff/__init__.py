@@ -5,6 +5,6 @@ answer (the tokens of one generation, wherever they come from)
 checkpoint (keeps)   resume (goes on)   client (for those who ask)
 
 moving (a worker's part)   live (where its generations run)   move» (how a request changes hands)
-departure, mover, relay, orphans (the worker that drains)   host, guest (the one that goes on)
+departure, mover, relay, orphans, reporter (the worker that drains)   host, guest (the one that goes on)
 talk» (what they say)   pipe (its way)
 """

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from cache_agent.errors import AgentError
@@ -52,11 +52,11 @@ class Departure:
         seek: Seek,
         releasable: Callable[[], bool],
         released: Callable[[], None],
-        report: Callable[[Sequence[Told]], None],
+        report: Callable[[Told], None],
     ) -> None:
         """`releasable` says whether the own engine may go once it runs nothing; then `released` is called.
 
-        `report` hears what became of requests.
+        `report` hears what became of each request, at once, and does not block.
         """
         self._live, self._book = live, book
         self._seek, self._report = seek, report
@@ -128,15 +128,19 @@ class Departure:
 
     def _move_all(self, relay: Relay) -> bool:
         """False where the destination had no room for one: asked again, that one would stand still again."""
-        told: list[Told] = []
         for unit in self._units():
-            if relay.broken or self._closing.is_set() or (told and told[-1].outcome == "back"):
+            if relay.broken or self._closing.is_set():
                 break
-            if (outcome := self._mover.move(unit, relay)) is not None:
-                told.append(outcome)
-        if told:
-            self._report(told)
-        return not told or told[-1].outcome != "back"
+            if self._move(unit, relay) == "back":
+                return False
+        return True
+
+    def _move(self, unit: Unit, relay: Relay) -> str:
+        """Return the outcome, "" where nothing was to be moved after all."""
+        if (told := self._mover.move(unit, relay)) is None:
+            return ""
+        self._report(told)
+        return told.outcome
 
     # --- what lost its destination ----------------------------------------------------------------------------------
 
@@ -164,14 +168,10 @@ class Departure:
         return event
 
     def _rescue(self, relay: Relay) -> None:
-        told: list[Told] = []
         for unit in self._adopted():
             if relay.broken or self._closing.is_set():
                 break
-            if (outcome := self._mover.move(unit, relay)) is not None:
-                told.append(outcome)
-        if told:
-            self._report(told)
+            self._move(unit, relay)
 
     def _take_back(self) -> None:
         """Into the own engine, while there is one: what goes on here can be moved again, as all the others."""

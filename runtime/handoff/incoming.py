@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.handoff import find_destination, report
-from cache_agent.errors import AgentError, NoDestination
+from cache_agent.errors import NoDestination
 from cache_agent.wire.requests import HandoffOutcome
 from runtime.config import FunctionConfig
 from runtime.engine.base import STATE_VERSION
@@ -22,11 +21,10 @@ from runtime.handoff.live import LiveEngine
 from runtime.handoff.migration import Told
 from runtime.handoff.pipe import Pipe
 from runtime.handoff.relay import Relay
+from runtime.handoff.reporter import Reporter
 from runtime.resume.seal import Seal, seal
 from runtime.resume.sessions import place_of
 from runtime.resume.snapshot import VERSION, Place
-
-log = logging.getLogger("glowplug.handoff")
 
 
 class Moving:
@@ -47,6 +45,7 @@ class Moving:
         self._function, self._client, self._model, self._place, self._seal = function, client, model, place, sealing
         model.engine = live = LiveEngine(model.engine)
         self._owner = model.book.owner if model.book else f"worker-{os.getpid()}-{secrets.token_hex(8)}"
+        self._reporter = Reporter(lambda items: report(client(), items))
         self._host = Host(client, model, place, self._kin, self._owner, sealing, work)
         self._departure = Departure(
             live, model.book, place, self._seek, lambda: not model.raw_read, released, self._report
@@ -59,9 +58,13 @@ class Moving:
         self._departure.begin()
 
     def close(self, why: str, deadline: float) -> None:
-        """What is relayed ends with an error after which it can be asked for again."""
+        """End what is relayed, with an error after which it can be asked for again, and report all that has moved.
+
+        Returns at `deadline`, on time.monotonic, at the latest; may be called again.
+        """
         self._host.leave()
         self._departure.close(why, deadline)
+        self._reporter.close(deadline)
 
     def _kin(self) -> str:
         """Two workers that have it in common can go on with each other's requests."""
@@ -87,25 +90,20 @@ class Moving:
             with pipe:
                 raise
 
-    def _report(self, told: Sequence[Told]) -> None:
-        items = [
+    def _report(self, told: Told) -> None:
+        self._reporter.report(
             HandoffOutcome(
                 self._function,
-                each.id,
+                told.id,
                 self._owner,
-                each.to,
-                each.tokens,
-                each.pause,
-                each.how,
-                each.outcome,
-                each.reason[:1024],
+                told.to,
+                told.tokens,
+                told.pause,
+                told.how,
+                told.outcome,
+                told.reason[:1024],
             )
-            for each in told
-        ]
-        try:
-            report(self._client(), items)
-        except AgentError as error:
-            log.warning("the agent does not hear of %d hand-offs: %s", len(items), error.text)
+        )
 
 
 def moving(

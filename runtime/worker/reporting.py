@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
+import time
 from collections.abc import Callable
 
 from cache_agent.client.cache_client import CacheClient
@@ -19,6 +19,8 @@ from runtime.process.children import private_bytes
 from runtime.process.control import Line
 
 _SECONDS = 2.0
+_AGAIN = (1.0, 30.0)  # seconds between two attempts to report a start: first, and at most
+_LOOK = 0.1
 _MOST_SPANS = 256  # of a start that is reported; more are no start
 
 
@@ -40,34 +42,72 @@ class Reporting:
         self._lock = threading.Lock()
         self._told = 0  # spans
         self._seen_turns = self._sized_turns = -1
+        self._sending = threading.Lock()  # one report after the other: the fullest is the last
+        self._reported: tuple[int, str] | None = None  # spans and error of the start, as the agent has them
+        self._pause, self._again_at = _AGAIN[0], 0.0
 
     def beat(self) -> None:
         """Now and then, while the worker lives."""
         self._line.send(beat=1)
         self._size()
-        if self.spans() and self._lifecycle.state != "starting":
+        self.spans()
+        due = self._lifecycle.state != "starting" and time.monotonic() >= self._again_at
+        if due and not self._sending.locked() and self._news() is not None:
             threading.Thread(target=self.start, name="report", daemon=True).start()  # no beat waits for it
 
-    def spans(self) -> bool:
-        """Those that are new, to the shim; whether there were any."""
+    def spans(self) -> None:
+        """Tell the shim those that are new."""
         with self._lock:
             fresh = self._ledger.since(self._told)
             self._told += len(fresh)
             if rows := [(span.owner, span.name, span.start, span.end) for span in fresh if span.owner != "shim"]:
                 self._line.spans(rows)
-            return bool(rows)
 
-    def start(self) -> None:
-        """The agent keeps the ledgers of its node's starts, for those who look at it."""
+    def start(self, seconds: float = 2 * _SECONDS) -> None:
+        """Report the start, for the agent's status page; beats and `close` repeat what the agent did not hear.
+
+        `seconds` is how long another report may be waited for, and then how long the agent may take.
+        """
+        if not self._sending.acquire(timeout=seconds):
+            return
+        try:
+            if (news := self._news()) is None:
+                return
+            try:
+                self._client(min(_SECONDS, seconds / 2)).report_start(self._started(news[1]))
+            except (AgentError, FunctionError, OSError) as error:
+                self._again_at = time.monotonic() + self._pause
+                self._pause = min(_AGAIN[1], 2 * self._pause)
+                if not isinstance(error, AgentError) or error.retryable:
+                    return
+            self._reported, self._pause = news, _AGAIN[0]
+        finally:
+            self._sending.release()
+
+    def close(self, deadline: float) -> None:
+        """Tell shim and agent what they have not heard of the start, until `deadline` on time.monotonic.
+
+        Nothing is reported of a start that has neither succeeded nor failed.
+        """
+        self.spans()
+        if self._lifecycle.phase != "serving" and self._lifecycle.error is None:
+            return
+        while self._news() is not None and (left := deadline - time.monotonic()) > 0:
+            self.start(left)
+            if self._news() is not None:
+                time.sleep(_LOOK)
+
+    def _news(self) -> tuple[int, str] | None:
+        """Spans and error of the start, where the agent has others."""
         error = self._lifecycle.error
-        failed = f"{error.text} [{error.code}]"[:TEXT_LIMIT] if error else ""
+        now = len(self._ledger.since(0)), f"{error.text} [{error.code}]"[:TEXT_LIMIT] if error else ""
+        return now if now != self._reported else None
+
+    def _started(self, failed: str) -> Started:
         uri, name = self._config.model_uri, self._config.served_name[:256]
         spans = self._ledger.spans()[:_MOST_SPANS]
-        with contextlib.suppress(AgentError, FunctionError, OSError):
-            lease = self.lease
-            tier, size = (lease.tier, lease.manifest.nbytes) if lease else ("", 0)
-            told = Started(self._ledger.start_id, name, uri, self.kind, spans, failed, tier, size)
-            self._client(_SECONDS).report_start(told)
+        tier, size = (self.lease.tier, self.lease.manifest.nbytes) if self.lease else ("", 0)
+        return Started(self._ledger.start_id, name, uri, self.kind, spans, failed, tier, size)
 
     def _size(self) -> None:
         """What the shim would get back without this worker, once after each time of work."""

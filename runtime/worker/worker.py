@@ -48,6 +48,7 @@ log = logging.getLogger("glowplug.worker")
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS = 2.0  # seconds in which the agent is told of what did not end in time
+_REPORTS = 10.0  # seconds in which the agent is told of what went well, within the time that the platform gives
 _LAST_ANSWERS = 2.0  # seconds for answers at the end: of those who waited for a failed start, of the last at the port
 
 
@@ -73,6 +74,7 @@ class Worker:
         self._terminate = terminate
         self._over = threading.Event()  # nothing is served any more
         self._cut = 0  # requests that the grace was too short for
+        self._end_at = 0.0  # when the grace is over; 0 while nobody has asked for the end
         self._book: Checkpoints | None = None
         self._moving: Moving | None = None
         self._given_up = threading.Event()  # another worker does the work: the weights are not needed any more
@@ -103,6 +105,7 @@ class Worker:
             self._line.send(state="retired")
         if self._exit is None and self._terminate.is_set():
             self._ended()
+        self._say_last()
         return self._exit.exit_code if self._exit else 0
 
     def _make_server(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket]) -> HttpServer:
@@ -248,7 +251,7 @@ class Worker:
         self._terminate.wait()
         self._drain("SIGTERM")
         grace = self._config.drain_grace
-        end = time.monotonic() + self._config.drain_linger + grace
+        end = self._end_at = time.monotonic() + self._config.drain_linger + grace
         # The platform routes new requests here until it notices: those are answered, too.
         time.sleep(self._config.drain_linger)
         # So are those that come later still, as long as there is time for one as long as the last ones were.
@@ -275,6 +278,14 @@ class Worker:
             log.error("%s [%s]", self._exit.text, self._exit.code)
         self._lifecycle.drained()
         self._line.send(state="drained")
+
+    def _say_last(self) -> None:
+        """What agent and shim have not heard yet: a process that ends takes it along."""
+        now = time.monotonic()
+        deadline = max(now + _LAST_WORDS, min(now + _REPORTS, self._end_at + _LAST_WORDS))
+        if self._moving is not None:
+            self._moving.close("this replica ends", deadline)
+        self._reporting.close(deadline)
 
 
 def serve(

@@ -12,7 +12,7 @@ from cache_agent.model.manifest import CHUNK
 FAKE = "fake://m"
 
 
-def soon(seconds: float = 30.0) -> float:
+def soon(seconds: float = 120.0) -> float:
     """A deadline."""
     return time.monotonic() + seconds
 
@@ -46,7 +46,7 @@ def inodes(lease) -> list[int]:
     return [os.fstat(fd).st_ino for fd in lease.segments]
 
 
-def ready(agent, uri: str, seconds: float = 30.0):
+def ready(agent, uri: str, seconds: float = 120.0):
     """A lease whose bytes are all there."""
     lease = agent.client.lease(uri, deadline=soon(seconds))
     try:

@@ -538,7 +538,7 @@ def test_connections_that_break_in_the_middle_of_a_body(s3, start_agent, checkpo
     with agent.client.lease(uri, deadline=soon()) as lease:
         lease.close()
     eventually(lambda: agent.client.status().models[0].state == "ready", 30)
-    agent.client.evict(uri)
+    agent.evict(uri)
     proxy.cut_after(16 << 10)  # all tries of all readers bring less than what makes a further round worthwhile
     with refused("origin_unavailable"), agent.client.lease(uri, deadline=soon()) as lease:
         lease.wait_ready(soon(60))

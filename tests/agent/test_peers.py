@@ -160,7 +160,7 @@ def test_an_image_on_ssd_is_given_too(cluster, start_local_agent, files, right, 
     (first,) = cluster(files, ssd=tmp_path / "one")
     assert Loads().run(first) == [("origin", right)]
     eventually(lambda: [image.revision for image in first.client.status().ssd.images if image.revision])
-    first.client.evict(URI)
+    first.evict(URI)
     eventually(lambda: not first.client.status().models)
     second = start_local_agent({URI: SameName(URI, files)}, node="n1", directory=first.directory, key=KEY)
     assert Loads().run(second) == [("peer", right)]
@@ -208,7 +208,7 @@ def test_one_wrong_byte_is_found_where_the_revision_is_known(cluster, files, fli
     honest, liar, receiver = cluster(files, flipped, files)
     assert Loads().run(honest) == [("origin", right)]
     eventually(lambda: honest.client.status().models[0].revision)
-    honest.client.evict(URI)
+    honest.evict(URI)
     liar.agent._revisions.remember = lambda *_: None  # otherwise its word would stand against that of the first
     liar.agent._peers._liars.add("n0")
     Loads().run(liar)
@@ -268,7 +268,7 @@ def test_a_node_serves_from_its_own_ssd_while_the_origin_is_down(start_local_age
     agent = start_local_agent(origins, ssd=tmp_path / "ssd")
     assert Loads().run(agent) == [("origin", right)]
     eventually(lambda: [image.revision for image in agent.client.status().ssd.images if image.revision])
-    agent.client.evict(URI)
+    agent.evict(URI)
     eventually(lambda: not agent.client.status().models)
     agent.origins[URI] = Down(URI, {})
     assert Loads().run(agent) == [("ssd", right)]

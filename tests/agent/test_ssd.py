@@ -124,7 +124,7 @@ def test_a_load_from_ssd_reads_no_weights_from_the_origin(start_local_agent, ssd
     first = start_local_agent({FAKE: origin}, ssd=ssd)
     load(first, FAKE, tensors, "origin")
     kept(first, eventually)
-    first.client.evict(FAKE)
+    first.evict(FAKE)
     read = origin.bytes_read
     load(first, FAKE, tensors, "ssd")
     assert origin.bytes_read - read < 1 << 20
@@ -161,7 +161,7 @@ def test_without_o_direct_it_works_all_the_same(ssd, start_local_agent, checkpoi
     agent = start_local_agent({FAKE: FakeOrigin(FAKE, checkpoint_files(tensors))}, ssd=ssd)
     load(agent, FAKE, tensors, "origin")
     kept(agent, eventually)
-    agent.client.evict(FAKE)
+    agent.evict(FAKE)
     load(agent, FAKE, tensors, "ssd")
     assert len(refused) == 2
 
@@ -233,7 +233,7 @@ def test_a_chunk_whose_origin_changed_too_is_an_error_and_then_new_bytes(ssd, st
     deadline = soon()
     while not agent.client.status().ssd.images:
         assert time.monotonic() < deadline
-    agent.client.evict(FAKE)
+    agent.evict(FAKE)
     flip(images(ssd)[0] / "0.seg", CHUNK + 5)
     lied = bytearray(origin.contents["model.safetensors"])
     lied[CHUNK : 2 * CHUNK] = bytes(CHUNK)
@@ -427,7 +427,7 @@ def test_a_disk_that_runs_full_while_the_image_is_written(start_local_agent, sma
     assert agent.client.status().ssd.used == 0
     (disk / "hog").unlink()
     eventually(lambda: agent.client.status().models[0].leases == 0)
-    agent.client.evict(FAKE)
+    agent.evict(FAKE)
     load(agent, FAKE, tensors, "origin")
     eventually(lambda: images(disk / "ssd"))
 

@@ -155,6 +155,19 @@ def test_events_as_they_happen(watched) -> None:
         assert json.loads(line[5:])["text"].startswith("loaded fake://a from origin")
 
 
+def test_a_stream_has_the_last_event_before_it_ends(start_local_agent) -> None:
+    """The agent ends while the stream is busy with an earlier event: the last one is neither lost nor waited for."""
+    agent, ending = start_local_agent({}).agent, threading.Event()
+    stream = statuses._stream(agent, 0, ending)
+    next(stream)
+    agent.journal.evicted("m1", "dram", 5_000_000, "room for m3")
+    assert b"evicted m1" in next(stream)
+    agent.journal.evicted("m2", "dram", 5_000_000, "room for m3")
+    ending.set()
+    agent.journal.end()
+    assert b"evicted m2" in b"".join(stream)
+
+
 def test_streams_are_few_and_the_other_paths_still_answer(watched) -> None:
     socks = [watched.http.stream(OPERATOR) for _ in range(statuses._STREAMS)]
     try:

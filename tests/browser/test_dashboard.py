@@ -72,7 +72,6 @@ def node(
     agent_process: Callable[..., Any],
     write_checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-    eventually: Callable[..., Any],
 ) -> Iterator[Any]:
     """An agent that has been busy: two models, one of them pinned, an eviction, three starts."""
     port = free_port()
@@ -83,8 +82,7 @@ def node(
             with agent.client.lease(model) as lease:
                 lease.wait_ready(time.monotonic() + 30)
         agent.client.pin(models[0])
-        eventually(lambda: not any(model.leases for model in agent.client.status().models), what="no lease is held")
-        agent.client.evict(models[2])
+        agent.evict(models[2])
         agent.client.report_start(started("summarise", models[1], *COLD, tier="origin", bytes=2 << 20))
         agent.client.report_start(started(HOSTILE, HOSTILE, error="no room [no_capacity]"))
         agent.client.report_start(started("chat", models[0], *COLD, tier="ssd", bytes=2 << 20))
@@ -201,7 +199,7 @@ def test_events_arrive_as_they_happen(fresh: Any, node: Any) -> None:
             "the model is there",
         )
         fresh.until("document.querySelector('#events .text').innerText.includes('three')", "its event is the newest")
-    node.agent.client.evict(node.models[2])
+    node.agent.evict(node.models[2])
     fresh.until("document.querySelector('#events li').innerText.includes('evicted')", "the eviction is the newest")
 
 
@@ -319,7 +317,7 @@ def test_an_agent_that_is_away_is_missed(
     for _ in range(3):
         with agent.client.lease(early) as lease:
             lease.wait_ready(time.monotonic() + 30)
-        agent.client.evict(early)
+        agent.evict(early)
     page.until("document.querySelectorAll('#events li').length > 3", "events")
     agent.stop()
     page.js(LOOK)

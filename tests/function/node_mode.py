@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 INSIDE = Path(__file__).with_name("contained.py")
 PYTHON_SHIM = (sys.executable, "-P", "-m", "runtime.shim")
 UNSHARE = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
-SECONDS = 60.0
+SECONDS = 180.0
 POSSIBLE = os.geteuid() == 0 and shutil.which("unshare") is not None
 
 

@@ -22,7 +22,7 @@ from runtime.http.application import Application, prepare
 from runtime.http.lifecycle import Lifecycle
 
 CHAT = {"messages": [{"role": "user", "content": "hello there"}]}
-SECONDS = 30.0
+SECONDS = 120.0
 
 
 class App:

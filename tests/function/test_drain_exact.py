@@ -43,7 +43,7 @@ class Pair:
         self.released = threading.Event()
         place = Place("batched", "r", "t", "", first.arithmetic)
         self._departure = Departure(
-            self.live, None, lambda: place, self._seek, lambda: self.releasable, self.released.set, self.told.extend
+            self.live, None, lambda: place, self._seek, lambda: self.releasable, self.released.set, self.told.append
         )
         self._place, self._left = place, [second, *further]
         self.pipes: list[Pipe] = []  # the ends of those that go on

@@ -14,7 +14,7 @@ from runtime.errors import EngineBusy, ModelUnusable, NotReady
 from runtime.http.lifecycle import Lifecycle
 
 MODEL: Any = object()
-SOON = 30.0  # seconds that only a broken lifecycle would take
+SOON = 120.0  # seconds that only a broken lifecycle would take
 
 
 @pytest.fixture

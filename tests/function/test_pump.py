@@ -15,7 +15,7 @@ from runtime.errors import AnswerTooLong
 from runtime.function.handler import to_response
 from runtime.function.pump import END, NOTHING, Pump
 
-SECONDS = 30.0
+SECONDS = 120.0
 EVENTS = "text/event-stream"
 
 

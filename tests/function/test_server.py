@@ -22,7 +22,7 @@ from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.http.server import HttpServer
 
-SECONDS = 30.0
+SECONDS = 120.0
 Wsgi = Callable[..., Iterable[bytes]]
 
 

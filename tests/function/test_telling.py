@@ -24,7 +24,7 @@ LANG = {
     "why": "",
     "unknown": "passed over",
 }
-SOON = 30.0
+SOON = 120.0
 
 
 @pytest.fixture(autouse=True)

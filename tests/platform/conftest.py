@@ -36,8 +36,8 @@ TEMPLATE = ROOT / "templates" / "llm-python"
 STAND_IN = Path(__file__).parent / "stand_in_watchdog.py"
 HOME = "/home/app"  # of the function, in its image
 METRICS_PORT = 8081  # of-watchdog's, and nobody can change it
-START_SECONDS = 60.0
-COMMAND_SECONDS = 60
+START_SECONDS = 180.0
+COMMAND_SECONDS = 180
 
 
 @pytest.fixture(scope="session")

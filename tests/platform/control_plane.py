@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import yaml
 from programs import program
 
-START_SECONDS = 90.0
-SECONDS = 30.0
+START_SECONDS = 180.0
+SECONDS = 120.0
 _VERBS = {"POST": "application/json", "PATCH": "application/apply-patch+yaml", "PUT": "application/json"}
 
 

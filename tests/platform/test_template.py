@@ -42,7 +42,7 @@ WITHOUT_TORCH = """
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     sys.meta_path.insert(0, Absent())
     """
-SECONDS = 60
+SECONDS = 180
 FUNCTION = Path(__file__).parents[2] / "templates" / "llm-python" / "function"
 
 

@@ -33,7 +33,7 @@ DEAR_IN_SAMPLE, SOAK_ACTIONS, CHECK_EVERY = 2, 60, 12
 QUESTIONS = ("What is Glowplug?", "Hello", "What is a lease?", "Who are you?")
 TOKENS = 24
 DRAM = 256 << 20
-SETTLE_SECONDS = 60.0
+SETTLE_SECONDS = 180.0
 # What a client may be told while things break; each is a code of the tables of errors.
 EXPECTED_CODES = {"busy", "starting", "weights_unavailable", "engine_failed", "drain_incomplete", "worker_crashed"}
 # What a function may end with then: SIGTERM's 0, the documented codes, and SIGKILL where we sent it.

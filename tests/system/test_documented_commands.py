@@ -19,7 +19,7 @@ from documented import DOCUMENTS, ROOT, commands
 
 BIN = Path(sys.prefix) / "bin"
 MODEL = ROOT / "templates" / "llm-python" / "model"
-SECONDS = 120.0
+SECONDS = 300.0
 TEMPLATE = "templates/llm-python/README.md"
 
 # What is not run here, by its beginning.

@@ -15,11 +15,12 @@ import pytest
 
 from runtime.sse import EventParser
 
-BODY = {"prompt": "a glow plug", "max_tokens": 500, "temperature": 1.0, "seed": 7, "ignore_eos": True}
+# Long enough that a busy machine has found the destination, over two agents, before the answer is out.
+BODY = {"prompt": "a glow plug", "max_tokens": 1200, "temperature": 1.0, "seed": 7, "ignore_eos": True}
 
 
 def _frames(function: Any, body: Any) -> Iterator[Any]:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", function.port, timeout=60)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", function.port, timeout=180)) as connection:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         parser, response = EventParser(), connection.getresponse()
         assert response.status == 200
@@ -55,10 +56,10 @@ def test_sigterm_moves_a_stream_and_the_function_ends_well(
     if case.startswith("two"):
         here, there = request.getfixturevalue("agents")
         (key := tmp_path / "function-key").write_text("f" * 32)
-        settings: dict[str, object] = {"checkpoints": "chat", "function_key_file": key}
+        settings: dict[str, object] = {"checkpoints": "chat", "function_key_file": key, "drain_grace": 600}
     else:
         here = there = request.getfixturevalue("agent")
-        settings = {"handoff": "chat"}
+        settings = {"handoff": "chat", "drain_grace": 600}
     first, second = (started(model=checkpoint, socket=agent.socket, **settings) for agent in (here, there))
     for function in (first, second):
         function.wait_ready()
@@ -68,7 +69,7 @@ def test_sigterm_moves_a_stream_and_the_function_ends_well(
     for number, frame in enumerate(_frames(first, streamed)):
         if number == 20:
             first.process.send_signal(signal.SIGTERM)
-            first.says("the model is released")
+            assert ": moved, to " in first.says("the model is released"), first.output()
             maps = Path(f"/proc/{first.worker()}/maps").read_text()
             assert "memfd:glowplug" not in maps, "and its memory is"
         assert "error" not in frame, frame
@@ -79,3 +80,14 @@ def test_sigterm_moves_a_stream_and_the_function_ends_well(
     assert first.wait() == 0, first.output()
     (moved,) = eventually(lambda: here.client.status().handoffs)
     assert (moved.function, moved.outcome) == ("chat", "moved")
+
+
+def test_a_function_that_ends_right_after_its_first_token_has_told_its_agent_of_it(
+    agent: Any, checkpoint: Path, started: Callable[..., Any]
+) -> None:
+    """Spans are told about once a second; what is new at the end goes out before the process does."""
+    function = started(model=checkpoint, socket=agent.socket).wait_ready()
+    function.request("/v1/completions", {**BODY, "max_tokens": 1})
+    assert function.stop() == 0, function.output()
+    (start,) = agent.client.starts()
+    assert "first token" in {span.name for span in start.spans}

@@ -20,7 +20,7 @@ from runtime.engine.base import Codec, Engine, Finish, GenerationRequest, Sampli
 from runtime.errors import BadRequest, EngineFailed, Moved, Unsupported
 
 if TYPE_CHECKING:
-    from runtime.resume.checkpoint import Checkpoints
+    from runtime.resume.checkpoint import Sessions
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -216,7 +216,7 @@ class Model:
         deterministic: bool = False,
         tokenizer_digest: str = "",
     ) -> None:
-        self.book: Checkpoints | None = None  # where requests are kept, if they are
+        self.book: Sessions | None = None  # where requests are kept, if they are
         self.deterministic = deterministic
         self.tokenizer_digest = tokenizer_digest
         self.name = name

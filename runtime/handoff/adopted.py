@@ -40,8 +40,8 @@ from runtime.handoff.messages import (
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume import snapshot
 from runtime.resume.answer import Answer
-from runtime.resume.checkpoint import Checkpoints
-from runtime.resume.snapshot import Place, Snapshot
+from runtime.resume.checkpoint import Sessions
+from runtime.resume.snapshot import ReplicaIdentity, Snapshot
 
 log = logging.getLogger("glowplug.handoff")
 
@@ -55,7 +55,7 @@ class Taking(Protocol):
     engine: Engine
 
     @property
-    def book(self) -> Checkpoints | None: ...
+    def book(self) -> Sessions | None: ...
 
 
 class Work(Protocol):
@@ -92,7 +92,7 @@ class Guests:
     """Those of one pipe. `run` is for a thread of its own."""
 
     def __init__(
-        self, pipe: Pipe, here: Taking, place: Callable[[], Place], left: Callable[[], bool], work: Work
+        self, pipe: Pipe, here: Taking, place: Callable[[], ReplicaIdentity], left: Callable[[], bool], work: Work
     ) -> None:
         """`left` says whether this worker drains itself, and takes nothing new any more."""
         self._pipe, self._here, self._place, self._left, self._work = pipe, here, place, left, work

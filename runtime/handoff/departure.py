@@ -25,8 +25,8 @@ from runtime.handoff.migration_table import Event
 from runtime.handoff.orphans import Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import Relay, Sent
-from runtime.resume.checkpoint import Checkpoints
-from runtime.resume.snapshot import Place
+from runtime.resume.checkpoint import Sessions
+from runtime.resume.snapshot import ReplicaIdentity
 
 log = logging.getLogger("glowplug.handoff")
 
@@ -47,8 +47,8 @@ class Departure:
     def __init__(
         self,
         live: LiveEngine,
-        book: Checkpoints | None,
-        place: Callable[[], Place],
+        book: Sessions | None,
+        place: Callable[[], ReplicaIdentity],
         seek: Seek,
         releasable: Callable[[], bool],
         released: Callable[[], None],

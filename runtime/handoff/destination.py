@@ -21,7 +21,7 @@ from cache_agent.wire.channel import Channel, Disconnected
 from runtime.handoff.adopted import Guests, Taking, Work
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume.seal import Seal
-from runtime.resume.snapshot import Place
+from runtime.resume.snapshot import ReplicaIdentity
 
 log = logging.getLogger("glowplug.handoff")
 
@@ -36,7 +36,7 @@ class Host:
         self,
         client: Callable[[], CacheClient],
         here: Taking,
-        place: Callable[[], Place],
+        place: Callable[[], ReplicaIdentity],
         kin: Callable[[], str],
         owner: str,
         seal: Seal,

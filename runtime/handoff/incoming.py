@@ -24,7 +24,7 @@ from runtime.handoff.relay import Relay
 from runtime.handoff.reporter import Reporter
 from runtime.resume.seal import Seal, seal
 from runtime.resume.sessions import place_of
-from runtime.resume.snapshot import VERSION, Place
+from runtime.resume.snapshot import VERSION, ReplicaIdentity
 
 
 class Moving:
@@ -35,7 +35,7 @@ class Moving:
         function: str,
         client: Callable[[], CacheClient],
         model: Model,
-        place: Callable[[], Place],
+        place: Callable[[], ReplicaIdentity],
         sealing: Seal,
         work: Work,
         released: Callable[[], None],

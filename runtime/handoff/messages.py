@@ -38,7 +38,7 @@ import msgspec
 
 from runtime.engine.base import Logprobs, TokenEvent
 from runtime.errors import SnapshotRefused
-from runtime.resume.record import MAX_CHOICES, Context
+from runtime.resume.record import MAX_CHOICES, AnswerContext
 
 VERSION = 1
 HEADER = struct.Struct("!I")
@@ -77,7 +77,7 @@ class Probed(Message, frozen=True, tag="probed"):
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the store knows the request as; `ended` are its choices that are complete."""
 
-    context: Context
+    context: AnswerContext
     ended: list[Number]
 
 

@@ -22,9 +22,9 @@ from runtime.handoff.orphans import Orphan, Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import ANSWER, Relay, Sent
 from runtime.resume.answer import Answer
-from runtime.resume.checkpoint import Checkpoints
-from runtime.resume.session import Hold
-from runtime.resume.snapshot import Place, Snapshot
+from runtime.resume.checkpoint import Sessions
+from runtime.resume.session import Session
+from runtime.resume.snapshot import ReplicaIdentity, Snapshot
 
 log = logging.getLogger("glowplug.handoff")
 
@@ -52,7 +52,7 @@ class Unit:
     """What moves together: the choices of a kept request, or one generation."""
 
     streams: dict[int, Answer]  # by choice
-    hold: Hold | None
+    hold: Session | None
     orphan: Orphan | None = None
     snapshots: list[Snapshot] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
@@ -74,8 +74,8 @@ class Mover:
     def __init__(
         self,
         live: LiveEngine,
-        book: Checkpoints | None,
-        place: Callable[[], Place],
+        book: Sessions | None,
+        place: Callable[[], ReplicaIdentity],
         orphans: Orphans,
         closing: threading.Event,
     ) -> None:

@@ -47,8 +47,8 @@ from runtime.handoff.messages import (
 )
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume import snapshot
-from runtime.resume.session import Hold
-from runtime.resume.snapshot import Place, Snapshot
+from runtime.resume.session import Session
+from runtime.resume.snapshot import ReplicaIdentity, Snapshot
 
 log = logging.getLogger("glowplug.handoff")
 
@@ -80,7 +80,7 @@ class Sent:
         self.all = dict(self.streams)  # those that have ended, too
         self.settled = False  # its client reads what comes here
         self.owner = relay.owner  # who has it,
-        self.hold: Hold | None = None  # and where it is kept, the hold of this worker that it was made over from,
+        self.hold: Session | None = None  # and where it is kept, the hold of this worker that it was made over from,
         self.epoch = 0  # to be that one's under this epoch
         self.rescues = 0  # destinations that it has outlived
 
@@ -98,7 +98,7 @@ class Sent:
 class Relay:
     """See `runtime.handoff.live.Elsewhere`. Any thread; `run` is for one of its own."""
 
-    def __init__(self, pipe: Pipe, greeting: Greeting, place: Place) -> None:
+    def __init__(self, pipe: Pipe, greeting: Greeting, place: ReplicaIdentity) -> None:
         self.owner = greeting.owner
         self.speed = 0.0  # bytes per second, as last measured
         self.broken = ""

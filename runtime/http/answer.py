@@ -23,8 +23,8 @@ from runtime.protocol.logprobs import logprobs
 from runtime.protocol.requests import Job
 from runtime.resume.answer import Answer
 from runtime.resume.position import written
-from runtime.resume.record import Context, Route
-from runtime.resume.resume import Asked, TakenUp, take_up
+from runtime.resume.record import AnswerContext, Route
+from runtime.resume.resume import ResumeQuery, TakenUp, take_up
 
 TICK = 0.25  # seconds between two looks at whether the client is still there
 
@@ -32,7 +32,7 @@ TICK = 0.25  # seconds between two looks at whether the client is still there
 class Run:
     """The token streams of a job; owns them from `start` to `close`."""
 
-    def __init__(self, job: Job, wanted: Asked, ends: float = math.inf) -> None:
+    def __init__(self, job: Job, wanted: ResumeQuery, ends: float = math.inf) -> None:
         """A run that is not over at `ends`, on time.monotonic, is broken off."""
         self.job = job
         self.ends = ends
@@ -103,7 +103,7 @@ class Run:
             raise
         self.said, self.told, self.ended = [0] * len(requests), [0] * len(requests), [False] * len(requests)
         if model.book is not None and (job.stream or self._wanted.id):
-            context = Context(self._route, self.id, self.created, self._wanted.digest, job.include_usage)
+            context = AnswerContext(self._route, self.id, self.created, self._wanted.digest, job.include_usage)
             hold = model.book.open(context, requests)
             each = enumerate(zip(requests, self.streams, strict=True))
             self.streams = [Answer.of(request, stream).keep(hold, n) for n, (request, stream) in each]

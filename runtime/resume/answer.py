@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from runtime.engine.base import Engine, GenerationRequest, GenerationState, TokenEvent, TokenStream
 from runtime.engine.stream import Stream
-from runtime.resume.session import Hold
+from runtime.resume.session import Session
 
 _WAIT = 15.0
 
@@ -40,7 +40,7 @@ class Answer:
         self._feed = feed  # the one that is read now
         self._further: deque[TokenStream] = deque()
         self._ended = ended
-        self._session: Hold | None = None
+        self._session: Session | None = None
         self._choice = 0
         self._skip = 0
         self._over = False
@@ -56,7 +56,7 @@ class Answer:
         new = not (state.generated or state.kv)
         return cls.of(state.request, engine.submit(state.request) if new else engine.admit(state))
 
-    def keep(self, session: Hold, choice: int) -> Answer:
+    def keep(self, session: Session, choice: int) -> Answer:
         """From here on nothing is told but under this session, as this choice of it. Before the first is read."""
         self._session, self._choice = session, choice
         return self
@@ -119,7 +119,7 @@ class Answer:
         self._ended(self)
         return False
 
-    def _stopped(self, session: Hold) -> TokenEvent:
+    def _stopped(self, session: Session) -> TokenEvent:
         """The end of an answer whose session another worker has."""
         self._shut()
         why = f"this answer goes on elsewhere ({session.over})"

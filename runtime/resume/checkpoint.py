@@ -25,10 +25,10 @@ from cache_agent.snapshots.store import Claimed, Keep, Key
 from cache_agent.wire.requests import KeptStatus
 from runtime.engine.base import GenerationRequest, TokenEvent
 from runtime.resume import record
-from runtime.resume.record import Context
+from runtime.resume.record import AnswerContext
 from runtime.resume.seal import Seal
-from runtime.resume.session import Hold
-from runtime.resume.snapshot import Place
+from runtime.resume.session import Session
+from runtime.resume.snapshot import ReplicaIdentity
 
 log = logging.getLogger("glowplug.checkpoint")
 
@@ -40,7 +40,7 @@ _STUCK = 15.0  # seconds, upper bound of a wait that the agent's own deadlines e
 _LOOK = 0.1  # seconds between two looks at whether another has let go
 
 
-class Checkpoints:
+class Sessions:
     """Any thread. `close` tells what is left to tell."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Checkpoints:
         client: SnapshotClient,
         space: str,
         seal: Seal,
-        place: Callable[[], Place],
+        place: Callable[[], ReplicaIdentity],
         *,
         owner: str,
         every: int,
@@ -60,23 +60,23 @@ class Checkpoints:
         self._client, self._space, self._seal = client, space, seal
         self._owner, self._every, self._lease = owner, every, lease
         self._changed = threading.Condition()
-        self._holds: dict[str, Hold] = {}
+        self._holds: dict[str, Session] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
     # --- what answers use -----------------------------------------------------------------------------------------
 
-    def open(self, context: Context, requests: Sequence[GenerationRequest]) -> Hold:
+    def open(self, context: AnswerContext, requests: Sequence[GenerationRequest]) -> Session:
         """A request that begins here."""
-        return self._enter(Hold(self, Key(self._space, context.id), 1, context, requests))
+        return self._enter(Session(self, Key(self._space, context.id), 1, context, requests))
 
-    def go_on(self, claimed: Claimed, found: record.Record, tokens: Sequence[Sequence[int]], since: float) -> Hold:
+    def go_on(self, claimed: Claimed, found: record.Record, tokens: Sequence[Sequence[int]], since: float) -> Session:
         """A request that was claimed at `since`; `tokens` of each choice stand, and what the store has more is cut."""
         requests = [choice.state.request for choice in found.choices]
         key, until = Key(self._space, found.context.id), since + self._lease
         at = len(claimed.pieces)
-        return self._enter(Hold(self, key, claimed.epoch, found.context, requests, tokens, at, until))
+        return self._enter(Session(self, key, claimed.epoch, found.context, requests, tokens, at, until))
 
     def claim(self, request_id: str, deadline: float) -> tuple[Claimed, float]:
         """Asks to own a request, and waits for whoever has it now, at most until `deadline`; the outcome, and when it
@@ -99,7 +99,7 @@ class Checkpoints:
         """The name under which this worker owns requests."""
         return self._owner
 
-    def find(self, request_id: str) -> Hold | None:
+    def find(self, request_id: str) -> Session | None:
         """The hold that a generation belongs to; None where nothing of it is in the store."""
         with self._changed:
             for hold in self._holds.values():
@@ -107,7 +107,7 @@ class Checkpoints:
                     return hold
         return None
 
-    def freeze(self, hold: Hold, deadline: float) -> bool:
+    def freeze(self, hold: Session, deadline: float) -> bool:
         """Tells nothing more of it until `thaw` or `handed`; False, and nothing is frozen, where it is over."""
         with self._changed:
             hold.frozen = True
@@ -119,7 +119,7 @@ class Checkpoints:
             self._changed.notify_all()
             return hold.frozen
 
-    def thaw(self, hold: Hold, epoch: int = 0) -> None:
+    def thaw(self, hold: Session, epoch: int = 0) -> None:
         """It stays here; with `epoch`, under that one, and all of it is told anew."""
         with self._changed:
             hold.frozen = False
@@ -127,18 +127,18 @@ class Checkpoints:
                 self._anew(hold, epoch)
             self._changed.notify_all()
 
-    def transfer(self, hold: Hold, owner: str, epoch: int, heir: str) -> bool:
+    def transfer(self, hold: Session, owner: str, epoch: int, heir: str) -> bool:
         """Makes `heir` its owner under `epoch` + 1, if it is `owner`'s under `epoch`. Raises any `AgentError`."""
         return self._client.transfer(hold.key, owner, epoch, heir, self._lease)
 
-    def handed(self, hold: Hold, heir: str, epoch: int) -> None:
+    def handed(self, hold: Session, heir: str, epoch: int) -> None:
         """`heir` keeps it from here on; what that one makes of it is told through the streams of this hold."""
         with self._changed:
             hold.frozen, hold.handed, hold.epoch = False, heir, epoch
             self._settle(hold)
             self._changed.notify_all()
 
-    def retake(self, hold: Hold, epoch: int, tokens: Sequence[Sequence[int]], ended: Iterable[int]) -> None:
+    def retake(self, hold: Session, epoch: int, tokens: Sequence[Sequence[int]], ended: Iterable[int]) -> None:
         """One that was handed on is this worker's again, under `epoch`; of each choice `tokens` came, and are told."""
         with self._changed:
             if hold.key.id in self._holds:  # whoever asked for it on another connection has it
@@ -150,7 +150,7 @@ class Checkpoints:
             self._holds[hold.key.id] = hold
             self._changed.notify_all()
 
-    def lost(self, hold: Hold, why: str) -> None:
+    def lost(self, hold: Session, why: str) -> None:
         """Nothing more of it is told here, and whose it is now is for the store to say."""
         with self._changed:
             hold.frozen = False
@@ -160,16 +160,16 @@ class Checkpoints:
 
     def inherit(
         self,
-        context: Context,
+        context: AnswerContext,
         requests: Sequence[GenerationRequest],
         tokens: Sequence[Sequence[int]],
         ended: Iterable[int],
         epoch: int,
         since: float,
-    ) -> Hold:
+    ) -> Session:
         """A request that its owner made over to this worker, under a lease that began no sooner than `since`."""
         until = since + self._lease
-        hold = Hold(self, Key(self._space, context.id), epoch, context, requests, tokens, until=until)
+        hold = Session(self, Key(self._space, context.id), epoch, context, requests, tokens, until=until)
         hold.ended |= set(ended)
         return self._enter(hold)
 
@@ -186,7 +186,7 @@ class Checkpoints:
         pieces = [self._seal.open(_about(request_id, n), piece) for n, piece in enumerate(claimed.pieces)]
         return record.assemble(pieces)
 
-    def tell(self, hold: Hold, choice: int, event: TokenEvent) -> bool:
+    def tell(self, hold: Session, choice: int, event: TokenEvent) -> bool:
         with self._changed:
             if hold.over:
                 return False
@@ -204,7 +204,7 @@ class Checkpoints:
                 self._changed.notify_all()
             return self._permitted(hold)
 
-    def let_go(self, hold: Hold, why: str) -> None:
+    def let_go(self, hold: Session, why: str) -> None:
         with self._changed:
             if not hold.complete:
                 self._free(hold, why)
@@ -226,23 +226,23 @@ class Checkpoints:
 
     # --- with the lock held ---------------------------------------------------------------------------------------
 
-    def _enter(self, hold: Hold) -> Hold:
+    def _enter(self, hold: Session) -> Session:
         with self._changed:
             self._holds[hold.key.id] = hold
             self._changed.notify_all()
         return hold
 
-    def _anew(self, hold: Hold, epoch: int) -> None:
+    def _anew(self, hold: Session, epoch: int) -> None:
         """All of it is told once more, under this epoch, and nothing to its client before the store has answered."""
         hold.epoch, hold.at, hold.sent, hold.until = epoch, 0, [0] * len(hold.sent), 0.0
 
-    def _free(self, hold: Hold, why: str) -> None:
+    def _free(self, hold: Session, why: str) -> None:
         if not hold.over:
             hold.over, hold.free = why, True
             hold.closed_at = time.monotonic()
             self._changed.notify_all()
 
-    def _permitted(self, hold: Hold) -> bool:
+    def _permitted(self, hold: Session) -> bool:
         """Whether something may be told now; waits for an answer of the store where the lease is over."""
         now = time.monotonic()
         if hold.until > now or hold.unkept or not self.place().revision:
@@ -259,7 +259,7 @@ class Checkpoints:
         hold.until = max(hold.until, time.monotonic() + self._lease)
         return True
 
-    def _due(self, hold: Hold, now: float) -> bool:
+    def _due(self, hold: Session, now: float) -> bool:
         if not self.place().revision or now < hold.retry_at or hold.frozen:
             return False
         if hold.free or hold.complete or hold.asked or not hold.at:
@@ -267,7 +267,7 @@ class Checkpoints:
         fresh = sum(map(len, hold.tokens)) - sum(hold.sent)
         return (fresh >= self._every and not hold.renew_only) or now >= hold.until - 2 * self._lease / 3
 
-    def _step(self, hold: Hold) -> tuple[Keep, list[int]]:
+    def _step(self, hold: Session) -> tuple[Keep, list[int]]:
         """What to tell of it, and how many tokens of each choice the store has then."""
         hold.begun += 1
         hold.asked = False
@@ -290,7 +290,7 @@ class Checkpoints:
         done = hold.complete and not hold.renew_only
         return Keep(hold.key, self._owner, hold.epoch, hold.at, sealed, lease, done), counts
 
-    def _heard(self, hold: Hold, step: Keep, counts: list[int], since: float, kept: KeptStatus) -> None:
+    def _heard(self, hold: Session, step: Keep, counts: list[int], since: float, kept: KeptStatus) -> None:
         hold.answered = hold.begun
         match kept.outcome:
             case "kept":
@@ -314,7 +314,7 @@ class Checkpoints:
                 hold.over = hold.over or "another replica took it over"
                 self._settle(hold)
 
-    def _settle(self, hold: Hold) -> None:
+    def _settle(self, hold: Session) -> None:
         if self._holds.get(hold.key.id) is hold:
             del self._holds[hold.key.id]
 
@@ -344,7 +344,7 @@ class Checkpoints:
                         self._heard(hold, step, counts, since, kept)
                 self._changed.notify_all()
 
-    def _wait(self) -> list[Hold]:
+    def _wait(self) -> list[Session]:
         """The requests of which something is to be told; none once all is over."""
         while True:
             now = time.monotonic()
@@ -354,7 +354,7 @@ class Checkpoints:
                 return []
             self._changed.wait(self._lease / 6)
 
-    def _failed(self, holds: Sequence[Hold], why: str) -> None:
+    def _failed(self, holds: Sequence[Session], why: str) -> None:
         now = time.monotonic()
         log.warning("what runs cannot be kept now (%d requests): %s", len(holds), why)
         for hold in holds:

@@ -1,6 +1,6 @@
 """Owns what is kept of one request while it runs: an opening, then the tokens as they come. Pure.
 
-    piece 0     the opening: what answers are made of (`Context`), and a snapshot of every choice
+    piece 0     the opening: what answers are made of (`AnswerContext`), and a snapshot of every choice
     piece 1 …   progress: for some choices, which tokens stand from which index on
 
 Pieces are only ever appended, so what a checkpoint costs does not grow with the answer. A progress may begin before the
@@ -26,7 +26,7 @@ MAX_CHOICES = 1024
 Route = Literal["chat", "completion", "handler"]
 
 
-class Context(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AnswerContext(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the answer is made of besides tokens. `asked` is the digest of the request's body; "" matches nothing."""
 
     route: Route
@@ -38,7 +38,7 @@ class Context(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Opening(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="opening"):
     format: int
-    context: Context
+    context: AnswerContext
     snapshots: Annotated[list[bytes], msgspec.Meta(min_length=1, max_length=MAX_CHOICES)]
 
 
@@ -58,7 +58,7 @@ class _Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pr
 class Record(msgspec.Struct, frozen=True):
     """A request as far as it was kept: a snapshot of every choice, all tokens so far in it."""
 
-    context: Context
+    context: AnswerContext
     choices: tuple[Snapshot, ...]
 
 
@@ -66,7 +66,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Opening | _Progress)
 
 
-def opening(context: Context, choices: Sequence[Snapshot]) -> bytes:
+def opening(context: AnswerContext, choices: Sequence[Snapshot]) -> bytes:
     return _encoder.encode(_Opening(FORMAT, context, [snapshot.encode(choice) for choice in choices]))
 
 

@@ -23,9 +23,9 @@ from runtime.errors import BadRequest, EngineBusy, Moved
 from runtime.resume import position as positions
 from runtime.resume import snapshot
 from runtime.resume.answer import Answer, recorded
-from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.checkpoint import Sessions
 from runtime.resume.position import Position
-from runtime.resume.record import Context, Record, Route
+from runtime.resume.record import AnswerContext, Record, Route
 
 PATIENCE = 10.0  # seconds that a client waits for whoever has its request, and for a slot
 _LOOK = 0.05
@@ -33,7 +33,7 @@ _MOST_KEY = 255
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ResumeQuery:
     """What a request says about being gone on with: its id ("" if it names none), the client's place, and what makes
     it the same request: the digest of its path and body."""
 
@@ -42,24 +42,24 @@ class Asked:
     digest: str
 
 
-def asked(headers: Mapping[str, str], prefix: str, path: str, body: bytes) -> Asked:
+def asked(headers: Mapping[str, str], prefix: str, path: str, body: bytes) -> ResumeQuery:
     """`prefix` begins the ids of this route. Raises `BadRequest` for headers that say nothing."""
     digest = hashlib.blake2b(path.encode() + b"\0" + body, digest_size=16).hexdigest()
     if last := headers.get("Last-Event-ID", ""):
         place = positions.parse(last)
         if place is None or not place.id.startswith(f"{prefix}-"):
             raise BadRequest("Last-Event-ID is no event of this route; send the one of the last event", "Last-Event-ID")
-        return Asked(place.id, place, digest)
+        return ResumeQuery(place.id, place, digest)
     if key := headers.get("Idempotency-Key", ""):
         if len(key) > _MOST_KEY:
             raise BadRequest(f"Idempotency-Key has {len(key)} characters; at most {_MOST_KEY}", "Idempotency-Key")
         # Another caller's key is another key, as far as the function can tell callers apart.
         whose = f"{headers.get('Authorization', '')}\0{key}".encode(errors="surrogateescape")
-        return Asked(f"{prefix}-{hashlib.blake2b(whose, digest_size=16).hexdigest()}", None, digest)
-    return Asked("", None, digest)
+        return ResumeQuery(f"{prefix}-{hashlib.blake2b(whose, digest_size=16).hexdigest()}", None, digest)
+    return ResumeQuery("", None, digest)
 
 
-def asked_of_handler(headers: Mapping[str, str], path: str, body: bytes) -> Asked:
+def asked_of_handler(headers: Mapping[str, str], path: str, body: bytes) -> ResumeQuery:
     """Ids that are not ours are the handler's own business."""
     mine = positions.parse(headers.get("Last-Event-ID", ""))
     own = {name: headers[name] for name in ("Authorization", "Idempotency-Key") if name in headers}
@@ -78,7 +78,7 @@ class TakenUp:
     """A request that goes on: of each choice its answer (nothing but an end where that was told before), and the tokens
     and characters that were told."""
 
-    context: Context
+    context: AnswerContext
     answers: tuple[Answer, ...]
     told: tuple[int, ...]
     said: tuple[int, ...]
@@ -86,7 +86,7 @@ class TakenUp:
     usage_told: bool
 
 
-def take_up(book: Checkpoints, model: Continuing, wanted: Asked, route: Route) -> TakenUp | None:
+def take_up(book: Sessions, model: Continuing, wanted: ResumeQuery, route: Route) -> TakenUp | None:
     """None when nothing is kept of it. Raises `Moved` while another has it, `BadRequest` when it is another request,
 
     `SnapshotRefused`, `EngineBusy`.
@@ -112,7 +112,7 @@ def take_up(book: Checkpoints, model: Continuing, wanted: Asked, route: Route) -
         raise
 
 
-def _same(found: Record, wanted: Asked, route: Route) -> None:
+def _same(found: Record, wanted: ResumeQuery, route: Route) -> None:
     if (found.context.asked, found.context.route) != (wanted.digest, route):
         header = "Last-Event-ID" if wanted.position else "Idempotency-Key"
         raise BadRequest(
@@ -123,7 +123,7 @@ def _same(found: Record, wanted: Asked, route: Route) -> None:
 
 
 def _go_on(
-    book: Checkpoints,
+    book: Sessions,
     model: Continuing,
     claimed: Claimed,
     since: float,

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 from cache_agent.snapshots.store import Key
 from runtime.engine.base import GenerationRequest, TokenEvent
-from runtime.resume.record import Context
+from runtime.resume.record import AnswerContext
 
 if TYPE_CHECKING:
-    from runtime.resume.checkpoint import Checkpoints
+    from runtime.resume.checkpoint import Sessions
 
 
-class Hold:
-    """One request that this worker answers: what was told of it, and under which right. Its `Checkpoints` guards it."""
+class Session:
+    """One request that this worker answers: what was told of it, and under which right. Its `Sessions` guards it."""
 
     def __init__(
         self,
-        book: Checkpoints,
+        book: Sessions,
         key: Key,
         epoch: int,
-        context: Context,
+        context: AnswerContext,
         requests: Sequence[GenerationRequest],
         tokens: Sequence[Sequence[int]] = (),
         at: int = 0,

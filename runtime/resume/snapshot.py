@@ -208,7 +208,7 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ReplicaIdentity:
     """What a replica is, as far as snapshots care; `arithmetic` matters to deterministic requests only."""
 
     engine: str
@@ -228,12 +228,12 @@ class Place:
         return Snapshot(state, self.tokenizer, self.adapter, epoch)
 
 
-def check(snapshot: Snapshot, here: Place) -> None:
+def check(snapshot: Snapshot, here: ReplicaIdentity) -> None:
     """Raises `SnapshotRefused` that names the first thing in which `here` differs from where it was made."""
     state = snapshot.state
     if state.version != STATE_VERSION:
         raise SnapshotRefused(f"the generation's state has version {state.version}, here is version {STATE_VERSION}")
-    there = Place(state.engine, state.revision, snapshot.tokenizer, snapshot.adapter, state.arithmetic)
+    there = ReplicaIdentity(state.engine, state.revision, snapshot.tokenizer, snapshot.adapter, state.arithmetic)
     if not state.request.deterministic:
         here, there = replace(here, arithmetic=""), replace(there, arithmetic="")
     for what in ("engine", "revision", "tokenizer", "adapter", "arithmetic"):

@@ -12,26 +12,26 @@ from collections.abc import Callable
 from runtime.errors import RequestGone
 from runtime.function.model import Model, TextStream
 from runtime.resume.answer import Answer
-from runtime.resume.checkpoint import Checkpoints
-from runtime.resume.record import Context
-from runtime.resume.resume import Asked, take_up
+from runtime.resume.checkpoint import Sessions
+from runtime.resume.record import AnswerContext
+from runtime.resume.resume import ResumeQuery, take_up
 
 PREFIX = "gen"
 
 
-def keeper(book: Checkpoints, wanted: Asked) -> Callable[[TextStream], None]:
+def keeper(book: Sessions, wanted: ResumeQuery) -> Callable[[TextStream], None]:
     """What is done with a stream that a handler returned."""
 
     def keep(text: TextStream) -> None:
         if not text.usage.completion_tokens and text.finish_reason is None:
-            context = Context("handler", wanted.id or f"{PREFIX}-{secrets.token_hex(12)}", 0, wanted.digest)
+            context = AnswerContext("handler", wanted.id or f"{PREFIX}-{secrets.token_hex(12)}", 0, wanted.digest)
             hold = book.open(context, [text.request])
             text.kept(context.id, Answer.of(text.request, text.tokens).keep(hold, 0))
 
     return keep
 
 
-def resumed(book: Checkpoints, model: Model, wanted: Asked) -> TextStream | None:
+def resumed(book: Sessions, model: Model, wanted: ResumeQuery) -> TextStream | None:
     """The rest of a stream that a handler returned; None when the handler is to be called. Raises what `take_up` does,
     and `RequestGone`."""
     if not wanted.id:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from runtime.function.handler import Handler
     from runtime.handoff.incoming import Moving
     from runtime.http.server import HttpServer
-    from runtime.resume.checkpoint import Checkpoints
+    from runtime.resume.checkpoint import Sessions
     from runtime.zygote.warm import Warm
 
 log = logging.getLogger("glowplug.worker")
@@ -75,7 +75,7 @@ class Worker:
         self._over = threading.Event()  # nothing is served any more
         self._cut = 0  # requests that the grace was too short for
         self._end_at = 0.0  # when the grace is over; 0 while nobody has asked for the end
-        self._book: Checkpoints | None = None
+        self._book: Sessions | None = None
         self._moving: Moving | None = None
         self._given_up = threading.Event()  # another worker does the work: the weights are not needed any more
         self._exit: FunctionError | None = None

@@ -27,9 +27,9 @@ from runtime.function.testing import toy_model
 from runtime.handoff.incoming import Moving
 from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
-from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.checkpoint import Sessions
 from runtime.resume.seal import Plain
-from runtime.resume.snapshot import Place
+from runtime.resume.snapshot import ReplicaIdentity
 from runtime.sse import EventParser
 
 CHAT = "/v1/chat/completions"
@@ -44,10 +44,10 @@ class Replica:
         self.model = toy_model(
             step_delay=options.get("delay", 0.002), slots=options.get("slots", 8), context_length=1 << 16
         )
-        place = options.get("place") or Place("toy", "toy", "tok", "", "")
+        place = options.get("place") or ReplicaIdentity("toy", "toy", "tok", "", "")
         self.name = options.get("name", f"replica-{id(self)}")
         if options.get("keep", True):
-            self.model.book = Checkpoints(
+            self.model.book = Sessions(
                 SnapshotClient(lambda: agent.client, timeout=2.0),
                 "chat",
                 options.get("seal", Plain()),

@@ -15,10 +15,10 @@ from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
 from runtime.engine.toy import ToyCodec, ToyEngine
 from runtime.handoff.live import LiveEngine
 from runtime.resume.answer import Answer
-from runtime.resume.checkpoint import Checkpoints
-from runtime.resume.record import Context
+from runtime.resume.checkpoint import Sessions
+from runtime.resume.record import AnswerContext
 from runtime.resume.seal import Plain
-from runtime.resume.snapshot import Place
+from runtime.resume.snapshot import ReplicaIdentity
 
 COUNT = 60
 REQUEST = GenerationRequest("gen-0123456789abcdef", tuple(ToyCodec().encode("one two drei")), COUNT)
@@ -33,10 +33,10 @@ def engines() -> Iterator[list[ToyEngine]]:
 
 
 @pytest.fixture
-def book() -> Iterator[Checkpoints]:
+def book() -> Iterator[Sessions]:
     with LocalAgent.running() as agent:
-        client, place = SnapshotClient(lambda: agent.client), Place("toy", "toy", "")
-        book = Checkpoints(client, "answers", Plain(), lambda: place, owner="this-worker", every=4)
+        client, place = SnapshotClient(lambda: agent.client), ReplicaIdentity("toy", "toy", "")
+        book = Sessions(client, "answers", Plain(), lambda: place, owner="this-worker", every=4)
         yield book
         book.close(time.monotonic() + 2)
 
@@ -87,10 +87,10 @@ def test_a_record_and_the_engine_behind_it_tell_each_token_once(engines: list[To
     assert list(answer) == events[seen:]
 
 
-def test_a_session_hears_of_what_is_made_again_and_not_told(engines: list[ToyEngine], book: Checkpoints) -> None:
+def test_a_session_hears_of_what_is_made_again_and_not_told(engines: list[ToyEngine], book: Sessions) -> None:
     """What its client saw before a crash is in no record: else nothing after it would be kept, either."""
     events = whole(engines[0])
-    session = book.open(Context("chat", REQUEST.id), [REQUEST])
+    session = book.open(AnswerContext("chat", REQUEST.id), [REQUEST])
     answer = Answer(REQUEST, engines[0].submit(REQUEST)).keep(session, 0).resume((), 15)
     assert list(answer) == events[15:]
     assert session.tokens == [[event.token for event in events]]
@@ -98,9 +98,9 @@ def test_a_session_hears_of_what_is_made_again_and_not_told(engines: list[ToyEng
 
 
 def test_an_answer_whose_session_is_over_ends_and_makes_no_more_tokens(
-    engines: list[ToyEngine], book: Checkpoints, eventually: Callable[..., Any]
+    engines: list[ToyEngine], book: Sessions, eventually: Callable[..., Any]
 ) -> None:
-    session = book.open(Context("chat", REQUEST.id), [REQUEST])
+    session = book.open(AnswerContext("chat", REQUEST.id), [REQUEST])
     answer = Answer(REQUEST, engines[0].submit(REQUEST)).keep(session, 0)
     told = [next(answer) for _ in range(3)]
     session.let_go("a test")

@@ -25,7 +25,7 @@ from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import Relay
 from runtime.resume.client import ask
 from runtime.resume.seal import Sealed
-from runtime.resume.snapshot import Place
+from runtime.resume.snapshot import ReplicaIdentity
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_ten_drains_in_a_row_of_one_stream(
 ) -> None:
     replicas = [replica(delay=SLOW), replica(delay=SLOW)]
     body = {"temperature": 1.0, "seed": 7, "messages": [{"role": "user", "content": " ".join([WORDS] * 4)}]}
-    whole = parsed(replica(delay=0.0, place=Place("toy", "other", "tok")).post(CHAT, chat(**body))[2])
+    whole = parsed(replica(delay=0.0, place=ReplicaIdentity("toy", "other", "tok")).post(CHAT, chat(**body))[2])
     (answer,) = clients.ask(replicas[0], 1, **body)
     for number in range(10):
         replicas[number].drain()
@@ -213,7 +213,9 @@ def test_a_replica_of_another_kind_gets_nothing(
     replica: Callable[..., Replica], clients: Clients, agent: LocalAgent, other: str
 ) -> None:
     first = replica()
-    options = {"place": Place("toy", "another", "tok")} if other == "revision" else {"seal": Sealed(b"k" * 32)}
+    options = (
+        {"place": ReplicaIdentity("toy", "another", "tok")} if other == "revision" else {"seal": Sealed(b"k" * 32)}
+    )
     second = replica(**options)
     answers = clients.ask(first, 2)
     first.drain()

@@ -26,7 +26,7 @@ from runtime.handoff.pipe import Pipe
 from runtime.handoff.relay import Relay
 from runtime.http.lifecycle import Lifecycle
 from runtime.resume.seal import Plain
-from runtime.resume.snapshot import Place
+from runtime.resume.snapshot import ReplicaIdentity
 
 COUNT = 40
 
@@ -41,7 +41,7 @@ class Pair:
         self.deaf = False  # the other one stands still from its first offer on
         self.releasable = True
         self.released = threading.Event()
-        place = Place("batched", "r", "t", "", first.arithmetic)
+        place = ReplicaIdentity("batched", "r", "t", "", first.arithmetic)
         self._departure = Departure(
             self.live, None, lambda: place, self._seek, lambda: self.releasable, self.released.set, self.told.append
         )

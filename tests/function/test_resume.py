@@ -20,7 +20,7 @@ from cache_agent.snapshots.store import Key
 from runtime.commands import ask as commands
 from runtime.resume.client import AskFailed, ask
 from runtime.resume.seal import Plain, Sealed
-from runtime.resume.snapshot import Place
+from runtime.resume.snapshot import ReplicaIdentity
 from runtime.sse import EventParser
 
 
@@ -188,7 +188,7 @@ def test_what_is_refused_by_name(replica: Any) -> None:
 
 @pytest.mark.parametrize("what", ["engine", "revision", "tokenizer", "adapter"])
 def test_another_replica_refuses_with_the_reason_and_lets_go(replica: Any, what: str) -> None:
-    here = Place("toy", "toy", "tok")
+    here = ReplicaIdentity("toy", "toy", "tok")
     first, stranger, third = replica(), replica(place=replace(here, **{what: "other"})), replica()
     whole = said(parsed(first.post(CHAT, chat())[2]))
     head = first.cut(CHAT, chat(), 9)

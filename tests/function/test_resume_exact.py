@@ -14,8 +14,8 @@ from runtime.engine.base import STATE_VERSION, GenerationState, TokenEvent
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
 from runtime.resume import record, resume
-from runtime.resume.record import Context
-from runtime.resume.snapshot import Place, Snapshot, check
+from runtime.resume.record import AnswerContext
+from runtime.resume.snapshot import ReplicaIdentity, Snapshot, check
 
 COUNT = 40
 
@@ -43,10 +43,13 @@ def test_the_tokens_and_texts_of_the_uninterrupted_run(
     first, second = engines
     request = ask("chatcmpl-0123456789abcdef-0", COUNT, sampling=sampling)
     whole = run(first, replace(request, id="whole"))
-    place = Place("batched", "r", "t", "", first.arithmetic)
+    place = ReplicaIdentity("batched", "r", "t", "", first.arithmetic)
     kept = Snapshot(GenerationState(STATE_VERSION, "batched", "r", request, (), 0), "t")
     tokens = [event.token for event in whole[:cut]]
-    pieces = [record.opening(Context("chat", "chatcmpl-0123456789abcdef"), [kept]), record.progress({0: (0, tokens)})]
+    pieces = [
+        record.opening(AnswerContext("chat", "chatcmpl-0123456789abcdef"), [kept]),
+        record.progress({0: (0, tokens)}),
+    ]
     (choice,) = record.assemble(pieces).choices
     check(choice, place)
     others = [

@@ -17,8 +17,8 @@ from runtime.engine.base import STATE_VERSION, GenerationRequest, GenerationStat
 from runtime.engine.toy import ToyEngine
 from runtime.errors import SnapshotRefused
 from runtime.resume import record, snapshot
-from runtime.resume.record import Context
-from runtime.resume.snapshot import Place, Snapshot, check, decode, encode
+from runtime.resume.record import AnswerContext
+from runtime.resume.snapshot import ReplicaIdentity, Snapshot, check, decode, encode
 
 REQUEST = GenerationRequest(
     "chatcmpl-0123456789abcdef01234567-0",
@@ -38,7 +38,7 @@ ROWS = (
 STATE = GenerationState(STATE_VERSION, "batched", "rev-1", REQUEST, (11, 12), 3, ROWS, "8 rows, 1 thread")
 SNAPSHOT = Snapshot(STATE, "tok-1", "", 7)
 BARE = Snapshot(replace(STATE, kv=(), generated=(), emitted=0, arithmetic=""), "tok-1")
-HERE = Place("batched", "rev-1", "tok-1", "", "8 rows, 1 thread")
+HERE = ReplicaIdentity("batched", "rev-1", "tok-1", "", "8 rows, 1 thread")
 
 
 def resealed(data: bytes) -> bytes:
@@ -197,7 +197,7 @@ def test_a_real_state_goes_through_the_format_and_on() -> None:
 
 # --- what is kept of a request ----------------------------------------------------------------------------------------
 
-CONTEXT = Context("chat", "chatcmpl-0123456789abcdef01234567", 1_700_000_000, "d1", True)
+CONTEXT = AnswerContext("chat", "chatcmpl-0123456789abcdef01234567", 1_700_000_000, "d1", True)
 
 
 def test_golden_pieces(golden: Callable[[str, Any], None]) -> None:

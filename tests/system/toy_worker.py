@@ -30,10 +30,10 @@ from runtime.handoff.incoming import Moving
 from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.http.server import HttpServer
-from runtime.resume.checkpoint import Checkpoints
+from runtime.resume.checkpoint import Sessions
 from runtime.resume.seal import Plain
-from runtime.resume.session import Hold
-from runtime.resume.snapshot import Place
+from runtime.resume.session import Session
+from runtime.resume.snapshot import ReplicaIdentity
 
 LEASE = 0.8
 
@@ -61,15 +61,15 @@ class Line(NamedTuple):
         return cls(float(time_), id_, int(epoch), owner, int(choice), int(index), int(token))
 
 
-class Watched(Checkpoints):
+class Watched(Sessions):
     """Takes down, in a file that outlives this process, what its owner told and when."""
 
     def __init__(self, told: str, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._told = os.open(told, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        self._inherited: weakref.WeakSet[Hold] = weakref.WeakSet()
+        self._inherited: weakref.WeakSet[Session] = weakref.WeakSet()
 
-    def tell(self, hold: Hold, choice: int, event: TokenEvent) -> bool:
+    def tell(self, hold: Session, choice: int, event: TokenEvent) -> bool:
         permitted = super().tell(hold, choice, event)
         if permitted and event.token is not None and hold not in self._inherited:
             # It was permitted while the lease ran: a process that was stopped since then must not seem to tell later.
@@ -79,7 +79,7 @@ class Watched(Checkpoints):
             os.write(self._told, f"{line}\n".encode())
         return permitted
 
-    def inherit(self, *arguments: Any) -> Hold:
+    def inherit(self, *arguments: Any) -> Session:
         hold = super().inherit(*arguments)
         self._inherited.add(hold)  # it is told to a client by the worker that drains
         return hold
@@ -101,7 +101,7 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     model = toy_model(step_delay=0.004, slots=16, context_length=1 << 20)
     engine = model.engine  # its own, whatever it relays
     client = SnapshotClient(lambda: CacheClient(path, timeout=2), timeout=2.0)
-    here = Place("toy", "toy", "tok")
+    here = ReplicaIdentity("toy", "toy", "tok")
     book = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
     model.book = None if kind == "unkept" else book
     if kind == "halting":

@@ -32,7 +32,7 @@ _AGAIN = 5.0  # seconds after which a pool that was lost is looked for, for the 
 Event = Forked | Refused | Ended
 
 
-class Pool(Zygote):
+class PoolZygote(Zygote):
     """A pool as a shim sees it: a zygote that has wishes. It repeats a wish while it has it."""
 
     retire = False  # the worker that there is
@@ -52,7 +52,7 @@ class Node:
 
     def __init__(self, config: FunctionConfig) -> None:
         self._config = config
-        self._pool: Pool | None = None
+        self._pool: PoolZygote | None = None
         self._number = 0
         self._asked = 0
         self._again_at = 0.0
@@ -66,7 +66,7 @@ class Node:
 
     def take_over(self, handed: Handed) -> bool:
         """The connection of the static twin, as `connect`."""
-        pool = Pool(Wire(socket.socket(fileno=handed.pool)), 0, -1)
+        pool = PoolZygote(Wire(socket.socket(fileno=handed.pool)), 0, -1)
         self._number, self._asked = handed.number, handed.number if handed.forking else 0
         if handed.parked:
             self._known = {"parked": {"parked": 1}}
@@ -77,7 +77,7 @@ class Node:
         pool.state, self._pool = "ready", pool
         return True
 
-    def _greeted(self, pool: Pool) -> bool:
+    def _greeted(self, pool: PoolZygote) -> bool:
         poller = select.poll()
         poller.register(pool.wire, select.POLLIN)
         deadline = time.monotonic() + POOL_SECONDS
@@ -95,7 +95,7 @@ class Node:
         pool.close()
         return False
 
-    def _reach(self) -> Pool | None:
+    def _reach(self) -> PoolZygote | None:
         """A pool that has been told what this function is; it can begin before it is asked for a worker."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)
@@ -105,7 +105,7 @@ class Node:
             sock.close()
             self.why = f"no pool answers at {self._config.pool} ({error.strerror or error})"
             return None
-        pool = Pool(Wire(sock), 0, -1)
+        pool = PoolZygote(Wire(sock), 0, -1)
         needs = identity.needs()
         made_of = {"wants": messages.VERSION, "machine": needs.machine, "python": needs.python, "base": needs.base}
         with contextlib.suppress(Gone):  # if it has gone, what it said before it did is read as all else

@@ -69,7 +69,7 @@ class Work(Protocol):
 
 
 @dataclass
-class _Guest:
+class _Adopted:
     """One request; its parts until all of it is there, then its streams."""
 
     offer: Offer
@@ -88,7 +88,7 @@ class _Guest:
             answer.close()
 
 
-class Guests:
+class AdoptedRequests:
     """Those of one pipe. `run` is for a thread of its own."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Guests:
     ) -> None:
         """`left` says whether this worker drains itself, and takes nothing new any more."""
         self._pipe, self._here, self._place, self._left, self._work = pipe, here, place, left, work
-        self._guests: dict[int, _Guest] = {}
+        self._guests: dict[int, _Adopted] = {}
         self._lock = threading.Lock()  # guards who is there, and how many streams of each still run
 
     def run(self) -> None:
@@ -146,7 +146,7 @@ class Guests:
             self._refuse(offer.number, why)
             return
         with self._lock:
-            self._guests[offer.number] = _Guest(offer)
+            self._guests[offer.number] = _Adopted(offer)
 
     def _forget(self, number: int) -> None:
         with self._lock:
@@ -188,7 +188,7 @@ class Guests:
         if guest.offer.now:
             self._tell(guest)
 
-    def _begin(self, guest: _Guest) -> None:
+    def _begin(self, guest: _Adopted) -> None:
         """Raises `SnapshotRefused`, `EngineBusy`, `EngineFailed`, `BadRequest`, `Moved`."""
         at = 0
         with memoryview(guest.data) as view:
@@ -206,13 +206,13 @@ class Guests:
 
     # --- running ----------------------------------------------------------------------------------------------------
 
-    def _go(self, guest: _Guest, epoch: int) -> None:
+    def _go(self, guest: _Adopted, epoch: int) -> None:
         if guest.offer.kept is not None:
             self._inherit(guest, guest.offer.kept, epoch)
         self._pipe.send(Running(guest.offer.number))
         self._tell(guest)
 
-    def _inherit(self, guest: _Guest, kept: Kept, epoch: int) -> None:
+    def _inherit(self, guest: _Adopted, kept: Kept, epoch: int) -> None:
         """Puts the answers under this worker's own right to tell them."""
         book = self._here.book
         if book is None:
@@ -229,13 +229,13 @@ class Guests:
         for choice, answer in guest.answers.items():
             answer.keep(hold, choice)
 
-    def _tell(self, guest: _Guest) -> None:
+    def _tell(self, guest: _Adopted) -> None:
         guest.running = len(guest.answers)
         for choice, answer in guest.answers.items():
             arguments = guest, choice, answer
             threading.Thread(target=self._send_on, args=arguments, name="guest", daemon=True).start()
 
-    def _send_on(self, guest: _Guest, choice: int, answer: Answer) -> None:
+    def _send_on(self, guest: _Adopted, choice: int, answer: Answer) -> None:
         number = guest.offer.number
         try:
             while True:

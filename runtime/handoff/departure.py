@@ -20,8 +20,8 @@ from cache_agent.errors import AgentError
 from runtime.engine.base import TokenStream
 from runtime.errors import FunctionError
 from runtime.handoff.live import LiveEngine
-from runtime.handoff.migration import Mover, Told, Unit
-from runtime.handoff.migration_table import Event
+from runtime.handoff.migration import Migration, MigrationReport, Unit
+from runtime.handoff.migration_table import MigrationEvent
 from runtime.handoff.orphans import Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import Relay, Sent
@@ -52,7 +52,7 @@ class Departure:
         seek: Seek,
         releasable: Callable[[], bool],
         released: Callable[[], None],
-        report: Callable[[Told], None],
+        report: Callable[[MigrationReport], None],
     ) -> None:
         """`releasable` says whether the own engine may go once it runs nothing; then `released` is called.
 
@@ -66,7 +66,7 @@ class Departure:
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._orphans = Orphans(live, self._wake.set)
-        self._mover = Mover(live, book, place, self._orphans, self._closing)
+        self._mover = Migration(live, book, place, self._orphans, self._closing)
         self._relay: Relay | None = None
         self._thread = threading.Thread(target=self._run, name="handoff", daemon=True)
 
@@ -152,17 +152,17 @@ class Departure:
                 sent = orphan.sent
                 unit = Unit(streams, sent.hold, orphan, frozen_at=orphan.since, epoch=sent.epoch, why=orphan.why)
                 match self._recover(unit, sent):
-                    case Event.YES:
+                    case MigrationEvent.YES:
                         units.append(unit)
-                    case Event.NO:
+                    case MigrationEvent.NO:
                         self._orphans.give_up(orphan, unit.why)
         return units
 
-    def _recover(self, unit: Unit, sent: Sent) -> Event:
+    def _recover(self, unit: Unit, sent: Sent) -> MigrationEvent:
         if unit.hold is None or self._book is None or sent.owner == self._book.owner:
-            return Event.YES
+            return MigrationEvent.YES
         event = self._mover.transfer(unit, sent.owner, sent.epoch, self._book.owner)
-        if event is Event.YES:
+        if event is MigrationEvent.YES:
             sent.owner, sent.epoch = self._book.owner, sent.epoch + 1
             unit.epoch = sent.epoch
         return event

@@ -1,6 +1,6 @@
 """Owns this worker's readiness to go on with others' requests: it waits at its agent, and serves whoever is sent.
 
-agent ◄── host(kin) ── this worker        matched + one end of a pipe ──► `Guests` on a thread of its own ── again
+agent ◄── host(kin) ── this worker        matched + one end of a pipe ──► `AdoptedRequests` on a thread of its own ── again
 
 It waits only while it has a free slot, so that nobody is sent to one who cannot take anything.
 """
@@ -18,7 +18,7 @@ from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.handoff import await_match, offer_to_host
 from cache_agent.errors import AgentError
 from cache_agent.wire.channel import Channel, Disconnected
-from runtime.handoff.adopted import Guests, Taking, Work
+from runtime.handoff.adopted import AdoptedRequests, Taking, Work
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume.seal import Seal
 from runtime.resume.snapshot import ReplicaIdentity
@@ -29,7 +29,7 @@ _AGAIN = (0.2, 10.0)  # seconds between attempts to reach the agent: first, and 
 _LOOK = 0.2
 
 
-class Host:
+class Destination:
     """One worker's. `begin` starts it; `leave` ends that anybody new is taken in, what is here runs on."""
 
     def __init__(
@@ -106,4 +106,4 @@ class Host:
             with pipe:
                 return
         log.info("taking what %s hands over", greeting.owner)
-        Guests(pipe, self._here, self._place, self._leaving.is_set, self._work).run()
+        AdoptedRequests(pipe, self._here, self._place, self._leaving.is_set, self._work).run()

@@ -16,9 +16,9 @@ from runtime.engine.base import STATE_VERSION
 from runtime.function.model import Model
 from runtime.handoff.adopted import Work
 from runtime.handoff.departure import Departure
-from runtime.handoff.destination import Host
+from runtime.handoff.destination import Destination
 from runtime.handoff.live import LiveEngine
-from runtime.handoff.migration import Told
+from runtime.handoff.migration import MigrationReport
 from runtime.handoff.pipe import Pipe
 from runtime.handoff.relay import Relay
 from runtime.handoff.reporter import Reporter
@@ -27,7 +27,7 @@ from runtime.resume.sessions import place_of
 from runtime.resume.snapshot import VERSION, ReplicaIdentity
 
 
-class Moving:
+class Incoming:
     """One worker's. `model.engine` is a `LiveEngine` from here on."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Moving:
         model.engine = live = LiveEngine(model.engine)
         self._owner = model.book.owner if model.book else f"worker-{os.getpid()}-{secrets.token_hex(8)}"
         self._reporter = Reporter(lambda items: report(client(), items))
-        self._host = Host(client, model, place, self._kin, self._owner, sealing, work)
+        self._host = Destination(client, model, place, self._kin, self._owner, sealing, work)
         self._departure = Departure(
             live, model.book, place, self._seek, lambda: not model.raw_read, released, self._report
         )
@@ -90,7 +90,7 @@ class Moving:
             with pipe:
                 raise
 
-    def _report(self, told: Told) -> None:
+    def _report(self, told: MigrationReport) -> None:
         self._reporter.report(
             HandoffOutcome(
                 self._function,
@@ -108,8 +108,8 @@ class Moving:
 
 def moving(
     config: FunctionConfig, client: Callable[[], CacheClient], model: Model, work: Work, released: Callable[[], None]
-) -> Moving | None:
+) -> Incoming | None:
     """None for a function whose requests stay where they are. Raises `BadConfig`."""
     if not (name := config.handoff_name):
         return None
-    return Moving(name, client, model, lambda: place_of(model), seal(config.function_key_file), work, released)
+    return Incoming(name, client, model, lambda: place_of(model), seal(config.function_key_file), work, released)

@@ -17,8 +17,8 @@ from runtime.engine.base import GenerationState
 from runtime.errors import FunctionError
 from runtime.handoff.live import LiveEngine
 from runtime.handoff.messages import Kept, Ready, Refused, Running
-from runtime.handoff.migration_table import Action, Event, Move, travels
-from runtime.handoff.orphans import Orphan, Orphans
+from runtime.handoff.migration_table import MigrationAction, MigrationEvent, MigrationState, travels
+from runtime.handoff.orphans import OrphanedRequest, Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import ANSWER, Relay, Sent
 from runtime.resume.answer import Answer
@@ -35,7 +35,7 @@ _LOOK = 0.1
 
 
 @dataclass(slots=True)
-class Told:
+class MigrationReport:
     """How one request fared. `how` is "kv", "recompute" or "relay"; `outcome` "moved", "back" or "lost"."""
 
     id: str
@@ -53,7 +53,7 @@ class Unit:
 
     streams: dict[int, Answer]  # by choice
     hold: Session | None
-    orphan: Orphan | None = None
+    orphan: OrphanedRequest | None = None
     snapshots: list[Snapshot] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     sent: Sent | None = None
@@ -68,7 +68,7 @@ class Unit:
         return self.hold.key.id if self.hold else next(iter(self.streams.values())).request_id
 
 
-class Mover:
+class Migration:
     """One worker's; for the thread of its `Departure` alone."""
 
     def __init__(
@@ -82,9 +82,9 @@ class Mover:
         self._live, self._book, self._place = live, book, place
         self._orphans, self._closing = orphans, closing
 
-    def move(self, unit: Unit, relay: Relay) -> Told | None:
+    def move(self, unit: Unit, relay: Relay) -> MigrationReport | None:
         """None where nothing was to be moved after all."""
-        move, event = Move(), Event.BEGIN
+        move, event = MigrationState(), MigrationEvent.BEGIN
         try:
             while not move.over:
                 for action in move.handle(event):
@@ -98,64 +98,64 @@ class Mover:
         pause = (unit.running_at or time.monotonic()) - unit.frozen_at
         how = f"{unit.how}: {unit.why}" if unit.why else unit.how
         log.info("%s: %s, to %s, in %.0f ms (%s)", unit.id, move.state, relay.owner, pause * 1e3, how)
-        return Told(unit.id, relay.owner, tokens, pause, unit.how, move.state, unit.why)
+        return MigrationReport(unit.id, relay.owner, tokens, pause, unit.how, move.state, unit.why)
 
     # --- what `move` decided ----------------------------------------------------------------------------------------
 
-    def _act(self, action: Action, unit: Unit, relay: Relay) -> Event | None:
+    def _act(self, action: MigrationAction, unit: Unit, relay: Relay) -> MigrationEvent | None:
         match action:
-            case Action.FREEZE:
+            case MigrationAction.FREEZE:
                 return self._freeze(unit, relay)
-            case Action.OFFER:
+            case MigrationAction.OFFER:
                 return self._offer(unit, relay)
-            case Action.COMMIT:
+            case MigrationAction.COMMIT:
                 return self._commit(unit, relay)
-            case Action.GO:
+            case MigrationAction.GO:
                 return self._go(unit, relay)
-            case Action.RECLAIM:
+            case MigrationAction.RECLAIM:
                 return self._reclaim(unit, relay)
-            case Action.ATTACH:
+            case MigrationAction.ATTACH:
                 self._attach(unit, relay)
-            case Action.DROP:
+            case MigrationAction.DROP:
                 if unit.sent is not None:
                     relay.drop(unit.sent)
-            case Action.RESUME:
+            case MigrationAction.RESUME:
                 self._resume(unit)
-            case Action.LOSE:
+            case MigrationAction.LOSE:
                 self._lose(unit)
         return None
 
-    def _freeze(self, unit: Unit, relay: Relay) -> Event:
+    def _freeze(self, unit: Unit, relay: Relay) -> MigrationEvent:
         if unit.orphan is not None:
             return self._still(unit, unit.orphan.sent)
         hold = unit.hold
         if hold is not None:
             assert self._book is not None, "it holds it"
             if not self._book.freeze(hold, time.monotonic() + _FREEZE):
-                return Event.UNFIT
+                return MigrationEvent.UNFIT
             if set(unit.streams) != set(range(len(hold.requests))) - hold.ended:
-                return Event.UNFIT  # one of its choices has just ended, and its last tokens are not told yet
+                return MigrationEvent.UNFIT  # one of its choices has just ended, and its last tokens are not told yet
             unit.epoch, unit.ended = hold.epoch, sorted(hold.ended)
         try:
             states = {choice: self._export(stream, unit, relay) for choice, stream in unit.streams.items()}
         except (KeyError, FunctionError) as error:  # it ended in this moment, or its step takes for ever
             log.debug("%s is not moved now: %r", unit.id, error)
-            return Event.UNFIT
+            return MigrationEvent.UNFIT
         place = self._place()
         whole = list(states.values())
         if hold is not None:
             told = zip(hold.requests, hold.tokens, strict=True)
             whole = [states.get(n) or place.state(request, ids) for n, (request, ids) in enumerate(told)]
         unit.snapshots = [place.snapshot(state, unit.epoch) for state in whole]
-        return Event.FROZEN
+        return MigrationEvent.FROZEN
 
-    def _still(self, unit: Unit, sent: Sent) -> Event:
+    def _still(self, unit: Unit, sent: Sent) -> MigrationEvent:
         """It runs nowhere: its state is what came of it."""
         running = set(sent.streams)
         unit.ended = [n for n in range(len(sent.tokens)) if n not in running]
         unit.snapshots = [replace(each, state=sent.state(n), epoch=unit.epoch) for n, each in enumerate(sent.snapshots)]
         unit.how = "recompute" if any(sent.tokens) else "relay"
-        return Event.FROZEN
+        return MigrationEvent.FROZEN
 
     def _export(self, stream: Answer, unit: Unit, relay: Relay) -> GenerationState:
         size, again = self._live.recompute(stream.request_id)
@@ -166,7 +166,7 @@ class Mover:
             unit.how = "kv" if state.kv else "recompute"
         return state
 
-    def _offer(self, unit: Unit, relay: Relay) -> Event:
+    def _offer(self, unit: Unit, relay: Relay) -> MigrationEvent:
         kept = Kept(unit.hold.context, unit.ended) if unit.hold else None
         live = list(unit.streams) if unit.hold else [0]
         size = sum(len(row.data) for each in unit.snapshots for row in each.state.kv)
@@ -178,16 +178,16 @@ class Mover:
             return self._broken(unit, relay, error)
         if isinstance(answer, Refused):
             unit.why = f"{answer.text} [{answer.code}]"
-            return Event.REFUSED
-        return Event.READY
+            return MigrationEvent.REFUSED
+        return MigrationEvent.READY
 
-    def _commit(self, unit: Unit, relay: Relay) -> Event:
+    def _commit(self, unit: Unit, relay: Relay) -> MigrationEvent:
         if unit.hold is None:
-            return Event.YES  # nobody else can claim it
+            return MigrationEvent.YES  # nobody else can claim it
         assert self._book is not None, "it holds it"
         return self.transfer(unit, self._book.owner, unit.epoch, relay.owner)
 
-    def _go(self, unit: Unit, relay: Relay) -> Event:
+    def _go(self, unit: Unit, relay: Relay) -> MigrationEvent:
         assert unit.sent is not None, "it was offered"
         try:
             relay.go(unit.sent, unit.epoch + 1 if unit.hold else 0)
@@ -195,18 +195,18 @@ class Mover:
         except Broken as error:
             return self._broken(unit, relay, error)
         unit.running_at = time.monotonic()
-        return Event.RUNNING
+        return MigrationEvent.RUNNING
 
-    def _reclaim(self, unit: Unit, relay: Relay) -> Event:
+    def _reclaim(self, unit: Unit, relay: Relay) -> MigrationEvent:
         if unit.hold is None:
-            return Event.YES
+            return MigrationEvent.YES
         assert self._book is not None, "it holds it"
         unit.epoch += 1
         event = self.transfer(unit, relay.owner, unit.epoch, self._book.owner)
-        unit.epoch += event is Event.YES
+        unit.epoch += event is MigrationEvent.YES
         return event
 
-    def transfer(self, unit: Unit, owner: str, epoch: int, heir: str) -> Event:
+    def transfer(self, unit: Unit, owner: str, epoch: int, heir: str) -> MigrationEvent:
         """Asked again until the store has said something: saying it twice is saying it once."""
         assert unit.hold is not None, "only what is kept has an owner"
         assert self._book is not None, "it holds it"
@@ -214,13 +214,13 @@ class Mover:
         while True:
             try:
                 if self._book.transfer(unit.hold, owner, epoch, heir):
-                    return Event.YES
+                    return MigrationEvent.YES
                 unit.why = "another replica took it over"
-                return Event.NO
+                return MigrationEvent.NO
             except AgentError as error:
                 unit.why = f"whose it is cannot be known now: {error.text} [{error.code}]"
             if time.monotonic() >= deadline:
-                return Event.UNKNOWN
+                return MigrationEvent.UNKNOWN
             self._closing.wait(_LOOK)
 
     def _attach(self, unit: Unit, relay: Relay) -> None:
@@ -256,8 +256,8 @@ class Mover:
         for stream in unit.streams.values():
             self._live.cancel(stream.request_id)
 
-    def _broken(self, unit: Unit, relay: Relay, error: Broken) -> Event:
+    def _broken(self, unit: Unit, relay: Relay, error: Broken) -> MigrationEvent:
         """One that answers too late is not offered anything more: each time something would stand still for it."""
         unit.why = str(error)
         relay.close(unit.why)
-        return Event.BROKEN
+        return MigrationEvent.BROKEN

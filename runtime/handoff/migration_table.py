@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Event(Enum):
+class MigrationEvent(Enum):
     BEGIN = "begin"
     FROZEN = "frozen"  # no step of it is made here any more
     UNFIT = "unfit"  # it ends just now, or is another's already
@@ -43,7 +43,7 @@ class Event(Enum):
     RUNNING = "running"  # the destination tells its tokens
 
 
-class Action(Enum):
+class MigrationAction(Enum):
     FREEZE = "freeze"
     OFFER = "offer"  # its state goes to the destination
     COMMIT = "commit"  # compare and set: ours, now the destination's
@@ -58,32 +58,32 @@ class Action(Enum):
 @dataclass(frozen=True, slots=True)
 class Transition:
     next: str
-    actions: tuple[Action, ...] = ()
+    actions: tuple[MigrationAction, ...] = ()
 
 
 FINAL = {"moved", "back", "lost"}
-_BACK = Transition("back", (Action.DROP, Action.RESUME))
-_LOST = Transition("lost", (Action.DROP, Action.LOSE))
+_BACK = Transition("back", (MigrationAction.DROP, MigrationAction.RESUME))
+_LOST = Transition("lost", (MigrationAction.DROP, MigrationAction.LOSE))
 
-TABLE: dict[tuple[str, Event], Transition] = {
-    ("new", Event.BEGIN): Transition("freezing", (Action.FREEZE,)),
-    ("freezing", Event.FROZEN): Transition("offered", (Action.OFFER,)),
-    ("freezing", Event.UNFIT): Transition("back", (Action.RESUME,)),
-    ("offered", Event.REFUSED): Transition("back", (Action.RESUME,)),
-    ("offered", Event.BROKEN): _BACK,
-    ("offered", Event.READY): Transition("committing", (Action.COMMIT,)),
-    ("committing", Event.YES): Transition("committed", (Action.GO,)),
-    ("committing", Event.NO): _LOST,
-    ("committing", Event.UNKNOWN): _LOST,
-    ("committed", Event.RUNNING): Transition("moved", (Action.ATTACH,)),
-    ("committed", Event.BROKEN): Transition("reclaiming", (Action.DROP, Action.RECLAIM)),
-    ("reclaiming", Event.YES): Transition("back", (Action.RESUME,)),
-    ("reclaiming", Event.NO): Transition("lost", (Action.LOSE,)),
-    ("reclaiming", Event.UNKNOWN): Transition("lost", (Action.LOSE,)),
+TABLE: dict[tuple[str, MigrationEvent], Transition] = {
+    ("new", MigrationEvent.BEGIN): Transition("freezing", (MigrationAction.FREEZE,)),
+    ("freezing", MigrationEvent.FROZEN): Transition("offered", (MigrationAction.OFFER,)),
+    ("freezing", MigrationEvent.UNFIT): Transition("back", (MigrationAction.RESUME,)),
+    ("offered", MigrationEvent.REFUSED): Transition("back", (MigrationAction.RESUME,)),
+    ("offered", MigrationEvent.BROKEN): _BACK,
+    ("offered", MigrationEvent.READY): Transition("committing", (MigrationAction.COMMIT,)),
+    ("committing", MigrationEvent.YES): Transition("committed", (MigrationAction.GO,)),
+    ("committing", MigrationEvent.NO): _LOST,
+    ("committing", MigrationEvent.UNKNOWN): _LOST,
+    ("committed", MigrationEvent.RUNNING): Transition("moved", (MigrationAction.ATTACH,)),
+    ("committed", MigrationEvent.BROKEN): Transition("reclaiming", (MigrationAction.DROP, MigrationAction.RECLAIM)),
+    ("reclaiming", MigrationEvent.YES): Transition("back", (MigrationAction.RESUME,)),
+    ("reclaiming", MigrationEvent.NO): Transition("lost", (MigrationAction.LOSE,)),
+    ("reclaiming", MigrationEvent.UNKNOWN): Transition("lost", (MigrationAction.LOSE,)),
 }
 
 
-class Move:
+class MigrationState:
     """One request's. Who carries its actions out tells what came of them."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Move:
     def over(self) -> bool:
         return self.state in FINAL
 
-    def handle(self, event: Event) -> Sequence[Action]:
+    def handle(self, event: MigrationEvent) -> Sequence[MigrationAction]:
         """What is to be done now, in order. Raises `KeyError` for an event that cannot come in this state."""
         transition = TABLE[self.state, event]
         self.state = transition.next

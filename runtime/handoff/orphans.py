@@ -25,7 +25,7 @@ MOST = 3  # destinations that one request may outlive: it may be what they die o
 
 
 @dataclass(slots=True)
-class Orphan:
+class OrphanedRequest:
     """`sent` is what its last destination had; `since` when that one was gone, and `why`."""
 
     sent: Sent
@@ -40,7 +40,7 @@ class Orphans:
         """`brought` is called when there are new ones."""
         self._live, self._brought = live, brought
         self._lock = threading.Lock()
-        self._waiting: list[Orphan] = []
+        self._waiting: list[OrphanedRequest] = []
         self._over = ""  # why nobody looks after them any more
 
     def take(self, sents: Sequence[Sent], why: str) -> None:
@@ -48,14 +48,14 @@ class Orphans:
         with self._lock:
             over = self._over
             kept = [] if over else [sent for sent in sents if sent.rescues < MOST]
-            self._waiting += [Orphan(sent, now, why) for sent in kept]
+            self._waiting += [OrphanedRequest(sent, now, why) for sent in kept]
         for sent in sents:
             if sent not in kept:
                 _end(sent, f"{why}; {over}" if over else why)
         if kept:
             self._brought()
 
-    def waiting(self) -> list[Orphan]:
+    def waiting(self) -> list[OrphanedRequest]:
         """Those whose clients are still there and have some patience left; the others are let go of."""
         now = time.monotonic()
         with self._lock:
@@ -66,19 +66,19 @@ class Orphans:
         with self._lock:
             return list(self._waiting)
 
-    def streams(self, orphan: Orphan) -> dict[int, Answer] | None:
+    def streams(self, orphan: OrphanedRequest) -> dict[int, Answer] | None:
         """What its clients read, by choice; None when they have left."""
         found = {n: self._live.reader(stream) for n, stream in orphan.sent.streams.items()}
         there = {n: stream for n, stream in found.items() if stream is not None}
         return there if len(there) == len(found) else None
 
-    def found_a_place(self, orphan: Orphan) -> None:
+    def found_a_place(self, orphan: OrphanedRequest) -> None:
         """Its streams have their successors, and go on to them."""
         self._remove(orphan)
         for choice, stream in orphan.sent.streams.items():
             stream.put(TokenEvent(len(orphan.sent.tokens[choice]), None, "", "moved"))
 
-    def give_up(self, orphan: Orphan, why: str) -> None:
+    def give_up(self, orphan: OrphanedRequest, why: str) -> None:
         self._remove(orphan)
         _end(orphan.sent, why)
 
@@ -90,7 +90,7 @@ class Orphans:
         for orphan in waiting:
             _end(orphan.sent, f"{orphan.why}; {why}")
 
-    def _remove(self, orphan: Orphan) -> None:
+    def _remove(self, orphan: OrphanedRequest) -> None:
         with self._lock:
             if orphan in self._waiting:
                 self._waiting.remove(orphan)

@@ -39,7 +39,7 @@ from runtime.worker.reporting import Reporting
 
 if TYPE_CHECKING:
     from runtime.function.handler import Handler
-    from runtime.handoff.incoming import Moving
+    from runtime.handoff.incoming import Incoming
     from runtime.http.server import HttpServer
     from runtime.resume.checkpoint import Sessions
     from runtime.zygote.warm import Warm
@@ -76,7 +76,7 @@ class Worker:
         self._cut = 0  # requests that the grace was too short for
         self._end_at = 0.0  # when the grace is over; 0 while nobody has asked for the end
         self._book: Sessions | None = None
-        self._moving: Moving | None = None
+        self._moving: Incoming | None = None
         self._given_up = threading.Event()  # another worker does the work: the weights are not needed any more
         self._exit: FunctionError | None = None
         self._leasing = Leasing(config, ledger, line, self._lifecycle, None if warm is None else warm.known)

@@ -24,7 +24,7 @@ from cache_agent.wire.requests import HandoffRecord
 from runtime.config import FunctionConfig
 from runtime.function.handler import Handler
 from runtime.function.testing import toy_model
-from runtime.handoff.incoming import Moving
+from runtime.handoff.incoming import Incoming
 from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.resume.checkpoint import Sessions
@@ -59,10 +59,10 @@ class Replica:
         self.config = FunctionConfig(model="toy")
         self.lifecycle = Lifecycle("toy", 64)
         self.released = threading.Event()
-        self.moving: Moving | None = None
+        self.moving: Incoming | None = None
         if options.get("move", False):
             common = self.model, lambda: place, options.get("seal", Plain()), self.lifecycle, self._let_go
-            self.moving = Moving("chat", lambda: agent.client, *common)
+            self.moving = Incoming("chat", lambda: agent.client, *common)
         handle = options.get("handle")
         self.lifecycle.opened(self.model, Handler(handle) if handle else None)
         self.served = serve(Application(self.config, self.lifecycle, Ledger("worker", "x"), lambda _: None), 32)

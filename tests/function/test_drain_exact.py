@@ -17,11 +17,11 @@ from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
 from runtime.handoff import migration
-from runtime.handoff.adopted import Guests
+from runtime.handoff.adopted import AdoptedRequests
 from runtime.handoff.departure import Departure
 from runtime.handoff.live import LiveEngine
 from runtime.handoff.messages import Probe, Probed
-from runtime.handoff.migration import Told
+from runtime.handoff.migration import MigrationReport
 from runtime.handoff.pipe import Pipe
 from runtime.handoff.relay import Relay
 from runtime.http.lifecycle import Lifecycle
@@ -37,7 +37,7 @@ class Pair:
     def __init__(self, first: BatchedEngine, second: BatchedEngine, *further: BatchedEngine) -> None:
         self.first, self.second, self.further = first, second, further
         self.live = LiveEngine(first)
-        self.told: list[Told] = []
+        self.told: list[MigrationReport] = []
         self.deaf = False  # the other one stands still from its first offer on
         self.releasable = True
         self.released = threading.Event()
@@ -65,7 +65,7 @@ class Pair:
                 pass
             pipe.send(Probed())
             return
-        Guests(pipe, _Here(engine), lambda: self._place, lambda: False, Lifecycle("second", 64)).run()
+        AdoptedRequests(pipe, _Here(engine), lambda: self._place, lambda: False, Lifecycle("second", 64)).run()
 
     def drain(self) -> None:
         self._departure.begin()
@@ -154,7 +154,7 @@ def moved(pair: Pair, request: GenerationRequest, cut: int, beside: int = 0) -> 
     return events
 
 
-def outcome(pair: Pair, request_id: str) -> Told:
+def outcome(pair: Pair, request_id: str) -> MigrationReport:
     tiny.until(lambda: any(told.id == request_id for told in pair.told))
     return next(told for told in pair.told if told.id == request_id)
 

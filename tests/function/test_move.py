@@ -7,15 +7,15 @@ import random
 import pytest
 
 from runtime.handoff import migration_table
-from runtime.handoff.migration_table import FINAL, TABLE, Action, Event, Move, travels
+from runtime.handoff.migration_table import FINAL, TABLE, MigrationAction, MigrationEvent, MigrationState, travels
 
 ANSWERS = {
-    "new": (Event.BEGIN,),
-    "freezing": (Event.FROZEN, Event.UNFIT),
-    "offered": (Event.READY, Event.REFUSED, Event.BROKEN),
-    "committing": (Event.YES, Event.NO, Event.UNKNOWN),
-    "committed": (Event.RUNNING, Event.BROKEN),
-    "reclaiming": (Event.YES, Event.NO, Event.UNKNOWN),
+    "new": (MigrationEvent.BEGIN,),
+    "freezing": (MigrationEvent.FROZEN, MigrationEvent.UNFIT),
+    "offered": (MigrationEvent.READY, MigrationEvent.REFUSED, MigrationEvent.BROKEN),
+    "committing": (MigrationEvent.YES, MigrationEvent.NO, MigrationEvent.UNKNOWN),
+    "committed": (MigrationEvent.RUNNING, MigrationEvent.BROKEN),
+    "reclaiming": (MigrationEvent.YES, MigrationEvent.NO, MigrationEvent.UNKNOWN),
 }
 
 
@@ -31,27 +31,31 @@ def test_every_event_that_can_come_has_its_row() -> None:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_one_side_has_it_in_the_end(seed: int) -> None:
-    chance, tested = random.Random(seed), Move()
-    done: list[Action] = []
-    events: list[Event] = []
+    chance, tested = random.Random(seed), MigrationState()
+    done: list[MigrationAction] = []
+    events: list[MigrationEvent] = []
     while not tested.over:
         events.append(chance.choice(ANSWERS[tested.state]))
         done += tested.handle(events[-1])
-    resumed, attached, lost = (done.count(action) for action in (Action.RESUME, Action.ATTACH, Action.LOSE))
+    resumed, attached, lost = (
+        done.count(action) for action in (MigrationAction.RESUME, MigrationAction.ATTACH, MigrationAction.LOSE)
+    )
     assert resumed + attached + lost == 1
     assert {"back": resumed, "moved": attached, "lost": lost}[tested.state] == 1
     if attached:
-        assert done.index(Action.COMMIT) < done.index(Action.GO) < done.index(Action.ATTACH)
-    if Action.GO in done and resumed:  # the destination may run it: it must be ours again before it goes on here
-        assert done.index(Action.RECLAIM) < done.index(Action.RESUME)
-        assert events[-1] is Event.YES
-    if Action.OFFER in done and not attached and Event.REFUSED not in events:
-        assert Action.DROP in done
+        assert done.index(MigrationAction.COMMIT) < done.index(MigrationAction.GO) < done.index(MigrationAction.ATTACH)
+    if (
+        MigrationAction.GO in done and resumed
+    ):  # the destination may run it: it must be ours again before it goes on here
+        assert done.index(MigrationAction.RECLAIM) < done.index(MigrationAction.RESUME)
+        assert events[-1] is MigrationEvent.YES
+    if MigrationAction.OFFER in done and not attached and MigrationEvent.REFUSED not in events:
+        assert MigrationAction.DROP in done
 
 
 def test_an_event_out_of_turn_is_a_fault() -> None:
     with pytest.raises(KeyError):
-        Move().handle(Event.RUNNING)
+        MigrationState().handle(MigrationEvent.RUNNING)
 
 
 def test_rows_travel_where_that_is_quicker_or_exactness_was_asked_for() -> None:

@@ -26,7 +26,7 @@ from runtime.config import FunctionConfig
 from runtime.engine.base import TokenEvent
 from runtime.function.testing import toy_model
 from runtime.handoff import adopted, destination
-from runtime.handoff.incoming import Moving
+from runtime.handoff.incoming import Incoming
 from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.http.server import HttpServer
@@ -89,7 +89,7 @@ class Watched(Sessions):
         return len(self._holds)
 
 
-class Halting(adopted.Guests):
+class Halting(adopted.AdoptedRequests):
     """Stops its process when a request has been announced, and before a byte of it is read."""
 
     def _offered(self, offer: Any) -> None:
@@ -107,7 +107,9 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     if kind == "halting":
         destination.Guests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)
-    moving = Moving("chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None)
+    moving = Incoming(
+        "chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None
+    )
     signal.signal(signal.SIGUSR1, lambda *_: moving.depart())
     lifecycle.opened(model, None)
     app = Application(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)

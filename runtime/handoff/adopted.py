@@ -26,14 +26,14 @@ from runtime.handoff.messages import (
     Drop,
     Embed,
     Go,
-    Kept,
-    Offer,
+    KeptRequest,
+    MigrationOffer,
+    OfferReady,
+    OfferRefused,
+    OfferRunning,
     Part,
     Probe,
     Probed,
-    Ready,
-    Refused,
-    Running,
     Vectors,
     told,
 )
@@ -72,7 +72,7 @@ class Work(Protocol):
 class _Adopted:
     """One request; its parts until all of it is there, then its streams."""
 
-    offer: Offer
+    offer: MigrationOffer
     data: bytearray = field(default_factory=bytearray)
     snapshots: list[Snapshot] = field(default_factory=list)
     answers: dict[int, Answer] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class AdoptedRequests:
         match message:
             case Probe():
                 self._pipe.send(Probed())
-            case Offer():
+            case MigrationOffer():
                 self._offered(message)
             case Part(number, data):
                 self._part(number, data)
@@ -135,7 +135,7 @@ class AdoptedRequests:
 
     # --- taking in --------------------------------------------------------------------------------------------------
 
-    def _offered(self, offer: Offer) -> None:
+    def _offered(self, offer: MigrationOffer) -> None:
         why = self._no_room(offer)
         if why is None:
             try:
@@ -155,7 +155,7 @@ class AdoptedRequests:
             guest.close()
             self._work.leave()
 
-    def _no_room(self, offer: Offer) -> FunctionError | None:
+    def _no_room(self, offer: MigrationOffer) -> FunctionError | None:
         """Before its bytes come."""
         stats = self._here.engine.stats()
         most = min(MAX_OFFER, _ROOM + 2 * stats.memory_limit) if stats.memory_limit else MAX_OFFER
@@ -184,7 +184,7 @@ class AdoptedRequests:
             return
         guest.data = bytearray()
         guest.ready_at = time.monotonic()
-        self._pipe.send(Ready(number))
+        self._pipe.send(OfferReady(number))
         if guest.offer.now:
             self._tell(guest)
 
@@ -202,17 +202,17 @@ class AdoptedRequests:
                 guest.answers[choice] = Answer.begun(self._here.engine, found.state)
 
     def _refuse(self, number: int, error: FunctionError) -> None:
-        self._pipe.send(Refused(number, error.code, error.text[:4096], getattr(error, "retry_after", 0.0)))
+        self._pipe.send(OfferRefused(number, error.code, error.text[:4096], getattr(error, "retry_after", 0.0)))
 
     # --- running ----------------------------------------------------------------------------------------------------
 
     def _go(self, guest: _Adopted, epoch: int) -> None:
         if guest.offer.kept is not None:
             self._inherit(guest, guest.offer.kept, epoch)
-        self._pipe.send(Running(guest.offer.number))
+        self._pipe.send(OfferRunning(guest.offer.number))
         self._tell(guest)
 
-    def _inherit(self, guest: _Adopted, kept: Kept, epoch: int) -> None:
+    def _inherit(self, guest: _Adopted, kept: KeptRequest, epoch: int) -> None:
         """Puts the answers under this worker's own right to tell them."""
         book = self._here.book
         if book is None:

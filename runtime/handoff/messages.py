@@ -51,11 +51,11 @@ Name = Annotated[str, msgspec.Meta(max_length=512)]
 Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 
 
-class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class PipeMessage(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Root of all of them."""
 
 
-class Greeting(Message, frozen=True, tag="greeting"):
+class Greeting(PipeMessage, frozen=True, tag="greeting"):
     """`owner` is the name under which this worker owns requests; `slots` and `queue` are its engine's."""
 
     version: int
@@ -66,62 +66,62 @@ class Greeting(Message, frozen=True, tag="greeting"):
     queue: Number = 0
 
 
-class Probe(Message, frozen=True, tag="probe"):
+class Probe(PipeMessage, frozen=True, tag="probe"):
     data: bytes
 
 
-class Probed(Message, frozen=True, tag="probed"):
+class Probed(PipeMessage, frozen=True, tag="probed"):
     pass
 
 
-class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class KeptRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the store knows the request as; `ended` are its choices that are complete."""
 
     context: AnswerContext
     ended: list[Number]
 
 
-class Offer(Message, frozen=True, tag="offer"):
+class MigrationOffer(PipeMessage, frozen=True, tag="offer"):
     """A request: `sizes` are the bytes of its choices' snapshots, which follow in parts, one after the other."""
 
     number: Number
     sizes: Annotated[list[Number], msgspec.Meta(min_length=1, max_length=MAX_CHOICES)]
-    kept: Kept | None = None
+    kept: KeptRequest | None = None
     now: bool = False
 
 
-class Part(Message, frozen=True, tag="part"):
+class Part(PipeMessage, frozen=True, tag="part"):
     number: Number
     data: Annotated[bytes, msgspec.Meta(max_length=MAX_PART)]
 
 
-class Ready(Message, frozen=True, tag="ready"):
+class OfferReady(PipeMessage, frozen=True, tag="ready"):
     number: Number
 
 
-class Refused(Message, frozen=True, tag="refused"):
+class OfferRefused(PipeMessage, frozen=True, tag="refused"):
     number: Number
     code: Name
     text: Text
     retry_after: float = 0.0
 
 
-class Go(Message, frozen=True, tag="go"):
+class Go(PipeMessage, frozen=True, tag="go"):
     """The request is the destination's now, under `epoch`; 0 for one that is not kept."""
 
     number: Number
     epoch: Number
 
 
-class Drop(Message, frozen=True, tag="drop"):
+class Drop(PipeMessage, frozen=True, tag="drop"):
     number: Number
 
 
-class Running(Message, frozen=True, tag="running"):
+class OfferRunning(PipeMessage, frozen=True, tag="running"):
     number: Number
 
 
-class Told(Message, frozen=True, tag="told"):
+class RelayedEvent(PipeMessage, frozen=True, tag="told"):
     """One event of a choice, as the engine made it."""
 
     number: Number
@@ -134,22 +134,22 @@ class Told(Message, frozen=True, tag="told"):
     logprobs: tuple[float, list[tuple[int, float]]] | None = None
 
 
-class Cancel(Message, frozen=True, tag="cancel"):
+class Cancel(PipeMessage, frozen=True, tag="cancel"):
     number: Number
     choice: Number
 
 
-class Embed(Message, frozen=True, tag="embed"):
+class Embed(PipeMessage, frozen=True, tag="embed"):
     number: Number
     prompts: list[list[int]]
 
 
-class Vectors(Message, frozen=True, tag="vectors"):
+class Vectors(PipeMessage, frozen=True, tag="vectors"):
     number: Number
     vectors: list[list[float]]
 
 
-class Beat(Message, frozen=True, tag="beat"):
+class Beat(PipeMessage, frozen=True, tag="beat"):
     pass
 
 
@@ -157,14 +157,14 @@ AnyMessage = (
     Greeting
     | Probe
     | Probed
-    | Offer
+    | MigrationOffer
     | Part
-    | Ready
-    | Refused
+    | OfferReady
+    | OfferRefused
     | Go
     | Drop
-    | Running
-    | Told
+    | OfferRunning
+    | RelayedEvent
     | Cancel
     | Embed
     | Vectors
@@ -175,7 +175,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
-def encode(message: Message) -> bytes:
+def encode(message: PipeMessage) -> bytes:
     return _encoder.encode(message)
 
 
@@ -187,12 +187,12 @@ def decode(data: bytes) -> AnyMessage:
         raise SnapshotRefused(f"what came is no message of hand-off format {VERSION}: {error}") from error
 
 
-def told(number: int, choice: int, event: TokenEvent) -> Told:
+def told(number: int, choice: int, event: TokenEvent) -> RelayedEvent:
     chances = (event.logprobs.token, list(event.logprobs.top)) if event.logprobs else None
-    return Told(number, choice, event.index, event.token, event.text, event.finish, event.error, chances)
+    return RelayedEvent(number, choice, event.index, event.token, event.text, event.finish, event.error, chances)
 
 
-def event_of(message: Told) -> TokenEvent:
+def event_of(message: RelayedEvent) -> TokenEvent:
     chances = Logprobs(message.logprobs[0], tuple(message.logprobs[1])) if message.logprobs else None
     finish = message.finish
     return TokenEvent(message.index, message.token, message.text, finish, message.error, chances)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from cache_agent.errors import AgentError
 from runtime.engine.base import GenerationState
 from runtime.errors import FunctionError
 from runtime.handoff.live import LiveEngine
-from runtime.handoff.messages import Kept, Ready, Refused, Running
+from runtime.handoff.messages import KeptRequest, OfferReady, OfferRefused, OfferRunning
 from runtime.handoff.migration_table import MigrationAction, MigrationEvent, MigrationState, travels
 from runtime.handoff.orphans import OrphanedRequest, Orphans
 from runtime.handoff.pipe import Broken
@@ -167,16 +167,16 @@ class Migration:
         return state
 
     def _offer(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        kept = Kept(unit.hold.context, unit.ended) if unit.hold else None
+        kept = KeptRequest(unit.hold.context, unit.ended) if unit.hold else None
         live = list(unit.streams) if unit.hold else [0]
         size = sum(len(row.data) for each in unit.snapshots for row in each.state.kv)
         try:
             unit.sent = relay.offer(unit.snapshots, live, kept)
             unit.sent.rescues = unit.orphan.sent.rescues + 1 if unit.orphan else 0
-            answer = relay.answer(unit.sent, Ready, ANSWER + size / _SLOWEST)
+            answer = relay.answer(unit.sent, OfferReady, ANSWER + size / _SLOWEST)
         except Broken as error:
             return self._broken(unit, relay, error)
-        if isinstance(answer, Refused):
+        if isinstance(answer, OfferRefused):
             unit.why = f"{answer.text} [{answer.code}]"
             return MigrationEvent.REFUSED
         return MigrationEvent.READY
@@ -191,7 +191,7 @@ class Migration:
         assert unit.sent is not None, "it was offered"
         try:
             relay.go(unit.sent, unit.epoch + 1 if unit.hold else 0)
-            relay.answer(unit.sent, Running, ANSWER)
+            relay.answer(unit.sent, OfferRunning, ANSWER)
         except Broken as error:
             return self._broken(unit, relay, error)
         unit.running_at = time.monotonic()

@@ -15,7 +15,7 @@ import time
 from types import TracebackType
 
 from runtime.errors import SnapshotRefused
-from runtime.handoff.messages import HEADER, MAX_FRAME, VERSION, AnyMessage, Beat, Greeting, Message, decode, encode
+from runtime.handoff.messages import HEADER, MAX_FRAME, VERSION, AnyMessage, Beat, Greeting, PipeMessage, decode, encode
 from runtime.resume.seal import Seal
 
 STALL = 2.0
@@ -63,7 +63,7 @@ class Pipe:
         self._pair = f"{mine}{theirs.nonce}" if source else f"{theirs.nonce}{mine}"
         return theirs
 
-    def send(self, message: Message) -> None:
+    def send(self, message: PipeMessage) -> None:
         """Raises `Broken`."""
         data = encode(message)
         with self._sending:

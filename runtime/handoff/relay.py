@@ -32,16 +32,16 @@ from runtime.handoff.messages import (
     Embed,
     Go,
     Greeting,
-    Kept,
-    Message,
-    Offer,
+    KeptRequest,
+    MigrationOffer,
+    OfferReady,
+    OfferRefused,
+    OfferRunning,
     Part,
+    PipeMessage,
     Probe,
     Probed,
-    Ready,
-    Refused,
-    Running,
-    Told,
+    RelayedEvent,
     Vectors,
     event_of,
 )
@@ -52,7 +52,7 @@ from runtime.resume.snapshot import ReplicaIdentity, Snapshot
 
 log = logging.getLogger("glowplug.handoff")
 
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound=PipeMessage)
 
 ANSWER = 5.0  # seconds for an answer, besides those that the bytes may take
 _EMBED = 300.0
@@ -133,9 +133,9 @@ class Relay:
 
     def _heard(self, message: AnyMessage) -> None:
         match message:
-            case Told(number, choice):
+            case RelayedEvent(number, choice):
                 self._told(number, choice, event_of(message))
-            case Ready(number) | Running(number) | Refused(number) | Vectors(number):
+            case OfferReady(number) | OfferRunning(number) | OfferRefused(number) | Vectors(number):
                 with self._changed:
                     if (sent := self._sent.get(number)) is not None:
                         sent.answer = message
@@ -186,7 +186,7 @@ class Relay:
         self.speed = _PROBE / max(time.monotonic() - begun, 1e-6)
 
     def offer(
-        self, snapshots: Sequence[Snapshot], live: Sequence[int], kept: Kept | None, *, now: bool = False
+        self, snapshots: Sequence[Snapshot], live: Sequence[int], kept: KeptRequest | None, *, now: bool = False
     ) -> Sent:
         """Sends a request, of whose choices these are `live`. Raises `Broken`."""
         number = next(self._numbers)
@@ -197,7 +197,7 @@ class Relay:
             self._sent[number] = sent
         begun, size = time.monotonic(), 0
         encoded = [snapshot.encode(each) for each in snapshots]
-        self._pipe.send(Offer(number, list(map(len, encoded)), kept, now))
+        self._pipe.send(MigrationOffer(number, list(map(len, encoded)), kept, now))
         for data in encoded:
             view = memoryview(data)
             size += len(view)
@@ -207,15 +207,15 @@ class Relay:
             self.speed = size / max(time.monotonic() - begun, 1e-6)
         return sent
 
-    def answer(self, sent: Sent, kind: type[M], seconds: float) -> M | Refused:
+    def answer(self, sent: Sent, kind: type[M], seconds: float) -> M | OfferRefused:
         """Raises `Broken` when neither comes."""
 
         def there() -> bool:
-            return bool(self.broken) or isinstance(sent.answer, (kind, Refused))
+            return bool(self.broken) or isinstance(sent.answer, (kind, OfferRefused))
 
         with self._changed:
             self._changed.wait_for(there, seconds)
-            if not isinstance(sent.answer, (kind, Refused)):
+            if not isinstance(sent.answer, (kind, OfferRefused)):
                 raise Broken(self.broken or f"no answer came within {seconds:.0f} s")
             return sent.answer
 
@@ -247,10 +247,10 @@ class Relay:
         try:
             sent = self.offer([self._place.snapshot(state)], (0,), None, now=True)
             stream = sent.all[0]
-            reply = self.answer(sent, Ready, ANSWER)
+            reply = self.answer(sent, OfferReady, ANSWER)
         except Broken as error:
             raise Moved(f"this replica is ending, and the one that takes its work is gone: {error}") from error
-        if isinstance(reply, Refused):
+        if isinstance(reply, OfferRefused):
             self.drop(sent)
             raise _error(reply)
         if not self.settle(sent):
@@ -294,7 +294,7 @@ class Relay:
         finally:
             with self._changed:
                 self._sent.pop(number, None)
-        if isinstance(reply, Refused):
+        if isinstance(reply, OfferRefused):
             raise _error(reply)
         return reply.vectors
 
@@ -304,7 +304,7 @@ class Relay:
         return EngineStats(running, 0, self._greeting.slots, self._greeting.queue)
 
 
-def _error(refused: Refused) -> FunctionError:
+def _error(refused: OfferRefused) -> FunctionError:
     kind = _ERRORS.get(refused.code, EngineFailed)
     if kind in (EngineBusy, Moved):
         return kind(refused.text, refused.retry_after or 1.0)

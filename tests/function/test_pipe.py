@@ -19,7 +19,7 @@ from runtime.engine.base import Logprobs, TokenEvent
 from runtime.errors import SnapshotRefused
 from runtime.handoff import messages
 from runtime.handoff import pipe as pipes
-from runtime.handoff.messages import Beat, Cancel, Drop, Go, Greeting, Part, Ready, decode, encode
+from runtime.handoff.messages import Beat, Cancel, Drop, Go, Greeting, OfferReady, Part, decode, encode
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume.seal import Plain, Seal, Sealed
 
@@ -61,7 +61,7 @@ def test_each_side_hears_who_the_other_one_is(ends: tuple[socket.socket, socket.
 
 def test_messages_arrive_in_order_whatever_their_size(pair: tuple[Pipe, Pipe]) -> None:
     source, other = pair
-    sent = [Ready(1), Part(2, bytes(messages.MAX_PART)), Go(2, 7), *(Cancel(2, n) for n in range(200))]
+    sent = [OfferReady(1), Part(2, bytes(messages.MAX_PART)), Go(2, 7), *(Cancel(2, n) for n in range(200))]
     thread = threading.Thread(target=lambda: [source.send(message) for message in sent])
     thread.start()
     assert [other.receive(5) for _ in sent] == sent
@@ -75,7 +75,7 @@ def test_a_side_that_closes_is_noticed_at_once(pair: tuple[Pipe, Pipe]) -> None:
     with pytest.raises(Broken, match="gone"):
         other.receive(10)
     with pytest.raises(Broken):
-        source.send(Ready(1))
+        source.send(OfferReady(1))
 
 
 def test_a_side_that_takes_nothing_is_given_up(pair: tuple[Pipe, Pipe], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_who_is_somebody_else_is_refused(
     greeting = {
         "another kin": Greeting(messages.VERSION, "0" * 32, "other", "b"),
         "another version": Greeting(messages.VERSION + 1, "0" * 32, "kin", "b"),
-        "no greeting": Ready(1),
+        "no greeting": OfferReady(1),
     }.get(theirs)
     if greeting is not None:
         _frame(ends[1], encode(greeting))
@@ -184,7 +184,7 @@ def test_what_is_not_the_next_message_of_this_hand_off_ends_it(attack: str) -> N
 @given(st.binary(max_size=200))
 def test_no_bytes_are_more_than_refused(data: bytes) -> None:
     with contextlib.suppress(SnapshotRefused):
-        assert isinstance(decode(data), messages.Message)
+        assert isinstance(decode(data), messages.PipeMessage)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,6 @@ def test_no_bytes_are_more_than_refused(data: bytes) -> None:
 )
 def test_an_event_comes_as_it_went(event: TokenEvent) -> None:
     message = decode(encode(messages.told(1, 2, event)))
-    assert isinstance(message, messages.Told)
+    assert isinstance(message, messages.RelayedEvent)
     assert messages.event_of(message) == event
     assert decode(encode(Beat())) == Beat()

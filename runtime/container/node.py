@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.config import FunctionConfig
 from runtime.layers import identity
-from runtime.layers.spawn import Ended, Forked, Lost, Ready, Refused, Zygote
+from runtime.layers.spawn import Ended, Forked, ForkRefused, Lost, Zygote, ZygoteReady
 from runtime.layers.spawn import Event as AnyEvent
 from runtime.process import messages
 from runtime.process.wire import Gone, Wire
 
 if TYPE_CHECKING:
-    from runtime.container.takeover import Handed
+    from runtime.container.takeover import ShimState
 
 NO_ENTRY = "it could not enter the container"  # how the pool begins its reason not to be asked again
 POOL_SECONDS = 1.0  # seconds that the pool may take to say whether it serves this container
 _AGAIN = 5.0  # seconds after which a pool that was lost is looked for, for the worker that there is
 
-Event = Forked | Refused | Ended
+Event = Forked | ForkRefused | Ended
 
 
 class PoolZygote(Zygote):
@@ -45,7 +45,7 @@ class PoolZygote(Zygote):
         return super()._event(message, fds)
 
 
-class Node:
+class NodeMode:
     """One connection. For the shim's thread only."""
 
     holds_model = False  # here; the pool's are the pool's
@@ -64,7 +64,7 @@ class Node:
         pool = self._reach()
         return pool is not None and self._greeted(pool)
 
-    def take_over(self, handed: Handed) -> bool:
+    def take_over(self, handed: ShimState) -> bool:
         """The connection of the static twin, as `connect`."""
         pool = PoolZygote(Wire(socket.socket(fileno=handed.pool)), 0, -1)
         self._number, self._asked = handed.number, handed.number if handed.forking else 0
@@ -86,7 +86,7 @@ class Node:
             poller.poll(left * 1000)
             for event in pool.read():
                 match event:
-                    case Ready():
+                    case ZygoteReady():
                         self._pool, self.why = pool, ""
                         return True
                     case Lost(why):
@@ -149,7 +149,7 @@ class Node:
         environment: Mapping[str, str],
         **more: Any,
     ) -> int:
-        """Asks for a worker; the number that its `Forked` or `Refused` will have, 0 if the pool cannot be asked."""
+        """Asks for a worker; the number that its `Forked` or `ForkRefused` will have, 0 if the pool cannot be asked."""
         self._known.clear()
         if self._pool is None and (self.why.startswith(NO_ENTRY) or not self.connect()):
             return 0
@@ -180,7 +180,7 @@ class Node:
             match event:
                 case Lost(why):
                     self._lose(why if why.startswith(NO_ENTRY) else f"the pool is gone: {why}")
-                case Forked() | Refused():
+                case Forked() | ForkRefused():
                     self._asked = 0
                     events.append(event)
                 case Ended():
@@ -188,7 +188,7 @@ class Node:
         if self._pool is not None and (why := self._pool.overdue(now)):
             self._lose(f"the pool {why.removeprefix('it ')}")
         if self._pool is None and self._asked:
-            events.append(Refused(self._asked, self.why))
+            events.append(ForkRefused(self._asked, self.why))
             self._asked = 0
         return events
 

@@ -22,7 +22,7 @@ from runtime.config import FunctionConfig
 from runtime.layers import building, identity, keys, leases, published
 from runtime.layers.building import Event, ZygoteLayer
 from runtime.layers.rule import LayerRule
-from runtime.layers.spawn import Forked, Refused, Spec, Zygote
+from runtime.layers.spawn import Forked, ForkRefused, Spec, Zygote
 from runtime.process.wire import Gone
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Pod:
         return self._serving and not self._inside and self._worker().expired(now)
 
     def fork(self, now: float, **arguments: Any) -> int:
-        """Asks the deepest zygote that fits for a worker; the number that its `Forked` or `Refused` will have.
+        """Asks the deepest zygote that fits for a worker; the number that its `Forked` or `ForkRefused` will have.
 
         0 if there is none: then the worker has to be booted. `arguments` are `Zygote.fork_worker`'s.
         """
@@ -146,10 +146,10 @@ class Pod:
         ]
         if self._asked is not None:
             number, zygote = self._asked
-            if any(isinstance(event, (Forked, Refused)) and event.number == number for event in events):
+            if any(isinstance(event, (Forked, ForkRefused)) and event.number == number for event in events):
                 self._asked = None
             elif zygote.state == "gone":
-                events.append(Refused(number, zygote.lost))
+                events.append(ForkRefused(number, zygote.lost))
                 self._asked = None
         for _, found in self._leases.take():
             self._model.fork(found, self._lang, self._number(), now)

@@ -34,7 +34,7 @@ from runtime.process.wakeup import Wakeup  # noqa: E402
 
 if TYPE_CHECKING:
     from runtime.container.private_agent import PrivateAgent
-    from runtime.container.takeover import Handed
+    from runtime.container.takeover import ShimState
     from runtime.process.fd_store import Memory
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
@@ -54,7 +54,7 @@ SAYS_SILENT = "the worker was silent for %.0f s and is killed"
 class Shim:
     """`run()` is the whole life of a container; it returns the exit code."""
 
-    def __init__(self, config: FunctionConfig, handed: Handed | None = None) -> None:
+    def __init__(self, config: FunctionConfig, handed: ShimState | None = None) -> None:
         """`handed` is what the static twin has left, if it was here before."""
         self.config = config
         self._handed = handed
@@ -148,7 +148,7 @@ class Shim:
         self._line, self._heard = line, time.monotonic()
         self._poller.register(line, select.POLLIN)
 
-    def _take_over(self, handed: Handed) -> None:
+    def _take_over(self, handed: ShimState) -> None:
         """From the static twin, which was this process until now: nobody has noticed."""
         _say(f"the static shim gives way to the one in Python: {handed.why}")
         self._agent_path, self.start_id, self._born = handed.agent, handed.start_id, handed.number > 0
@@ -439,7 +439,7 @@ def _say(text: str) -> None:
         os.write(2, f"glowplug: {text}\n".encode("utf-8", "backslashreplace"))
 
 
-def _handed() -> Handed | None:
+def _handed() -> ShimState | None:
     if "GLOWPLUG_SHIM_STATE" not in os.environ:
         return None
     from runtime.container.takeover import handed

@@ -20,9 +20,9 @@ from runtime.config import FunctionConfig
 from runtime.process.children import Child, spawn
 
 if TYPE_CHECKING:
-    from runtime.container.node import Node
+    from runtime.container.node import NodeMode
     from runtime.container.pod import Pod
-    from runtime.container.takeover import Handed
+    from runtime.container.takeover import ShimState
     from runtime.layers.spawn import Ended
     from runtime.process.fd_store import Memory
 
@@ -51,7 +51,7 @@ class Supply:
     ) -> None:
         """`agent()` is its agent's socket; `note(why, since)` is for the ledger, `say` for the log."""
         self._config, self._listener, self._agent, self._note, self._say = config, listener, agent, note, say
-        self.layers: Pod | Node | None = None  # who is asked
+        self.layers: Pod | NodeMode | None = None  # who is asked
         self.memory: Memory | None = None  # weights of workers that got them over TCP
         self.forked = False  # the last worker was
         self._order: Order | None = None
@@ -63,21 +63,21 @@ class Supply:
         if self._config.layers == "off" or not os.path.exists(self._config.pool):
             return
         start = time.monotonic_ns()
-        from runtime.container.node import Node
+        from runtime.container.node import NodeMode
 
-        node = Node(self._config)
+        node = NodeMode(self._config)
         if node.connect():
             self.layers = node
         else:
             self._note(f"no pool: {node.why}", start)
 
-    def take_over(self, handed: Handed, order: Order | None) -> None:
+    def take_over(self, handed: ShimState, order: Order | None) -> None:
         """From the static twin: its pool, and the worker that it has asked for."""
         start = time.monotonic_ns()
-        from runtime.container.node import Node
+        from runtime.container.node import NodeMode
 
         if handed.pool >= 0:
-            node = Node(self._config)
+            node = NodeMode(self._config)
             if node.take_over(handed):
                 self.layers = node
             else:
@@ -89,7 +89,7 @@ class Supply:
         self.forked = True
         self._order, self._number, self._until = order, handed.number, handed.asked_at + FORK_SECONDS
 
-    def keep_layers(self) -> Pod | Node | None:
+    def keep_layers(self) -> Pod | NodeMode | None:
         """Who was asked, or from now on the container's own zygotes: the first start has to do without."""
         if self.layers is None and self._config.layers != "off":
             from runtime.container.pod import Pod

@@ -1,6 +1,6 @@
 """Owns what a shim takes over from its static twin (zygote/shim.c), in whose place it was executed.
 
-The twin leaves the number of a file in `GLOWPLUG_SHIM_STATE`: a message (see messages.py) with the fields of `Handed`,
+The twin leaves the number of a file in `GLOWPLUG_SHIM_STATE`: a message (see messages.py) with the fields of `ShimState`,
 then, after an empty field, those bytes of the line that no message was made of yet. The fds that the fields name are
 open; SIGTERM, SIGINT and SIGCHLD are blocked. Times are seconds of CLOCK_MONOTONIC. Standard library only.
 """
@@ -18,7 +18,7 @@ VARIABLE = "GLOWPLUG_SHIM_STATE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Handed:
+class ShimState:
     """A shim's state; fds are -1 where there is none. Without a worker, one that is asked for, or `parked`, there is
 
     a port and no more: a worker is to be started.
@@ -61,7 +61,7 @@ _KINDS: dict[str, messages.Kind] = {
 }
 
 
-def handed() -> Handed | None:
+def handed() -> ShimState | None:
     """What there is to take over, once. Raises `FunctionError` for what the twin of another version has left."""
     number = os.environ.pop(VARIABLE, "")
     if not number:
@@ -69,11 +69,11 @@ def handed() -> Handed | None:
     with open(int(number), "rb") as file:
         file.seek(0)
         state, _, unread = file.read().partition(b"\0\0")
-    kinds = {each.name: _KINDS[str(each.type)] for each in fields(Handed) if str(each.type) in _KINDS}
+    kinds = {each.name: _KINDS[str(each.type)] for each in fields(ShimState) if str(each.type) in _KINDS}
     try:
         values = messages.unpack(state + b"\0", {**messages.KINDS, **kinds})
         known = {name: values.pop(name) for name in _KNOWN if name in values}
-        found = Handed(**values, known=known, unread=unread)
+        found = ShimState(**values, known=known, unread=unread)
     except (TypeError, ValueError) as error:
         raise FunctionError(f"the static shim is of another version ({error}); build it anew") from error
     for name in _FDS:

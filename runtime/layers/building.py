@@ -17,13 +17,13 @@ from cache_agent.limits import available_bytes
 from runtime.layers import keys, spawn
 from runtime.layers import leases as leasing
 from runtime.layers.rule import LayerRule, Presence
-from runtime.layers.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote
+from runtime.layers.spawn import Ended, Forked, ForkRefused, Lost, Spec, Zygote, ZygoteReady
 from runtime.process.wire import Gone, Wire
 
 if TYPE_CHECKING:
     from cache_agent.client.lease import Lease
 
-Event = Forked | Refused | Ended
+Event = Forked | ForkRefused | Ended
 
 _BELOW = "the layer below it is gone"
 
@@ -99,7 +99,7 @@ class ZygoteLayer:
         elif why := self._crowded():
             self.postpone(why, now)
         else:
-            held = spawn.Held(found.manifest_bytes, found.manifest_fd, found.segments)
+            held = spawn.LeaseFds(found.manifest_bytes, found.manifest_fd, found.segments)
             try:
                 wire = lang.zygote.fork_zygote(number, Spec(key=self.uri), held)
                 self._forking = _Fork(number, wire, lang.zygote)
@@ -111,7 +111,7 @@ class ZygoteLayer:
         fork = self._forking
         if fork is None or isinstance(event, Ended) or event.number != fork.number:
             return False
-        if isinstance(event, Refused):
+        if isinstance(event, ForkRefused):
             self.postpone(event.why, now)
         else:
             self.zygote, self._forking = Zygote(fork.wire, event.pid, event.pidfd), None
@@ -127,7 +127,7 @@ class ZygoteLayer:
         events: list[Event] = []
         for event in [] if self.zygote is None else self.zygote.read():
             match event:
-                case Ready(_, _, seconds, size):
+                case ZygoteReady(_, _, seconds, size):
                     self.rule.measured(seconds=seconds, size=self.held(size))
                     self.rule.retry.worked()
                     self._say(f"{self.name} is warm after {seconds:.2f} s and holds {size / 1e6:.0f} MB")

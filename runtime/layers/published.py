@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cache_agent.client.cache_client import CacheClient
-    from runtime.layers.reporter import Telling
+    from runtime.layers.reporter import LayerReporter
     from runtime.layers.rule import LayerRule, Presence
 
 _PREFIX = "glowplug-layers-"
@@ -66,7 +66,7 @@ class Published:
         """`client()` speaks to the agent, where that shall know it, too."""
         self._head = {"pid": os.getpid(), "mode": mode, "name": name, "rho": rho}
         self._client = client
-        self._telling: Telling | None = None
+        self._telling: LayerReporter | None = None
         self._path = ""
         self._last: Sequence[dict[str, Any]] | None = None
         self._at = -math.inf
@@ -88,9 +88,9 @@ class Published:
 
     def _tell(self, layers: Sequence[dict[str, Any]]) -> None:
         if self._telling is None and self._client is not None:
-            from runtime.layers.reporter import Telling  # threads: not for who never needs them
+            from runtime.layers.reporter import LayerReporter  # threads: not for who never needs them
 
-            self._telling = Telling(self._client, self._head)
+            self._telling = LayerReporter(self._client, self._head)
         if self._telling is not None:
             self._telling.tell(layers)
 

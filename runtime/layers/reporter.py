@@ -20,7 +20,7 @@ _APART = 2.0  # seconds between two words
 _LAST = 1.0  # seconds for the word that all has ended
 
 
-class Telling:
+class LayerReporter:
     """`tell` and `close` are for the supervisor's thread; neither blocks for longer than `_LAST` seconds."""
 
     def __init__(self, client: Callable[[], CacheClient], head: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ class Spec:
         return json.dumps(asdict(self))
 
 
-class Ready(NamedTuple):
+class ZygoteReady(NamedTuple):
     """It may be forked. `seconds` it took to build, `bytes` that would be free if it went."""
 
     level: str
@@ -63,7 +63,7 @@ class Forked(NamedTuple):
     pidfd: int
 
 
-class Refused(NamedTuple):
+class ForkRefused(NamedTuple):
     number: int
     why: str
 
@@ -81,11 +81,11 @@ class Lost(NamedTuple):
     why: str
 
 
-Event = Ready | Forked | Refused | Ended | Lost
+Event = ZygoteReady | Forked | ForkRefused | Ended | Lost
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LeaseFds:
     """What a model layer is built on: the fds of a lease, which its holder keeps."""
 
     size: int  # of the manifest, in bytes
@@ -127,13 +127,13 @@ class Zygote:
         match message, fds:
             case {"ready": str(level), "key": str(key), "seconds": float(seconds), "bytes": int(size)}, []:
                 self.state = "ready"
-                return Ready(level, key, seconds, size)
+                return ZygoteReady(level, key, seconds, size)
             case {"failed": str(text)}, []:
                 return self._lose(text)
             case {"forked": int(number), "pid": int(pid)}, [pidfd]:
                 return Forked(number, pid, pidfd)
             case {"refused": int(number), "why": str(why)}, []:
-                return Refused(number, why)
+                return ForkRefused(number, why)
             case {"ended": int(pid), "status": int(status)}, []:
                 return Ended(pid, status)
         for fd in fds:
@@ -170,7 +170,7 @@ class Zygote:
         cwd: str = "/",
         **more: Any,
     ) -> None:
-        """Asks for a worker; `Forked` or `Refused` follows. `why` it is not forked from a deeper layer. Raises `Gone`.
+        """Asks for a worker; `Forked` or `ForkRefused` follows. `why` it is not forked from a deeper layer. Raises `Gone`.
 
         `more` is for the zygote's own `fork` and `enter`.
         """
@@ -178,8 +178,8 @@ class Zygote:
         request |= {"start_id": start_id, "spans": spans, "why": why, **more}
         self.wire.send(request, [listener, line, *connections])
 
-    def fork_zygote(self, number: int, spec: Spec, held: Held) -> Wire:
-        """Asks for the layer of a model on top of this one; `Forked` or `Refused` follows.
+    def fork_zygote(self, number: int, spec: Spec, held: LeaseFds) -> Wire:
+        """Asks for the layer of a model on top of this one; `Forked` or `ForkRefused` follows.
 
         The wire is for `Zygote(wire, forked.pid, forked.pidfd)`. Raises `Gone`.
         """

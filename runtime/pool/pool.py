@@ -26,7 +26,7 @@ from runtime.layers import keys
 from runtime.layers.building import Event, ZygoteLayer
 from runtime.layers.published import Published
 from runtime.layers.rule import LayerRule
-from runtime.layers.spawn import Ended, Forked, Refused, Spec
+from runtime.layers.spawn import Ended, Forked, ForkRefused, Spec
 from runtime.pool.models import Models
 from runtime.pool.tenants import Tenant
 from runtime.process import kernel
@@ -133,7 +133,7 @@ class Pool:
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # its container has left
                     os.close(pidfd)
-            case Refused(number, why):
+            case ForkRefused(number, why):
                 for tenant in self._tenants:
                     tenant.unforked(number, why, now)
             case Ended(pid, status):
@@ -151,19 +151,19 @@ class Pool:
                 pidfd, place = join.peer(sock)
                 try:
                     self._admit(place)
-                except join.Refused:
+                except join.JoinRefused:
                     os.close(pidfd)
                     raise
-            except join.Refused as refused:
+            except join.JoinRefused as refused:
                 wire.dismiss({"failed": str(refused)})
                 return
             self._tenants.append(Tenant(wire, pidfd, place, self._config, self._models, self._say))
 
-    def _admit(self, place: join.Place) -> None:
+    def _admit(self, place: join.ContainerPlace) -> None:
         if place.filtered and not self._seccomp:
-            raise join.Refused("its container has a seccomp filter, and the pool was given none")
+            raise join.JoinRefused("its container has a seccomp filter, and the pool was given none")
         if any(not other.left and other.place.container == place.container for other in self._tenants):
-            raise join.Refused("its container is served already")
+            raise join.JoinRefused("its container is served already")
 
     def _tend_tenants(self, now: float) -> None:
         """Has workers and spares come and go, and forgets containers that have left."""

@@ -77,7 +77,7 @@ class Tenant:
         self,
         wire: Wire,
         pidfd: int,
-        place: join.Place,
+        place: join.ContainerPlace,
         config: FunctionConfig,
         models: Models,
         say: Callable[[str], None],

@@ -44,12 +44,12 @@ _LIMITS = {
 _V1 = ("memory", "pids", "cpu", "cpuacct", "cpuset", "blkio", "freezer", "devices")
 
 
-class Refused(Exception):
+class JoinRefused(Exception):
     """A worker cannot be placed there; the text is what the ledger will say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ContainerPlace:
     """What a worker becomes: as the container's first process is, with nothing that it is allowed."""
 
     pid: int  # of the container's first process, in the pool's namespace
@@ -68,21 +68,21 @@ class Place:
         return json.dumps(asdict(self))
 
 
-def peer(sock: socket.socket) -> tuple[int, Place]:
-    """A pidfd of who has connected, the caller's, and its place. Raises `Refused`."""
+def peer(sock: socket.socket) -> tuple[int, ContainerPlace]:
+    """A pidfd of who has connected, the caller's, and its place. Raises `JoinRefused`."""
     try:
         pidfd = sock.getsockopt(socket.SOL_SOCKET, kernel.SO_PEERPIDFD)
     except OSError as error:
-        raise Refused("this kernel does not say who connects (SO_PEERPIDFD, Linux 6.5)") from error
+        raise JoinRefused("this kernel does not say who connects (SO_PEERPIDFD, Linux 6.5)") from error
     try:
         return pidfd, look(pidfd)
-    except Refused:
+    except JoinRefused:
         os.close(pidfd)
         raise
 
 
-def look(pidfd: int) -> Place:
-    """What the container of this process is like. Raises `Refused` where a worker of the pool would not be confined as
+def look(pidfd: int) -> ContainerPlace:
+    """What the container of this process is like. Raises `JoinRefused` where a worker of the pool would not be confined as
     the container's own processes are, and where the process is not the container's first."""
     pid = _pid(pidfd)
     base = Path("/proc") / str(pid)
@@ -96,24 +96,24 @@ def look(pidfd: int) -> Place:
         oom = int((base / "oom_score_adj").read_text())
         limits = _limits((base / "limits").read_text())
     except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"its container cannot be looked at ({error})") from error
+        raise JoinRefused(f"its container cannot be looked at ({error})") from error
     if not lives(pidfd):
-        raise Refused("it is gone")  # and what was read may be another's, who has its number now
+        raise JoinRefused("it is gone")  # and what was read may be another's, who has its number now
     if spaces["pid"] == own["pid"] or int(status["NSpid"].split()[-1]) != 1:
-        raise Refused("only the first process of a container is served")
+        raise JoinRefused("only the first process of a container is served")
     if spaces["mnt"] == own["mnt"]:
-        raise Refused("it has no mount namespace of its own")
+        raise JoinRefused("it has no mount namespace of its own")
     if clocks != own_clocks:
-        raise Refused("its container has a time namespace, whose clocks a worker of the pool would not have")
+        raise JoinRefused("its container has a time namespace, whose clocks a worker of the pool would not have")
     if spaces["user"] != own["user"]:
-        raise Refused("its container has a user namespace, which a worker of the pool would not have")
+        raise JoinRefused("its container has a user namespace, which a worker of the pool would not have")
     if label != own_label:
-        raise Refused(f"its container is confined as {label}, which a worker of the pool would not be")
+        raise JoinRefused(f"its container is confined as {label}, which a worker of the pool would not be")
     ids = [(int(part) for part in status[name].split()) for name in ("Uid", "Gid")]
     (uid, *uids), (gid, *gids) = ids
     if {uid} != {*uids[:2]} or {gid} != {*gids[:2]}:
-        raise Refused("its real and its effective user or group differ")
-    return Place(
+        raise JoinRefused("its real and its effective user or group differ")
+    return ContainerPlace(
         pid=pid,
         container=spaces["pid"],
         uid=uid,
@@ -208,7 +208,7 @@ def _pid(pidfd: int) -> int:
     text = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
     found = re.search(r"^Pid:\s*(-?\d+)$", text, re.MULTILINE)
     if found is None or int(found[1]) <= 0:
-        raise Refused("it is gone, or it is in none of the pool's pid namespaces")
+        raise JoinRefused("it is gone, or it is in none of the pool's pid namespaces")
     return int(found[1])
 
 

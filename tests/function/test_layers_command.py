@@ -20,7 +20,7 @@ from runtime.config import FunctionConfig
 from runtime.container.pod import Pod
 from runtime.layers import published
 from runtime.layers.rule import LayerRule
-from runtime.layers.spawn import Refused, Zygote
+from runtime.layers.spawn import ForkRefused, Zygote
 from runtime.process import wire as wires
 from runtime.process.wire import Wire
 
@@ -171,7 +171,7 @@ def test_a_worker_that_a_zygote_takes_with_it_is_refused_with_the_reason() -> No
         for fd in received[1]:
             os.close(fd)
         zygote.close()
-        assert pod.step(101.1) == [Refused(number, "it went away (closed)")]
+        assert pod.step(101.1) == [ForkRefused(number, "it went away (closed)")]
         assert pod.step(101.2) == [], "once"
         assert pod.fork(102.0, **asked) == 0, "there is none to ask"
         assert process.wait(30) != 0

@@ -372,6 +372,6 @@ def test_select_is_not_fooled_by_a_pid_that_is_used_again() -> None:
     poller.register(pidfd, select.POLLIN)
     assert poller.poll(SECONDS * 1000)
     child.wait()
-    with pytest.raises(join.Refused, match="gone"):
+    with pytest.raises(join.JoinRefused, match="gone"):
         join.look(pidfd)
     os.close(pidfd)

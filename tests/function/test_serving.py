@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runtime.config import FunctionConfig
-from runtime.container.node import Node
+from runtime.container.node import NodeMode
 from runtime.errors import BadConfig
 from runtime.pool.serving import Serving
 from runtime.process import wire as wires
@@ -121,7 +121,7 @@ def heard(wire: Wire) -> dict[str, Any]:
 
 
 def test_a_pool_that_comes_back_learns_of_the_worker_that_is_there(played: PlayedPool) -> None:
-    node = Node(FunctionConfig(model="/m", pool=str(played.path)))
+    node = NodeMode(FunctionConfig(model="/m", pool=str(played.path)))
     node.worker_ready("llama", 0.25, True, 0.0)
     node.worker_bytes(5)
     node.load(1, 0.0)
@@ -159,7 +159,7 @@ def test_a_pool_that_comes_back_learns_of_the_worker_that_is_there(played: Playe
 def test_a_worker_that_no_pool_can_enter_for_looks_for_none(
     played: PlayedPool, readable: Callable[[Any, float], bool]
 ) -> None:
-    node = Node(FunctionConfig(model="/m", pool=str(played.path)))
+    node = NodeMode(FunctionConfig(model="/m", pool=str(played.path)))
     node.worker_ready("llama", 0.25, True, 0.0)
     node.step(0.0)
     wire = played.accept()

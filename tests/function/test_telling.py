@@ -12,7 +12,7 @@ from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import ProtocolError
 from cache_agent.wire.layers import LayersTold
 from runtime.layers import reporter
-from runtime.layers.reporter import Telling
+from runtime.layers.reporter import LayerReporter
 
 HEAD = {"mode": "pod", "name": "chat", "rho": 60.0, "pid": 1}
 LANG = {
@@ -39,7 +39,7 @@ def test_an_agent_knows_what_it_was_told(start_local_agent: Callable[..., Any], 
     def states() -> list[str]:
         return [layer.state for function in agent.client.status().layers for layer in function.layers]
 
-    word = Telling(lambda: agent.client, HEAD)
+    word = LayerReporter(lambda: agent.client, HEAD)
     word.tell([LANG])
     eventually(lambda: states() == ["used"], SOON)
     word.tell([{**LANG, "state": "idle", "since": time.monotonic()}, LANG])
@@ -67,7 +67,7 @@ def test_it_is_said_again_while_nothing_changes(
 ) -> None:
     monkeypatch.setattr(reporter, "_AGAIN", 0.01)
     client = Recorder()
-    word = Telling(lambda: client, HEAD)
+    word = LayerReporter(lambda: client, HEAD)
     word.tell([LANG])
     eventually(lambda: len(client.told) > 3, SOON)
     word.close()
@@ -77,7 +77,7 @@ def test_it_is_said_again_while_nothing_changes(
 @pytest.mark.parametrize("fault", [ProtocolError("an older agent"), OSError("gone")])
 def test_an_agent_that_will_not_hear_is_left_alone(fault: Exception, eventually: Callable[..., Any]) -> None:
     client = Recorder(fault)
-    word = Telling(lambda: client, HEAD)
+    word = LayerReporter(lambda: client, HEAD)
     for count in (1, 2):
         word.tell([LANG] * count)
         eventually(lambda count=count: count in client.told, SOON)
@@ -87,5 +87,5 @@ def test_an_agent_that_will_not_hear_is_left_alone(fault: Exception, eventually:
 
 def test_nothing_is_said_by_one_that_never_had_layers() -> None:
     client = Recorder()
-    Telling(lambda: client, HEAD).close()
+    LayerReporter(lambda: client, HEAD).close()
     assert client.told == []

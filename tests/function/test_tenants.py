@@ -21,9 +21,9 @@ from runtime.pool.models import Models
 from runtime.pool.tenants import Tenant
 from runtime.process import wire as wires
 from runtime.process.wire import Gone, Wire
-from runtime.zygote.join import Place
+from runtime.zygote.join import ContainerPlace
 
-PLACE = Place(
+PLACE = ContainerPlace(
     pid=os.getpid(),
     container=1,
     uid=0,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from runtime.layers import spawn
-from runtime.layers.spawn import Ended, Forked, Lost, Ready, Refused, Spec, Zygote
+from runtime.layers.spawn import Ended, Forked, ForkRefused, Lost, Spec, Zygote, ZygoteReady
 from runtime.process import wire
 from runtime.process.wire import Gone, Wire
 
@@ -74,7 +74,7 @@ class Family:
         self.events: deque[Any] = deque()
         self.status: int | None = None
         self.number = 0
-        ready = self.event(Ready)
+        ready = self.event(ZygoteReady)
         self.size = ready.bytes
         assert (ready.level, ready.key) == ("lang", "k")
 
@@ -247,11 +247,11 @@ def test_what_must_not_be_forked_says_so(tmp_path: Path) -> None:
     )
     zygote = spawn.boot(Spec(), program=(str(program),))
     try:
-        _until(zygote, Ready)
+        _until(zygote, ZygoteReady)
         for number, words in ((signal.SIGUSR1, "it has a socket"), (signal.SIGUSR2, "it has 2 threads")):
             os.kill(zygote.pid, number)
             zygote.fork_worker(1, listener=2, line=2, environment={}, start_id="", spans=[])
-            refused = _until(zygote, Refused)
+            refused = _until(zygote, ForkRefused)
             assert words in refused.why
     finally:
         zygote.kill()

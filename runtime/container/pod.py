@@ -26,7 +26,7 @@ from runtime.layers.spawn import Forked, ForkRefused, Spec, Zygote
 from runtime.process.wire import Gone
 
 if TYPE_CHECKING:
-    from runtime.process.fd_store import Memory
+    from runtime.process.fd_store import FdStore
 
 _SETTLED = 2.0  # seconds of idleness after which there is time for building
 _BOOT = 2.0  # seconds that a worker takes that begins with the interpreter, until one was seen
@@ -49,7 +49,7 @@ class Pod:
         config: FunctionConfig,
         agent: Callable[[], str],
         say: Callable[[str], None],
-        memory: Memory | None = None,
+        memory: FdStore | None = None,
     ) -> None:
         """`memory` is what workers over TCP left, if the shim keeps it."""
         holds = config.holds

@@ -35,7 +35,7 @@ from runtime.process.wakeup import Wakeup  # noqa: E402
 if TYPE_CHECKING:
     from runtime.container.private_agent import PrivateAgent
     from runtime.container.takeover import ShimState
-    from runtime.process.fd_store import Memory
+    from runtime.process.fd_store import FdStore
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 REPORTED = range(64, 70)  # exit codes of errors that the worker explained, and that would come again
@@ -84,7 +84,7 @@ class Shim:
         self._retire_at = 0.0  # when it may be asked to retire (again)
         self._retired = self._finished = False
         self._parked = False  # no worker, on purpose
-        self._kept: Memory | None = None  # weights of a worker that got them over TCP, for the next one
+        self._kept: FdStore | None = None  # weights of a worker that got them over TCP, for the next one
         self._arrived: list[socket.socket] = []  # connections that were taken while parked, for the next worker
         self._stopping = False
         self._verdict = 0  # the exit code of a stop that nobody asked for
@@ -100,9 +100,9 @@ class Shim:
         """The agent's socket: as configured, the node's if one answers, else that of a private agent."""
         if self.config.socket:
             if self.config.socket.startswith("tcp:"):
-                from runtime.process.fd_store import Memory
+                from runtime.process.fd_store import FdStore
 
-                self._kept = self._supply.memory = Memory()
+                self._kept = self._supply.memory = FdStore()
             return self.config.socket
         if answers(DEFAULT_SOCKET):
             return DEFAULT_SOCKET

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from runtime.container.pod import Pod
     from runtime.container.takeover import ShimState
     from runtime.layers.spawn import Ended
-    from runtime.process.fd_store import Memory
+    from runtime.process.fd_store import FdStore
 
 FORK_SECONDS = 2.0  # what a zygote has to answer a request to fork
 
@@ -52,7 +52,7 @@ class Supply:
         """`agent()` is its agent's socket; `note(why, since)` is for the ledger, `say` for the log."""
         self._config, self._listener, self._agent, self._note, self._say = config, listener, agent, note, say
         self.layers: Pod | NodeMode | None = None  # who is asked
-        self.memory: Memory | None = None  # weights of workers that got them over TCP
+        self.memory: FdStore | None = None  # weights of workers that got them over TCP
         self.forked = False  # the last worker was
         self._order: Order | None = None
         self._number = 0

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 
-class Kept(Protocol):
+class CachedRows(Protocol):
     @property
     def nbytes(self) -> int: ...
 
 
-K = TypeVar("K", bound=Kept)
+K = TypeVar("K", bound=CachedRows)
 
 _WIDTH = 4
 

@@ -22,7 +22,7 @@ from runtime.engine.loop import Loop, Row
 from runtime.errors import BadRequest, SnapshotRefused
 
 
-class Memory:
+class SerialCache:
     """The cache of one generation and the number of its tokens that the model has seen."""
 
     def __init__(self, cache: Any, fed: int = 0) -> None:
@@ -30,7 +30,7 @@ class Memory:
         self.fed = fed
 
 
-class SerialEngine(Loop[Memory]):
+class SerialEngine(Loop[SerialCache]):
     """Decodes with `model`, a transformers causal language model, as it stands: dtype, device, attention.
 
     `chunk` is the number of prompt tokens per step, `threads` torch's thread count for the engine thread (None leaves
@@ -74,17 +74,17 @@ class SerialEngine(Loop[Memory]):
         if self._threads is not None:
             torch.set_num_threads(self._threads)
 
-    def choose(self, rows: Sequence[Row[Memory]]) -> Sequence[Row[Memory]]:
+    def choose(self, rows: Sequence[Row[SerialCache]]) -> Sequence[Row[SerialCache]]:
         # Least recently served first: a row that had its turn goes to the back of the engine's list.
         row = rows[0]
         self._running.remove(row)
         self._running.append(row)
         return (row,)
 
-    def step(self, rows: Sequence[Row[Memory]]) -> Iterable[tuple[Row[Memory], TokenEvent]]:
+    def step(self, rows: Sequence[Row[SerialCache]]) -> Iterable[tuple[Row[SerialCache], TokenEvent]]:
         (row,) = rows
         generation = row.generation
-        memory = row.memory = row.memory or Memory(DynamicCache(config=self._config))
+        memory = row.memory = row.memory or SerialCache(DynamicCache(config=self._config))
         prompt, at = generation.request.prompt, memory.fed
         ids = prompt[at : at + self._chunk] or (generation.generated[at - len(prompt)],)
         with torch.inference_mode():
@@ -125,7 +125,7 @@ class SerialEngine(Loop[Memory]):
         vector: list[float] = torch.nn.functional.normalize(total, dim=0).tolist()
         return vector
 
-    def pack(self, row: Row[Memory]) -> tuple[KVRow, ...]:
+    def pack(self, row: Row[SerialCache]) -> tuple[KVRow, ...]:
         """Rows "fed" (int64), then "<layer>.k" and "<layer>.v", each [1, heads, positions, head size].
 
         A layer with a sliding window has only the positions that are still in it. () if nothing was fed yet, or if
@@ -143,7 +143,7 @@ class SerialEngine(Loop[Memory]):
                 rows.append(KVRow(f"{index}.{name}", _name(tensor.dtype), tuple(tensor.shape), data))
         return tuple(rows)
 
-    def unpack(self, generation: Generation, kv: tuple[KVRow, ...]) -> Memory:
+    def unpack(self, generation: Generation, kv: tuple[KVRow, ...]) -> SerialCache:
         rows = {row.name: row for row in kv}
         cache: Any = DynamicCache(config=self._config)
         names = [f"{index}.{part}" for index in range(len(cache.layers)) for part in "kv"]
@@ -162,7 +162,7 @@ class SerialEngine(Loop[Memory]):
             layer.keys, layer.values = keys, values
             if sliding:
                 layer.cumulative_length = fed
-        return Memory(cache, fed)
+        return SerialCache(cache, fed)
 
     def _tensor(self, row: KVRow, positions: int) -> torch.Tensor:
         config = self._config

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.process.messages import Span, pack, unpack
 
 if TYPE_CHECKING:
-    from runtime.process.fd_store import Memory
+    from runtime.process.fd_store import FdStore
 
 MAX_LINE = 64 << 10
 
@@ -119,7 +119,7 @@ class Line:
 class Hearing:
     """The shim's end of one worker's line. Never blocks. `ended` once the worker has closed its own."""
 
-    def __init__(self, sock: socket.socket, kept: Memory | None = None, unread: bytes = b"") -> None:
+    def __init__(self, sock: socket.socket, kept: FdStore | None = None, unread: bytes = b"") -> None:
         """Memory that the worker gives goes to `kept`, and it gets what is there. `unread` came before."""
         sock.setblocking(False)
         self._sock = sock

@@ -42,7 +42,7 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     return data, list(fds)
 
 
-class Memory:
+class FdStore:
     """The shim's. Not thread-safe."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from runtime.worker.reporting import Reporting
 
 if TYPE_CHECKING:
     from runtime.function.model import Model
-    from runtime.worker.weights import Loaded, Weights
+    from runtime.worker.weights import AssembledModel, Weights
     from runtime.zygote.warm import Warm
 
 log = logging.getLogger("glowplug.worker")
@@ -115,7 +115,7 @@ class Assembly:
         )
         return Assembled(model, mapped, lease, str(model_config(lease.manifest.files).get("model_type", "")))
 
-    def _ready_parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
+    def _ready_parts(self, lease: Lease) -> tuple[Weights, AssembledModel] | None:
         """What the layer has put together already, if it is this very model."""
         if self._warm is None or self._config.private_weights:
             return None
@@ -127,7 +127,7 @@ class Assembly:
             self._reporting.kind = "lang"
         return parts
 
-    def _put_together(self, lease: Lease, deadline: float) -> tuple[Weights, Loaded]:
+    def _put_together(self, lease: Lease, deadline: float) -> tuple[Weights, AssembledModel]:
         from runtime.worker import weights
 
         mapped = weights.Weights(lease)

@@ -54,7 +54,7 @@ _MADV_POPULATE_READ = 22
 _STRIDE = 16 << 20  # bytes for which others that change this process's mappings may have to wait
 
 
-class Held(Protocol):
+class SegmentSource(Protocol):
     """A lease, or what somebody else's lease lends: a manifest and the fds of its segments."""
 
     @property
@@ -66,7 +66,7 @@ class Held(Protocol):
 class Weights:
     """Read-only tensors over the segments of a lease, valid for as long as this object lives, agent or not."""
 
-    def __init__(self, lease: Held) -> None:
+    def __init__(self, lease: SegmentSource) -> None:
         """Whoever holds the bytes has to go on doing so; the fds may be closed."""
         self.manifest = lease.manifest
         self._maps = [
@@ -125,7 +125,7 @@ def preload_kind(kind: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class AssembledModel:
     """A transformers model on shared weights, and what belongs to it. `how` names the way it was assembled."""
 
     model: Any
@@ -141,7 +141,7 @@ class Loaded:
         return [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
 
 
-def assemble(weights: Weights, *, private: bool = False, whole: Callable[[], None] = lambda: None) -> Loaded:
+def assemble(weights: Weights, *, private: bool = False, whole: Callable[[], None] = lambda: None) -> AssembledModel:
     """Builds the model and its tokenizer. With `private` every weight is copied to memory of this process's own.
 
     This may be done while the bytes arrive, for it needs only names and shapes; where it has to read them all the same,
@@ -152,7 +152,7 @@ def assemble(weights: Weights, *, private: bool = False, whole: Callable[[], Non
         tokenizer = AutoTokenizer.from_pretrained(directory)
     files = weights.manifest.files
     generation_config = json.loads(files.get("generation_config.json", b"{}"))
-    return Loaded(model, tokenizer, tokenizer_digest(files), generation_config, how)
+    return AssembledModel(model, tokenizer, tokenizer_digest(files), generation_config, how)
 
 
 def assemble_model(weights: Weights, *, whole: Callable[[], None] = lambda: None) -> Any:

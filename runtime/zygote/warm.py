@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cache_agent.model.manifest import Manifest
     from cache_agent.web.wsgi import Settings
     from runtime.http.application import Prepared
-    from runtime.worker.weights import Loaded, Weights
+    from runtime.worker.weights import AssembledModel, Weights
 
 
 _PROMPT = 32  # tokens
@@ -46,7 +46,7 @@ class Warm:
     http: tuple[Prepared, Settings] | None = None
     known: Known | None = None
     weights: Weights | None = None
-    loaded: Loaded | None = None
+    loaded: AssembledModel | None = None
     files: tuple[tuple[int, int], ...] = ()
     shared: bool = False
 
@@ -100,7 +100,7 @@ class Warm:
         if self.weights is not None:
             yield from self.weights.populate()
 
-    def parts(self, lease: Lease) -> tuple[Weights, Loaded] | None:
+    def parts(self, lease: Lease) -> tuple[Weights, AssembledModel] | None:
         """The model that is ready, if its bytes are the very ones of this lease."""
         if self.weights is None or self.loaded is None:
             return None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from runtime.process.control import Hearing, Line
-from runtime.process.fd_store import MOST_FDS, Memory
+from runtime.process.fd_store import MOST_FDS, FdStore
 
 
 def memory(content: bytes) -> int:
@@ -27,9 +27,9 @@ def open_fds() -> int:
 
 
 @pytest.fixture
-def kept() -> Iterator[Memory]:
+def kept() -> Iterator[FdStore]:
     before = open_fds()
-    made = Memory()
+    made = FdStore()
     yield made
     made.close()
     assert open_fds() == before
@@ -38,13 +38,13 @@ def kept() -> Iterator[Memory]:
 class Worker:
     """One worker's line: its own end, and the shim's."""
 
-    def __init__(self, kept: Memory) -> None:
+    def __init__(self, kept: FdStore) -> None:
         ours, theirs = socket.socketpair()
         self.hearing = Hearing(ours, kept)
         self.sock = theirs
         self.line = Line(theirs)
 
-    def heard(self, kept: Memory) -> list[dict[str, object]]:
+    def heard(self, kept: FdStore) -> list[dict[str, object]]:
         """What the shim hears, and does about memory."""
         messages = self.hearing.messages()
         for message in messages:
@@ -60,7 +60,7 @@ class Worker:
         self.sock.close()
 
 
-def test_what_one_worker_gives_the_next_one_gets(kept: Memory) -> None:
+def test_what_one_worker_gives_the_next_one_gets(kept: FdStore) -> None:
     given = [memory(b"manifest"), memory(b"segment 0"), memory(b"segment 1")]
     with Worker(kept) as first:
         assert first.line.kept() == []
@@ -83,7 +83,7 @@ def test_what_one_worker_gives_the_next_one_gets(kept: Memory) -> None:
             assert next(worker.line.messages()) == {"retire": 1}
 
 
-def test_new_memory_takes_the_place_of_the_old(kept: Memory) -> None:
+def test_new_memory_takes_the_place_of_the_old(kept: FdStore) -> None:
     before = open_fds()
     for size in (3, 2, 5):
         given = [memory(b"x") for _ in range(size)]
@@ -104,7 +104,7 @@ def test_new_memory_takes_the_place_of_the_old(kept: Memory) -> None:
 
 
 @pytest.mark.parametrize("said", [b"keep=5\0\n", b"keep=0\0\n", b"keep=-1\0\n", b"beat=1\0\n", b"\0\n"])
-def test_fds_that_no_message_counts_are_closed_by_the_next_worker(kept: Memory, said: bytes) -> None:
+def test_fds_that_no_message_counts_are_closed_by_the_next_worker(kept: FdStore, said: bytes) -> None:
     """User code may have got hold of the line."""
     before = open_fds()
     with Worker(kept) as worker:
@@ -115,7 +115,7 @@ def test_fds_that_no_message_counts_are_closed_by_the_next_worker(kept: Memory, 
     assert open_fds() == before
 
 
-def test_a_flood_of_fds_is_closed(kept: Memory) -> None:
+def test_a_flood_of_fds_is_closed(kept: FdStore) -> None:
     before = open_fds()
     with Worker(kept) as worker:
         for _ in range(4):

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from runtime.errors import ModelUnusable, SharedWeightsError  # noqa: E402
-from runtime.worker.weights import Loaded, Weights, assemble  # noqa: E402
+from runtime.worker.weights import AssembledModel, Weights, assemble  # noqa: E402
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2")
 IDS = torch.tensor([[5, 17, 99, 300, 42, 7, 7, 255]])
@@ -46,7 +46,7 @@ def _logits(model: Any) -> Any:
         return model(input_ids=IDS).logits
 
 
-def _assert_same(loaded: Loaded, directory: Path) -> None:
+def _assert_same(loaded: AssembledModel, directory: Path) -> None:
     reference = _reference(directory)
     assert type(loaded.model) is type(reference)
     assert {p.dtype for p in loaded.model.parameters()} == {p.dtype for p in reference.parameters()}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.config import FunctionConfig
 from runtime.layers import identity
-from runtime.layers.spawn import Ended, Forked, ForkRefused, Lost, Zygote, ZygoteReady
+from runtime.layers.spawn import NO_ENTRY, Ended, Forked, ForkRefused, Lost, Zygote, ZygoteReady
 from runtime.layers.spawn import Event as AnyEvent
 from runtime.process import messages
 from runtime.process.wire import Gone, Wire
@@ -25,7 +25,6 @@ from runtime.process.wire import Gone, Wire
 if TYPE_CHECKING:
     from runtime.container.takeover import ShimState
 
-NO_ENTRY = "it could not enter the container"  # how the pool begins its reason not to be asked again
 POOL_SECONDS = 1.0  # seconds that the pool may take to say whether it serves this container
 _AGAIN = 5.0  # seconds after which a pool that was lost is looked for, for the worker that there is
 

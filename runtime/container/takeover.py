@@ -1,8 +1,9 @@
-"""Owns what a shim takes over from its static twin (zygote/shim.c), in whose place it was executed.
+"""The state that a shim takes over from its static twin (shim.c), in whose place it was executed.
 
-The twin leaves the number of a file in `GLOWPLUG_SHIM_STATE`: a message (see messages.py) with the fields of `ShimState`,
-then, after an empty field, those bytes of the line that no message was made of yet. The fds that the fields name are
-open; SIGTERM, SIGINT and SIGCHLD are blocked. Times are seconds of CLOCK_MONOTONIC. Standard library only.
+The twin leaves the number of a file in `GLOWPLUG_SHIM_STATE`: a message (see process/messages.py) with the fields of
+`ShimState`, then, after an empty field, those bytes of the line that no message was made of yet. The fds that the
+fields name are open; SIGTERM, SIGINT and SIGCHLD are blocked. Times are seconds of CLOCK_MONOTONIC. Standard library
+only.
 """
 
 from __future__ import annotations

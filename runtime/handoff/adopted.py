@@ -40,7 +40,7 @@ from runtime.handoff.messages import (
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume import snapshot
 from runtime.resume.answer import Answer
-from runtime.resume.checkpoint import Sessions
+from runtime.resume.sessions import Sessions
 from runtime.resume.snapshot import ReplicaIdentity, Snapshot
 
 log = logging.getLogger("glowplug.handoff")

@@ -25,7 +25,7 @@ from runtime.handoff.migration_table import MigrationEvent
 from runtime.handoff.orphans import Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import Relay, Sent
-from runtime.resume.checkpoint import Sessions
+from runtime.resume.sessions import Sessions
 from runtime.resume.snapshot import ReplicaIdentity
 
 log = logging.getLogger("glowplug.handoff")

@@ -1,6 +1,6 @@
 """Owns this worker's readiness to go on with others' requests: it waits at its agent, and serves whoever is sent.
 
-agent ◄── host(kin) ── this worker        matched + one end of a pipe ──► `AdoptedRequests` on a thread of its own ── again
+agent ◄── host(kin) ── this worker    matched + one end of a pipe ──► `AdoptedRequests` on a thread of its own ── again
 
 It waits only while it has a free slot, so that nobody is sent to one who cannot take anything.
 """

@@ -23,7 +23,6 @@ from runtime.handoff.pipe import Pipe
 from runtime.handoff.relay import Relay
 from runtime.handoff.reporter import Reporter
 from runtime.resume.seal import Seal, seal
-from runtime.resume.sessions import place_of
 from runtime.resume.snapshot import VERSION, ReplicaIdentity
 
 
@@ -112,4 +111,4 @@ def moving(
     """None for a function whose requests stay where they are. Raises `BadConfig`."""
     if not (name := config.handoff_name):
         return None
-    return Incoming(name, client, model, lambda: place_of(model), seal(config.function_key_file), work, released)
+    return Incoming(name, client, model, lambda: model.identity, seal(config.function_key_file), work, released)

@@ -22,8 +22,8 @@ from runtime.handoff.orphans import OrphanedRequest, Orphans
 from runtime.handoff.pipe import Broken
 from runtime.handoff.relay import ANSWER, Relay, Sent
 from runtime.resume.answer import Answer
-from runtime.resume.checkpoint import Sessions
 from runtime.resume.session import Session
+from runtime.resume.sessions import Sessions
 from runtime.resume.snapshot import ReplicaIdentity, Snapshot
 
 log = logging.getLogger("glowplug.handoff")

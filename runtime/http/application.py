@@ -25,11 +25,11 @@ from werkzeug.wsgi import ClosingIterator
 from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
 from runtime.errors import FunctionError, NotReady, NotResumable
+from runtime.function import transcript
 from runtime.function.handler import Context, Event, Events, error_json, to_response
 from runtime.http import routes
 from runtime.http.body import read_body
 from runtime.http.lifecycle import Lifecycle
-from runtime.resume import transcript
 from runtime.resume.position import parse
 from runtime.resume.resume import asked_of_handler
 

@@ -24,6 +24,7 @@ from runtime.process import wire
 from runtime.process.messages import Span
 from runtime.process.wire import Gone, Wire
 
+NO_ENTRY = "it could not enter the container"  # how the pool begins its reason not to be asked again
 PROGRAM = ("-m", "runtime.zygote.forkserver")
 SILENCE = 1.0  # seconds without a beat after which a zygote that was ready counts as hanging
 BUILD = 120.0  # seconds that building may take
@@ -170,7 +171,9 @@ class Zygote:
         cwd: str = "/",
         **more: Any,
     ) -> None:
-        """Asks for a worker; `Forked` or `ForkRefused` follows. `why` it is not forked from a deeper layer. Raises `Gone`.
+        """Ask for a worker; `Forked` or `ForkRefused` follows. Raises `Gone`.
+
+        `why` says for what reason it is not forked from a deeper layer.
 
         `more` is for the zygote's own `fork` and `enter`.
         """

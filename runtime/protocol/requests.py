@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from runtime.errors import BadRequest
-from runtime.function.model import Parameters, check
+from runtime.protocol.parameters import Parameters, check
 
 MAX_CHOICES = 8
 MAX_CHAT_LOGPROBS, MAX_COMPLETION_LOGPROBS = 20, 5  # OpenAI's limits

@@ -23,9 +23,9 @@ from runtime.errors import BadRequest, EngineBusy, Moved
 from runtime.resume import position as positions
 from runtime.resume import snapshot
 from runtime.resume.answer import Answer, recorded
-from runtime.resume.checkpoint import Sessions
 from runtime.resume.position import Position
 from runtime.resume.record import AnswerContext, Record, Route
+from runtime.resume.sessions import Sessions
 
 PATIENCE = 10.0  # seconds that a client waits for whoever has its request, and for a slot
 _LOOK = 0.05

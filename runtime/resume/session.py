@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cache_agent.snapshots.store import Key
 from runtime.engine.base import GenerationRequest, TokenEvent
 from runtime.resume.record import AnswerContext
 
-if TYPE_CHECKING:
-    from runtime.resume.checkpoint import Sessions
+
+class Guard(Protocol):
+    """The store that a session belongs to: it decides what may be told, and tells the agent."""
+
+    def tell(self, hold: Session, choice: int, event: TokenEvent) -> bool: ...
+
+    def let_go(self, hold: Session, why: str) -> None: ...
 
 
 class Session:
@@ -18,7 +23,7 @@ class Session:
 
     def __init__(
         self,
-        book: Sessions,
+        book: Guard,
         key: Key,
         epoch: int,
         context: AnswerContext,

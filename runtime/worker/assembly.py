@@ -25,8 +25,8 @@ from runtime.worker.reporting import Reporting
 
 if TYPE_CHECKING:
     from runtime.function.model import Model
+    from runtime.worker.layer import WarmLayer
     from runtime.worker.weights import AssembledModel, Weights
-    from runtime.zygote.warm import Warm
 
 log = logging.getLogger("glowplug.worker")
 
@@ -51,7 +51,7 @@ class Assembly:
         lifecycle: Lifecycle,
         leasing: Leasing,
         reporting: Reporting,
-        warm: Warm | None,
+        warm: WarmLayer | None,
         broken: Callable[[str], None],
     ) -> None:
         """Without a layer, `warm`, it begins to map libraries. `broken` hears why the engine gave up, if it does."""
@@ -78,7 +78,8 @@ class Assembly:
         from cache_agent.limits import cpu_quota
         from runtime.engine.choice import choose
         from runtime.engine.serial import TokenizerCodec
-        from runtime.function.model import Model, sampling_defaults
+        from runtime.function.model import Model
+        from runtime.protocol.parameters import sampling_defaults
         from runtime.worker import weights
 
         with self._ledger.span("model code"):

@@ -303,17 +303,3 @@ class Structure:
             unfinished.replace(self._file)
         except (OSError, ValueError) as error:
             _log.debug("transformers' structure is not remembered: %s", error)
-
-
-def main() -> None:
-    """Imports what starts import, so that bytecode and what is remembered lie on the disk: for building images."""
-
-    def load() -> None:
-        from runtime.engine import choice, serial  # noqa: F401
-        from runtime.worker import weights, worker  # noqa: F401
-
-    imported(load)
-
-
-if __name__ == "__main__":
-    main()

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from runtime.function.handler import Handler
     from runtime.handoff.incoming import Incoming
     from runtime.http.server import HttpServer
-    from runtime.resume.checkpoint import Sessions
-    from runtime.zygote.warm import Warm
+    from runtime.resume.sessions import Sessions
+    from runtime.worker.layer import WarmLayer
 
 log = logging.getLogger("glowplug.worker")
 
@@ -61,7 +61,7 @@ class Worker:
         ledger: Ledger,
         line: Line,
         terminate: threading.Event,
-        warm: Warm | None = None,
+        warm: WarmLayer | None = None,
     ) -> None:
         """`terminate` is set by the signals that end the process. `warm` is the layer that it was forked from; without
         one it imports everything itself."""
@@ -156,9 +156,9 @@ class Worker:
             with self._ledger.span("handler"):
                 handler = self._import_handler(assembled)
         from runtime.handoff.incoming import moving
-        from runtime.resume.sessions import book
+        from runtime.resume.sessions import kept_by
 
-        self._book = model.book = book(self._config, self._leasing.client, model)
+        self._book = model.book = kept_by(self._config, self._leasing.client, lambda: model.identity)
         self._moving = moving(
             self._config, self._leasing.client, model, self._lifecycle, lambda: self._released(assembled)
         )
@@ -293,7 +293,7 @@ def serve(
     control_fd: int,
     start_id: str,
     spans: Iterable[messages.Span],
-    warm: Warm,
+    warm: WarmLayer,
     *,
     why: str,
     connections: Sequence[int] = (),
@@ -316,7 +316,7 @@ def _live(
     control_fd: int,
     ledger: Ledger,
     parent: int,
-    warm: Warm | None = None,
+    warm: WarmLayer | None = None,
     accepted: Sequence[socket.socket] = (),
 ) -> int:
     config = from_environment()

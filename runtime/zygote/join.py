@@ -82,8 +82,11 @@ def peer(sock: socket.socket) -> tuple[int, ContainerPlace]:
 
 
 def look(pidfd: int) -> ContainerPlace:
-    """What the container of this process is like. Raises `JoinRefused` where a worker of the pool would not be confined as
-    the container's own processes are, and where the process is not the container's first."""
+    """Return what the container of this process is like.
+
+    Raises `JoinRefused` where a worker of the pool would not be confined as the container's own processes are, and
+    where the process is not the container's first.
+    """
     pid = _pid(pidfd)
     base = Path("/proc") / str(pid)
     try:

@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime.container.node import NO_ENTRY
-from runtime.layers.spawn import Spec
+from runtime.layers.spawn import NO_ENTRY, Spec
 from runtime.process.children import private_bytes
 from runtime.process.wire import Gone, Wire
 from runtime.zygote import forkserver, join

@@ -27,8 +27,8 @@ from runtime.function.testing import toy_model
 from runtime.handoff.incoming import Incoming
 from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
-from runtime.resume.checkpoint import Sessions
 from runtime.resume.seal import Plain
+from runtime.resume.sessions import Sessions
 from runtime.resume.snapshot import ReplicaIdentity
 from runtime.sse import EventParser
 

@@ -15,9 +15,9 @@ from runtime.engine.base import GenerationRequest, TokenEvent, TokenStream
 from runtime.engine.toy import ToyCodec, ToyEngine
 from runtime.handoff.live import LiveEngine
 from runtime.resume.answer import Answer
-from runtime.resume.checkpoint import Sessions
 from runtime.resume.record import AnswerContext
 from runtime.resume.seal import Plain
+from runtime.resume.sessions import Sessions
 from runtime.resume.snapshot import ReplicaIdentity
 
 COUNT = 60

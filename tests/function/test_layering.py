@@ -48,9 +48,9 @@ HOUSE = {
         layers
         engine
         protocol
+        resume
         function
         handler
-        resume
         http
         handoff
         worker

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from runtime.engine.base import SamplingParams
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, Unsupported
-from runtime.function.model import DEFAULT_MAX_TOKENS, Model, Parameters, Usage, check, sampling_defaults
+from runtime.function.model import DEFAULT_MAX_TOKENS, Model, Usage
 from runtime.function.testing import toy_model
+from runtime.protocol.parameters import Parameters, check, sampling_defaults
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")

@@ -30,9 +30,9 @@ from runtime.handoff.incoming import Incoming
 from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.http.server import HttpServer
-from runtime.resume.checkpoint import Sessions
 from runtime.resume.seal import Plain
 from runtime.resume.session import Session
+from runtime.resume.sessions import Sessions
 from runtime.resume.snapshot import ReplicaIdentity
 
 LEASE = 0.8

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from runtime.errors import RequestGone
 from runtime.function.model import Model, TextStream
 from runtime.resume.answer import Answer
-from runtime.resume.checkpoint import Sessions
 from runtime.resume.record import AnswerContext
 from runtime.resume.resume import ResumeQuery, take_up
+from runtime.resume.sessions import Sessions
 
 PREFIX = "gen"
 

@@ -1,0 +1,17 @@
+"""Imports what a start imports, so that bytecode and what is remembered lie on the disk: `python -m`, for images."""
+
+from __future__ import annotations
+
+from runtime.worker.imports import imported
+
+
+def main() -> None:
+    def load() -> None:
+        from runtime.engine import choice, serial  # noqa: F401
+        from runtime.worker import weights, worker  # noqa: F401
+
+    imported(load)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The contract of the warm layer that a worker may be forked from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from cache_agent.client.lease import Known, Lease
+    from cache_agent.web.wsgi import Settings
+    from runtime.http.application import Prepared
+    from runtime.layers.keys import Level
+    from runtime.worker.weights import AssembledModel, Weights
+
+
+class WarmLayer(Protocol):
+    """What a worker finds ready. Children of a `shared` layer belong to several containers."""
+
+    @property
+    def level(self) -> Level: ...
+
+    @property
+    def http(self) -> tuple[Prepared, Settings] | None: ...
+
+    @property
+    def known(self) -> Known | None: ...
+
+    @property
+    def shared(self) -> bool: ...
+
+    def parts(self, lease: Lease) -> tuple[Weights, AssembledModel] | None:
+        """The model that is ready, if its bytes are the very ones of this lease."""
+        ...

@@ -83,11 +83,11 @@ class SnapshotClient:
 
         return self._exchange(exchange)
 
-    def transfer(self, key: Key, owner: str, epoch: int, heir: str, lease: float) -> bool:
+    def transfer(self, key: Key, owner: str, epoch: int, successor: str, lease: float) -> bool:
         """See `Snapshots.transfer`."""
 
         def exchange(channel: Channel) -> bool:
-            channel.send(TransferRequest(*key, owner, epoch, heir, lease))
+            channel.send(TransferRequest(*key, owner, epoch, successor, lease))
             return expect(channel, TransferReply, time.monotonic() + self._timeout)[0].done
 
         return self._exchange(exchange)

@@ -52,10 +52,10 @@ class Catalogue:
     def drop(self, entry: Entry) -> None:
         """No later lease finds the entry; another copy of its revision, if there is one, takes its place."""
         copies = (e.number for e in self._entries.values() if e.revision == entry.revision and e.state != "evicting")
-        heir = next((number for number in copies if number != entry.number), None) if entry.revision else None
+        successor = next((number for number in copies if number != entry.number), None) if entry.revision else None
         for index in (self._by_source, self._by_revision):
             for key in [key for key, number in index.items() if number == entry.number]:
-                if heir is None:
+                if successor is None:
                     del index[key]
                 else:
-                    index[key] = heir
+                    index[key] = successor

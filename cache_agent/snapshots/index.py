@@ -57,8 +57,8 @@ class SnapshotIndex:
 
     def transfer(self, asked: TransferRequest, within: str = "") -> bool:
         """Raises `StoreUnavailable`."""
-        key, owner, heir = _key(within, asked.space, asked.id), _owner(asked.owner), _owner(asked.heir)
-        return self._store.transfer(key, owner, asked.epoch, heir, _lease(asked.lease))
+        key, owner, successor = _key(within, asked.space, asked.id), _owner(asked.owner), _owner(asked.successor)
+        return self._store.transfer(key, owner, asked.epoch, successor, _lease(asked.lease))
 
     def history(self, space: str, id: str, within: str = "") -> list[Change]:  # noqa: A002  it is one
         return self._store.history(_key(within, space, id))

@@ -4,7 +4,7 @@
 --           most bytes of one, most bytes of the space, then the pieces
 --           -> {outcome, wanted, bytes of this one, bytes of the space}
 -- claim     KEYS the same; ARGV id, ttl ms, owner, lease ms -> {outcome, epoch, wait ms, piece …}
--- transfer  KEYS the same; ARGV id, ttl ms, owner, epoch, heir, lease ms -> 1 or 0
+-- transfer  KEYS the same; ARGV id, ttl ms, owner, epoch, successor, lease ms -> 1 or 0
 -- drop      KEYS the same; ARGV id, ttl ms, owner, epoch -> 1 or 0
 
 local MOST_CHANGES, MOST_EXPIRED = 64, 100
@@ -87,14 +87,14 @@ if step == 'claim' then
 end
 
 if step == 'transfer' then
-  local mine, under, heir, lease = ARGV[4], tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
+  local mine, under, successor, lease = ARGV[4], tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
   if not owner then
     change(mine, under, 0)
     owner, epoch = mine, under
   end
-  if owner == heir and epoch == under + 1 then return 1 end
+  if owner == successor and epoch == under + 1 then return 1 end
   if owner ~= mine or epoch ~= under then return 0 end
-  change(heir, under + 1, now + lease)
+  change(successor, under + 1, now + lease)
   redis.call('HDEL', record, 'done')
   touch()
   return 1

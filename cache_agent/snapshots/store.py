@@ -81,8 +81,8 @@ class Snapshots(Protocol):
 
     def claim(self, key: Key, owner: str, lease: float) -> Claimed: ...
 
-    def transfer(self, key: Key, owner: str, epoch: int, heir: str, lease: float) -> bool:
-        """Compare and set: makes `heir` the owner under `epoch` + 1; False unless it was `owner`'s under `epoch`.
+    def transfer(self, key: Key, owner: str, epoch: int, successor: str, lease: float) -> bool:
+        """Compare and set: makes `successor` the owner under `epoch` + 1; False unless it was `owner`'s under `epoch`.
 
         Saying it twice is saying it once. A record that is not there is made, without a piece; one that was complete
         is not any more.
@@ -176,19 +176,19 @@ class InProcessSnapshots:
             self._touch(key, record, now)
             return Claimed("taken", record.epoch, tuple(record.pieces))
 
-    def transfer(self, key: Key, owner: str, epoch: int, heir: str, lease: float) -> bool:
+    def transfer(self, key: Key, owner: str, epoch: int, successor: str, lease: float) -> bool:
         now = self._clock()
         with self._lock:
             self._expire(now)
             record = self._records.get(key)
             if record is None:
                 record = _Record(owner, epoch, 0.0, 0.0, changes=[Change(epoch, owner)])
-            if (record.owner, record.epoch) == (heir, epoch + 1):
+            if (record.owner, record.epoch) == (successor, epoch + 1):
                 return True
             if (record.owner, record.epoch) != (owner, epoch):
                 return False
-            self._change(record, heir, now + lease)
-            record.done = False  # its last tokens were told to nobody: the heir makes them again
+            self._change(record, successor, now + lease)
+            record.done = False  # its last tokens were told to nobody: the successor makes them again
             self._touch(key, record, now)
             return True
 

@@ -51,8 +51,8 @@ class RedisSnapshots:
         outcome, epoch, wait, *pieces = self._ask("claim", key, owner, _ms(lease))
         return Claimed(outcome.decode(), epoch, tuple(pieces), wait / 1000)
 
-    def transfer(self, key: Key, owner: str, epoch: int, heir: str, lease: float) -> bool:
-        return bool(self._ask("transfer", key, owner, epoch, heir, _ms(lease)))
+    def transfer(self, key: Key, owner: str, epoch: int, successor: str, lease: float) -> bool:
+        return bool(self._ask("transfer", key, owner, epoch, successor, _ms(lease)))
 
     def drop(self, key: Key, owner: str, epoch: int) -> None:
         self._ask("drop", key, owner, epoch)

@@ -67,13 +67,13 @@ class ClaimReply(Message, frozen=True, tag="claim_reply"):
 
 
 class TransferRequest(Message, frozen=True, tag="transfer"):
-    """Makes `heir` the owner of a request under the next epoch, if it is `owner`'s under `epoch`."""
+    """Makes `successor` the owner of a request under the next epoch, if it is `owner`'s under `epoch`."""
 
     space: Short
     id: Short
     owner: Short
     epoch: Count
-    heir: Short
+    successor: Short = msgspec.field(name="heir")
     lease: float
 
 

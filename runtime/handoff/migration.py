@@ -206,14 +206,14 @@ class Migration:
         unit.epoch += event is MigrationEvent.YES
         return event
 
-    def transfer(self, unit: Unit, owner: str, epoch: int, heir: str) -> MigrationEvent:
+    def transfer(self, unit: Unit, owner: str, epoch: int, successor: str) -> MigrationEvent:
         """Asked again until the store has said something: saying it twice is saying it once."""
         assert unit.hold is not None, "only what is kept has an owner"
         assert self._book is not None, "it holds it"
         deadline = time.monotonic() + _COMMIT
         while True:
             try:
-                if self._book.transfer(unit.hold, owner, epoch, heir):
+                if self._book.transfer(unit.hold, owner, epoch, successor):
                     return MigrationEvent.YES
                 unit.why = "another replica took it over"
                 return MigrationEvent.NO

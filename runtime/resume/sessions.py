@@ -132,14 +132,14 @@ class Sessions:
                 self._anew(hold, epoch)
             self._changed.notify_all()
 
-    def transfer(self, hold: Session, owner: str, epoch: int, heir: str) -> bool:
-        """Makes `heir` its owner under `epoch` + 1, if it is `owner`'s under `epoch`. Raises any `AgentError`."""
-        return self._client.transfer(hold.key, owner, epoch, heir, self._lease)
+    def transfer(self, hold: Session, owner: str, epoch: int, successor: str) -> bool:
+        """Makes `successor` its owner under `epoch` + 1, if it is `owner`'s under `epoch`. Raises any `AgentError`."""
+        return self._client.transfer(hold.key, owner, epoch, successor, self._lease)
 
-    def handed(self, hold: Session, heir: str, epoch: int) -> None:
-        """`heir` keeps it from here on; what that one makes of it is told through the streams of this hold."""
+    def handed(self, hold: Session, successor: str, epoch: int) -> None:
+        """`successor` keeps it from here on; what that one makes of it is told through the streams of this hold."""
         with self._changed:
-            hold.frozen, hold.handed, hold.epoch = False, heir, epoch
+            hold.frozen, hold.handed, hold.epoch = False, successor, epoch
             self._settle(hold)
             self._changed.notify_all()
 

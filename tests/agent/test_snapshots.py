@@ -252,13 +252,13 @@ def test_random_steps_agree_with_a_simple_model(open_store, rounds):
                     else:
                         assert (found.outcome, found.epoch) == ("held", epoch)
                 case "transfer" if owner:
-                    heir = source.choice("abc")
-                    told_again = owner == heir and under + 1 == epoch
+                    successor = source.choice("abc")
+                    told_again = owner == successor and under + 1 == epoch
                     lawful = (owner, epoch) == (name, under)
-                    assert store.transfer(key, name, under, heir, 60) == (lawful or told_again)
+                    assert store.transfer(key, name, under, successor, 60) == (lawful or told_again)
                     if lawful and not told_again:
-                        owner, epoch, free, done = heir, epoch + 1, False, False
-                        changes.append(Change(epoch, heir))
+                        owner, epoch, free, done = successor, epoch + 1, False, False
+                        changes.append(Change(epoch, successor))
                 case "transfer":
                     pass
                 case what:

@@ -27,9 +27,9 @@ _TELL = 3.0
 _LOOK = 1.0
 
 
-def offer_to_host(channel: Channel, kin: str, owner: str) -> None:
+def offer_to_host(channel: Channel, siblings: str, owner: str) -> None:
     """From here on the worker on this channel may be given others' requests. Raises `Disconnected`."""
-    channel.send(HostRequest(kin, owner))
+    channel.send(HostRequest(siblings, owner))
 
 
 def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socket | None:
@@ -48,11 +48,11 @@ def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socke
     return None
 
 
-def find_destination(client: CacheClient, kin: str, owner: str) -> socket.socket:
+def find_destination(client: CacheClient, siblings: str, owner: str) -> socket.socket:
     """The end of a pipe to a worker that goes on. Raises `NoDestination`, or any `AgentError`."""
     with client.connect() as channel:
         try:
-            channel.send(HandoffRequest(kin, owner))
+            channel.send(HandoffRequest(siblings, owner))
             return _end(*expect(channel, Matched, time.monotonic() + _FIND))
         except Disconnected as error:
             raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error

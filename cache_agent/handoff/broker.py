@@ -65,10 +65,10 @@ class Broker:
                 self._claim(message, within, say)
             case TransferRequest():
                 say(TransferReply(self._shelf.transfer(message, within)), ())
-            case HostRequest(kin, owner):
-                self._hosts.wait(visitor, _waiting(within, kin, owner))
-            case HandoffRequest(kin, owner):
-                self._match(_waiting(within, kin, owner), say)
+            case HostRequest(siblings, owner):
+                self._hosts.wait(visitor, _waiting(within, siblings, owner))
+            case HandoffRequest(siblings, owner):
+                self._match(_waiting(within, siblings, owner), say)
             case HandedReport(items):
                 self._journal.handed(self._node, items)
                 say(HandedReply(), ())
@@ -79,7 +79,7 @@ class Broker:
 
     def of_another_node(self, asked: HandoffRequest) -> tuple[socket.socket, Matched]:
         """One end of a socket to a worker here, for another node's agent. Raises `NoDestination`."""
-        mine, waiting = self._here(_waiting(asked.within, asked.kin, asked.owner))
+        mine, waiting = self._here(_waiting(asked.within, asked.siblings, asked.owner))
         return mine, Matched(self._node, waiting.owner, nonce())
 
     def _keep(self, message: Checkpoint, fds: Sequence[int], within: str, say: Say) -> None:
@@ -116,14 +116,14 @@ class Broker:
 
     def _here(self, wanted: Waiting) -> tuple[socket.socket, Waiting]:
         if (found := self._hosts.match(wanted)) is None:
-            raise NoDestination(f"no other worker of {wanted.kin.partition(':')[0]} waits to take requests over")
+            raise NoDestination(f"no other worker of {wanted.siblings.partition(':')[0]} waits to take requests over")
         host, waiting = found
         mine, theirs = socket.socketpair()
         host.deliver(Matched(self._node, wanted.owner, fds=1), [theirs.detach()])
         return mine, waiting
 
 
-def _waiting(within: str, kin: str, owner: str) -> Waiting:
-    if not kin or not owner:
-        raise ProtocolError("a worker that hands requests over, or takes them, has a kin and a name")
-    return Waiting(within, kin, owner)
+def _waiting(within: str, siblings: str, owner: str) -> Waiting:
+    if not siblings or not owner:
+        raise ProtocolError("a worker that hands requests over, or takes them, has siblings and a name")
+    return Waiting(within, siblings, owner)

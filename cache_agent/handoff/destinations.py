@@ -14,7 +14,7 @@ class Waiting(NamedTuple):
     """`within` is the namespace that the worker proved, or ""."""
 
     within: str
-    kin: str
+    siblings: str
     owner: str
 
 

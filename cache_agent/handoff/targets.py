@@ -50,7 +50,7 @@ class Targets:
         link = dial_peer(node.address, self._me.key, self._me.node, self._me.address, _ONE)
         try:
             mine = nonce()
-            link.send(HandoffRequest(wanted.kin, wanted.owner, mine, wanted.within))
+            link.send(HandoffRequest(wanted.siblings, wanted.owner, mine, wanted.within))
             reply, _ = link.receive(time.monotonic() + _ONE)
             if not isinstance(reply, Matched):
                 link.close()

@@ -82,22 +82,22 @@ class TransferReply(Message, frozen=True, tag="transfer_reply"):
 
 
 class HostRequest(Message, frozen=True, tag="host"):
-    """This worker can go on with the requests of others of its `kin`; it waits for one that wants to hand them over.
+    """This worker can go on with the requests of others of its `siblings`; it waits for one that wants to hand them over.
 
-    `kin` is the same for workers that can go on with each other's requests; to an agent it is a name.
+    `siblings` is the same for workers that can go on with each other's requests; to an agent it is a name.
     """
 
-    kin: Short
+    siblings: Short = msgspec.field(name="kin")
     owner: Short
 
 
 class HandoffRequest(Message, frozen=True, tag="handoff"):
-    """This worker wants to hand its requests over to another of its `kin`.
+    """This worker wants to hand its requests over to another of its `siblings`.
 
     Between agents with a fresh `nonce`, and the namespace `within` that the worker has proved.
     """
 
-    kin: Short
+    siblings: Short = msgspec.field(name="kin")
     owner: Short
     nonce: Short = ""
     within: Short = ""

@@ -37,13 +37,13 @@ class Destination:
         client: Callable[[], CacheClient],
         here: Taking,
         place: Callable[[], ReplicaIdentity],
-        kin: Callable[[], str],
+        siblings: Callable[[], str],
         owner: str,
         seal: Seal,
         work: Work,
     ) -> None:
-        """`kin` is what both sides of a hand-off have in common, "" while it is not known."""
-        self._client, self._here, self._place, self._kin = client, here, place, kin
+        """`siblings` is what both sides of a hand-off have in common, "" while it is not known."""
+        self._client, self._here, self._place, self._siblings = client, here, place, siblings
         self._owner, self._seal, self._work = owner, seal, work
         self._leaving = threading.Event()
         self._lock = threading.Lock()
@@ -62,12 +62,12 @@ class Destination:
     def _run(self) -> None:
         pause = _AGAIN[0]
         while not self._leaving.is_set():
-            if not (kin := self._kin()) or self._unwilling():
+            if not (siblings := self._siblings()) or self._unwilling():
                 self._leaving.wait(_LOOK)
                 continue
             begun = time.monotonic()
             try:
-                self._wait_at_agent(kin)
+                self._wait_at_agent(siblings)
                 continue
             except (AgentError, Disconnected, OSError) as error:
                 log.debug("not waiting for hand-offs: %s", error)
@@ -80,27 +80,27 @@ class Destination:
         stats = self._here.engine.stats()
         return self._leaving.is_set() or stats.running + stats.waiting >= stats.slots
 
-    def _wait_at_agent(self, kin: str) -> None:
+    def _wait_at_agent(self, siblings: str) -> None:
         with self._client().connect() as channel:
             with self._lock:
                 self._channel = channel
             try:
                 while not self._unwilling():
-                    offer_to_host(channel, kin, self._owner)
-                    self._welcome(await_match(channel, self._unwilling), kin)
+                    offer_to_host(channel, siblings, self._owner)
+                    self._welcome(await_match(channel, self._unwilling), siblings)
             finally:
                 with self._lock:
                     self._channel = None
 
-    def _welcome(self, sock: socket.socket | None, kin: str) -> None:
+    def _welcome(self, sock: socket.socket | None, siblings: str) -> None:
         if sock is not None:
-            threading.Thread(target=self._serve, args=(sock, kin), name="guests", daemon=True).start()
+            threading.Thread(target=self._serve, args=(sock, siblings), name="guests", daemon=True).start()
 
-    def _serve(self, sock: socket.socket, kin: str) -> None:
+    def _serve(self, sock: socket.socket, siblings: str) -> None:
         pipe = Pipe(sock, self._seal, source=False)
         try:
             stats = self._here.engine.stats()
-            greeting = pipe.greet(kin, self._owner, stats.slots, stats.queue)
+            greeting = pipe.greet(siblings, self._owner, stats.slots, stats.queue)
         except Broken as error:
             log.warning("a hand-off did not begin: %s", error)
             with pipe:

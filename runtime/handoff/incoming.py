@@ -45,7 +45,7 @@ class Incoming:
         model.engine = live = LiveEngine(model.engine)
         self._owner = model.book.owner if model.book else f"worker-{os.getpid()}-{secrets.token_hex(8)}"
         self._reporter = Reporter(lambda items: report(client(), items))
-        self._host = Destination(client, model, place, self._kin, self._owner, sealing, work)
+        self._host = Destination(client, model, place, self._siblings, self._owner, sealing, work)
         self._departure = Departure(
             live, model.book, place, self._seek, lambda: not model.raw_read, released, self._report
         )
@@ -65,7 +65,7 @@ class Incoming:
         self._departure.close(why, deadline)
         self._reporter.close(deadline)
 
-    def _kin(self) -> str:
+    def _siblings(self) -> str:
         """Two workers that have it in common can go on with each other's requests."""
         place = self._place()
         if not place.revision:
@@ -75,16 +75,16 @@ class Incoming:
         return f"{self._function}:{digest}:{self._seal.name}"
 
     def _seek(self) -> Relay | None:
-        kin = self._kin()
-        if not kin:
+        siblings = self._siblings()
+        if not siblings:
             return None
         try:
-            sock = find_destination(self._client(), kin, self._owner)
+            sock = find_destination(self._client(), siblings, self._owner)
         except NoDestination:
             return None
         pipe = Pipe(sock, self._seal, source=True)
         try:
-            return Relay(pipe, pipe.greet(kin, self._owner), self._place())
+            return Relay(pipe, pipe.greet(siblings, self._owner), self._place())
         except BaseException:
             with pipe:
                 raise

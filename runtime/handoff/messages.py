@@ -60,7 +60,7 @@ class Greeting(PipeMessage, frozen=True, tag="greeting"):
 
     version: int
     nonce: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
-    kin: Name
+    siblings: Name
     owner: Name
     slots: Number = 0
     queue: Number = 0

@@ -46,10 +46,10 @@ class Pipe:
         self._broken = ""
         sock.setblocking(False)
 
-    def greet(self, kin: str, owner: str, slots: int = 0, queue: int = 0) -> Greeting:
+    def greet(self, siblings: str, owner: str, slots: int = 0, queue: int = 0) -> Greeting:
         """Both sides say who they are; what the other one said. Raises `Broken`."""
         mine = secrets.token_hex(16)
-        self._push(encode(Greeting(VERSION, mine, kin, owner, slots, queue)))
+        self._push(encode(Greeting(VERSION, mine, siblings, owner, slots, queue)))
         deadline = time.monotonic() + _GREETING
         while (body := self._frame(deadline - time.monotonic())) is None:
             if time.monotonic() >= deadline:
@@ -57,7 +57,7 @@ class Pipe:
         theirs = self._decoded(body)
         if not isinstance(theirs, Greeting) or theirs.version != VERSION:
             raise self._fail("the other side speaks another version of hand-offs; update the older of the two")
-        if theirs.kin != kin:
+        if theirs.siblings != siblings:
             raise self._fail("the other side is no replica of this function with the same model")
         source = self._sides[0] == "source"
         self._pair = f"{mine}{theirs.nonce}" if source else f"{theirs.nonce}{mine}"

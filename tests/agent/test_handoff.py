@@ -29,9 +29,9 @@ def host():
     """`host(agent)` → a list that will hold the end of a pipe once somebody was sent."""
     made = []
 
-    def begin(agent, owner=OTHER, kin=KIN):
+    def begin(agent, owner=OTHER, siblings=KIN):
         channel, ends = agent.client.connect(), []
-        offer_to_host(channel, kin, owner)
+        offer_to_host(channel, siblings, owner)
         agent.client.status()  # a later connection's answer: the agent has read the earlier one's question
 
         def wait():
@@ -54,12 +54,12 @@ def host():
                 end.close()
 
 
-def found(agent, eventually, kin=KIN, owner=SOURCE):
+def found(agent, eventually, siblings=KIN, owner=SOURCE):
     """A destination, as soon as one waits."""
 
     def seek():
         try:
-            return find_destination(agent.client, kin, owner)
+            return find_destination(agent.client, siblings, owner)
         except NoDestination:
             return None
 
@@ -103,7 +103,7 @@ def test_two_workers_of_two_nodes(start_local_agent, host, eventually):
 def test_another_function_or_oneself_is_no_destination(start_local_agent, host, eventually):
     agent = start_local_agent({})
     host(agent, owner=SOURCE)
-    host(agent, kin="chat:another")
+    host(agent, siblings="chat:another")
     ends = host(agent)
     mine = found(agent, eventually)
     eventually(lambda: ends)

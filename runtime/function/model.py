@@ -119,7 +119,7 @@ class Model:
         deterministic: bool = False,
         tokenizer_digest: str = "",
     ) -> None:
-        self.book: Sessions | None = None  # where requests are kept, if they are
+        self.sessions: Sessions | None = None  # where requests are kept, if they are
         self.deterministic = deterministic
         self.tokenizer_digest = tokenizer_digest
         self.name = name

@@ -19,24 +19,24 @@ from runtime.resume.sessions import Sessions
 PREFIX = "gen"
 
 
-def keeper(book: Sessions, wanted: ResumeQuery) -> Callable[[TextStream], None]:
+def keeper(sessions: Sessions, wanted: ResumeQuery) -> Callable[[TextStream], None]:
     """What is done with a stream that a handler returned."""
 
     def keep(text: TextStream) -> None:
         if not text.usage.completion_tokens and text.finish_reason is None:
             context = AnswerContext("handler", wanted.id or f"{PREFIX}-{secrets.token_hex(12)}", 0, wanted.digest)
-            hold = book.open(context, [text.request])
+            hold = sessions.open(context, [text.request])
             text.kept(context.id, Answer.of(text.request, text.tokens).keep(hold, 0))
 
     return keep
 
 
-def resumed(book: Sessions, model: Model, wanted: ResumeQuery) -> TextStream | None:
+def resumed(sessions: Sessions, model: Model, wanted: ResumeQuery) -> TextStream | None:
     """The rest of a stream that a handler returned; None when the handler is to be called. Raises what `take_up` does,
     and `RequestGone`."""
     if not wanted.id:
         return None
-    found = take_up(book, model, wanted, "handler")
+    found = take_up(sessions, model, wanted, "handler")
     if found is None:
         if wanted.position:
             raise RequestGone("nothing is kept of this request any more; send it anew, without Last-Event-ID")

@@ -55,7 +55,7 @@ class Taking(Protocol):
     engine: Engine
 
     @property
-    def book(self) -> Sessions | None: ...
+    def sessions(self) -> Sessions | None: ...
 
 
 class Work(Protocol):
@@ -214,11 +214,11 @@ class AdoptedRequests:
 
     def _inherit(self, guest: _Adopted, kept: KeptRequest, epoch: int) -> None:
         """Puts the answers under this worker's own right to tell them."""
-        book = self._here.book
-        if book is None:
+        sessions = self._here.sessions
+        if sessions is None:
             raise Broken("the request is kept, and this worker keeps none")
         states = [found.state for found in guest.snapshots]
-        hold = book.inherit(
+        hold = sessions.inherit(
             kept.context,
             [state.request for state in states],
             [state.generated for state in states],

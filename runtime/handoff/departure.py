@@ -47,7 +47,7 @@ class Departure:
     def __init__(
         self,
         live: LiveEngine,
-        book: Sessions | None,
+        sessions: Sessions | None,
         place: Callable[[], ReplicaIdentity],
         seek: Seek,
         releasable: Callable[[], bool],
@@ -58,7 +58,7 @@ class Departure:
 
         `report` hears what became of each request, at once, and does not block.
         """
-        self._live, self._book = live, book
+        self._live, self._sessions = live, sessions
         self._seek, self._report = seek, report
         self._releasable, self._released = releasable, released
         self._beginning = threading.Lock()
@@ -66,7 +66,7 @@ class Departure:
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._orphans = Orphans(live, self._wake.set)
-        self._mover = Migration(live, book, place, self._orphans, self._closing)
+        self._mover = Migration(live, sessions, place, self._orphans, self._closing)
         self._relay: Relay | None = None
         self._thread = threading.Thread(target=self._run, name="handoff", daemon=True)
 
@@ -159,11 +159,11 @@ class Departure:
         return units
 
     def _recover(self, unit: Unit, sent: Sent) -> MigrationEvent:
-        if unit.hold is None or self._book is None or sent.owner == self._book.owner:
+        if unit.hold is None or self._sessions is None or sent.owner == self._sessions.owner:
             return MigrationEvent.YES
-        event = self._mover.transfer(unit, sent.owner, sent.epoch, self._book.owner)
+        event = self._mover.transfer(unit, sent.owner, sent.epoch, self._sessions.owner)
         if event is MigrationEvent.YES:
-            sent.owner, sent.epoch = self._book.owner, sent.epoch + 1
+            sent.owner, sent.epoch = self._sessions.owner, sent.epoch + 1
             unit.epoch = sent.epoch
         return event
 
@@ -189,10 +189,10 @@ class Departure:
                 for stream in begun.values():
                     stream.close()
                 continue
-            if unit.hold is not None and self._book is not None:
+            if unit.hold is not None and self._sessions is not None:
                 running = set(sent.streams)
                 ended = [n for n in range(len(sent.tokens)) if n not in running]
-                self._book.retake(unit.hold, unit.epoch, sent.tokens, ended)
+                self._sessions.retake(unit.hold, unit.epoch, sent.tokens, ended)
             for choice, stream in unit.streams.items():
                 stream.attach(begun[choice], here=True)
             self._orphans.found_a_place(unit.orphan)
@@ -203,7 +203,7 @@ class Departure:
     def _units(self) -> list[Unit]:
         units: dict[str, Unit] = {}
         for stream in self._live.here():
-            hold = self._book.find(stream.request_id) if self._book is not None else None
+            hold = self._sessions.find(stream.request_id) if self._sessions is not None else None
             if hold is None:
                 units[stream.request_id] = Unit({0: stream}, None)
                 continue

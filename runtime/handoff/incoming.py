@@ -43,11 +43,11 @@ class Incoming:
         called when the engine is gone."""
         self._function, self._client, self._model, self._place, self._seal = function, client, model, place, sealing
         model.engine = live = LiveEngine(model.engine)
-        self._owner = model.book.owner if model.book else f"worker-{os.getpid()}-{secrets.token_hex(8)}"
+        self._owner = model.sessions.owner if model.sessions else f"worker-{os.getpid()}-{secrets.token_hex(8)}"
         self._reporter = Reporter(lambda items: report(client(), items))
         self._host = Destination(client, model, place, self._siblings, self._owner, sealing, work)
         self._departure = Departure(
-            live, model.book, place, self._seek, lambda: not model.raw_read, released, self._report
+            live, model.sessions, place, self._seek, lambda: not model.raw_read, released, self._report
         )
         self._host.begin()
 

@@ -74,12 +74,12 @@ class Migration:
     def __init__(
         self,
         live: LiveEngine,
-        book: Sessions | None,
+        sessions: Sessions | None,
         place: Callable[[], ReplicaIdentity],
         orphans: Orphans,
         closing: threading.Event,
     ) -> None:
-        self._live, self._book, self._place = live, book, place
+        self._live, self._sessions, self._place = live, sessions, place
         self._orphans, self._closing = orphans, closing
 
     def move(self, unit: Unit, relay: Relay) -> MigrationReport | None:
@@ -130,8 +130,8 @@ class Migration:
             return self._still(unit, unit.orphan.sent)
         hold = unit.hold
         if hold is not None:
-            assert self._book is not None, "it holds it"
-            if not self._book.freeze(hold, time.monotonic() + _FREEZE):
+            assert self._sessions is not None, "it holds it"
+            if not self._sessions.freeze(hold, time.monotonic() + _FREEZE):
                 return MigrationEvent.UNFIT
             if set(unit.streams) != set(range(len(hold.requests))) - hold.ended:
                 return MigrationEvent.UNFIT  # one of its choices has just ended, and its last tokens are not told yet
@@ -184,8 +184,8 @@ class Migration:
     def _commit(self, unit: Unit, relay: Relay) -> MigrationEvent:
         if unit.hold is None:
             return MigrationEvent.YES  # nobody else can claim it
-        assert self._book is not None, "it holds it"
-        return self.transfer(unit, self._book.owner, unit.epoch, relay.owner)
+        assert self._sessions is not None, "it holds it"
+        return self.transfer(unit, self._sessions.owner, unit.epoch, relay.owner)
 
     def _go(self, unit: Unit, relay: Relay) -> MigrationEvent:
         assert unit.sent is not None, "it was offered"
@@ -200,20 +200,20 @@ class Migration:
     def _reclaim(self, unit: Unit, relay: Relay) -> MigrationEvent:
         if unit.hold is None:
             return MigrationEvent.YES
-        assert self._book is not None, "it holds it"
+        assert self._sessions is not None, "it holds it"
         unit.epoch += 1
-        event = self.transfer(unit, relay.owner, unit.epoch, self._book.owner)
+        event = self.transfer(unit, relay.owner, unit.epoch, self._sessions.owner)
         unit.epoch += event is MigrationEvent.YES
         return event
 
     def transfer(self, unit: Unit, owner: str, epoch: int, successor: str) -> MigrationEvent:
         """Asked again until the store has said something: saying it twice is saying it once."""
         assert unit.hold is not None, "only what is kept has an owner"
-        assert self._book is not None, "it holds it"
+        assert self._sessions is not None, "it holds it"
         deadline = time.monotonic() + _COMMIT
         while True:
             try:
-                if self._book.transfer(unit.hold, owner, epoch, successor):
+                if self._sessions.transfer(unit.hold, owner, epoch, successor):
                     return MigrationEvent.YES
                 unit.why = "another replica took it over"
                 return MigrationEvent.NO
@@ -226,8 +226,8 @@ class Migration:
     def _attach(self, unit: Unit, relay: Relay) -> None:
         sent = unit.sent
         assert sent is not None, "it was offered"
-        if unit.hold is not None and self._book is not None:
-            self._book.handed(unit.hold, relay.owner, unit.epoch + 1)
+        if unit.hold is not None and self._sessions is not None:
+            self._sessions.handed(unit.hold, relay.owner, unit.epoch + 1)
             sent.hold, sent.epoch = unit.hold, unit.epoch + 1
         for choice, stream in unit.streams.items():
             stream.attach(sent.all[choice])
@@ -242,8 +242,8 @@ class Migration:
         if unit.orphan is not None:  # it waits for the next destination
             unit.orphan.sent.epoch = unit.epoch
             return
-        if unit.hold is not None and self._book is not None:
-            self._book.thaw(unit.hold, unit.epoch if unit.epoch != unit.hold.epoch else 0)
+        if unit.hold is not None and self._sessions is not None:
+            self._sessions.thaw(unit.hold, unit.epoch if unit.epoch != unit.hold.epoch else 0)
         for stream in unit.streams.values():
             self._live.resume(stream.request_id)
 
@@ -251,8 +251,8 @@ class Migration:
         if unit.orphan is not None:
             self._orphans.give_up(unit.orphan, unit.why)
             return
-        if unit.hold is not None and self._book is not None:
-            self._book.lost(unit.hold, unit.why)
+        if unit.hold is not None and self._sessions is not None:
+            self._sessions.lost(unit.hold, unit.why)
         for stream in unit.streams.values():
             self._live.cancel(stream.request_id)
 

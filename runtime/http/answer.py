@@ -56,11 +56,11 @@ class Run:
         `NotResumable`, `RequestGone`, `SnapshotRefused`.
         """
         wanted = self._wanted
-        self.numbered = model.book is not None
-        if wanted.position and model.book is None:
+        self.numbered = model.sessions is not None
+        if wanted.position and model.sessions is None:
             raise NotResumable("this function keeps no requests: set GLOWPLUG_CHECKPOINTS to keep them from now on")
-        if wanted.id and model.book is not None:
-            if (found := take_up(model.book, model, wanted, self._route)) is not None:
+        if wanted.id and model.sessions is not None:
+            if (found := take_up(model.sessions, model, wanted, self._route)) is not None:
                 self._adopt(found)
                 self.model = model
                 return
@@ -102,9 +102,9 @@ class Run:
             self.close()
             raise
         self.said, self.told, self.ended = [0] * len(requests), [0] * len(requests), [False] * len(requests)
-        if model.book is not None and (job.stream or self._wanted.id):
+        if model.sessions is not None and (job.stream or self._wanted.id):
             context = AnswerContext(self._route, self.id, self.created, self._wanted.digest, job.include_usage)
-            hold = model.book.open(context, requests)
+            hold = model.sessions.open(context, requests)
             each = enumerate(zip(requests, self.streams, strict=True))
             self.streams = [Answer.of(request, stream).keep(hold, n) for n, (request, stream) in each]
 

@@ -141,14 +141,14 @@ class Application:
         accept, keep = request.headers.get("Accept", ""), None
         ends = request.environ[_ENTERED] + config.longest_answer
         at_end = request.environ[_AT_END]
-        if model.book is not None:
+        if model.sessions is not None:
             wanted = asked_of_handler(cast(Mapping[str, str], request.headers), request.full_path, body)
-            if (rest := transcript.resumed(model.book, model, wanted)) is not None:
+            if (rest := transcript.resumed(model.sessions, model, wanted)) is not None:
                 response = to_response(rest, accept, ends=ends)
                 if isinstance(response, Events):
                     at_end.append(response.pump.leave)
                 return response
-            keep = transcript.keeper(model.book, wanted)
+            keep = transcript.keeper(model.sessions, wanted)
         elif parse(request.headers.get("Last-Event-ID", "")) is not None:
             raise NotResumable("this function keeps no requests: set GLOWPLUG_CHECKPOINTS to keep them from now on")
         event = Event(body, cast(Mapping[str, str], request.headers), request.method, request.args, request.path)

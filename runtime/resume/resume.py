@@ -86,14 +86,14 @@ class TakenUp:
     usage_told: bool
 
 
-def take_up(book: Sessions, model: Continuing, wanted: ResumeQuery, route: Route) -> TakenUp | None:
+def take_up(sessions: Sessions, model: Continuing, wanted: ResumeQuery, route: Route) -> TakenUp | None:
     """None when nothing is kept of it. Raises `Moved` while another has it, `BadRequest` when it is another request,
 
     `SnapshotRefused`, `EngineBusy`.
     """
     deadline = time.monotonic() + PATIENCE
     try:
-        claimed, since = book.claim(wanted.id, deadline)
+        claimed, since = sessions.claim(wanted.id, deadline)
     except AgentError as error:
         raise Moved(f"what is kept of this request cannot be had now: {error.text} [{error.code}]") from error
     if claimed.outcome == "absent":
@@ -101,14 +101,14 @@ def take_up(book: Sessions, model: Continuing, wanted: ResumeQuery, route: Route
     if claimed.outcome == "held":
         raise Moved("another replica still answers this request; try again in a moment", claimed.wait)
     try:
-        found = book.read(claimed, wanted.id)
+        found = sessions.read(claimed, wanted.id)
         _same(found, wanted, route)
         for choice in found.choices:
-            snapshot.check(choice, book.place())
-        return _go_on(book, model, claimed, since, found, wanted.position, deadline)
+            snapshot.check(choice, sessions.place())
+        return _go_on(sessions, model, claimed, since, found, wanted.position, deadline)
     except BaseException:
         if claimed.outcome == "taken":
-            book.give_up(wanted.id, claimed)
+            sessions.give_up(wanted.id, claimed)
         raise
 
 
@@ -123,7 +123,7 @@ def _same(found: Record, wanted: ResumeQuery, route: Route) -> None:
 
 
 def _go_on(
-    book: Sessions,
+    sessions: Sessions,
     model: Continuing,
     claimed: Claimed,
     since: float,
@@ -142,7 +142,7 @@ def _go_on(
     hold = None
     if claimed.outcome == "taken":
         tokens = [[event.token for event in events if event.token is not None] for events in histories]
-        hold = book.go_on(claimed, found, tokens, since)
+        hold = sessions.go_on(claimed, found, tokens, since)
         hold.ended |= {n for n, end in enumerate(ended) if end}
     answers: list[Answer] = []
     try:

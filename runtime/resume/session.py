@@ -23,7 +23,7 @@ class Session:
 
     def __init__(
         self,
-        book: Guard,
+        sessions: Guard,
         key: Key,
         epoch: int,
         context: AnswerContext,
@@ -51,7 +51,7 @@ class Session:
         self.renew_only = False  # it has become too large
         self.unkept = False
         self.closed_at = 0.0
-        self._book = book
+        self._sessions = sessions
 
     @property
     def complete(self) -> bool:
@@ -59,8 +59,8 @@ class Session:
 
     def tell(self, choice: int, event: TokenEvent) -> bool:
         """Takes down an event that is about to be told; False if it must not be."""
-        return self._book.tell(self, choice, event)
+        return self._sessions.tell(self, choice, event)
 
     def let_go(self, why: str) -> None:
         """Nothing more is told here, and another may claim it; without effect on one that is complete or over."""
-        self._book.let_go(self, why)
+        self._sessions.let_go(self, why)

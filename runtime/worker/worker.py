@@ -75,7 +75,7 @@ class Worker:
         self._over = threading.Event()  # nothing is served any more
         self._cut = 0  # requests that the grace was too short for
         self._end_at = 0.0  # when the grace is over; 0 while nobody has asked for the end
-        self._book: Sessions | None = None
+        self._sessions: Sessions | None = None
         self._moving: Incoming | None = None
         self._given_up = threading.Event()  # another worker does the work: the weights are not needed any more
         self._exit: FunctionError | None = None
@@ -158,7 +158,7 @@ class Worker:
         from runtime.handoff.incoming import moving
         from runtime.resume.sessions import kept_by
 
-        self._book = model.book = kept_by(self._config, self._leasing.client, lambda: model.identity)
+        self._sessions = model.sessions = kept_by(self._config, self._leasing.client, lambda: model.identity)
         self._moving = moving(
             self._config, self._leasing.client, model, self._lifecycle, lambda: self._released(assembled)
         )
@@ -256,20 +256,20 @@ class Worker:
         time.sleep(self._config.drain_linger)
         # So are those that come later still, as long as there is time for one as long as the last ones were.
         self._server.wait_idle(end - min(grace / 2, max(_LAST_ANSWERS, self._lifecycle.longest)))
-        last_words = self._book is not None or self._moving is not None
+        last_words = self._sessions is not None or self._moving is not None
         self._server.finish(end + 2 * _LAST_WORDS if last_words else end)
         if last_words and not self._over.wait(max(0.0, end - time.monotonic())):
             # What still runs ends with an error that says how to go on, and can be gone on with.
             self._cut = self._server.in_hand
             if self._moving is not None:
                 self._moving.close("this replica ends", end + _LAST_WORDS)
-            if self._book is not None:
-                self._book.close(time.monotonic() + _LAST_WORDS)
+            if self._sessions is not None:
+                self._sessions.close(time.monotonic() + _LAST_WORDS)
 
     def _ended(self) -> None:
         """After the last request, or the grace: the verdict."""
-        if self._book is not None:
-            self._book.close(time.monotonic() + _LAST_WORDS)
+        if self._sessions is not None:
+            self._sessions.close(time.monotonic() + _LAST_WORDS)
         if cut := self._cut or self._server.in_hand:
             self._exit = DrainIncomplete(
                 f"{cut} requests had not ended {self._config.drain_grace:.0f} s after SIGTERM and were cut; "

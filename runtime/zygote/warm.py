@@ -148,7 +148,7 @@ def _ask(prepared: Prepared, settings: Settings) -> None:
     lifecycle = Lifecycle("warm", 1)
     config = FunctionConfig(model="/warm")
     application = Application(config, lifecycle, Ledger("warm"), lambda _reason: None, prepared=prepared)
-    nobody: Any = SimpleNamespace(book=None)
+    nobody: Any = SimpleNamespace(sessions=None)
     lifecycle.opened(nobody, Handler(lambda event, _context: f"{event.body!r} {dict(event.query)}"))
     for method, path in (("GET", "/_/health"), ("GET", "/_/ledger"), ("GET", "/_/absent"), ("POST", "/")):
         head = f"{method} {path}?a=b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1"

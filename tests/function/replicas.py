@@ -47,7 +47,7 @@ class Replica:
         place = options.get("place") or ReplicaIdentity("toy", "toy", "tok", "", "")
         self.name = options.get("name", f"replica-{id(self)}")
         if options.get("keep", True):
-            self.model.book = Sessions(
+            self.model.sessions = Sessions(
                 SnapshotClient(lambda: agent.client, timeout=2.0),
                 "chat",
                 options.get("seal", Plain()),
@@ -85,8 +85,8 @@ class Replica:
     def close(self) -> None:
         if self.moving is not None:
             self.moving.close("the test is over", time.monotonic() + 5)
-        if self.model.book is not None:
-            self.model.book.close(time.monotonic() + 2)
+        if self.model.sessions is not None:
+            self.model.sessions.close(time.monotonic() + 2)
         self.model.engine.close()
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, str], bytes]:

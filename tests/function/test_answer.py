@@ -33,12 +33,12 @@ def engines() -> Iterator[list[ToyEngine]]:
 
 
 @pytest.fixture
-def book() -> Iterator[Sessions]:
+def sessions() -> Iterator[Sessions]:
     with LocalAgent.running() as agent:
         client, place = SnapshotClient(lambda: agent.client), ReplicaIdentity("toy", "toy", "")
-        book = Sessions(client, "answers", Plain(), lambda: place, owner="this-worker", every=4)
-        yield book
-        book.close(time.monotonic() + 2)
+        sessions = Sessions(client, "answers", Plain(), lambda: place, owner="this-worker", every=4)
+        yield sessions
+        sessions.close(time.monotonic() + 2)
 
 
 def whole(engine: ToyEngine) -> list[TokenEvent]:
@@ -87,10 +87,10 @@ def test_a_record_and_the_engine_behind_it_tell_each_token_once(engines: list[To
     assert list(answer) == events[seen:]
 
 
-def test_a_session_hears_of_what_is_made_again_and_not_told(engines: list[ToyEngine], book: Sessions) -> None:
+def test_a_session_hears_of_what_is_made_again_and_not_told(engines: list[ToyEngine], sessions: Sessions) -> None:
     """What its client saw before a crash is in no record: else nothing after it would be kept, either."""
     events = whole(engines[0])
-    session = book.open(AnswerContext("chat", REQUEST.id), [REQUEST])
+    session = sessions.open(AnswerContext("chat", REQUEST.id), [REQUEST])
     answer = Answer(REQUEST, engines[0].submit(REQUEST)).keep(session, 0).resume((), 15)
     assert list(answer) == events[15:]
     assert session.tokens == [[event.token for event in events]]
@@ -98,9 +98,9 @@ def test_a_session_hears_of_what_is_made_again_and_not_told(engines: list[ToyEng
 
 
 def test_an_answer_whose_session_is_over_ends_and_makes_no_more_tokens(
-    engines: list[ToyEngine], book: Sessions, eventually: Callable[..., Any]
+    engines: list[ToyEngine], sessions: Sessions, eventually: Callable[..., Any]
 ) -> None:
-    session = book.open(AnswerContext("chat", REQUEST.id), [REQUEST])
+    session = sessions.open(AnswerContext("chat", REQUEST.id), [REQUEST])
     answer = Answer(REQUEST, engines[0].submit(REQUEST)).keep(session, 0)
     told = [next(answer) for _ in range(3)]
     session.let_go("a test")

@@ -105,7 +105,7 @@ class Gate:
 
 
 class _Here:
-    book = None
+    sessions = None
 
     def __init__(self, engine: BatchedEngine) -> None:
         self.engine = engine

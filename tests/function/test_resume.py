@@ -135,8 +135,8 @@ def test_a_key_whose_first_client_left_goes_on_where_it_was(replica: Any, eventu
     connection = first.served.connect()
     connection.request("POST", CHAT, body, {"Idempotency-Key": "k"})
     eventually(lambda: first.model.engine.stats().running == 1)
-    eventually(lambda: any(hold.at and sum(hold.sent) > 8 for hold in first.model.book._holds.values()))
-    (hold,) = first.model.book._holds.values()
+    eventually(lambda: any(hold.at and sum(hold.sent) > 8 for hold in first.model.sessions._holds.values()))
+    (hold,) = first.model.sessions._holds.values()
     tokens = list(hold.tokens[0])
     connection.close()
     answer = json.loads(second.post(CHAT, body, Idempotency_Key="k")[2])
@@ -254,8 +254,8 @@ def test_two_connections_at_once_and_the_later_one_has_it(replica: Any, agent: A
 def test_whoever_was_overtaken_while_it_stood_still_says_nothing_more(replica: Any, agent: Any) -> None:
     """As after SIGSTOP: its lease is over, another took the request, and then it wakes in the middle of its answer."""
     first, second = replica(), replica()
-    book, stopped = first.model.book, threading.Event()
-    exchange = book._client.keep
+    sessions, stopped = first.model.sessions, threading.Event()
+    exchange = sessions._client.keep
 
     def stands_still(steps: Any) -> Any:
         stopped.wait(20)
@@ -268,7 +268,7 @@ def test_whoever_was_overtaken_while_it_stood_still_says_nothing_more(replica: A
     parser, head = EventParser(), []
     while len(head) < 8:
         head += parser.feed(response.read1(65536))
-    book._client.keep = stands_still  # nothing reaches the store any more, as if no instruction of it ran
+    sessions._client.keep = stands_still  # nothing reaches the store any more, as if no instruction of it ran
     rest = second.cut(CHAT, body, 20, Last_Event_ID=head[7].id)
     assert len(rest) == 20
     stopped.set()
@@ -367,7 +367,7 @@ def test_the_client_goes_on_by_itself(replica: Any) -> None:
     for event in ask(urls, CHAT, chat(), patience=20):
         events.append(event)
         if len(events) == 20:
-            first.model.book.close(time.monotonic() + 2)  # as a worker does whose grace is over
+            first.model.sessions.close(time.monotonic() + 2)  # as a worker does whose grace is over
     assert said(events) == WORDS
     assert frames(events)[-1]["usage"]["completion_tokens"] == len(WORDS.encode()) + 1
 

@@ -56,7 +56,7 @@ class Gate:
 def _function(handle: Callable[..., object], **settings: Any) -> Wsgi:
     config = FunctionConfig(model="file:///models/toy", **settings)
     lifecycle = Lifecycle("toy", config.slots + config.queue)
-    lifecycle.opened(SimpleNamespace(book=None), Handler(handle))  # type: ignore[arg-type]
+    lifecycle.opened(SimpleNamespace(sessions=None), Handler(handle))  # type: ignore[arg-type]
     return Application(config, lifecycle, Ledger("worker", ""), lambda _reason: None)
 
 

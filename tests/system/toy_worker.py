@@ -102,8 +102,8 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     engine = model.engine  # its own, whatever it relays
     client = SnapshotClient(lambda: CacheClient(path, timeout=2), timeout=2.0)
     here = ReplicaIdentity("toy", "toy", "tok")
-    book = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
-    model.book = None if kind == "unkept" else book
+    sessions = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
+    model.sessions = None if kind == "unkept" else sessions
     if kind == "halting":
         destination.Guests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)
@@ -118,7 +118,7 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
         if environ["PATH_INFO"] != "/_toy/left":
             return app(environ, start_response)
         stats = engine.stats()
-        left = {"engine": stats.running + stats.waiting, "held": book.held, "inside": lifecycle.inside}
+        left = {"engine": stats.running + stats.waiting, "held": sessions.held, "inside": lifecycle.inside}
         start_response("200 OK", [("Content-Type", "application/json")])
         return [json.dumps(left).encode()]
 

@@ -25,8 +25,8 @@ def keeper(sessions: Sessions, wanted: ResumeQuery) -> Callable[[TextStream], No
     def keep(text: TextStream) -> None:
         if not text.usage.completion_tokens and text.finish_reason is None:
             context = AnswerContext("handler", wanted.id or f"{PREFIX}-{secrets.token_hex(12)}", 0, wanted.digest)
-            hold = sessions.open(context, [text.request])
-            text.kept(context.id, Answer.of(text.request, text.tokens).keep(hold, 0))
+            session = sessions.open(context, [text.request])
+            text.kept(context.id, Answer.of(text.request, text.tokens).keep(session, 0))
 
     return keep
 

@@ -218,7 +218,7 @@ class AdoptedRequests:
         if sessions is None:
             raise Broken("the request is kept, and this worker keeps none")
         states = [found.state for found in guest.snapshots]
-        hold = sessions.inherit(
+        session = sessions.inherit(
             kept.context,
             [state.request for state in states],
             [state.generated for state in states],
@@ -227,7 +227,7 @@ class AdoptedRequests:
             guest.ready_at,
         )
         for choice, answer in guest.answers.items():
-            answer.keep(hold, choice)
+            answer.keep(session, choice)
 
     def _tell(self, guest: _Adopted) -> None:
         guest.running = len(guest.answers)

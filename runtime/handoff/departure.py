@@ -150,7 +150,7 @@ class Departure:
         for orphan in self._orphans.waiting():
             if (streams := self._orphans.streams(orphan)) is not None:
                 sent = orphan.sent
-                unit = Unit(streams, sent.hold, orphan, frozen_at=orphan.since, epoch=sent.epoch, why=orphan.why)
+                unit = Unit(streams, sent.session, orphan, frozen_at=orphan.since, epoch=sent.epoch, why=orphan.why)
                 match self._recover(unit, sent):
                     case MigrationEvent.YES:
                         units.append(unit)
@@ -159,7 +159,7 @@ class Departure:
         return units
 
     def _recover(self, unit: Unit, sent: Sent) -> MigrationEvent:
-        if unit.hold is None or self._sessions is None or sent.owner == self._sessions.owner:
+        if unit.session is None or self._sessions is None or sent.owner == self._sessions.owner:
             return MigrationEvent.YES
         event = self._mover.transfer(unit, sent.owner, sent.epoch, self._sessions.owner)
         if event is MigrationEvent.YES:
@@ -189,10 +189,10 @@ class Departure:
                 for stream in begun.values():
                     stream.close()
                 continue
-            if unit.hold is not None and self._sessions is not None:
+            if unit.session is not None and self._sessions is not None:
                 running = set(sent.streams)
                 ended = [n for n in range(len(sent.tokens)) if n not in running]
-                self._sessions.retake(unit.hold, unit.epoch, sent.tokens, ended)
+                self._sessions.retake(unit.session, unit.epoch, sent.tokens, ended)
             for choice, stream in unit.streams.items():
                 stream.attach(begun[choice], here=True)
             self._orphans.found_a_place(unit.orphan)
@@ -203,10 +203,10 @@ class Departure:
     def _units(self) -> list[Unit]:
         units: dict[str, Unit] = {}
         for stream in self._live.here():
-            hold = self._sessions.find(stream.request_id) if self._sessions is not None else None
-            if hold is None:
+            session = self._sessions.find(stream.request_id) if self._sessions is not None else None
+            if session is None:
                 units[stream.request_id] = Unit({0: stream}, None)
                 continue
-            choice = next(n for n, request in enumerate(hold.requests) if request.id == stream.request_id)
-            units.setdefault(hold.key.id, Unit({}, hold)).streams[choice] = stream
+            choice = next(n for n, request in enumerate(session.requests) if request.id == stream.request_id)
+            units.setdefault(session.key.id, Unit({}, session)).streams[choice] = stream
         return list(units.values())

@@ -52,7 +52,7 @@ class Unit:
     """What moves together: the choices of a kept request, or one generation."""
 
     streams: dict[int, Answer]  # by choice
-    hold: Session | None
+    session: Session | None
     orphan: OrphanedRequest | None = None
     snapshots: list[Snapshot] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Unit:
 
     @property
     def id(self) -> str:
-        return self.hold.key.id if self.hold else next(iter(self.streams.values())).request_id
+        return self.session.key.id if self.session else next(iter(self.streams.values())).request_id
 
 
 class Migration:
@@ -128,14 +128,14 @@ class Migration:
     def _freeze(self, unit: Unit, relay: Relay) -> MigrationEvent:
         if unit.orphan is not None:
             return self._still(unit, unit.orphan.sent)
-        hold = unit.hold
-        if hold is not None:
+        session = unit.session
+        if session is not None:
             assert self._sessions is not None, "it holds it"
-            if not self._sessions.freeze(hold, time.monotonic() + _FREEZE):
+            if not self._sessions.freeze(session, time.monotonic() + _FREEZE):
                 return MigrationEvent.UNFIT
-            if set(unit.streams) != set(range(len(hold.requests))) - hold.ended:
+            if set(unit.streams) != set(range(len(session.requests))) - session.ended:
                 return MigrationEvent.UNFIT  # one of its choices has just ended, and its last tokens are not told yet
-            unit.epoch, unit.ended = hold.epoch, sorted(hold.ended)
+            unit.epoch, unit.ended = session.epoch, sorted(session.ended)
         try:
             states = {choice: self._export(stream, unit, relay) for choice, stream in unit.streams.items()}
         except (KeyError, FunctionError) as error:  # it ended in this moment, or its step takes for ever
@@ -143,8 +143,8 @@ class Migration:
             return MigrationEvent.UNFIT
         place = self._place()
         whole = list(states.values())
-        if hold is not None:
-            told = zip(hold.requests, hold.tokens, strict=True)
+        if session is not None:
+            told = zip(session.requests, session.tokens, strict=True)
             whole = [states.get(n) or place.state(request, ids) for n, (request, ids) in enumerate(told)]
         unit.snapshots = [place.snapshot(state, unit.epoch) for state in whole]
         return MigrationEvent.FROZEN
@@ -167,8 +167,8 @@ class Migration:
         return state
 
     def _offer(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        kept = KeptRequest(unit.hold.context, unit.ended) if unit.hold else None
-        live = list(unit.streams) if unit.hold else [0]
+        kept = KeptRequest(unit.session.context, unit.ended) if unit.session else None
+        live = list(unit.streams) if unit.session else [0]
         size = sum(len(row.data) for each in unit.snapshots for row in each.state.kv)
         try:
             unit.sent = relay.offer(unit.snapshots, live, kept)
@@ -182,7 +182,7 @@ class Migration:
         return MigrationEvent.READY
 
     def _commit(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        if unit.hold is None:
+        if unit.session is None:
             return MigrationEvent.YES  # nobody else can claim it
         assert self._sessions is not None, "it holds it"
         return self.transfer(unit, self._sessions.owner, unit.epoch, relay.owner)
@@ -190,7 +190,7 @@ class Migration:
     def _go(self, unit: Unit, relay: Relay) -> MigrationEvent:
         assert unit.sent is not None, "it was offered"
         try:
-            relay.go(unit.sent, unit.epoch + 1 if unit.hold else 0)
+            relay.go(unit.sent, unit.epoch + 1 if unit.session else 0)
             relay.answer(unit.sent, OfferRunning, ANSWER)
         except Broken as error:
             return self._broken(unit, relay, error)
@@ -198,7 +198,7 @@ class Migration:
         return MigrationEvent.RUNNING
 
     def _reclaim(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        if unit.hold is None:
+        if unit.session is None:
             return MigrationEvent.YES
         assert self._sessions is not None, "it holds it"
         unit.epoch += 1
@@ -208,12 +208,12 @@ class Migration:
 
     def transfer(self, unit: Unit, owner: str, epoch: int, successor: str) -> MigrationEvent:
         """Asked again until the store has said something: saying it twice is saying it once."""
-        assert unit.hold is not None, "only what is kept has an owner"
+        assert unit.session is not None, "only what is kept has an owner"
         assert self._sessions is not None, "it holds it"
         deadline = time.monotonic() + _COMMIT
         while True:
             try:
-                if self._sessions.transfer(unit.hold, owner, epoch, successor):
+                if self._sessions.transfer(unit.session, owner, epoch, successor):
                     return MigrationEvent.YES
                 unit.why = "another replica took it over"
                 return MigrationEvent.NO
@@ -226,9 +226,9 @@ class Migration:
     def _attach(self, unit: Unit, relay: Relay) -> None:
         sent = unit.sent
         assert sent is not None, "it was offered"
-        if unit.hold is not None and self._sessions is not None:
-            self._sessions.handed(unit.hold, relay.owner, unit.epoch + 1)
-            sent.hold, sent.epoch = unit.hold, unit.epoch + 1
+        if unit.session is not None and self._sessions is not None:
+            self._sessions.handed(unit.session, relay.owner, unit.epoch + 1)
+            sent.session, sent.epoch = unit.session, unit.epoch + 1
         for choice, stream in unit.streams.items():
             stream.attach(sent.all[choice])
             if unit.orphan is None:
@@ -242,8 +242,8 @@ class Migration:
         if unit.orphan is not None:  # it waits for the next destination
             unit.orphan.sent.epoch = unit.epoch
             return
-        if unit.hold is not None and self._sessions is not None:
-            self._sessions.thaw(unit.hold, unit.epoch if unit.epoch != unit.hold.epoch else 0)
+        if unit.session is not None and self._sessions is not None:
+            self._sessions.thaw(unit.session, unit.epoch if unit.epoch != unit.session.epoch else 0)
         for stream in unit.streams.values():
             self._live.resume(stream.request_id)
 
@@ -251,8 +251,8 @@ class Migration:
         if unit.orphan is not None:
             self._orphans.give_up(unit.orphan, unit.why)
             return
-        if unit.hold is not None and self._sessions is not None:
-            self._sessions.lost(unit.hold, unit.why)
+        if unit.session is not None and self._sessions is not None:
+            self._sessions.lost(unit.session, unit.why)
         for stream in unit.streams.values():
             self._live.cancel(stream.request_id)
 

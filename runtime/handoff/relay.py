@@ -80,7 +80,7 @@ class Sent:
         self.all = dict(self.streams)  # those that have ended, too
         self.settled = False  # its client reads what comes here
         self.owner = relay.owner  # who has it,
-        self.hold: Session | None = None  # and where it is kept, the hold of this worker that it was made over from,
+        self.session: Session | None = None  # and where it is kept, the hold of this worker that it was made over from,
         self.epoch = 0  # to be that one's under this epoch
         self.rescues = 0  # destinations that it has outlived
 

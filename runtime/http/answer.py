@@ -104,9 +104,9 @@ class Run:
         self.said, self.told, self.ended = [0] * len(requests), [0] * len(requests), [False] * len(requests)
         if model.sessions is not None and (job.stream or self._wanted.id):
             context = AnswerContext(self._route, self.id, self.created, self._wanted.digest, job.include_usage)
-            hold = model.sessions.open(context, requests)
+            session = model.sessions.open(context, requests)
             each = enumerate(zip(requests, self.streams, strict=True))
-            self.streams = [Answer.of(request, stream).keep(hold, n) for n, (request, stream) in each]
+            self.streams = [Answer.of(request, stream).keep(session, n) for n, (request, stream) in each]
 
     def close(self) -> None:
         for stream in self.streams:

@@ -139,11 +139,11 @@ def _go_on(
         events[: told[n]] if found.choices[n].state.request.logprobs is not None and not ended[n] else events
         for n, events in enumerate(told_again)
     ]
-    hold = None
+    session = None
     if claimed.outcome == "taken":
         tokens = [[event.token for event in events if event.token is not None] for events in histories]
-        hold = sessions.go_on(claimed, found, tokens, since)
-        hold.ended |= {n for n, end in enumerate(ended) if end}
+        session = sessions.go_on(claimed, found, tokens, since)
+        session.ended |= {n for n, end in enumerate(ended) if end}
     answers: list[Answer] = []
     try:
         for n, events in enumerate(histories):
@@ -152,13 +152,13 @@ def _go_on(
                 answers.append(Answer(request, recorded(request.id, [TokenEvent(told[n], None, "", "stop")])))
                 continue
             answers.append(_continued(model.engine, found.choices[n], events, told[n], deadline))
-            if hold:
-                answers[n].keep(hold, n)
+            if session:
+                answers[n].keep(session, n)
     except BaseException:
         for begun in answers:
             begun.close()
-        if hold:
-            hold.let_go("it could not be gone on with here")
+        if session:
+            session.let_go("it could not be gone on with here")
         raise
     said = tuple(sum(len(event.text) for event in events[: told[n]]) for n, events in enumerate(histories))
     return TakenUp(found.context, tuple(answers), told, said, ended, bool(place and place.usage))

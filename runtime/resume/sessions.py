@@ -65,7 +65,7 @@ class Sessions:
         self._client, self._space, self._seal = client, space, seal
         self._owner, self._every, self._lease = owner, every, lease
         self._changed = threading.Condition()
-        self._holds: dict[str, Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
@@ -87,9 +87,9 @@ class Sessions:
         """Asks to own a request, and waits for whoever has it now, at most until `deadline`; the outcome, and when it
         was asked for. Raises any `AgentError`."""
         with self._changed:
-            if (hold := self._holds.get(request_id)) is not None:  # another connection to this very worker
-                self._free(hold, "its client came back")
-                self._changed.wait_for(lambda: self._holds.get(request_id) is not hold, self._lease)
+            if (session := self._sessions.get(request_id)) is not None:  # another connection to this very worker
+                self._free(session, "its client came back")
+                self._changed.wait_for(lambda: self._sessions.get(request_id) is not session, self._lease)
         while True:
             since = time.monotonic()
             found = self._client.claim(Key(self._space, request_id), self._owner, self._lease)
@@ -107,60 +107,60 @@ class Sessions:
     def find(self, request_id: str) -> Session | None:
         """The hold that a generation belongs to; None where nothing of it is in the store."""
         with self._changed:
-            for hold in self._holds.values():
-                if not hold.unkept and any(request.id == request_id for request in hold.requests):
-                    return hold
+            for session in self._sessions.values():
+                if not session.unkept and any(request.id == request_id for request in session.requests):
+                    return session
         return None
 
-    def freeze(self, hold: Session, deadline: float) -> bool:
+    def freeze(self, session: Session, deadline: float) -> bool:
         """Tells nothing more of it until `thaw` or `handed`; False, and nothing is frozen, where it is over."""
         with self._changed:
-            hold.frozen = True
+            session.frozen = True
             self._changed.wait_for(
-                lambda: hold.over or hold.answered == hold.begun, max(0.0, deadline - time.monotonic())
+                lambda: session.over or session.answered == session.begun, max(0.0, deadline - time.monotonic())
             )
-            if hold.over or hold.complete or hold.answered != hold.begun:
-                hold.frozen = False
+            if session.over or session.complete or session.answered != session.begun:
+                session.frozen = False
             self._changed.notify_all()
-            return hold.frozen
+            return session.frozen
 
-    def thaw(self, hold: Session, epoch: int = 0) -> None:
+    def thaw(self, session: Session, epoch: int = 0) -> None:
         """It stays here; with `epoch`, under that one, and all of it is told anew."""
         with self._changed:
-            hold.frozen = False
+            session.frozen = False
             if epoch:
-                self._anew(hold, epoch)
+                self._anew(session, epoch)
             self._changed.notify_all()
 
-    def transfer(self, hold: Session, owner: str, epoch: int, successor: str) -> bool:
+    def transfer(self, session: Session, owner: str, epoch: int, successor: str) -> bool:
         """Makes `successor` its owner under `epoch` + 1, if it is `owner`'s under `epoch`. Raises any `AgentError`."""
-        return self._client.transfer(hold.key, owner, epoch, successor, self._lease)
+        return self._client.transfer(session.key, owner, epoch, successor, self._lease)
 
-    def handed(self, hold: Session, successor: str, epoch: int) -> None:
+    def handed(self, session: Session, successor: str, epoch: int) -> None:
         """`successor` keeps it from here on; what that one makes of it is told through the streams of this hold."""
         with self._changed:
-            hold.frozen, hold.handed, hold.epoch = False, successor, epoch
-            self._settle(hold)
+            session.frozen, session.handed, session.epoch = False, successor, epoch
+            self._settle(session)
             self._changed.notify_all()
 
-    def retake(self, hold: Session, epoch: int, tokens: Sequence[Sequence[int]], ended: Iterable[int]) -> None:
+    def retake(self, session: Session, epoch: int, tokens: Sequence[Sequence[int]], ended: Iterable[int]) -> None:
         """One that was handed on is this worker's again, under `epoch`; of each choice `tokens` came, and are told."""
         with self._changed:
-            if hold.key.id in self._holds:  # whoever asked for it on another connection has it
-                hold.over = "its client came back"
+            if session.key.id in self._sessions:  # whoever asked for it on another connection has it
+                session.over = "its client came back"
                 return
-            hold.handed, hold.tokens = "", [list(ids) for ids in tokens]
-            hold.ended |= set(ended)
-            self._anew(hold, epoch)
-            self._holds[hold.key.id] = hold
+            session.handed, session.tokens = "", [list(ids) for ids in tokens]
+            session.ended |= set(ended)
+            self._anew(session, epoch)
+            self._sessions[session.key.id] = session
             self._changed.notify_all()
 
-    def lost(self, hold: Session, why: str) -> None:
+    def lost(self, session: Session, why: str) -> None:
         """Nothing more of it is told here, and whose it is now is for the store to say."""
         with self._changed:
-            hold.frozen = False
-            hold.over = hold.over or why
-            self._settle(hold)
+            session.frozen = False
+            session.over = session.over or why
+            self._settle(session)
             self._changed.notify_all()
 
     def inherit(
@@ -174,9 +174,9 @@ class Sessions:
     ) -> Session:
         """A request that its owner made over to this worker, under a lease that began no sooner than `since`."""
         until = since + self._lease
-        hold = Session(self, Key(self._space, context.id), epoch, context, requests, tokens, until=until)
-        hold.ended |= set(ended)
-        return self._enter(hold)
+        session = Session(self, Key(self._space, context.id), epoch, context, requests, tokens, until=until)
+        session.ended |= set(ended)
+        return self._enter(session)
 
     def give_up(self, request_id: str, claimed: Claimed) -> None:
         """Lets go of what was claimed and cannot be gone on with here."""
@@ -191,39 +191,39 @@ class Sessions:
         pieces = [self._seal.open(_about(request_id, n), piece) for n, piece in enumerate(claimed.pieces)]
         return record.assemble(pieces)
 
-    def tell(self, hold: Session, choice: int, event: TokenEvent) -> bool:
+    def tell(self, session: Session, choice: int, event: TokenEvent) -> bool:
         with self._changed:
-            if hold.over:
+            if session.over:
                 return False
-            if hold.handed and event.finish not in ("cancelled", "moved", "error"):
+            if session.handed and event.finish not in ("cancelled", "moved", "error"):
                 return True
             if event.finish in ("cancelled", "moved", "error"):
-                self._free(hold, f"it ended: {event.error or event.finish}")
+                self._free(session, f"it ended: {event.error or event.finish}")
                 return True
-            tokens = hold.tokens[choice]
+            tokens = session.tokens[choice]
             if event.token is not None and event.index == len(tokens):
                 tokens.append(event.token)
             if event.finish is not None:
-                hold.ended.add(choice)
-            if self._due(hold, time.monotonic()):
+                session.ended.add(choice)
+            if self._due(session, time.monotonic()):
                 self._changed.notify_all()
-            return self._permitted(hold)
+            return self._permitted(session)
 
-    def let_go(self, hold: Session, why: str) -> None:
+    def let_go(self, session: Session, why: str) -> None:
         with self._changed:
-            if not hold.complete:
-                self._free(hold, why)
+            if not session.complete:
+                self._free(session, why)
 
     def close(self, deadline: float) -> None:
         """Lets go of all requests and ends the thread; `deadline` on time.monotonic."""
         with self._changed:
-            for hold in list(self._holds.values()):
-                if not hold.complete:
-                    self._free(hold, "the function is shutting down")
+            for session in list(self._sessions.values()):
+                if not session.complete:
+                    self._free(session, "the function is shutting down")
                 if not self.place().revision:  # nothing of it was kept, and nothing can be
-                    self._settle(hold)
+                    self._settle(session)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._holds, max(0.0, deadline - time.monotonic()))
+            self._changed.wait_for(lambda: not self._sessions, max(0.0, deadline - time.monotonic()))
             self._closing = True
             self._changed.notify_all()
         self._thread.join(max(0.1, deadline - time.monotonic()))
@@ -231,97 +231,105 @@ class Sessions:
 
     # --- with the lock held ---------------------------------------------------------------------------------------
 
-    def _enter(self, hold: Session) -> Session:
+    def _enter(self, session: Session) -> Session:
         with self._changed:
-            self._holds[hold.key.id] = hold
+            self._sessions[session.key.id] = session
             self._changed.notify_all()
-        return hold
+        return session
 
-    def _anew(self, hold: Session, epoch: int) -> None:
+    def _anew(self, session: Session, epoch: int) -> None:
         """All of it is told once more, under this epoch, and nothing to its client before the store has answered."""
-        hold.epoch, hold.at, hold.sent, hold.until = epoch, 0, [0] * len(hold.sent), 0.0
+        session.epoch, session.at, session.sent, session.until = epoch, 0, [0] * len(session.sent), 0.0
 
-    def _free(self, hold: Session, why: str) -> None:
-        if not hold.over:
-            hold.over, hold.free = why, True
-            hold.closed_at = time.monotonic()
+    def _free(self, session: Session, why: str) -> None:
+        if not session.over:
+            session.over, session.free = why, True
+            session.closed_at = time.monotonic()
             self._changed.notify_all()
 
-    def _permitted(self, hold: Session) -> bool:
+    def _permitted(self, session: Session) -> bool:
         """Whether something may be told now; waits for an answer of the store where the lease is over."""
         now = time.monotonic()
-        if hold.until > now or hold.unkept or not self.place().revision:
+        if session.until > now or session.unkept or not self.place().revision:
             return True
-        mark, hold.asked = hold.begun, True
+        mark, session.asked = session.begun, True
         self._changed.notify_all()
         answered = self._changed.wait_for(
-            lambda: hold.over or hold.unkept or hold.handed or hold.until > time.monotonic() or hold.answered > mark,
+            lambda: (
+                session.over
+                or session.unkept
+                or session.handed
+                or session.until > time.monotonic()
+                or session.answered > mark
+            ),
             _STUCK,
         )
-        if hold.over or not answered:
+        if session.over or not answered:
             return False
         # Nobody can take it over through a store that cannot be asked.
-        hold.until = max(hold.until, time.monotonic() + self._lease)
+        session.until = max(session.until, time.monotonic() + self._lease)
         return True
 
-    def _due(self, hold: Session, now: float) -> bool:
-        if not self.place().revision or now < hold.retry_at or hold.frozen:
+    def _due(self, session: Session, now: float) -> bool:
+        if not self.place().revision or now < session.retry_at or session.frozen:
             return False
-        if hold.free or hold.complete or hold.asked or not hold.at:
+        if session.free or session.complete or session.asked or not session.at:
             return True
-        fresh = sum(map(len, hold.tokens)) - sum(hold.sent)
-        return (fresh >= self._every and not hold.renew_only) or now >= hold.until - 2 * self._lease / 3
+        fresh = sum(map(len, session.tokens)) - sum(session.sent)
+        return (fresh >= self._every and not session.renew_only) or now >= session.until - 2 * self._lease / 3
 
-    def _step(self, hold: Session) -> tuple[Keep, list[int]]:
+    def _step(self, session: Session) -> tuple[Keep, list[int]]:
         """What to tell of it, and how many tokens of each choice the store has then."""
-        hold.begun += 1
-        hold.asked = False
-        if hold.at >= _RETELL:
-            hold.at = 0
-        counts = [len(ids) for ids in hold.tokens]
+        session.begun += 1
+        session.asked = False
+        if session.at >= _RETELL:
+            session.at = 0
+        counts = [len(ids) for ids in session.tokens]
         pieces: list[bytes] = []
-        if not hold.at:
+        if not session.at:
             place = self.place()
             pieces.append(
-                record.opening(hold.context, [place.snapshot(place.state(request)) for request in hold.requests])
+                record.opening(session.context, [place.snapshot(place.state(request)) for request in session.requests])
             )
-        start = hold.sent if hold.at else [0] * len(counts)
-        if not hold.renew_only:
-            gains = {n: (at, hold.tokens[n][at:]) for n, at in enumerate(start) if counts[n] > at or hold.cut}
+        start = session.sent if session.at else [0] * len(counts)
+        if not session.renew_only:
+            gains = {n: (at, session.tokens[n][at:]) for n, at in enumerate(start) if counts[n] > at or session.cut}
             if gains:
                 pieces.append(record.progress(gains))
-        sealed = tuple(self._seal.close(_about(hold.key.id, hold.at + n), piece) for n, piece in enumerate(pieces))
-        lease = 0.0 if hold.free or hold.complete else self._lease
-        done = hold.complete and not hold.renew_only
-        return Keep(hold.key, self._owner, hold.epoch, hold.at, sealed, lease, done), counts
+        sealed = tuple(
+            self._seal.close(_about(session.key.id, session.at + n), piece) for n, piece in enumerate(pieces)
+        )
+        lease = 0.0 if session.free or session.complete else self._lease
+        done = session.complete and not session.renew_only
+        return Keep(session.key, self._owner, session.epoch, session.at, sealed, lease, done), counts
 
-    def _heard(self, hold: Session, step: Keep, counts: list[int], since: float, kept: KeptStatus) -> None:
-        hold.answered = hold.begun
+    def _heard(self, session: Session, step: Keep, counts: list[int], since: float, kept: KeptStatus) -> None:
+        session.answered = session.begun
         match kept.outcome:
             case "kept":
-                hold.at = step.at + len(step.pieces)
-                hold.until = since + step.lease
+                session.at = step.at + len(step.pieces)
+                session.until = since + step.lease
                 if step.pieces:
-                    hold.sent, hold.cut = counts, False
+                    session.sent, session.cut = counts, False
                 if not step.lease:
-                    self._settle(hold)
+                    self._settle(session)
                 elif kept.wanted:
-                    self._free(hold, "another replica was asked for it")
+                    self._free(session, "another replica was asked for it")
             case "gap":
-                hold.at, hold.sent = 0, [0] * len(hold.sent)
+                session.at, session.sent = 0, [0] * len(session.sent)
             case "too_large":
-                log.warning("%s is not kept any further: %s", hold.key.id, kept.why)
-                hold.renew_only, hold.unkept = True, not hold.at
-                if hold.unkept:
-                    self._settle(hold)
+                log.warning("%s is not kept any further: %s", session.key.id, kept.why)
+                session.renew_only, session.unkept = True, not session.at
+                if session.unkept:
+                    self._settle(session)
             case _:
-                log.warning("%s was taken over by another replica; nothing more is told of it here", hold.key.id)
-                hold.over = hold.over or "another replica took it over"
-                self._settle(hold)
+                log.warning("%s was taken over by another replica; nothing more is told of it here", session.key.id)
+                session.over = session.over or "another replica took it over"
+                self._settle(session)
 
-    def _settle(self, hold: Session) -> None:
-        if self._holds.get(hold.key.id) is hold:
-            del self._holds[hold.key.id]
+    def _settle(self, session: Session) -> None:
+        if self._sessions.get(session.key.id) is session:
+            del self._sessions[session.key.id]
 
     # --- the thread -----------------------------------------------------------------------------------------------
 
@@ -332,7 +340,7 @@ class Sessions:
                 if not due:
                     return
                 since = time.monotonic()
-                steps = [(hold, *self._step(hold)) for hold in due]
+                steps = [(session, *self._step(session)) for session in due]
             failed = ""
             try:
                 results = self._client.keep([step for _, step, _ in steps])
@@ -343,31 +351,31 @@ class Sessions:
                 failed = "a fault, see above"
             with self._changed:
                 if failed:
-                    self._failed([hold for hold, _, _ in steps], failed)
+                    self._failed([session for session, _, _ in steps], failed)
                 else:
-                    for (hold, step, counts), kept in zip(steps, results, strict=True):
-                        self._heard(hold, step, counts, since, kept)
+                    for (session, step, counts), kept in zip(steps, results, strict=True):
+                        self._heard(session, step, counts, since, kept)
                 self._changed.notify_all()
 
     def _wait(self) -> list[Session]:
         """The requests of which something is to be told; none once all is over."""
         while True:
             now = time.monotonic()
-            if due := [hold for hold in self._holds.values() if self._due(hold, now)]:
+            if due := [session for session in self._sessions.values() if self._due(session, now)]:
                 return due
             if self._closing:
                 return []
             self._changed.wait(self._lease / 6)
 
-    def _failed(self, holds: Sequence[Session], why: str) -> None:
+    def _failed(self, sessions: Sequence[Session], why: str) -> None:
         now = time.monotonic()
-        log.warning("what runs cannot be kept now (%d requests): %s", len(holds), why)
-        for hold in holds:
-            hold.answered, hold.retry_at = hold.begun, now + _RETRY
-            if self._closing or (hold.closed_at and now > hold.closed_at + _LAST_WORD):
-                self._settle(hold)
-            elif hold.complete and not hold.closed_at:
-                hold.closed_at = now
+        log.warning("what runs cannot be kept now (%d requests): %s", len(sessions), why)
+        for session in sessions:
+            session.answered, session.retry_at = session.begun, now + _RETRY
+            if self._closing or (session.closed_at and now > session.closed_at + _LAST_WORD):
+                self._settle(session)
+            elif session.complete and not session.closed_at:
+                session.closed_at = now
 
 
 def _about(request_id: str, number: int) -> str:

@@ -69,24 +69,24 @@ class Watched(Sessions):
         self._told = os.open(told, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._inherited: weakref.WeakSet[Session] = weakref.WeakSet()
 
-    def tell(self, hold: Session, choice: int, event: TokenEvent) -> bool:
-        permitted = super().tell(hold, choice, event)
-        if permitted and event.token is not None and hold not in self._inherited:
+    def tell(self, session: Session, choice: int, event: TokenEvent) -> bool:
+        permitted = super().tell(session, choice, event)
+        if permitted and event.token is not None and session not in self._inherited:
             # It was permitted while the lease ran: a process that was stopped since then must not seem to tell later.
-            now = time.monotonic() if hold.handed else min(time.monotonic(), hold.until)
-            owner = hold.handed or self.owner
-            line = Line(now, hold.key.id, hold.epoch, owner, choice, event.index, event.token)
+            now = time.monotonic() if session.handed else min(time.monotonic(), session.until)
+            owner = session.handed or self.owner
+            line = Line(now, session.key.id, session.epoch, owner, choice, event.index, event.token)
             os.write(self._told, f"{line}\n".encode())
         return permitted
 
     def inherit(self, *arguments: Any) -> Session:
-        hold = super().inherit(*arguments)
-        self._inherited.add(hold)  # it is told to a client by the worker that drains
-        return hold
+        session = super().inherit(*arguments)
+        self._inherited.add(session)  # it is told to a client by the worker that drains
+        return session
 
     @property
     def held(self) -> int:
-        return len(self._holds)
+        return len(self._sessions)
 
 
 class Halting(adopted.AdoptedRequests):

@@ -82,7 +82,7 @@ class TransferReply(Message, frozen=True, tag="transfer_reply"):
 
 
 class HostRequest(Message, frozen=True, tag="host"):
-    """This worker can go on with the requests of others of its `siblings`; it waits for one that wants to hand them over.
+    """A worker that can go on with the requests of its `siblings`, and waits for one that wants to hand them over.
 
     `siblings` is the same for workers that can go on with each other's requests; to an agent it is a name.
     """
@@ -92,7 +92,7 @@ class HostRequest(Message, frozen=True, tag="host"):
 
 
 class HandoffRequest(Message, frozen=True, tag="handoff"):
-    """This worker wants to hand its requests over to another of its `siblings`.
+    """A worker that wants to hand its requests over to one of its `siblings`.
 
     Between agents with a fresh `nonce`, and the namespace `within` that the worker has proved.
     """

@@ -148,7 +148,7 @@ def run(quick: bool, console: Console) -> Report:
     rows: list[Row] = []
     headline: dict[str, float | None] = {}
     with agent("--dram", "1G", "--file-root", str(place)) as running:
-        running.session(f"file://{place}")
+        running.hold(f"file://{place}")
         console.print(f"[dim]{_STREAMS} streams whose replica drains[/]")
         headline |= _drain(place, running, 32 if quick else _NEW, rows)
         paused = _pauses(place, running, 1 if quick else 5, console)

@@ -13,8 +13,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from runtime.config import FunctionConfig
 from runtime.process.children import Child, spawn
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from runtime.container.node import NodeMode
     from runtime.container.pod import Pod
     from runtime.container.takeover import ShimState
+    from runtime.layers.building import Event
     from runtime.layers.spawn import Ended
     from runtime.process.fd_store import FdStore
 
@@ -124,22 +125,29 @@ class Supply:
 
     def step(self, now: float) -> list[Child | Ended]:
         """Lets zygotes be built and dropped; workers that are there now, and how others ended."""
+        found = [] if self.layers is None else self._heard(self.layers.step(now))
+        if self._order is not None and now >= self._until:
+            found.append(self._boot_instead("the zygote did not answer"))
+        return found
+
+    def _heard(self, events: Sequence[Event]) -> list[Child | Ended]:
+        """Return what the answers of a zygote, or of the pool, mean to the shim."""
+        from runtime.layers.spawn import Ended, Forked, ForkRefused  # a shim without layers never imports the module
+
         found: list[Child | Ended] = []
-        for event in [] if self.layers is None else self.layers.step(now):
-            match type(event).__name__, event:
-                case "Forked", (int(number), int(pid), int(pidfd)):
+        for event in events:
+            match event:
+                case Forked(number, pid, pidfd):
                     if self._order is None or number != self._number:
-                        os.close(pidfd)  # it came too late, and its line is closed: it ends by itself
+                        os.close(pidfd)  # the worker came too late: its line is closed, and it ends by itself
                         continue
                     self._order.line.close()
                     self._order, self.forked = None, True
                     found.append(Child(pid, pidfd))
-                case "Refused", (int(number), str(why)) if self._order is not None and number == self._number:
+                case ForkRefused(number, why) if self._order is not None and number == self._number:
                     found.append(self._boot_instead(why))
-                case "Ended", _:
-                    found.append(cast("Ended", event))  # by its name: whoever never forks never imports it
-        if self._order is not None and now >= self._until:
-            found.append(self._boot_instead("the zygote did not answer"))
+                case Ended():
+                    found.append(event)
         return found
 
     def _boot_instead(self, why: str) -> Child:

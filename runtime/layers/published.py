@@ -43,7 +43,7 @@ def entry(level: str, presence: Presence, rule: LayerRule, model: str = "") -> d
         "seconds": decision.layer.seconds,
         "bytes": decision.layer.bytes,
         "hold": decision.hold if math.isfinite(decision.hold) else None,
-        "why": decision.why,
+        "why": rule.why,
     }
 
 

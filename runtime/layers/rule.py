@@ -107,4 +107,6 @@ class LayerRule(keepalive.History):
     @property
     def why(self) -> str:
         """The reason for which the layer is dropped, in words."""
-        return self.decision.why if self._hold is None else f"held for {self._hold:g} s"
+        if self._hold is None:
+            return self.decision.why
+        return f"held for {self._hold:g} s" if math.isfinite(self._hold) else "held without end"

@@ -1,4 +1,4 @@
-"""Owns the cache agent of a container whose node has none: the same program, on a socket that only it can open.
+"""Owns the cache agent of a container whose node has none: the same program, on a socket for this user only.
 
 Standard library only.
 """
@@ -14,7 +14,7 @@ from runtime.process.children import Child, spawn
 
 
 class PrivateAgent:
-    """`process` is None while it is not running. It ends with the process that started it."""
+    """A cache agent of the container's own. `process` is None while none runs; it ends with the shim."""
 
     def __init__(self) -> None:
         self._directory = tempfile.mkdtemp(prefix="glowplug-")
@@ -25,15 +25,15 @@ class PrivateAgent:
         self.process: Child | None = None
 
     def start(self) -> None:
-        """Callers that came while it was away are still waiting on the socket."""
+        """Start the agent on the socket, in which callers may wait already."""
         fd = self._socket.fileno()
         environment = {name: value for name, value in os.environ.items() if name != "GLOWPLUG_SOCKET"}
         self.process = spawn(["-P", "-m", "cache_agent.daemon", str(fd), str(os.getpid())], (fd,), environment)
 
     def ended(self) -> int:
-        """Takes note that it has ended; its exit code."""
-        assert self.process is not None, "it was running"
-        assert self.process.status is not None, "and has ended"
+        """Note that the process has ended; return its exit code."""
+        assert self.process is not None, "the agent was running"
+        assert self.process.status is not None, "the agent has ended"
         code = os.waitstatus_to_exitcode(self.process.status)
         self.process.close()
         self.process = None

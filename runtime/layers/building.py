@@ -17,13 +17,12 @@ from cache_agent.limits import available_bytes
 from runtime.layers import keys, spawn
 from runtime.layers import leases as leasing
 from runtime.layers.rule import LayerRule, Presence
-from runtime.layers.spawn import Ended, Forked, ForkRefused, Lost, Spec, Zygote, ZygoteReady
+from runtime.layers.spawn import ChildEvent, Ended, ForkRefused, Lost, Spec, Zygote, ZygoteReady
 from runtime.process.wire import Gone, Wire
 
 if TYPE_CHECKING:
     from cache_agent.client.lease import Lease
 
-Event = Forked | ForkRefused | Ended
 
 _BELOW = "the layer below it is gone"
 
@@ -106,7 +105,7 @@ class ZygoteLayer:
             except Gone:
                 self.postpone(_BELOW, now)
 
-    def takes(self, event: Event, now: float) -> bool:
+    def takes(self, event: ChildEvent, now: float) -> bool:
         """Whether what a lang layer says is about this layer's own zygote."""
         fork = self._forking
         if fork is None or isinstance(event, Ended) or event.number != fork.number:
@@ -122,9 +121,9 @@ class ZygoteLayer:
         if self.zygote is not None and not self.ready:
             self.zygote.pause(paused)
 
-    def hear(self, now: float) -> list[Event]:
+    def hear(self, now: float) -> list[ChildEvent]:
         """Return what the zygote says of its children; ends a layer that is lost."""
-        events: list[Event] = []
+        events: list[ChildEvent] = []
         for event in [] if self.zygote is None else self.zygote.read():
             match event:
                 case ZygoteReady(_, _, seconds, size):

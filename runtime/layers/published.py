@@ -66,7 +66,7 @@ class Published:
         """`client()` speaks to the agent, where that shall know it, too."""
         self._head = {"pid": os.getpid(), "mode": mode, "name": name, "rho": rho}
         self._client = client
-        self._telling: LayerReporter | None = None
+        self._reporter: LayerReporter | None = None
         self._path = ""
         self._last: Sequence[dict[str, Any]] | None = None
         self._at = -math.inf
@@ -76,7 +76,7 @@ class Published:
         if layers == self._last or now - self._at < _APART:
             return
         self._last, self._at = layers, now
-        self._tell(layers)
+        self._report(layers)
         self._path = self._path or os.path.join(directory(), f"{_PREFIX}{os.getpid()}.json")
         new = f"{self._path.removesuffix('.json')}.new"
         with contextlib.suppress(OSError):
@@ -86,17 +86,17 @@ class Published:
                 json.dump({**self._head, "layers": layers}, file)
             os.replace(new, self._path)
 
-    def _tell(self, layers: Sequence[dict[str, Any]]) -> None:
-        if self._telling is None and self._client is not None:
+    def _report(self, layers: Sequence[dict[str, Any]]) -> None:
+        if self._reporter is None and self._client is not None:
             from runtime.layers.reporter import LayerReporter  # threads: not for who never needs them
 
-            self._telling = LayerReporter(self._client, self._head)
-        if self._telling is not None:
-            self._telling.tell(layers)
+            self._reporter = LayerReporter(self._client, self._head)
+        if self._reporter is not None:
+            self._reporter.report(layers)
 
     def close(self) -> None:
-        if self._telling is not None:
-            self._telling.close()
+        if self._reporter is not None:
+            self._reporter.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 

@@ -21,7 +21,7 @@ _LAST = 1.0  # seconds for the word that all has ended
 
 
 class LayerReporter:
-    """`tell` and `close` are for the supervisor's thread; neither blocks for longer than `_LAST` seconds."""
+    """`report` and `close` are for the supervisor's thread; neither blocks for longer than `_LAST` seconds."""
 
     def __init__(self, client: Callable[[], CacheClient], head: Mapping[str, Any]) -> None:
         """`client()` speaks to the agent; `head` has the supervisor's `mode`, `name` and `rho`."""
@@ -33,7 +33,7 @@ class LayerReporter:
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def tell(self, layers: Sequence[Mapping[str, Any]]) -> None:
+    def report(self, layers: Sequence[Mapping[str, Any]]) -> None:
         with self._lock:
             self._layers = layers
         self._news.set()

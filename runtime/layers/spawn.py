@@ -82,7 +82,8 @@ class Lost(NamedTuple):
     why: str
 
 
-Event = ZygoteReady | Forked | ForkRefused | Ended | Lost
+ChildEvent = Forked | ForkRefused | Ended
+ZygoteEvent = ZygoteReady | ChildEvent | Lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +107,9 @@ class Zygote:
         self._spoke = True  # since `overdue` was last asked
         self._paused = False
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[ZygoteEvent]:
         """What it has said since the last call."""
-        events: list[Event] = []
+        events: list[ZygoteEvent] = []
         while self.state != "gone":
             try:
                 self.wire.flush()
@@ -124,7 +125,7 @@ class Zygote:
                 events.append(event)
         return events
 
-    def _event(self, message: dict[str, Any], fds: list[int]) -> Event | None:
+    def _event(self, message: dict[str, Any], fds: list[int]) -> ZygoteEvent | None:
         match message, fds:
             case {"ready": str(level), "key": str(key), "seconds": float(seconds), "bytes": int(size)}, []:
                 self.state = "ready"

@@ -16,8 +16,9 @@ from typing import Any
 from cache_agent.policy import keepalive
 from runtime.config import FunctionConfig
 from runtime.layers import building, keys, leases, published
-from runtime.layers.building import Event, ZygoteLayer
+from runtime.layers.building import ZygoteLayer
 from runtime.layers.rule import LayerRule
+from runtime.layers.spawn import ChildEvent
 
 _SETTLED = 2.0  # seconds for which a worker has to live, so that its function may have the model
 _ROOM = 150 << 20  # bytes that a layer may take of its own
@@ -97,7 +98,7 @@ class Models:
     def fds(self) -> list[int]:
         return [self.leases.fileno(), *(fd for layer in (self.lang, *self._layers.values()) for fd in layer.fds())]
 
-    def step(self, now: float) -> list[Event]:
+    def step(self, now: float) -> list[ChildEvent]:
         """Builds and drops what is due; what zygotes say of workers and spares."""
         models = list(self._layers.values())
         events = [each for each in self.lang.hear(now) if not any(layer.takes(each, now) for layer in models)]

@@ -23,10 +23,10 @@ from typing import Any
 from cache_agent.policy import keepalive
 from runtime.config import FunctionConfig
 from runtime.layers import keys
-from runtime.layers.building import Event, ZygoteLayer
+from runtime.layers.building import ZygoteLayer
 from runtime.layers.published import Published
 from runtime.layers.rule import LayerRule
-from runtime.layers.spawn import Ended, Forked, ForkRefused, Spec
+from runtime.layers.spawn import ChildEvent, Ended, Forked, ForkRefused, Spec
 from runtime.pool.models import Models
 from runtime.pool.tenants import Tenant
 from runtime.process import kernel
@@ -125,7 +125,7 @@ class Pool:
             if (spare := tenant.spare) is not None and not spare.pid and spare.zygote.state == "gone":
                 tenant.unforked(spare.number, "the pool's zygote was lost", now)
 
-    def _learn(self, event: Event, now: float) -> None:
+    def _learn(self, event: ChildEvent, now: float) -> None:
         """Passes on to its container what became of a process, or of a request for one."""
         match event:
             case Forked(_, _, pidfd):

@@ -50,7 +50,7 @@ def line(message: Mapping[str, Any]) -> bytes:
     return pack(message).replace(b"\n", b"\v") + b"\n"
 
 
-class Line:
+class WorkerEnd:
     """The worker's end. Never blocks: a shim that does not read loses beats, not the worker."""
 
     def __init__(self, sock: socket.socket | None) -> None:
@@ -116,7 +116,7 @@ class Line:
             self.send(spans=rows[start : start + 100])
 
 
-class Hearing:
+class ShimEnd:
     """The shim's end of one worker's line. Never blocks. `ended` once the worker has closed its own."""
 
     def __init__(self, sock: socket.socket, kept: FdStore | None = None, unread: bytes = b"") -> None:

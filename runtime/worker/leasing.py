@@ -23,7 +23,7 @@ from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
 from runtime.errors import FunctionError, NotReady
 from runtime.http.lifecycle import Lifecycle
-from runtime.process.control import Line
+from runtime.process.control import WorkerEnd
 
 if TYPE_CHECKING:
     from cache_agent.client.streamed import Leftover
@@ -42,7 +42,7 @@ class Leasing:
     """One worker's. `private_agent` is for the thread that listens to the shim, `client` for any."""
 
     def __init__(
-        self, config: FunctionConfig, ledger: Ledger, line: Line, lifecycle: Lifecycle, known: Known | None = None
+        self, config: FunctionConfig, ledger: Ledger, line: WorkerEnd, lifecycle: Lifecycle, known: Known | None = None
     ) -> None:
         """`known` is the manifest of the layer that this worker was forked from."""
         self._config, self._ledger, self._line, self._lifecycle = config, ledger, line, lifecycle

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from runtime.process.control import Hearing, Line
+from runtime.process.control import ShimEnd, WorkerEnd
 from runtime.process.fd_store import MOST_FDS, FdStore
 
 
@@ -40,9 +40,9 @@ class Worker:
 
     def __init__(self, kept: FdStore) -> None:
         ours, theirs = socket.socketpair()
-        self.hearing = Hearing(ours, kept)
+        self.hearing = ShimEnd(ours, kept)
         self.sock = theirs
-        self.line = Line(theirs)
+        self.line = WorkerEnd(theirs)
 
     def heard(self, kept: FdStore) -> list[dict[str, object]]:
         """What the shim hears, and does about memory."""
@@ -127,11 +127,11 @@ def test_a_flood_of_fds_is_closed(kept: FdStore) -> None:
 
 
 def test_a_worker_without_a_shim_of_ours_has_nothing_to_wait_for() -> None:
-    assert Line(None).kept() == []
-    Line(None).keep([0])
+    assert WorkerEnd(None).kept() == []
+    WorkerEnd(None).keep([0])
     ours, theirs = socket.socketpair()
     with theirs:
         ours.close()
-        line = Line(theirs)
+        line = WorkerEnd(theirs)
         assert line.kept() == []
         line.keep([0])

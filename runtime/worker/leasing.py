@@ -50,7 +50,7 @@ class Leasing:
         self._socket = config.socket
         self._fell_back = False
         self._private: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._kept = line.kept() if config.socket.startswith("tcp:") else []  # memory of the worker before this one
+        self._kept = line.stored() if config.socket.startswith("tcp:") else []  # memory of the worker before this one
 
     def client(self, timeout: float = 10.0) -> CacheClient:
         config = self._config
@@ -104,7 +104,7 @@ class Leasing:
     def arrived(self, lease: Lease) -> None:
         """All bytes are there: if they came over TCP, the shim keeps them for the worker after this one."""
         if lease.fetched:
-            self._line.keep([lease.manifest_fd, *lease.segments])
+            self._line.store([lease.manifest_fd, *lease.segments])
         self._close_memory()
 
     def rejoin(self, lease: Lease) -> None:
@@ -135,7 +135,7 @@ class Leasing:
     def _drop_memory(self) -> None:
         """It is another model's by now, and there may not be room for both."""
         self._close_memory()
-        self._line.keep([])
+        self._line.store([])
 
     def _close_memory(self) -> None:
         while self._kept:

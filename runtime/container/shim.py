@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from runtime.config import FunctionConfig, from_environment  # noqa: E402
 from runtime.container.agent import ContainerAgent  # noqa: E402
+from runtime.container.crashes import Crashes, described  # noqa: E402
 from runtime.container.port import open_port  # noqa: E402
 from runtime.container.supply import Order, Supply  # noqa: E402
 from runtime.container.watched_worker import WatchedWorker  # noqa: E402
 from runtime.errors import BadConfig, FunctionError, WorkerCrashed  # noqa: E402
 from runtime.process.children import Child, become_subreaper, executed_at, reap  # noqa: E402
 from runtime.process.control import ShimEnd  # noqa: E402
-from runtime.process.crashes import Crashes, described  # noqa: E402
 from runtime.process.wakeup import Wakeup  # noqa: E402
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ class WatchedWorker:
 
     @property
     def status(self) -> int | None:
-        """How the worker ended, as waitpid gives it; None before."""
+        """The status with which the worker has ended, as waitpid gives it; None before."""
         return None if self.child is None else self.child.status
 
     def signal(self, number: int) -> None:

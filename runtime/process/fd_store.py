@@ -10,17 +10,15 @@ The fds ride on the first byte of their line. The shim lets go of the memory as 
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import socket
 from collections.abc import Sequence
 
-from runtime.process import messages
+from runtime.process import messages, wire
 
 MOST_FDS = 250  # the kernel passes 253 at once
 _READ = 64 << 10
-_FD_SPACE = socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize)
 
 
 def send(sock: socket.socket, word: str, fds: Sequence[int]) -> None:
@@ -34,12 +32,8 @@ def send(sock: socket.socket, word: str, fds: Sequence[int]) -> None:
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     """Return some bytes, and fds that came with them, close-on-exec and the caller's. Raises `OSError`."""
-    data, ancillary, _, _ = sock.recvmsg(_READ, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return data, list(fds)
+    data, fds, _ = wire.receive_fds(sock, _READ, MOST_FDS)
+    return data, fds
 
 
 class FdStore:

@@ -44,7 +44,6 @@ from runtime.process import messages
 MAX_PACKET = 256 << 10  # an environment may be large
 MAX_FDS = 64
 _BACKLOG = 256
-_FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 class Gone(Exception):
@@ -58,6 +57,20 @@ class Unreadable(Gone):
 def pair() -> tuple[socket.socket, socket.socket]:
     """Return both ends of a new wire."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def receive_fds(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+    """Return at most `size` bytes, at most `most` fds that came with them, and recvmsg's flags. Raises `OSError`.
+
+    The fds are close-on-exec and the caller's; `socket.recv_fds` of Python 3.11 would leave them inheritable.
+    """
+    fds = array.array("i")
+    space = socket.CMSG_SPACE(most * fds.itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds), flags
 
 
 def listen(path: str) -> socket.socket:
@@ -122,15 +135,11 @@ class Wire:
         Raises `Gone`, and `Unreadable`.
         """
         try:
-            data, ancillary, flags, _ = self.sock.recvmsg(MAX_PACKET + 1, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+            data, fds, flags = receive_fds(self.sock, MAX_PACKET + 1, MAX_FDS)
         except BlockingIOError:
             return None
         except OSError as error:
             raise Gone(error.strerror or str(error)) from error
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
         try:
             if not data:
                 raise Gone("closed")
@@ -143,7 +152,7 @@ class Wire:
             if isinstance(error, Gone):
                 raise
             raise Unreadable("it sent something that is no message") from None
-        return message, list(fds)
+        return message, fds
 
     def dismiss(self, message: dict[str, Any]) -> None:
         """Send a last message, which arrives whatever the other end has sent meanwhile, and close."""

@@ -1,4 +1,4 @@
-"""What a worker gives the shim for the next one: memory changes hands, nothing leaks, and nobody is fooled."""
+"""Weights that a worker gives the shim for the next one: memory changes hands, nothing leaks, garbage is closed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fd_store() -> Iterator[FdStore]:
 
 
 class Worker:
-    """One worker's line: its own end, and the shim's."""
+    """One worker's line: the worker's end, and the shim's."""
 
     def __init__(self, fd_store: FdStore) -> None:
         ours, theirs = socket.socketpair()
@@ -45,7 +45,7 @@ class Worker:
         self.line = WorkerEnd(theirs)
 
     def heard(self, fd_store: FdStore) -> list[dict[str, object]]:
-        """What the shim hears, and does about memory."""
+        """Return what the shim hears, and take the fds as it does."""
         messages = self.hearing.messages()
         for message in messages:
             if "keep" in message:

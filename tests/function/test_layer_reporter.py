@@ -1,4 +1,4 @@
-"""A supervisor tells its agent of its layers: when they change, again while it lives, and when it ends."""
+"""Reports of a supervisor's layers to its agent: on changes, repeated while the supervisor lives, and at its end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_agent_knows_what_it_was_told(start_local_agent: Callable[..., Any], 
 
 
 class Recorder(CacheClient):
-    """A client that notes what is told."""
+    """A client that counts the layers of each report."""
 
     def __init__(self, fault: Exception | None = None) -> None:
         super().__init__("/no/agent")

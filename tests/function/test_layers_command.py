@@ -1,4 +1,4 @@
-"""`glowplug layers`: what supervisors publish, who is believed, and what people see of it."""
+"""`glowplug layers`: the files of supervisors, which of them are believed, and the output."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shown(*arguments: str) -> str:
 
 
 def ruled(layer: LayerCost, since: float, *gaps: float) -> LayerRule:
-    """The rule of a layer that is idle since then, after idle times of these lengths."""
+    """Return the rule of a layer that is idle since then, after idle times of these lengths."""
     rule, now = LayerRule(layer, 60.0), since - sum(gaps)
     for gap in gaps:
         rule.idle(now)

@@ -1,4 +1,4 @@
-"""What a pool decides about a container's worker, on a clock of the test's; and what its shim makes of that."""
+"""A pool's decisions about a container's worker, on a clock of the test's, and their effect in the shim."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_an_idle_worker_goes_after_its_hold_and_is_told_again() -> None:
     tell(worker, 100.0, serves=0.2)
     assert worker.wish(104.9) == ""
     assert worker.wish(105.1) == "retire"
-    assert worker.wish(105.5) == "", "it has been told"
+    assert worker.wish(105.5) == "", "the wish is not repeated yet"
     tell(worker, 105.6, load=1)
     assert worker.wish(120.0) == "", "it was needed, after all"
     tell(worker, 130.0, load=0)
@@ -146,7 +146,7 @@ def test_a_pool_that_comes_back_learns_of_the_worker_that_is_there(played: Playe
     node.step(1.3)
     node.worker_gone(1.4)
     assert heard(first) == {"parked": 1}
-    assert not node.wants_drop(1.4), "that was said before it was parked"
+    assert not node.wants_drop(1.4), "the wish was for the worker that has gone"
     first.send({"wish": "start"})  # as a pool of an older version does
     assert (node.step(1.5), node.wants_drop(1.5), node.why) == ([], False, "")
 

@@ -1,4 +1,4 @@
-"""A container as a pool serves it, on a clock of the test's; its shim, the zygote and what that forks are played."""
+"""A container as a pool serves it, on a clock of the test's; the test plays shim, zygote and spares."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Played:
         return pid, os.pidfd_open(pid)
 
     def spare(self, now: float) -> Wire:
-        """Has a spare forked; its end of its wire."""
+        """Have a spare forked; return the spare's end of its wire."""
         self.tenant.tend(now, room=True)
         received = self.zygote.receive()
         assert received is not None, "it was asked for"
@@ -81,7 +81,7 @@ class Played:
         return Wire(socket.socket(fileno=wire))
 
     def ask(self, number: int, now: float) -> dict[str, Any]:
-        """The answer to a request for a worker."""
+        """Ask for a worker; return the answer."""
         request = {
             "fork": number,
             "environment": ENVIRONMENT,

@@ -258,7 +258,7 @@ class Shim:
         now, worker = time.monotonic(), self._worker
         for event in self._supply.step(now):
             if isinstance(event, Child):
-                assert worker is not None, "it was asked for"
+                assert worker is not None, "a worker was asked for"
                 self._adopt(worker, event)
             elif worker is not None and worker.child is not None and event.pid == worker.child.pid:
                 worker.child.status = event.status

@@ -1,6 +1,8 @@
-"""One worker as its shim sees it: the line to the worker, its process, and signs of life. Standard library only.
+"""One worker as its shim sees it: the line to the worker, its process, and signs of life.
 
-asked for ──adopt──▶ running ──its process ends──▶ ended ──close──▶
+    asked for ──adopt──▶ running ──its process ends──▶ ended ──close──▶
+
+The shim asks `Supply` for a worker, and adopts the process that comes of it. Standard library only.
 """
 
 from __future__ import annotations

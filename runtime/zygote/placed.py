@@ -31,7 +31,7 @@ _STDIO = 3  # fds: standard input, output and error
 _NOT_PLACED = 74  # exit code of a child that could not enter its container
 
 
-class Entering:
+class ContainerEntry:
     """The functions `fork` and `enter` of a `ForkServer` whose children enter containers."""
 
     def __init__(self, seccomp: bytes = b"") -> None:
@@ -126,12 +126,12 @@ def main(arguments: list[str]) -> int:
     spec = Spec.parse(arguments[1])
     wire = Wire(socket.socket(fileno=int(arguments[0])))
     filter_file = os.environ.pop("GLOWPLUG_POOL_SECCOMP", "")
-    entering = Entering(Path(filter_file).read_bytes() if filter_file else b"")
+    entry = ContainerEntry(Path(filter_file).read_bytes() if filter_file else b"")
 
     def make() -> Warm:
         return Warm.lang(spec.kinds, lean=spec.lean, shared=True)
 
-    return forkserver.build(wire, spec, make, entering.fork, entering.enter)
+    return forkserver.build(wire, spec, make, entry.fork, entry.enter)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import os
+import socket
 
 from runtime.config import DEFAULT_SOCKET
 from runtime.container.port import answers
-
-if TYPE_CHECKING:
-    from runtime.container.private_agent import PrivateAgent
-    from runtime.process.children import Child
+from runtime.process.children import Child, spawn
 
 
 class ContainerAgent:
@@ -30,8 +29,6 @@ class ContainerAgent:
     def use_private(self) -> None:
         """Choose the private agent; it is started if there was none."""
         if self.private is None:
-            from runtime.container.private_agent import PrivateAgent  # tempfile would delay a start that needs none
-
             self.private = PrivateAgent()
             self.private.start()
         self.path = self.private.path
@@ -44,3 +41,42 @@ class ContainerAgent:
     def close(self) -> None:
         if self.private is not None:
             self.private.close()
+
+
+class PrivateAgent:
+    """A cache agent of the container's own: the same program, on a socket for this user only.
+
+    `process` is None while none runs; it ends with the shim.
+    """
+
+    def __init__(self) -> None:
+        import tempfile  # would delay the start of a container that needs no private agent
+
+        self._directory = tempfile.mkdtemp(prefix="glowplug-")
+        self.path = os.path.join(self._directory, "agent.sock")
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(self.path)
+        self._socket.listen(64)
+        self.process: Child | None = None
+
+    def start(self) -> None:
+        """Start the agent on the socket, in which callers may wait already."""
+        fd = self._socket.fileno()
+        environment = {name: value for name, value in os.environ.items() if name != "GLOWPLUG_SOCKET"}
+        self.process = spawn(["-P", "-m", "cache_agent.daemon", str(fd), str(os.getpid())], (fd,), environment)
+
+    def ended(self) -> int:
+        """Note that the process has ended; return its exit code."""
+        assert self.process is not None, "the agent was running"
+        assert self.process.status is not None, "the agent has ended"
+        code = os.waitstatus_to_exitcode(self.process.status)
+        self.process.close()
+        self.process = None
+        return code
+
+    def close(self) -> None:
+        self._socket.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._directory)

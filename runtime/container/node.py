@@ -16,18 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.config import FunctionConfig
-from runtime.layers import identity
-from runtime.layers.spawn import (
-    NO_ENTRY,
-    ChildEvent,
-    Ended,
-    Forked,
-    ForkRefused,
-    Lost,
-    Zygote,
-    ZygoteEvent,
-    ZygoteReady,
-)
+from runtime.layers import identity, spawn
 from runtime.process import messages
 from runtime.process.wire import Gone, Wire
 
@@ -38,12 +27,12 @@ POOL_SECONDS = 1.0  # seconds that the pool may take to say whether it serves th
 _AGAIN = 5.0  # seconds after which a pool that was lost is looked for
 
 
-class PoolZygote(Zygote):
+class PoolZygote(spawn.Zygote):
     """A pool as a shim sees it: a zygote that may also wish the idle worker away, and repeats the wish."""
 
     retire = False  # whether the pool wishes the worker to retire
 
-    def _event(self, message: dict[str, Any], fds: list[int]) -> ZygoteEvent | None:
+    def _event(self, message: dict[str, Any], fds: list[int]) -> spawn.ZygoteEvent | None:
         match message, fds:
             case {"wish": what}, []:
                 self.retire = what == "retire"
@@ -92,10 +81,10 @@ class NodeMode:
             poller.poll(left * 1000)
             for event in pool.read():
                 match event:
-                    case ZygoteReady():
+                    case spawn.ZygoteReady():
                         self._pool, self.why = pool, ""
                         return True
-                    case Lost(why):
+                    case spawn.Lost(why):
                         self.why = why
                         return False
         pool.close()
@@ -157,7 +146,7 @@ class NodeMode:
     ) -> int:
         """Ask for a worker; return the number of its `Forked` or `ForkRefused`, 0 if the pool cannot be asked."""
         self._known.clear()
-        if self._pool is None and (self.why.startswith(NO_ENTRY) or not self.connect()):
+        if self._pool is None and (self.why.startswith(spawn.NO_ENTRY) or not self.connect()):
             return 0
         assert self._pool is not None, "the pool is connected"
         self._pool.retire = False
@@ -174,27 +163,27 @@ class NodeMode:
     def fds(self) -> list[int]:
         return [] if self._pool is None else [self._pool.wire.fileno()]
 
-    def step(self, now: float) -> list[ChildEvent]:
+    def step(self, now: float) -> list[spawn.ChildEvent]:
         """Return what the pool says of this container's worker; look for a lost pool again."""
-        if self._pool is None and self._known and now >= self._again_at and not self.why.startswith(NO_ENTRY):
+        if self._pool is None and self._known and now >= self._again_at and not self.why.startswith(spawn.NO_ENTRY):
             self._again_at = now + _AGAIN
             self._pool = self._reach()
         if self._pool is None:
             return []
-        events: list[ChildEvent] = []
+        events: list[spawn.ChildEvent] = []
         for event in self._pool.read():
             match event:
-                case Lost(why):
-                    self._lose(why if why.startswith(NO_ENTRY) else f"the pool is gone: {why}")
-                case Forked() | ForkRefused():
+                case spawn.Lost(why):
+                    self._lose(why if why.startswith(spawn.NO_ENTRY) else f"the pool is gone: {why}")
+                case spawn.Forked() | spawn.ForkRefused():
                     self._asked = 0
                     events.append(event)
-                case Ended():
+                case spawn.Ended():
                     events.append(event)
         if self._pool is not None and (why := self._pool.overdue(now)):
             self._lose(f"the pool {why.removeprefix('it ')}")
         if self._pool is None and self._asked:
-            events.append(ForkRefused(self._asked, self.why))
+            events.append(spawn.ForkRefused(self._asked, self.why))
             self._asked = 0
         return events
 

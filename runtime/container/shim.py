@@ -24,7 +24,7 @@ import socket  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from runtime.config import FunctionConfig, from_environment  # noqa: E402
-from runtime.container.agent import ContainerAgent  # noqa: E402
+from runtime.container.agent import ContainerAgent, PrivateAgent  # noqa: E402
 from runtime.container.crashes import Crashes, described  # noqa: E402
 from runtime.container.port import open_port  # noqa: E402
 from runtime.container.supply import Order, Supply  # noqa: E402
@@ -35,7 +35,6 @@ from runtime.process.control import ShimEnd  # noqa: E402
 from runtime.process.wakeup import Wakeup  # noqa: E402
 
 if TYPE_CHECKING:
-    from runtime.container.private_agent import PrivateAgent
     from runtime.container.takeover import ShimState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)

@@ -125,7 +125,7 @@ class Driver:
         self._tell(events.Resolved(uri, found.description.manifest, found.revision), resolved=found)
 
     def _load(self, entry: int, resolution: Resolution) -> None:
-        memory = EntryMemory(resolution.description, resolution.ledger)
+        memory = EntryMemory(resolution.description, resolution.phases)
         start = time.monotonic()
         with ExitStack() as opened:
             try:
@@ -139,11 +139,11 @@ class Driver:
 
     def _prepared(self, entry: int, memory: EntryMemory, resolution: Resolution, opened: ExitStack) -> ModelLoad:
         """Reserve memory, and choose between the image on SSD, which `opened` closes, and the origin."""
-        description, origin, ledger, known, _ = resolution
+        description, origin, phases, known, _ = resolution
         plan = description.manifest
         if self._peers is not None and not known:  # what others found it to be is proved before anything is ready
             known = self._revisions.stated(description.source.id, self._config.peer_witnesses)
-        with ledger.span("reserve"):
+        with phases.span("reserve"):
             memory.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")
             memory.keep_manifest()
         image = self._keeping.open(plan)
@@ -181,7 +181,7 @@ class Driver:
             load.helper = self._peers.helper(load, load.manifest.source, origin_answers=resolution.answers)
         load.observer = lambda: self._publish(load)
         began = time.monotonic()
-        with resolution.ledger.span("transfer"):
+        with resolution.phases.span("transfer"):
             load.run()
         if len(load.given) * 2 > memory.description.manifest.chunk_count:
             memory.tier = "peer"

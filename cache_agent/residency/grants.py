@@ -54,7 +54,7 @@ class Grants:
                 asked = self._asked[lease]
                 held = self._books.held[entry]
                 spans = [Span("agent", "lease", asked.start, time.monotonic_ns())]
-                spans += [] if resident else held.ledger.spans()
+                spans += [] if resident else held.phases.spans()
                 tier = "dram" if resident else held.tier
                 asked.holder.deliver(LeaseReady(tier, revision, spans), [])
                 self._journal.leased(asked.model, tier)

@@ -51,7 +51,7 @@ class EntryMemory:
     """The memory and the story of one residency entry. `tier` is where its bytes came from."""
 
     description: Description
-    ledger: Ledger
+    phases: Ledger
     dram: Dram | None = None
     load: ModelLoad | None = None
     tee: Tee | None = None
@@ -130,6 +130,6 @@ class Resident(NamedTuple):
 class Resolution(NamedTuple):
     description: Description
     origin: Origin
-    ledger: Ledger
+    phases: Ledger
     revision: str = ""
     answers: bool = True  # the origin, when it was asked

@@ -51,7 +51,7 @@ class Resolver:
 
     def resolve(self, uri: str) -> Resolution:
         """Raises what the origin does, when nothing stands in for it."""
-        ledger = Ledger("agent")
+        phases = Ledger("agent")
         start = time.monotonic_ns()
         origin = self._open_origin(parse_uri(uri))
         answers = True
@@ -64,13 +64,13 @@ class Resolver:
             description, answers = found[0], False
             since = f"nobody could ask for {found[1]:.0f} s"
             log.warning("%s; going on with what it had: %s", error, since)
-            ledger.add(f"resolve, its origin does not answer: {since}", start)
+            phases.add(f"resolve, its origin does not answer: {since}", start)
         else:
-            ledger.add("resolve", start)
+            phases.add("resolve", start)
             self._confirmed.say(uri, description.source.id)
             self._directory.validated(uri, description.source.id, self._confirmed.now())
             self._keeping.validated(description.source.id)
-        return Resolution(description, origin, ledger, self._revisions.of(description.source.id), answers)
+        return Resolution(description, origin, phases, self._revisions.of(description.source.id), answers)
 
     def _remembered(self, uri: str) -> tuple[Description, float] | None:
         """What the origin said last, and how many seconds ago."""

@@ -69,24 +69,24 @@ def receive(origin: Origin, source: str, fds: Sequence[int]) -> EntryMemory:
     return EntryMemory(description, Ledger("agent"), Dram.adopted(fds), tier="dram")
 
 
-def prove(held: EntryMemory, origin: Origin, known: str) -> str:
+def prove(memory: EntryMemory, origin: Origin, known: str) -> str:
     """The revision that the bytes were shown to be; `known` is what the source is, or "" to read the origin.
 
     Raises `NotAdopted`, or what the origin does.
     """
-    assert held.dram is not None, "received"
-    maps = held.dram.map()
+    assert memory.dram is not None, "received"
+    maps = memory.dram.map()
     try:
-        if not content.gaps_are_zero(held.description.manifest, maps):
+        if not content.gaps_are_zero(memory.description.manifest, maps):
             raise NotAdopted("there is something between the tensors")
-        found = content.digest(held.description, maps)
+        found = content.digest(memory.description, maps)
     finally:
         for mapping in maps:
             mapping.close()
-    wanted = known or _revision_at(held.description, origin)
+    wanted = known or _revision_at(memory.description, origin)
     if found != wanted:
         raise NotAdopted(f"the bytes are {found} and the model is {wanted}")
-    held.keep_manifest()
+    memory.keep_manifest()
     return found
 
 

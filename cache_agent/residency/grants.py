@@ -1,6 +1,6 @@
 """Owns the requests under way, and turns what residency decides about them into messages to those who asked.
 
-All of it under the books' lock, so that messages are queued in the order of the decisions; queueing never blocks.
+All of it under the ledger's lock, so that messages are queued in the order of the decisions; queueing never blocks.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from cache_agent.wire.operations import EvictReply, PinReply
 
 
 class Grants:
-    """For who holds the books' lock."""
+    """For who holds the ledger's lock."""
 
-    def __init__(self, books: ResidencyLedger, offers: Spares, journal: Journal) -> None:
-        self._books, self._offers, self._journal = books, offers, journal
+    def __init__(self, ledger: ResidencyLedger, spares: Spares, journal: Journal) -> None:
+        self._ledger, self._spares, self._journal = ledger, spares, journal
         self._asked: dict[int, PendingRequest] = {}
 
     def expect(self, number: int, asked: PendingRequest) -> None:
@@ -52,24 +52,24 @@ class Grants:
                 self._grant(lease, entry)
             case events.Complete(lease, entry, resident, revision):
                 asked = self._asked[lease]
-                held = self._books.held[entry]
+                memory = self._ledger.memories[entry]
                 spans = [Span("agent", "lease", asked.start, time.monotonic_ns())]
-                spans += [] if resident else held.phases.spans()
-                tier = "dram" if resident else held.tier
+                spans += [] if resident else memory.phases.spans()
+                tier = "dram" if resident else memory.tier
                 asked.holder.deliver(LeaseReady(tier, revision, spans), [])
                 self._journal.leased(asked.model, tier)
             case events.Adopt(lease, entry, fresh):
-                offered = self._offers.take(lease)
+                offered = self._spares.take(lease)
                 if fresh:
-                    self._books.held[entry] = offered
+                    self._ledger.memories[entry] = offered
                 else:
                     offered.close()
-                asked, revision = self._asked[lease], self._books.residency.entries[entry].revision
+                asked, revision = self._asked[lease], self._ledger.residency.entries[entry].revision
                 asked.holder.deliver(Adopted(revision, True), [])
                 self._journal.record("adopted", asked.model, f"adopted {asked.model} from a function: {revision}")
                 return not fresh  # what is new here is yet to be kept
             case events.Orphan(lease, uri, why):
-                self._offers.orphan(lease, uri)
+                self._spares.orphan(lease, uri)
                 self._journal.record("orphaned", uri, f"{uri} stays a function's own: {why}")
                 self._asked[lease].holder.deliver(Adopted("", False, why[:TEXT_LIMIT]), [])
             case events.Announce(lease, revision):
@@ -88,24 +88,24 @@ class Grants:
             case events.PinDone(asker, size):
                 asked = self._asked.pop(asker)
                 asked.holder.deliver(PinReply(size), [])
-                kind = "pinned" if asked.model in self._books.residency.pins else "unpinned"
+                kind = "pinned" if asked.model in self._ledger.residency.pins else "unpinned"
                 self._journal.record(kind, asked.model, f"{kind} {asked.model} ({size // 10**6} MB)")
             case _:
                 return False
         return True
 
     def _grant(self, lease: int, entry: int) -> None:
-        held, holder = self._books.held[entry], self._asked[lease].holder
-        assert held.dram is not None, "granted only after it was reserved"
+        memory, holder = self._ledger.memories[entry], self._asked[lease].holder
+        assert memory.dram is not None, "granted only after it was reserved"
         try:
-            fds = _duplicates(held.manifest_fd, *held.dram.fds)
+            fds = _duplicates(memory.manifest_fd, *memory.dram.fds)
         except OSError as error:  # this client's connection ends, and its lease with it; the others go on
             text = f"the agent cannot hand out the weights: {error.strerror}. Raise its limit of open files"
             holder.deliver(ErrorReply(InternalError.code, text), [])
             return
-        sizes = [segment.size for segment in held.dram.segments]
-        source = held.description.source.id
-        holder.deliver(Granted(source, held.manifest_bytes, sizes, held.dram.page, len(fds)), fds, held.load)
+        sizes = [segment.size for segment in memory.dram.segments]
+        source = memory.description.source.id
+        holder.deliver(Granted(source, memory.manifest_bytes, sizes, memory.dram.page, len(fds)), fds, memory.load)
 
 
 def _may_have(grant: Permission, model: str) -> bool:

@@ -22,21 +22,21 @@ class ResidencyLedger:
         """As `Residency`."""
         self.lock = threading.RLock()  # guards everything below
         self.residency = Residency(capacity, revalidate)
-        self.held: dict[int, EntryMemory] = {}
+        self.memories: dict[int, EntryMemory] = {}
         self.closing = False
         self._estimator = Estimator()
 
-    def held_of(self, source: str) -> EntryMemory | None:
+    def memory_of(self, source: str) -> EntryMemory | None:
         """The copy in memory, or on its way there."""
         with self.lock:
             entry = self.residency.entry_with(source)
-            return self.held.get(entry.number) if entry is not None else None
+            return self.memories.get(entry.number) if entry is not None else None
 
     def resident(self, inodes: list[tuple[int, int]]) -> Resident | None:
         """The entry whose memory this is."""
         with self.lock:
-            for number, held in self.held.items():
-                if held.dram is not None and adoption.inodes(held.dram.fds) == inodes:
+            for number, memory in self.memories.items():
+                if memory.dram is not None and adoption.inodes(memory.dram.fds) == inodes:
                     return Resident(number, self.residency.entries[number].revision)
         return None
 
@@ -61,12 +61,12 @@ class ResidencyLedger:
         """(capacity, used, models); bytes."""
         now = time.monotonic()
         with self.lock:
-            books = self.residency
+            machine = self.residency
             models = [
-                report.model(entry, self.held.get(entry.number), books.is_pinned(entry), now)
-                for entry in books.entries.values()
+                report.model(entry, self.memories.get(entry.number), machine.is_pinned(entry), now)
+                for entry in machine.entries.values()
             ]
-            return books.capacity, books.used, models
+            return machine.capacity, machine.used, models
 
     # --- how long things take -------------------------------------------------------------------------------------
 
@@ -80,27 +80,29 @@ class ResidencyLedger:
             entry = self.residency.entry_of(uri)
             if entry is None:
                 return None
-            held = self.held.get(entry.number)
-            if entry.state == "ready" or held is None:
+            memory = self.memories.get(entry.number)
+            if entry.state == "ready" or memory is None:
                 return EstimateReply(0.0, "dram", 1.0, entry.bytes)
-            return EstimateReply(*self._estimator.predict(held.tier, self._work(held.tier, held.rest())), entry.bytes)
+            return EstimateReply(
+                *self._estimator.predict(memory.tier, self._work(memory.tier, memory.rest())), entry.bytes
+            )
 
     def predict(self, tier: str, size: int) -> EstimateReply:
         """What a load of so many bytes from this tier would take now."""
         with self.lock:
             return EstimateReply(*self._estimator.predict(tier, self._work(tier, size)), size)
 
-    def expect(self, held: EntryMemory) -> Estimate:
+    def expect(self, memory: EntryMemory) -> Estimate:
         """What a load that begins now will take; it notes its work."""
         with self.lock:
-            held.work = self._work(held.tier, held.description.manifest.nbytes)
-            return self._estimator.predict(held.tier, held.work)
+            memory.work = self._work(memory.tier, memory.description.manifest.nbytes)
+            return self._estimator.predict(memory.tier, memory.work)
 
-    def learn(self, held: EntryMemory, expected: Estimate, seconds: float) -> None:
+    def learn(self, memory: EntryMemory, expected: Estimate, seconds: float) -> None:
         """What it took."""
         with self.lock:
-            self._estimator.learn(held.tier, held.work, expected, seconds)
+            self._estimator.learn(memory.tier, memory.work, expected, seconds)
 
     def _work(self, tier: str, size: int) -> int:
         """Bytes that pass on the tier until `size` of a load are through; under the lock."""
-        return shared(size, (held.rest() for held in self.held.values() if held.tier == tier))
+        return shared(size, (memory.rest() for memory in self.memories.values() if memory.tier == tier))

@@ -26,8 +26,8 @@ from cache_agent.wire.operations import (
 _TIERS = ("origin", "peer", "ssd", "dram")
 
 
-def model(entry: Entry, held: EntryMemory | None, pinned: bool, now: float) -> ModelStatus:
-    load = held.load if held else None
+def model(entry: Entry, memory: EntryMemory | None, pinned: bool, now: float) -> ModelStatus:
+    load = memory.load if memory else None
     return ModelStatus(
         model=entry.uri,
         source=entry.manifest.source,
@@ -36,11 +36,11 @@ def model(entry: Entry, held: EntryMemory | None, pinned: bool, now: float) -> M
         tier="dram",
         bytes=entry.bytes,
         done=entry.bytes if entry.state != "loading" else load.progress()[1] if load else 0,
-        page=held.dram.page if held and held.dram else 0,
+        page=memory.dram.page if memory and memory.dram else 0,
         leases=len(entry.leases),
         idle_seconds=0.0 if entry.leases else max(0.0, now - entry.last_used),
         pinned=pinned,
-        age_seconds=max(0.0, now - held.began) if held else 0.0,
+        age_seconds=max(0.0, now - memory.began) if memory else 0.0,
     )
 
 

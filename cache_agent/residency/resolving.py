@@ -33,7 +33,7 @@ class Resolver:
         self,
         open_origin: Callable[[ModelURI], Origin],
         revisions: Revisions,
-        keeping: Retention,
+        retention: Retention,
         directory: Directory,
         peers: Peers | None,
         config: AgentConfig,
@@ -45,7 +45,7 @@ class Resolver:
         come out.
         """
         self._stale, self._witnesses = config.stale, config.peer_witnesses
-        self._open_origin, self._revisions, self._keeping = open_origin, revisions, keeping
+        self._open_origin, self._revisions, self._retention = open_origin, revisions, retention
         self._directory, self._peers = directory, peers
         self._confirmed = confirmed or Confirmed()
 
@@ -69,15 +69,15 @@ class Resolver:
             phases.add("resolve", start)
             self._confirmed.say(uri, description.source.id)
             self._directory.validated(uri, description.source.id, self._confirmed.now())
-            self._keeping.validated(description.source.id)
+            self._retention.validated(description.source.id)
         return Resolution(description, origin, phases, self._revisions.of(description.source.id), answers)
 
     def _remembered(self, uri: str) -> tuple[Description, float] | None:
         """What the origin said last, and how many seconds ago."""
         if not self._stale:
             return None
-        stored = self._keeping.find(uri)
-        if stored is not None and (found := self._keeping.description(stored.index.source)) is not None:
+        stored = self._retention.find(uri)
+        if stored is not None and (found := self._retention.description(stored.index.source)) is not None:
             description, when = found
             if (age := self._confirmed.age(uri, stored.index.source, when)) <= self._stale:
                 return description, age

@@ -36,14 +36,14 @@ class Spares:
         open_origin: Callable[[ModelURI], Origin],
         revisions: Revisions,
         resident: Callable[[list[tuple[int, int]]], Resident | None],
-        tell: Callable[[Event], None],
+        handle: Callable[[Event], None],
         roots: Sequence[Path] = (),
     ) -> None:
-        """`resident(inodes)` is the entry whose memory it is; `tell` hears what came of an offer, in our thread.
+        """`resident(inodes)` is the entry whose memory it is; `handle` gets what came of an offer, in our thread.
 
         `roots` are the agent's roots of files.
         """
-        self._open_origin, self._revisions, self._resident, self._tell = open_origin, revisions, resident, tell
+        self._open_origin, self._revisions, self._resident, self._handle = open_origin, revisions, resident, handle
         self._lock = threading.Lock()  # guards what follows; nothing is called under it
         self._proved: dict[int, EntryMemory] = {}  # and not yet an entry's
         self._sizes: dict[int, int] = {}
@@ -53,8 +53,8 @@ class Spares:
 
     def examine(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> None:
         """Begins, and takes over `fds`. Raises `RuntimeError` after `close`, and leaves them then."""
-        memory = Lane(lane_of(uri, self._roots).origin, str(adoption.inodes(fds)))
-        self._jobs.submit(memory, self._examine, lease, uri, source, fds)
+        lane = Lane(lane_of(uri, self._roots).origin, str(adoption.inodes(fds)))
+        self._jobs.submit(lane, self._examine, lease, uri, source, fds)
 
     def take(self, lease: int) -> EntryMemory:
         """What was proved is the caller's from now on."""
@@ -99,7 +99,7 @@ class Spares:
                 os.close(fd)
         log.info("offer of %s: %s", uri.text, event.why if isinstance(event, OfferFailed) else "proved")
         try:
-            self._tell(event)
+            self._handle(event)
         except Exception:  # a fault of ours must not vanish in a future that nobody reads
             log.exception("an offer of %s failed", uri.text)
         finally:
@@ -111,12 +111,12 @@ class Spares:
 
     def _prove(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> Event:
         origin = self._open_origin(uri)
-        held = adoption.receive(origin, source, fds)
-        plan = held.description.manifest
+        memory = adoption.receive(origin, source, fds)
+        plan = memory.description.manifest
         with self._lock:
-            self._proved[lease] = held
+            self._proved[lease] = memory
         if (same := self._resident(adoption.inodes(fds))) is not None:
             return Offered(lease, uri.text, plan, same.revision, same.entry)
-        revision = adoption.prove(held, origin, self._revisions.of(source))
+        revision = adoption.prove(memory, origin, self._revisions.of(source))
         self._revisions.remember(source, revision)
         return Offered(lease, uri.text, plan, revision)

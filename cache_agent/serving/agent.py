@@ -11,7 +11,7 @@ from cache_agent.cluster.directory import Directory, Holding
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.journal.journal import Journal
-from cache_agent.journal.reported import FunctionReports
+from cache_agent.journal.reports import FunctionReports
 from cache_agent.model import manifest
 from cache_agent.model.checkpoint import describe
 from cache_agent.model.origin import Origin
@@ -51,7 +51,7 @@ class Agent:
         self._open_origin = open_origin or Origins(config).open
         self._peers = peers
         self.journal = Journal()
-        self.told = FunctionReports(self.journal)
+        self.reports = FunctionReports(self.journal)
         self._numbers = count(1)
         self._ledger = ledger = ResidencyLedger(config.capacity, config.revalidate)
         ssd = Ssd(config.ssd, config.ssd_size, self._tell_image, self._image_evicted) if config.ssd else None
@@ -153,7 +153,7 @@ class Agent:
 
     def full_status(self) -> StatusReply:
         ssd, orphaned, handoffs = self._retention.status(), self._spares.orphaned, self.journal.handoffs()
-        tiers, layers = self._ledger.tiers(), self.told.layers.status()
+        tiers, layers = self._ledger.tiers(), self.reports.layers.status()
         return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned, handoffs, layers)
 
     def cluster(self) -> ClusterReply:

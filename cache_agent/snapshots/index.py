@@ -67,7 +67,7 @@ class SnapshotIndex:
         self._store.close()
 
 
-def shelf(config: AgentConfig, *, private: bool) -> SnapshotIndex:
+def open_index(config: AgentConfig, *, private: bool) -> SnapshotIndex:
     """As the settings have it; a `private` agent, and one without a key or a Redis, keeps all to itself.
 
     Raises `BadSetting`.

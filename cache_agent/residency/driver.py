@@ -44,7 +44,7 @@ class EventHandler(Protocol):
 
 
 class Driver:
-    """Residency's hands: the threads in which its actions are carried out. Any thread."""
+    """The threads that carry residency's actions out. Any thread."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Owns what is where, who leases it and what happens next: handle(event, now) -> [Action]. Pure: no I/O, no clock.
+"""Owns a node's entries, their leases and what happens next: handle(event, now) -> [Action]. Pure: no I/O, no clock.
 
     absent ──LeaseAsked──► (resolving) ──Resolved──► loading ──Loaded──► ready ──no room──► evicting ──► absent
                                 │                       │                  ▲

@@ -37,7 +37,7 @@ class Resolution(NamedTuple):
 
 
 class Resolver:
-    """Any thread."""
+    """The agent's answers to the question which source a URI names. Any thread."""
 
     def __init__(
         self,

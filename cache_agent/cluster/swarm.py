@@ -132,7 +132,7 @@ class Swarm:
     # --- the dispatcher -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Fetch until all chunks are here, or peers cannot help any more. Raises an origin's error that they cannot cure."""
+        """Fetch until all chunks are here, or peers cannot help. Raises an origin's error that peers cannot cure."""
         self._hope_until = time.monotonic() + _HOPE_SECONDS
         for peer in self._scout():
             self.invite(peer)

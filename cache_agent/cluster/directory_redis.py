@@ -34,7 +34,7 @@ log = logging.getLogger("glowplug.directory")
 
 _MEMORY = 30 * 86400.0  # seconds that a source's revision is remembered
 _MOST_SOURCES = 4096  # of one node; the oldest go
-_TELL_AGAIN = 60.0  # seconds until an unchanged validation is written again
+_VALIDATED_AGAIN = 60.0  # seconds until an unchanged validation is written again
 _BATCH = 500  # changes in one step, so that no step blocks Redis for long
 _HELD, _RATES, _SOURCES = 2, 3, 4  # numbers of keys in directory.lua
 _KINDS = ("alive", "held", "rates", "sources")
@@ -90,10 +90,10 @@ class RedisDirectory:
         with self._lock:
             self._revisions[source] = revision
             for name in self._mine:  # the ACL lets a node write below its own name only
-                self._tell((name, _SOURCES, source), revision)
+                self._set((name, _SOURCES, source), revision)
                 sources = [change for change, v in self._values.items() if change[:2] == (name, _SOURCES) and v]
                 for change in sources[: max(0, len(sources) - _MOST_SOURCES)]:
-                    self._tell(change, "")
+                    self._set(change, "")
 
     def revision(self, source: str) -> str:
         with self._lock:
@@ -110,8 +110,8 @@ class RedisDirectory:
         with self._lock:
             for name in self._mine:
                 known, _, written = self._values.get((name, _SOURCES, field), "").partition(" ")
-                if known != source or abs(when - float(written or 0)) >= _TELL_AGAIN:  # clocks go back, too
-                    self._tell((name, _SOURCES, field), value)
+                if known != source or abs(when - float(written or 0)) >= _VALIDATED_AGAIN:  # clocks go back, too
+                    self._set((name, _SOURCES, field), value)
 
     def validation(self, uri: str, now: float = math.inf) -> tuple[str, float]:
         field = _uri_field(uri)
@@ -135,13 +135,13 @@ class RedisDirectory:
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:
             self._mine.setdefault(holding.node, Node(holding.node))
-            self._tell((holding.node, _HELD, f"{holding.tier} {model}"), f"{holding.done} {holding.total}")
+            self._set((holding.node, _HELD, f"{holding.tier} {model}"), f"{holding.done} {holding.total}")
 
     def withdraw(self, model: str, node: str, tier: str) -> None:
         with self._lock:
             change = node, _HELD, f"{tier} {model}"
             if change in self._values:
-                self._tell(change, "")
+                self._set(change, "")
 
     def holders(self, model: str) -> list[Holding]:
         with self._lock:
@@ -167,7 +167,7 @@ class RedisDirectory:
     def measured(self, node: str, tier: str, rate: float) -> None:
         with self._lock:
             self._mine.setdefault(node, Node(node))
-            self._tell((node, _RATES, tier), repr(float(rate)))
+            self._set((node, _RATES, tier), repr(float(rate)))
 
     def bandwidth(self, node: str, tier: str) -> float:
         with self._lock:
@@ -176,7 +176,8 @@ class RedisDirectory:
             lives, rates = self._others.get(node, (None, {}))
             return rates.get(tier, 0.0) if lives else 0.0
 
-    def _tell(self, change: Change, value: str) -> None:
+    def _set(self, change: Change, value: str) -> None:
+        """Change a fact of a node of ours, and wake the thread to write it. Under the lock."""
         self._values.pop(change, None)  # to the end: the oldest fact is always the first
         self._values[change] = value
         self._changed[change] = None

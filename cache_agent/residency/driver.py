@@ -144,9 +144,7 @@ class Driver:
         """Reserve memory, and choose between the image on SSD, which `opened` closes, and the origin."""
         description, origin, phases, known, _ = resolution
         plan = description.manifest
-        if (
-            self._peers is not None and not known
-        ):  # a revision that other nodes state is proved before the model is ready
+        if self._peers is not None and not known:  # a stated revision is proved before the model is ready
             known = self._revisions.stated(description.source.id, self._config.peer_witnesses)
         with phases.span("reserve"):
             memory.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")

@@ -79,9 +79,8 @@ def open_index(config: AgentConfig, *, private: bool) -> SnapshotIndex:
     limits = config.snapshot_ttl, MOST, config.snapshot_space
     if private or not (key and config.redis_url):
         return SnapshotIndex(InProcessSnapshots(*limits), secrets.token_bytes(keyfile.LEAST))
-    from cache_agent.snapshots.store_redis import (
-        RedisSnapshots,
-    )  # importing redis-py takes 0.1 s, which few agents need
+    # Imported here: redis-py takes 0.1 s, and few agents need it.
+    from cache_agent.snapshots.store_redis import RedisSnapshots
 
     return SnapshotIndex(RedisSnapshots(config.redis_url, *limits, password_file=config.redis_password_file), key)
 

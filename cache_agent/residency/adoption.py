@@ -109,7 +109,7 @@ class Spares:
         event: Event
         try:
             with self._lock:
-                self._sizes[lease] = sealed_size(fds)
+                self._sizes[lease] = _sealed_size(fds)
             event = self._prove(lease, uri, source, fds)
         except NotAdopted as error:
             event = OfferFailed(lease, uri.text, str(error))
@@ -132,13 +132,13 @@ class Spares:
 
     def _prove(self, lease: int, uri: ModelURI, source: str, fds: list[int]) -> Event:
         origin = self._open_origin(uri)
-        memory = receive(origin, source, fds)
+        memory = _received(origin, source, fds)
         plan = memory.description.manifest
         with self._lock:
             self._proved[lease] = memory
         if (same := self._resident(inodes(fds))) is not None:
             return Offered(lease, uri.text, plan, same.revision, same.entry)
-        revision = prove(memory, origin, self._revisions.of(source))
+        revision = _proved_revision(memory, origin, self._revisions.of(source))
         self._revisions.remember(source, revision)
         return Offered(lease, uri.text, plan, revision)
 
@@ -146,12 +146,12 @@ class Spares:
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def sealed_size(fds: Sequence[int]) -> int:
+def _sealed_size(fds: Sequence[int]) -> int:
     """Return the bytes behind those fds that are sealed memfds; all others count as 0, whatever their size."""
     return sum(os.fstat(fd).st_blocks * _BLOCK for fd in fds if _is_sealed(fd))
 
 
-def examine(fds: Sequence[int], plan: Manifest) -> None:
+def _check(fds: Sequence[int], plan: Manifest) -> None:
     """Raise `NotAdopted` unless the fds are immutable, whole, and of the plan's sizes."""
     if len(fds) != len(plan.segments):
         raise NotAdopted(f"{len(fds)} segments were offered and the model has {len(plan.segments)}")
@@ -165,19 +165,19 @@ def examine(fds: Sequence[int], plan: Manifest) -> None:
             raise NotAdopted(f"segment {number} has holes")
 
 
-def receive(origin: Origin, source: str, fds: Sequence[int]) -> EntryMemory:
-    """Open the memory behind the fds anew, as the memory of an entry that `prove` has yet to check.
+def _received(origin: Origin, source: str, fds: Sequence[int]) -> EntryMemory:
+    """Open the memory behind the fds anew, as the memory of an entry that has yet to be proved.
 
     Raises `NotAdopted`, or what the origin does.
     """
     description = describe(origin)
     if description.manifest.source != source:
         raise NotAdopted("the origin has other files by now")
-    examine(fds, description.manifest)
+    _check(fds, description.manifest)
     return EntryMemory(description, Ledger("agent"), Dram.adopted(fds), tier="dram")
 
 
-def prove(memory: EntryMemory, origin: Origin, known: str) -> str:
+def _proved_revision(memory: EntryMemory, origin: Origin, known: str) -> str:
     """Hash received memory and return its revision; `known` is the source's revision, or "" to read the origin.
 
     Raises `NotAdopted`, or what the origin does.

@@ -89,7 +89,7 @@ class Background:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, lane: Lane, job: _Job) -> None:
-        """Under the lock."""
+        """Give a job to its origin's pool. Under the lock."""
         pool = self._pools.get(lane.origin)
         if pool is None:
             pool = self._pools[lane.origin] = ThreadPoolExecutor(self._of_origin, thread_name_prefix=self._name)

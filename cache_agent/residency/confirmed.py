@@ -17,7 +17,7 @@ _MOST = 4096  # URIs that are remembered; the oldest go
 
 
 class Confirmed:
-    """When each URI's source was last confirmed. Any thread."""
+    """The last confirmation of each URI's source. Any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.time, ticks: Callable[[], float] = time.monotonic) -> None:
         """`clock` is the time of day, which may jump; `ticks` never jumps. Both in seconds."""

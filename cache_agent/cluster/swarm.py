@@ -97,7 +97,7 @@ class Swarm:
         self._disputed: set[int] = set()  # chunks for which only the origin is asked
         self._reading: set[int] = set()
         self._origin_down = not origin_answers
-        self._unheard: dict[str, float] = {}  # peers without a message yet, and until when the origin waits for theirs
+        self._unheard: dict[str, float] = {}  # peers without a message; until then the origin is not read
         self._hope_until = 0.0  # until then a peer may still turn up
         self._failure: AgentError | None = None
         self._over = threading.Event()

@@ -168,7 +168,7 @@ class Driver:
         return load
 
     def _entered(self, entry: int, memory: EntryMemory, load: ModelLoad) -> Estimate:
-        """Enter the memory in the ledger and the directory, from where it may be lent; return the load's estimate."""
+        """Enter the memory in ledger and directory, after which it may be lent; return the load's estimate."""
         with self._ledger.lock:
             expected = self._ledger.expect(memory)
             self._ledger.memories[entry] = memory

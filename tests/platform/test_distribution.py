@@ -83,7 +83,8 @@ def test_an_installed_wheel_works_without_the_checkout(built: tuple[Path, Path],
     where = run(python, "-c", "import runtime, cache_agent; print(runtime.__file__, cache_agent.__file__)")
     assert all(path.startswith(str(site)) for path in where.split())
     assert run(bin_ / "glowplug", "--version") == f"glowplug, version {__version__}\n"
-    assert run(bin_ / "glowplug-agent", "--version") == f"glowplug-agent, version {__version__}\n"
+    assert run(bin_ / "glowplug", "agent", "--version") == f"glowplug agent, version {__version__}\n"
+    assert run(bin_ / "glowplug-agent", "--version") == f"glowplug agent, version {__version__}\n"
     run(bin_ / "glowplug", "init", "chat")
     assert (tmp_path / "chat/handler.py").exists()
 

@@ -21,7 +21,7 @@ ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 
-# The index that torch alone comes from, for its CPU builds; empty, pip's own, with CUDA libraries that nothing uses.
+# The index that torch alone comes from, for CPU builds or those of one CUDA version; empty, pip's own.
 ARG TORCH_INDEX=
 COPY runtime/base.lock /usr/src/base.lock
 RUN if [ -n "${TORCH_INDEX}" ]; then \

@@ -23,15 +23,15 @@
       │ ◄───────────────────────────────────│
       │  offer(model, source) + fds         │   open, after an agent's restart: the segments that are mapped
       │ ───────────────────────────────────►│   offering
-      │   adopted(revision, shared, why)    │   leased; shared: they are lent to others again, without a copy
+      │   adopted(revision, shared, why)    │   leased; shared: the segments are lent to others again, without a copy
       │ ◄───────────────────────────────────│
       │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | layers | starts | events
       │   cluster                           (open: one reply each, stays open)
       │   checkpoint + fd | claim | transfer   (the same, for requests that run: snapshots/store.py)
-      │   handoff → matched + fd | handed      (the same, of a worker that drains: handoff/desk.py)
-      │  host(kin)                          │   open → hosting: it takes over what others of its kin hand over
+      │   handoff → matched + fd | handed      (the same, of a worker that drains: handoff/broker.py)
+      │  host(siblings)                     │   open → hosting: the worker takes over requests of its siblings
       │ ───────────────────────────────────►│
-      │   matched(node, owner) + fd         │   open: it asks again to be given the next one
+      │   matched(node, owner) + fd         │   open: the worker asks again for the next one
       │ ◄───────────────────────────────────│
 
 Over TCP the same frames carry a function's lease without fds, and what agents say to each other:
@@ -51,10 +51,10 @@ Over TCP the same frames carry a function's lease without fds, and what agents s
       │                                                           │  handoff → matched, or error        │
       │                                                           │  relay + bytes ⇄ relay + bytes      │   relaying
 
-`error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
-then closes. One
-lease per connection: the connection *is* the lease. A higher minor feature is a new message or a new optional field;
-VERSION changes only when an old peer could misread a frame; `hello`, `welcome` and `error` stay readable in every one.
+`error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent then
+closes. One lease per connection: the connection *is* the lease. A new feature is a new message or a new optional field.
+VERSION changes only when an old peer could misread a frame; `hello`, `welcome` and `error` stay readable in every
+version.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(AnyMessage)
 
 
 def advance(state: str, message: Message) -> str:
-    """The connection's next state, for both sides alike. Raises `ProtocolError` for a message out of turn."""
+    """Return the connection's next state, the same for both sides. Raises `ProtocolError` for a message out of turn."""
     try:
         return _TRANSITIONS[state, type(message)]
     except KeyError:
@@ -229,7 +229,7 @@ def advance(state: str, message: Message) -> str:
 
 
 def encode(message: Message) -> bytes:
-    """The frame of a message. Raises `ProtocolError` when it would be longer than MAX_REPLY."""
+    """Return the frame of a message. Raises `ProtocolError` when its body would be longer than MAX_REPLY."""
     body = _encoder.encode(message)
     if len(body) > MAX_REPLY:
         raise ProtocolError(f"a frame of {len(body)} bytes exceeds the limit of {MAX_REPLY}")
@@ -237,14 +237,15 @@ def encode(message: Message) -> bytes:
 
 
 class Decoder:
-    """Cuts a byte stream into messages. After it raised `ProtocolError` the stream is lost: close the connection."""
+    """Cut a byte stream into messages. After a `ProtocolError` the stream is lost: close the connection."""
 
     def __init__(self, limit: int) -> None:
-        """`limit` is the longest body accepted, in bytes: MAX_REQUEST in the agent, MAX_REPLY in a client."""
+        """Accept bodies of at most `limit` bytes: MAX_REQUEST in the agent, MAX_REPLY in a client."""
         self._limit = limit
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[AnyMessage]:
+        """Take in bytes, and return the messages that they complete. Raises `ProtocolError`."""
         self._buffer += data
         messages: list[AnyMessage] = []
         while len(self._buffer) >= HEADER.size:
@@ -262,7 +263,7 @@ class Decoder:
 
     @property
     def wanted(self) -> int:
-        """Bytes up to the end of the frame's header, or of the frame: who reads no more leaves what follows it."""
+        """Bytes up to the end of the frame's header, or of the frame; what follows a frame is left in the socket."""
         have = len(self._buffer)
         return (HEADER.unpack_from(self._buffer)[0] if have >= HEADER.size else 0) + HEADER.size - have
 
@@ -273,7 +274,7 @@ class Decoder:
 
 
 def decode_body(body: bytes) -> AnyMessage:
-    """Raises `ProtocolError` for anything that is not one well-formed message of this version."""
+    """Return the message in a frame's body. Raises `ProtocolError` unless it is one message of this version."""
     try:
         message: AnyMessage = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -106,7 +106,7 @@ class HandoffRequest(Message, frozen=True, tag="handoff"):
 
 
 class Matched(Message, frozen=True, tag="matched"):
-    """The other worker, `owner` on `node`, and the way to it: a socket as an fd, or, between agents, `relay` messages."""
+    """The other worker, `owner` on `node`, and the way to it: a socket as an fd, or `relay` messages between agents."""
 
     node: Short
     owner: Short

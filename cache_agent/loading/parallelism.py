@@ -15,7 +15,7 @@ START = 4
 
 
 class Parallelism:
-    """`limit` is the number of reads that may run now: between 1 and `most`."""
+    """The number of reads that may run now, `limit`: between 1 and `most`."""
 
     def __init__(self, most: int, start: int = START) -> None:
         self.limit = max(1, min(most, start))

@@ -10,45 +10,8 @@ from typing import Annotated
 import msgspec
 
 from cache_agent.ledger import Span
-from cache_agent.wire.layers import LayersTold
+from cache_agent.wire import layers, operations, peers, requests
 from cache_agent.wire.message import MAX_FDS, Body, Count, Message, Short, Text, Uri
-from cache_agent.wire.operations import (
-    ClusterReply,
-    ClusterRequest,
-    EstimateReply,
-    EstimateRequest,
-    EventsReply,
-    EventsRequest,
-    EvictReply,
-    EvictRequest,
-    PinReply,
-    PinRequest,
-    PrefetchReply,
-    PrefetchRequest,
-    PushDrain,
-    PushDrainReply,
-    Started,
-    StartedReply,
-    StartsReply,
-    StartsRequest,
-    StatusReply,
-    StatusRequest,
-)
-from cache_agent.wire.peers import Chunk, Described, DescribeRequest, FetchRequest, FollowRequest, Holds
-from cache_agent.wire.requests import (
-    Checkpoint,
-    Checkpointed,
-    ClaimReply,
-    ClaimRequest,
-    HandedReply,
-    HandedReport,
-    HandoffRequest,
-    HostRequest,
-    Matched,
-    RelayedBytes,
-    TransferReply,
-    TransferRequest,
-)
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -217,51 +180,51 @@ AnyMessage = (
     | Offer
     | Adopted
     | Drain
-    | StatusRequest
-    | StatusReply
+    | operations.StatusRequest
+    | operations.StatusReply
     | ManifestRequest
     | ManifestReply
-    | EvictRequest
-    | EvictReply
-    | PinRequest
-    | PinReply
-    | PrefetchRequest
-    | PrefetchReply
-    | EstimateRequest
-    | EstimateReply
-    | PushDrain
-    | PushDrainReply
-    | Started
-    | LayersTold
-    | StartedReply
-    | StartsRequest
-    | StartsReply
-    | ClusterRequest
-    | ClusterReply
-    | EventsRequest
-    | EventsReply
-    | Checkpoint
-    | Checkpointed
-    | ClaimRequest
-    | ClaimReply
-    | TransferRequest
-    | TransferReply
-    | HostRequest
-    | HandoffRequest
-    | Matched
-    | HandedReport
-    | HandedReply
-    | RelayedBytes
+    | operations.EvictRequest
+    | operations.EvictReply
+    | operations.PinRequest
+    | operations.PinReply
+    | operations.PrefetchRequest
+    | operations.PrefetchReply
+    | operations.EstimateRequest
+    | operations.EstimateReply
+    | operations.PushDrain
+    | operations.PushDrainReply
+    | operations.Started
+    | layers.LayersTold
+    | operations.StartedReply
+    | operations.StartsRequest
+    | operations.StartsReply
+    | operations.ClusterRequest
+    | operations.ClusterReply
+    | operations.EventsRequest
+    | operations.EventsReply
+    | requests.Checkpoint
+    | requests.Checkpointed
+    | requests.ClaimRequest
+    | requests.ClaimReply
+    | requests.TransferRequest
+    | requests.TransferReply
+    | requests.HostRequest
+    | requests.HandoffRequest
+    | requests.Matched
+    | requests.HandedReport
+    | requests.HandedReply
+    | requests.RelayedBytes
     | Challenge
     | ChallengeAnswer
     | Streaming
     | StreamedPiece
     | ManifestInline
-    | FollowRequest
-    | Holds
-    | FetchRequest
-    | Chunk
-    | DescribeRequest
-    | Described
+    | peers.FollowRequest
+    | peers.Holds
+    | peers.FetchRequest
+    | peers.Chunk
+    | peers.DescribeRequest
+    | peers.Described
     | ErrorReply
 )

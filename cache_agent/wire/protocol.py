@@ -65,66 +65,8 @@ from typing import Any
 import msgspec
 
 from cache_agent.errors import ProtocolError
-from cache_agent.wire.layers import LayersTold
+from cache_agent.wire import layers, messages, operations, peers, requests
 from cache_agent.wire.message import Message
-from cache_agent.wire.messages import (
-    Adopted,
-    AnyMessage,
-    Challenge,
-    ChallengeAnswer,
-    Drain,
-    ErrorReply,
-    Granted,
-    Hello,
-    LeaseReady,
-    LeaseRequest,
-    ManifestInline,
-    ManifestReply,
-    ManifestRequest,
-    Offer,
-    Progress,
-    RevisionNotice,
-    StreamedPiece,
-    Streaming,
-    Welcome,
-)
-from cache_agent.wire.operations import (
-    ClusterReply,
-    ClusterRequest,
-    EstimateReply,
-    EstimateRequest,
-    EventsReply,
-    EventsRequest,
-    EvictReply,
-    EvictRequest,
-    PinReply,
-    PinRequest,
-    PrefetchReply,
-    PrefetchRequest,
-    PushDrain,
-    PushDrainReply,
-    Started,
-    StartedReply,
-    StartsReply,
-    StartsRequest,
-    StatusReply,
-    StatusRequest,
-)
-from cache_agent.wire.peers import Chunk, Described, DescribeRequest, FetchRequest, FollowRequest, Holds
-from cache_agent.wire.requests import (
-    Checkpoint,
-    Checkpointed,
-    ClaimReply,
-    ClaimRequest,
-    HandedReply,
-    HandedReport,
-    HandoffRequest,
-    HostRequest,
-    Matched,
-    RelayedBytes,
-    TransferReply,
-    TransferRequest,
-)
 
 VERSION = 1
 HEADER = struct.Struct("!I")
@@ -132,91 +74,91 @@ MAX_REQUEST = 64 << 10
 MAX_REPLY = 8 << 20
 
 _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
-    ("new", Hello): "greeting",
-    ("greeting", Welcome): "open",
-    ("open", LeaseRequest): "leasing",
-    ("leasing", Granted): "loading",
-    ("loading", Progress): "loading",
-    ("loading", LeaseReady): "leased",
-    ("open", Offer): "offering",
-    ("offering", Adopted): "leased",
-    ("offering", Drain): "offering",
-    ("offering", ErrorReply): "closed",
-    ("greeting", Challenge): "challenged",
-    ("challenged", ChallengeAnswer): "answering",
-    ("answering", Welcome): "peer",
-    ("leasing", Streaming): "streaming",
-    ("streaming", StreamedPiece): "streaming",
-    ("streaming", LeaseReady): "leased",
-    ("streaming", Drain): "streaming",
-    ("asking", ManifestInline): "open",
-    ("peer", FetchRequest): "fetching",
-    ("fetching", Chunk): "peer",
-    ("peer", DescribeRequest): "fetching",
-    ("fetching", Described): "peer",
-    ("fetching", ErrorReply): "peer",
-    ("peer", FollowRequest): "following",
-    ("following", Holds): "following",
-    ("challenged", ErrorReply): "closed",
-    ("answering", ErrorReply): "closed",
-    ("streaming", ErrorReply): "closed",
-    ("peer", ErrorReply): "closed",
-    ("following", ErrorReply): "closed",
-    ("leased", RevisionNotice): "leased",
-    ("leased", Drain): "leased",
-    ("loading", Drain): "loading",
-    ("leasing", Drain): "leasing",
-    ("open", StatusRequest): "asking",
-    ("asking", StatusReply): "open",
-    ("open", ManifestRequest): "asking",
-    ("asking", ManifestReply): "open",
-    ("open", EvictRequest): "asking",
-    ("asking", EvictReply): "open",
-    ("open", PinRequest): "asking",
-    ("asking", PinReply): "open",
-    ("open", PrefetchRequest): "asking",
-    ("asking", PrefetchReply): "open",
-    ("open", EstimateRequest): "asking",
-    ("asking", EstimateReply): "open",
-    ("open", PushDrain): "asking",
-    ("asking", PushDrainReply): "open",
-    ("open", Started): "asking",
-    ("open", LayersTold): "asking",
-    ("asking", StartedReply): "open",
-    ("open", StartsRequest): "asking",
-    ("asking", StartsReply): "open",
-    ("open", ClusterRequest): "asking",
-    ("asking", ClusterReply): "open",
-    ("open", EventsRequest): "asking",
-    ("asking", EventsReply): "open",
-    ("open", Checkpoint): "asking",
-    ("asking", Checkpointed): "open",
-    ("open", ClaimRequest): "asking",
-    ("asking", ClaimReply): "open",
-    ("open", TransferRequest): "asking",
-    ("asking", TransferReply): "open",
-    ("open", HostRequest): "hosting",
-    ("hosting", Matched): "open",
-    ("hosting", ErrorReply): "closed",
-    ("open", HandoffRequest): "asking",
-    ("asking", Matched): "open",
-    ("open", HandedReport): "asking",
-    ("asking", HandedReply): "open",
-    ("peer", HandoffRequest): "fetching",
-    ("fetching", Matched): "relaying",
-    ("relaying", RelayedBytes): "relaying",
-    ("relaying", ErrorReply): "closed",
-    ("asking", ErrorReply): "open",
-    ("new", ErrorReply): "closed",
-    ("greeting", ErrorReply): "closed",
-    ("open", ErrorReply): "closed",
-    ("leasing", ErrorReply): "closed",
-    ("loading", ErrorReply): "closed",
-    ("leased", ErrorReply): "closed",
+    ("new", messages.Hello): "greeting",
+    ("greeting", messages.Welcome): "open",
+    ("open", messages.LeaseRequest): "leasing",
+    ("leasing", messages.Granted): "loading",
+    ("loading", messages.Progress): "loading",
+    ("loading", messages.LeaseReady): "leased",
+    ("open", messages.Offer): "offering",
+    ("offering", messages.Adopted): "leased",
+    ("offering", messages.Drain): "offering",
+    ("offering", messages.ErrorReply): "closed",
+    ("greeting", messages.Challenge): "challenged",
+    ("challenged", messages.ChallengeAnswer): "answering",
+    ("answering", messages.Welcome): "peer",
+    ("leasing", messages.Streaming): "streaming",
+    ("streaming", messages.StreamedPiece): "streaming",
+    ("streaming", messages.LeaseReady): "leased",
+    ("streaming", messages.Drain): "streaming",
+    ("asking", messages.ManifestInline): "open",
+    ("peer", peers.FetchRequest): "fetching",
+    ("fetching", peers.Chunk): "peer",
+    ("peer", peers.DescribeRequest): "fetching",
+    ("fetching", peers.Described): "peer",
+    ("fetching", messages.ErrorReply): "peer",
+    ("peer", peers.FollowRequest): "following",
+    ("following", peers.Holds): "following",
+    ("challenged", messages.ErrorReply): "closed",
+    ("answering", messages.ErrorReply): "closed",
+    ("streaming", messages.ErrorReply): "closed",
+    ("peer", messages.ErrorReply): "closed",
+    ("following", messages.ErrorReply): "closed",
+    ("leased", messages.RevisionNotice): "leased",
+    ("leased", messages.Drain): "leased",
+    ("loading", messages.Drain): "loading",
+    ("leasing", messages.Drain): "leasing",
+    ("open", operations.StatusRequest): "asking",
+    ("asking", operations.StatusReply): "open",
+    ("open", messages.ManifestRequest): "asking",
+    ("asking", messages.ManifestReply): "open",
+    ("open", operations.EvictRequest): "asking",
+    ("asking", operations.EvictReply): "open",
+    ("open", operations.PinRequest): "asking",
+    ("asking", operations.PinReply): "open",
+    ("open", operations.PrefetchRequest): "asking",
+    ("asking", operations.PrefetchReply): "open",
+    ("open", operations.EstimateRequest): "asking",
+    ("asking", operations.EstimateReply): "open",
+    ("open", operations.PushDrain): "asking",
+    ("asking", operations.PushDrainReply): "open",
+    ("open", operations.Started): "asking",
+    ("open", layers.LayersTold): "asking",
+    ("asking", operations.StartedReply): "open",
+    ("open", operations.StartsRequest): "asking",
+    ("asking", operations.StartsReply): "open",
+    ("open", operations.ClusterRequest): "asking",
+    ("asking", operations.ClusterReply): "open",
+    ("open", operations.EventsRequest): "asking",
+    ("asking", operations.EventsReply): "open",
+    ("open", requests.Checkpoint): "asking",
+    ("asking", requests.Checkpointed): "open",
+    ("open", requests.ClaimRequest): "asking",
+    ("asking", requests.ClaimReply): "open",
+    ("open", requests.TransferRequest): "asking",
+    ("asking", requests.TransferReply): "open",
+    ("open", requests.HostRequest): "hosting",
+    ("hosting", requests.Matched): "open",
+    ("hosting", messages.ErrorReply): "closed",
+    ("open", requests.HandoffRequest): "asking",
+    ("asking", requests.Matched): "open",
+    ("open", requests.HandedReport): "asking",
+    ("asking", requests.HandedReply): "open",
+    ("peer", requests.HandoffRequest): "fetching",
+    ("fetching", requests.Matched): "relaying",
+    ("relaying", requests.RelayedBytes): "relaying",
+    ("relaying", messages.ErrorReply): "closed",
+    ("asking", messages.ErrorReply): "open",
+    ("new", messages.ErrorReply): "closed",
+    ("greeting", messages.ErrorReply): "closed",
+    ("open", messages.ErrorReply): "closed",
+    ("leasing", messages.ErrorReply): "closed",
+    ("loading", messages.ErrorReply): "closed",
+    ("leased", messages.ErrorReply): "closed",
 }
 
 _encoder = msgspec.json.Encoder()
-_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(AnyMessage)
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(messages.AnyMessage)
 
 
 def advance(state: str, message: Message) -> str:
@@ -244,10 +186,10 @@ class Decoder:
         self._limit = limit
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[AnyMessage]:
+    def feed(self, data: bytes) -> list[messages.AnyMessage]:
         """Take in bytes, and return the messages that they complete. Raises `ProtocolError`."""
         self._buffer += data
-        messages: list[AnyMessage] = []
+        found: list[messages.AnyMessage] = []
         while len(self._buffer) >= HEADER.size:
             (length,) = HEADER.unpack_from(self._buffer)
             if not 1 <= length <= self._limit:
@@ -258,8 +200,8 @@ class Decoder:
                 break
             body = bytes(self._buffer[HEADER.size : HEADER.size + length])
             del self._buffer[: HEADER.size + length]
-            messages.append(decode_body(body))
-        return messages
+            found.append(decode_body(body))
+        return found
 
     @property
     def wanted(self) -> int:
@@ -273,10 +215,10 @@ class Decoder:
         return len(self._buffer)
 
 
-def decode_body(body: bytes) -> AnyMessage:
+def decode_body(body: bytes) -> messages.AnyMessage:
     """Return the message in a frame's body. Raises `ProtocolError` unless it is one message of this version."""
     try:
-        message: AnyMessage = _decoder.decode(body)
+        message: messages.AnyMessage = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a message of protocol version {VERSION}: {error}") from error
     return message

@@ -57,14 +57,14 @@ class ModelLoad:
         *,
         readers: int = 4,
         image: Reading | None = None,
-        speaks: bool = False,
+        with_digests: bool = False,
         known: str = "",
     ) -> None:
         """Prepare a load with at most `readers` parallel reads; how many there are depends on what the origin yields.
 
-        With an `image` the bytes come from there, and only its damaged chunks from the origin. With `speaks` the digest
-        of every chunk is computed for other nodes. `known` is the revision that the bytes must have when peers gave
-        some of them, or "".
+        With an `image` the bytes come from there, and only its damaged chunks from the origin. With `with_digests` the
+        digest of every chunk is computed for other nodes. `known` is the revision that the bytes must have when peers
+        gave some of them, or "".
         """
         self.description = description
         self.manifest = description.manifest
@@ -77,7 +77,7 @@ class ModelLoad:
         self.said: list[Said] = []  # a statement on every chunk, in the order of arrival; only ever longer
         self._digests: dict[int, str] = {}
         self._settled = False  # whether no chunk of a peer can turn out to be wrong any more
-        self._speaks = speaks
+        self._with_digests = with_digests
         self.damaged: list[int] = []  # chunks that are wrong in the image
         self.tee: Tee | None = None
         self._most = readers
@@ -241,7 +241,7 @@ class ModelLoad:
                 right, why = False, error.strerror or str(error)
         if right:
             self.checksums[number] = image.index.checksums[number]
-            self._complete(number, self._spoken(number))
+            self._complete(number, self._digest_for_peers(number))
             return
         self._clear(number)
         log.warning("chunk %d of %s on SSD is damaged (%s); reading the origin", number, self._origin.uri, why)
@@ -259,7 +259,7 @@ class ModelLoad:
             self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
         if self.image is not None and self.checksums[number] != self.image.index.checksums[number]:
             raise OriginChanged(f"{self._origin.uri}: a file was overwritten without a new date or ETag")
-        self._complete(number, self._spoken(number), own=True)
+        self._complete(number, self._digest_for_peers(number), own=True)
 
     def _advance(self, segment: int) -> None:
         """Count the bytes that are complete from the start of a segment; the caller holds the lock.
@@ -275,9 +275,9 @@ class ModelLoad:
             position += 1
         self._prefix[segment] = position
 
-    def _spoken(self, number: int) -> str:
+    def _digest_for_peers(self, number: int) -> str:
         """Return the digest of a chunk for other nodes, or "" where there are none."""
-        if not self._speaks:
+        if not self._with_digests:
             return ""
         with self.view(number) as chunk:
             return content.chunk_digest(chunk)
@@ -286,7 +286,7 @@ class ModelLoad:
         """Count a chunk whose bytes are final, and wake the watchers."""
         segment, start, end = self._chunks[number]
         with self._lock:
-            if self._speaks:
+            if self._with_digests:
                 self.said.append(Said(number, digest, own))
                 self._digests[number] = digest
             self._finished[number] = True

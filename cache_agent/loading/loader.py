@@ -74,7 +74,7 @@ class ModelLoad:
         self.helper: Helper | None = None
         self.proved = ""  # the revision that the bytes were shown to have
         self.given: dict[int, str] = {}  # chunk -> the peer that gave it
-        self.said: list[Said] = []  # a statement on every chunk, in the order of arrival; only ever longer
+        self.said: list[Said] = []  # of every chunk, in the order of arrival
         self._digests: dict[int, str] = {}
         self._settled = False  # whether no chunk of a peer can turn out to be wrong any more
         self._with_digests = with_digests

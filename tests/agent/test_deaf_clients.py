@@ -1,4 +1,4 @@
-"""Clients that hold a lease and do not read: they are given up in time, with their lease, and no other is delayed."""
+"""Clients that hold a lease and do not read: they are given up in time, with their lease, and nobody else notices."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_over_tcp_a_function_that_takes_a_few_bytes_now_and_then(agent, tensors,
 
 
 def test_over_the_socket_a_function_that_hears_nothing(agent, tensors, eventually):
-    """A function with its weights never reads the agent's messages: drains, until the socket takes no more."""
+    """It has its weights, and never reads what the agent pushes to it: drains, until no socket takes more."""
     others = Others(agent, tensors)
     with client(agent, "unix").connect() as deaf:
         deaf.send(LeaseRequest(URI))

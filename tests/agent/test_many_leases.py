@@ -22,7 +22,7 @@ TOKEN = "a secret of these tests"
 
 @pytest.fixture(scope="module")
 def agent(agent_process, tmp_path_factory):
-    """Return an agent and its address for TCP."""
+    """(an agent, its address for TCP)."""
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text(TOKEN)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -38,7 +38,7 @@ def anonymous(pid: int) -> int:
 
 
 def kinds(agent) -> Counter:
-    """Return the number of fds of each kind."""
+    """How many fds there are of each kind."""
     return Counter(place.partition(":")[0].partition("[")[0] for place in agent.fds().values())
 
 

@@ -306,7 +306,7 @@ def test_agrees_with_the_library_on_files_it_wrote(shapes):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_is_at_least_as_strict_as_the_library(name):
-    """A file that the library refuses must not pass here; names without bounds and repeated keys are refused as well."""
+    """A file that the library refuses must not pass here, where more is refused: long names, repeated keys."""
     library = pytest.importorskip("safetensors")
     file = HOSTILE[name][0]
     try:

@@ -141,7 +141,7 @@ def test_a_function_joins_the_agent_again(client, agent, eventually):
 
 
 def test_an_agent_that_ends_while_bytes_are_on_the_way(client, agent):
-    """Bytes that came stay mapped; the missing ones are an error that says to ask again."""
+    """What is there stays mapped; the rest is an error that says to ask again."""
     gate = threading.Event()
     calls = []
 

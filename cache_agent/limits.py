@@ -23,7 +23,7 @@ def free_huge_bytes() -> int:
         reserved = int((_POOL / "resv_hugepages").read_text())
     except (OSError, ValueError):
         return 0
-    headroom = min(_cgroup_headrooms("hugetlb.2MB.max", "hugetlb.2MB.current", "hugetlb", "hugetlb.2MB"), default=None)
+    headroom = min(_cgroup_headrooms("hugetlb.2MB"), default=None)
     pool = max(0, free - reserved) * HUGE_PAGE
     return pool if headroom is None else min(pool, headroom)
 
@@ -33,22 +33,19 @@ def huge_reservations_hold() -> bool:
 
     A cgroup that limits only the use grants the reservation, and kills the process that first uses a page.
     """
-    use = _cgroup_headrooms("hugetlb.2MB.max", "hugetlb.2MB.current", "hugetlb", "hugetlb.2MB")
-    reservation = _cgroup_headrooms("hugetlb.2MB.rsvd.max", "hugetlb.2MB.rsvd.current", "hugetlb", "hugetlb.2MB.rsvd")
     unlimited = 1 << 62
-    return min(use, default=unlimited) >= min(reservation, default=unlimited)
+    use = min(_cgroup_headrooms("hugetlb.2MB"), default=unlimited)
+    return use >= min(_cgroup_headrooms("hugetlb.2MB.rsvd"), default=unlimited)
 
 
 def available_bytes() -> int:
     """Return the bytes of ordinary memory that are still free, by the tightest of the cgroup's limits and the host."""
-    host = _meminfo("MemAvailable")
-    return min([host, *_cgroup_headrooms("memory.max", "memory.current", "memory", "memory")])
+    return min([_meminfo("MemAvailable"), *_cgroup_headrooms("memory")])
 
 
 def memory_limit() -> int:
     """Return the bytes that this process may use at all: its cgroup's limit, or the host's memory."""
-    limits = [limit for limit, _ in _cgroup_limits("memory.max", "memory.current", "memory", "memory")]
-    return min([_meminfo("MemTotal"), *limits])
+    return min([_meminfo("MemTotal"), *(limit for limit, _ in _cgroup_limits("memory"))])
 
 
 def _meminfo(field: str) -> int:
@@ -58,14 +55,19 @@ def _meminfo(field: str) -> int:
     raise OSError(f"/proc/meminfo has no {field}")
 
 
-def _cgroup_headrooms(limit: str, current: str, controller: str, prefix: str) -> Iterator[int]:
-    for most, used in _cgroup_limits(limit, current, controller, prefix):
+def _cgroup_headrooms(resource: str) -> Iterator[int]:
+    for most, used in _cgroup_limits(resource):
         yield max(0, most - used)
 
 
-def _cgroup_limits(limit: str, current: str, controller: str, prefix: str) -> Iterator[tuple[int, int]]:
-    """Yield (limit, usage) of each level with a limit, from this process's cgroup to the root, in both hierarchies."""
-    v1_limit, v1_current = f"{prefix}.limit_in_bytes", f"{prefix}.usage_in_bytes"
+def _cgroup_limits(resource: str) -> Iterator[tuple[int, int]]:
+    """Yield (limit, usage) of each level with a limit, from this process's cgroup to the root, in both hierarchies.
+
+    `resource` is the beginning of the files' names: "memory", "hugetlb.2MB", "hugetlb.2MB.rsvd".
+    """
+    controller = resource.partition(".")[0]
+    limit, current = f"{resource}.max", f"{resource}.current"
+    v1_limit, v1_current = f"{resource}.limit_in_bytes", f"{resource}.usage_in_bytes"
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

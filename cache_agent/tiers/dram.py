@@ -19,7 +19,7 @@ from cache_agent.errors import NoCapacity
 from cache_agent.limits import HugePages
 
 _SMALL_PAGE = mmap.PAGESIZE
-_SPARE = 20  # one part in so many of the memory limit is never taken
+_SPARE = 20  # 1/20 of the memory limit is never taken
 _reserving = threading.Lock()  # two loads must not count on the same free memory
 _F_SEAL_FUTURE_WRITE = 0x0010  # fcntl has no name for it before Python 3.12
 _WHILE_LOADING = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE

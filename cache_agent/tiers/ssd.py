@@ -36,7 +36,7 @@ log = logging.getLogger("glowplug.ssd")
 
 _NAME = re.compile(r"src-[0-9a-f]{40}\.(\d{1,6})")
 _LOCK_SECONDS = 10.0
-_SPARE = 20  # one part in so many of the filesystem is never filled
+_SPARE = 20  # 1/20 of the filesystem is never filled
 
 
 def _log_eviction(uri: str, size: int, why: str) -> None:
@@ -306,9 +306,9 @@ class Ssd:
 
     def _commit(self, index: Index, place: Path) -> None:
         """Move a written image into place and list it. Raises `OSError`."""
-        kept = self.revision(index.source)
-        if kept:
-            image.write_durably(place / image.REVISION, image.seal(kept.encode()))
+        written = self.revision(index.source)
+        if written:
+            image.write_durably(place / image.REVISION, image.seal(written.encode()))
         with self._lock:
             place.rename(self._images / image.key(index.source))
             self._writing.pop(index.source, None)
@@ -317,7 +317,7 @@ class Ssd:
             self._stored[index.source] = Stored(index, revision, 1, worth, time.monotonic())
         image.sync_directory(self._images)
         self._report(index.source, index.bytes)
-        if revision != kept:  # the digest became known meanwhile
+        if revision != written:  # the digest became known meanwhile
             self._write_revision(index.source, revision)
 
     # --- leaving --------------------------------------------------------------------------------------------------

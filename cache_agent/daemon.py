@@ -30,7 +30,7 @@ from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
 from cache_agent.serving.remote import RemoteConnection
 from cache_agent.serving.server import Server, listen
-from cache_agent.snapshots.index import cluster_key, shelf
+from cache_agent.snapshots.index import cluster_key, open_index
 from cache_agent.wire import link
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class Daemon:
         secret = None if self._private else config.cluster_key_file
         key = ClusterKey(cluster_key(secret)) if secret else None
         self._agent = Agent(config, directory, peers=_peers(config, directory, key))
-        self._shelf = shelf(config, private=self._private)
-        self._server = Server(self._agent, self._sock, self._access, shelf=self._shelf)
+        self._index = open_index(config, private=self._private)
+        self._server = Server(self._agent, self._sock, self._access, index=self._index)
         if key is not None:
             me = Membership(config.node_name, config.advertised, key)
             self._server.desk.neighbours = Targets(me, directory)
@@ -127,7 +127,7 @@ class Daemon:
                 self._config.socket.unlink()
         self._agent.close(time.monotonic() + _CLOSE_SECONDS)
         self._directory.close()
-        self._shelf.close()
+        self._index.close()
         log.info("stopped; functions keep the weights that they map")
         if threading.active_count() > 1:  # the interpreter would wait for threads that hang in an origin
             logging.shutdown()

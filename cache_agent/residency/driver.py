@@ -158,7 +158,7 @@ class Driver:
             memory.dram,
             readers=self._config.readers,
             image=image,
-            speaks=self._peers is not None,
+            with_digests=self._peers is not None,
             known=known,
         )
         if image is not None:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.errors import SharedWeightsError
 
 
-class Guard:
+class WriteGuard:
     """Knows the address ranges of shared weights. `arm` protects the calling thread for the rest of its `scope`."""
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
@@ -68,7 +68,7 @@ class Guard:
 
 
 class _NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: WriteGuard) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._guard = guard
 
@@ -89,7 +89,7 @@ class _NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _NoWritableArrays(TorchFunctionMode):
     """`tensor.numpy()` is no operator: its array is made read-only instead, and numpy names the fault itself."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: WriteGuard) -> None:
         super().__init__()
         self._guard = guard
 

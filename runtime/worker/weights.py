@@ -29,7 +29,7 @@ from cache_agent.model.manifest import Manifest, Tensor, model_config
 from runtime.engine.skeleton import skeleton
 from runtime.errors import ModelUnusable
 from runtime.resume.snapshot import tokenizer_digest
-from runtime.worker.guard import Guard
+from runtime.worker.guard import WriteGuard
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -74,10 +74,10 @@ class Weights:
             for fd, size in zip(lease.segments, lease.manifest.segments, strict=True)
         ]
         with warnings.catch_warnings():
-            # torch cannot know that nobody will write to them; `Guard` and the page protection do.
+            # torch cannot know that nobody will write to them; `WriteGuard` and the page protection do.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             self._ranges = [_address(mapping) for mapping in self._maps]
-            self.guard = Guard(self._ranges)
+            self.guard = WriteGuard(self._ranges)
             self.tensors = {tensor.name: self._view(tensor) for tensor in self.manifest.tensors}
 
     def populate(self) -> Iterator[None]:

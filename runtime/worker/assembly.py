@@ -77,6 +77,7 @@ class Assembly:
 
         from cache_agent.limits import cpu_quota
         from runtime.engine.choice import choose
+        from runtime.engine.loop import EngineWatch
         from runtime.engine.serial import TokenizerCodec
         from runtime.function.model import Model
         from runtime.protocol.parameters import sampling_defaults
@@ -97,10 +98,11 @@ class Assembly:
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
         begun = time.monotonic_ns()
         codec = TokenizerCodec(loaded.tokenizer, loaded.eos)
-        engine, serial = choose(loaded.model, codec, self._config, revision=lease.revision, threads=threads)
+        watch = EngineWatch(self._first_token, self._broken)
+        engine, serial = choose(
+            loaded.model, codec, self._config, revision=lease.revision, threads=threads, watch=watch
+        )
         self._ledger.add(f"engine, one request at a time: {serial}" if serial else "engine", begun)
-        engine.on_first_token = self._first_token
-        engine.on_broken = self._broken
         self._reporting.lease = lease
         model = Model(
             self._config.served_name,

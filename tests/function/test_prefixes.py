@@ -44,7 +44,7 @@ def test_a_continuation_takes_the_place_of_what_it_continues() -> None:
     store.keep(encoded([1, 2]), Kept("first turn"))
     store.keep(encoded([1, 2, 3]), Kept("second turn", 30))
     store.keep(encoded([1]), Kept("older"))
-    assert (len(store), store.held) == (1, 30)
+    assert (len(store), store.nbytes) == (1, 30)
 
 
 def test_the_least_useful_goes_first() -> None:
@@ -55,4 +55,4 @@ def test_the_least_useful_goes_first() -> None:
     store.keep(encoded([3]), Kept("c"))
     assert store.find(encoded([2])) is None
     assert store.find(encoded([1])) == (Kept("a"), 1)
-    assert (store.evict(), store.evict(), store.evict(), store.held) == (True, True, False, 0)
+    assert (store.evict(), store.evict(), store.evict(), store.nbytes) == (True, True, False, 0)

@@ -212,7 +212,7 @@ class TestMemory:
                 for last in stream:  # noqa: B007
                     stats = engine.stats()
                     most = max(most, stats.running)
-                    assert stats.memory + stats.kept <= stats.memory_limit
+                    assert stats.memory + stats.cached <= stats.memory_limit
                 assert last is not None
                 assert last.finish == "length"
             assert most == 2

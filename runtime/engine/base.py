@@ -101,7 +101,7 @@ class KVRow:
 
 @dataclass(frozen=True, slots=True)
 class GenerationState:
-    """All that is needed to continue a generation elsewhere.
+    """The state of a generation, complete enough to continue it in another process.
 
     `generated` are the new ids so far, `emitted` counts the characters of text already handed out; the stop
     matcher's state follows from both. `kv` is empty where the receiver recomputes keys and values. The receiver's

@@ -261,7 +261,7 @@ class Loop(ABC, Generic[M]):
             if self._down:
                 raise EngineFailed(self._down)
             if request_id in self._rows:
-                # The live one may be about to end: its reader has come back over another connection.
+                # A reader that has come back over another connection may have left the live generation already.
                 raise EngineBusy(f"a generation with the id {request_id!r} is live already; try again in a moment")
             full = len(self._rows) >= self._slots + (0 if at_once else self._queue_size)
             if full or (at_once and not self._take(row)):

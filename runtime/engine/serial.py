@@ -28,7 +28,7 @@ class SerialCache:
     """The cache of one generation and the number of its tokens that the model has seen."""
 
     def __init__(self, cache: Any, fed: int = 0) -> None:
-        self.cache = cache  # transformers' DynamicCache, whose layers it types as a union of everything
+        self.cache = cache  # a DynamicCache of transformers, which has no useful type for its layers
         self.fed = fed
 
 
@@ -79,7 +79,7 @@ class SerialEngine(Loop[SerialCache]):
             torch.set_num_threads(self._threads)
 
     def choose(self, rows: Sequence[Row[SerialCache]]) -> Sequence[Row[SerialCache]]:
-        # Least recently served first: a row that had its turn goes to the back of the engine's list.
+        # The least recently served row is the first: after its turn a row goes to the back of the engine's list.
         row = rows[0]
         self._running.remove(row)
         self._running.append(row)
@@ -96,7 +96,7 @@ class SerialEngine(Loop[SerialCache]):
                 input_ids=torch.tensor((ids,), device=self._model.device),
                 past_key_values=memory.cache,
                 use_cache=True,
-                # By number, not as the last one: a slice is strided, and its product with the head takes a slow path.
+                # The position's number selects a contiguous row; the product of a slice with the head is slow.
                 logits_to_keep=torch.tensor([len(ids) - 1], device=self._model.device),
             )
             scores = output.logits[0, -1].float().cpu().numpy()
@@ -191,7 +191,7 @@ class TokenizerCodec:
         self.vocabulary = len(tokenizer)
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        # Encoding may change the Rust tokenizer's settings, and it refuses that while another thread is encoding.
+        # Encoding may change the Rust tokenizer's settings, which fails while another thread is encoding.
         self._encoding = threading.Lock()
 
     def encode(self, text: str) -> list[int]:

@@ -48,7 +48,7 @@ class AnswerRequest:
 
 
 class Run:
-    """The token streams of one answer; whoever makes a run closes it.
+    """The token streams of one answer, until `close`.
 
     Per choice: `streams`, `sent_characters` and the number of tokens they came from, `sent_tokens`, and whether the
     choice has `ended`. `numbered` events have ids at which a client can resume.

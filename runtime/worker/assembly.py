@@ -79,11 +79,6 @@ class Assembly:
         import torch
 
         from cache_agent.limits import cpu_quota
-        from runtime.engine.choice import choose
-        from runtime.engine.loop import EngineWatch
-        from runtime.engine.serial import TokenizerCodec
-        from runtime.function.model import Model
-        from runtime.protocol.parameters import sampling_defaults
         from runtime.worker import weights
 
         with self._ledger.span("model code"):
@@ -99,6 +94,18 @@ class Assembly:
             threading.Thread(target=lambda: deque(mapped.populate(), 0), name="pages", daemon=True).start()
         self._lifecycle.phase = "engine"
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
+        model = self._model(lease, mapped, loaded, threads)
+        self._reporting.lease = lease
+        return Assembled(model, mapped, lease, str(model_config(lease.manifest.files).get("model_type", "")))
+
+    def _model(self, lease: Lease, mapped: Weights, loaded: AssembledModel, threads: int) -> Model:
+        """Return a `Model` of transformers' model, with an engine that has begun to run."""
+        from runtime.engine.choice import choose
+        from runtime.engine.loop import EngineWatch
+        from runtime.engine.serial import TokenizerCodec
+        from runtime.function.model import Model
+        from runtime.protocol.parameters import sampling_defaults
+
         begun = time.monotonic_ns()
         codec = TokenizerCodec(loaded.tokenizer, loaded.eos)
         watch = EngineWatch(self._first_token, self._broken)
@@ -106,8 +113,7 @@ class Assembly:
             loaded.model, codec, self._config, revision=lease.revision, threads=threads, watch=watch
         )
         self._ledger.add(f"engine, one request at a time: {serial}" if serial else "engine", begun)
-        self._reporting.lease = lease
-        model = Model(
+        return Model(
             self._config.served_name,
             lease.revision,
             codec,
@@ -119,7 +125,6 @@ class Assembly:
             deterministic=self._config.deterministic,
             tokenizer_digest=loaded.tokenizer_digest,
         )
-        return Assembled(model, mapped, lease, str(model_config(lease.manifest.files).get("model_type", "")))
 
     def _ready_parts(self, lease: Lease) -> tuple[Weights, AssembledModel] | None:
         """Return the parts that the layer has assembled already; None if it has none, or those of another model."""

@@ -34,10 +34,11 @@ class Reporting:
         line: Line,
         lifecycle: Lifecycle,
         client: Callable[[float], CacheClient],
+        kind: str = "cold",
     ) -> None:
         """`client(timeout)` returns a client of the agent."""
         self._config, self._ledger, self._line, self._lifecycle, self._client = config, ledger, line, lifecycle, client
-        self.kind = "cold"
+        self.kind = kind
         self.lease: Lease | None = None
         self._lock = threading.Lock()
         self._sent_spans = 0

@@ -82,9 +82,8 @@ class Worker:
         self._given_up = threading.Event()  # set once another worker has all the work, and the weights are released
         self._exit: FunctionError | None = None
         self._leasing = Leasing(config, ledger, line, self._lifecycle, None if warm is None else warm.known)
-        self._reporting = Reporting(config, ledger, line, self._lifecycle, self._leasing.client)
-        if warm is not None:
-            self._reporting.kind = warm.level
+        kind = "cold" if warm is None else warm.level
+        self._reporting = Reporting(config, ledger, line, self._lifecycle, self._leasing.client, kind)
         self._assembly = Assembly(config, ledger, self._lifecycle, self._leasing, self._reporting, warm, self._broken)
 
     def run(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket] = ()) -> int:
@@ -92,18 +91,19 @@ class Worker:
 
         The worker ends with the process `parent`, if that is not 0. `accepted` are connections that wait already.
         """
+        starter = threading.Thread(target=self._start, name="starter", daemon=True)
         if self._warm is None:
-            self._begin()
+            starter.start()
         with self._ledger.span("http"):
             server = self._make_server(sock, parent, accepted)
         threading.Thread(target=self._end_serving, name="drainer", daemon=True).start()
-        threading.Thread(target=self._obey, name="shim", daemon=True).start()
+        threading.Thread(target=self._obey_shim, name="shim", daemon=True).start()
         self._line.send(state="http")
         self._http.set_result(server)
         if self._warm is None:
             self._assembly.import_modules()  # importing holds the interpreter's lock, and probes come first
         else:
-            self._begin()  # two threads that only compute have no more of the interpreter's lock than one
+            starter.start()  # not sooner: two threads that compute share one interpreter's lock
         server.run_until_stopped()
         self._over.set()
         return self._conclude(server)
@@ -131,9 +131,6 @@ class Worker:
         return self._http.result()
 
     # --- start ----------------------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        threading.Thread(target=self._start, name="starter", daemon=True).start()
 
     def _start(self) -> None:
         try:
@@ -168,7 +165,7 @@ class Worker:
             self._incoming.depart()
         self._reporting.spans()
         self._line.send(state="ready", kind=assembled.kind)
-        threading.Thread(target=self._listen, args=(assembled,), name="agent", daemon=True).start()
+        threading.Thread(target=self._obey_agent, args=(assembled,), name="agent", daemon=True).start()
         self._reporting.start()
 
     def _import_handler(self, assembled: Assembled) -> Handler:
@@ -200,7 +197,7 @@ class Worker:
 
     # --- serving --------------------------------------------------------------------------------------------------
 
-    def _listen(self, assembled: Assembled) -> None:
+    def _obey_agent(self, assembled: Assembled) -> None:
         """Obey the agent's messages. The weights outlive their agent, and are offered to the agent after it."""
         model, lease = assembled.model, assembled.lease
         while True:
@@ -218,7 +215,7 @@ class Worker:
                 log.warning("%s; this function goes on with the weights that it maps", error)
             self._leasing.rejoin(lease)
 
-    def _obey(self) -> None:
+    def _obey_shim(self) -> None:
         """Obey the shim's messages, and end the worker when the shim is gone."""
         for message in self._line.messages():
             match message:
@@ -255,9 +252,9 @@ class Worker:
         self._drain("SIGTERM")
         grace = self._config.drain_grace
         end = self._end_at = time.monotonic() + self._config.drain_linger + grace
-        # The platform routes new requests here until it notices: those are answered, too.
+        # The platform routes new requests here until it notices the drain: they are answered, too.
         time.sleep(self._config.drain_linger)
-        # Later requests are answered, too, as long as the grace has time for one as long as the last ones.
+        # Later requests are answered, too, as long as the grace has time for a request as long as the last ones.
         self._server.wait_idle(end - min(grace / 2, max(_LAST_ANSWERS, self._lifecycle.longest)))
         resumable = self._sessions is not None or self._incoming is not None
         self._server.finish(end + 2 * _LAST_WORDS if resumable else end)
@@ -284,7 +281,7 @@ class Worker:
                 log.error("%s [%s]", self._exit.text, self._exit.code)
             self._lifecycle.drained()
             self._line.send(state="drained")
-        # The agent and the shim cannot learn later what they have not been told when the process ends.
+        # News that agent and shim do not get now is lost with the process.
         now = time.monotonic()
         deadline = max(now + _LAST_WORDS, min(now + _REPORTS, self._end_at + _LAST_WORDS))
         if self._incoming is not None:

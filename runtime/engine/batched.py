@@ -168,7 +168,7 @@ class BatchedEngine(Loop[Rows]):
                 event = row.generation.end("error", f"the model failed on this request: {error}")
             yield row, event
             if event.finish in ("stop", "length"):
-                self._keep(row)
+                self._cache(row)
 
     def _timed(self, longest: int, tokens: int, seconds: float) -> None:
         if longest == 1:
@@ -206,7 +206,7 @@ class BatchedEngine(Loop[Rows]):
             memory.take(source, length)
             self._reused += length
 
-    def _keep(self, row: Row[Rows]) -> None:
+    def _cache(self, row: Row[Rows]) -> None:
         """Cache the rows of a generation that has ended well, if there is memory that is not promised."""
         memory = _memory(row)
         if not self._reuse or memory.fed < _WORTH:
@@ -214,7 +214,7 @@ class BatchedEngine(Loop[Rows]):
         memory.shrink()
         ids = encoded(_ids(row.generation, 0, memory.fed))
         with self._wake:
-            self._prefixes.keep(ids, memory)
+            self._prefixes.add(ids, memory)
             self._make_way()
 
     # Embeddings.

@@ -76,7 +76,7 @@ class Prefixes(Generic[K]):
             self._entries.append(used)
         return best
 
-    def keep(self, ids: bytes, rows: K) -> None:
+    def add(self, ids: bytes, rows: K) -> None:
         """Cache `rows` of `ids`, in place of every entry that they continue; do nothing if an entry continues them."""
         if any(entry.ids.startswith(ids) for entry in self._entries):
             return

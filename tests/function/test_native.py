@@ -221,7 +221,7 @@ def test_a_worker_whose_line_has_ended_is_as_silent_as_it_was(tmp_path: Path) ->
 import os, signal, socket, subprocess, time
 import runtime.container.shim as shim
 from runtime.config import FunctionConfig
-from runtime.container.takeover import Handed
+from runtime.container.takeover import ShimState
 
 worker = subprocess.Popen(["sleep", "600"])
 values = {HANDED!r}
@@ -229,7 +229,7 @@ values |= dict(
     worker=worker.pid, pidfd=os.pidfd_open(worker.pid), listener=socket.create_server(("", 0)).detach(),
     parked=False, heard=time.monotonic(),
 )
-taken = shim.Shim(FunctionConfig(model="/m", layers="off", worker_timeout=1000.0), Handed(**values))
+taken = shim.Shim(FunctionConfig(model="/m", layers="off", worker_timeout=1000.0), ShimState(**values))
 taken._take_over(taken._handed)
 shim.time.monotonic = lambda: values["heard"] + 999.0
 taken._enforce_deadlines()

@@ -19,6 +19,7 @@ from runtime.layers.rule import LayerRule
 from runtime.layers.spawn import Forked, Zygote
 from runtime.pool.models import Models
 from runtime.pool.tenants import Tenant
+from runtime.process import messages
 from runtime.process import wire as wires
 from runtime.process.wire import Gone, Wire
 from runtime.zygote.join import ContainerPlace
@@ -54,7 +55,7 @@ class Played:
         ours, self.shim = self._pair()
         self.tenant = Tenant(ours, os.pidfd_open(os.getpid()), PLACE, config, self.models, lambda _: None)
         wants = {"machine": made_of.machine, "python": made_of.python, "base": made_of.base}
-        self.shim.send({"wants": wants, "environment": ENVIRONMENT, "cwd": "/"})
+        self.shim.send({"wants": messages.VERSION, **wants, "environment": ENVIRONMENT, "cwd": "/"})
         self.tenant.hear(0.0)
         assert heard(self.shim) == {"ready": "lang", "key": "", "seconds": 2.0, "bytes": 1}
 
@@ -81,7 +82,13 @@ class Played:
 
     def ask(self, number: int, now: float) -> dict[str, Any]:
         """The answer to a request for a worker."""
-        request = {"fork": number, "environment": ENVIRONMENT, "cwd": "/", "start_id": "s", "spans": "[]"}
+        request = {
+            "fork": number,
+            "environment": ENVIRONMENT,
+            "cwd": "/",
+            "start_id": "s",
+            "spans": [("shim", "exec", 1, 2)],
+        }
         self.shim.send(request, [0, 0, 0, 1, 2])
         self.tenant.hear(now)
         return heard(self.shim)

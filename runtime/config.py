@@ -30,7 +30,7 @@ AT_LEAST = {
     "worker_timeout": 1,
     "start_price": 0,
 }
-# Former settings, and what holds for all functions now.
+# Former settings, and the behaviour of all functions now.
 _GONE = {
     "GLOWPLUG_CHECKPOINT_TOKENS": "a request is kept again after 16 tokens",
     "GLOWPLUG_CHUNK": "a step takes 256 prompt tokens",
@@ -39,12 +39,11 @@ _GONE = {
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionConfig:
-    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`; one README.md of
-    this package has its row.
+    """The settings of one function, each set by `GLOWPLUG_<NAME IN CAPITALS>`, `port` also by `PORT`.
 
-    Times are seconds; `start_price` is in GB·s of idle memory per second of start.
-    `listen_fd` is an inherited listening socket to serve instead of host and port. `socket` empty
-    means: the node's agent if one answers, else a private one.
+    One README.md of this package has a row for each. Times are in seconds; `start_price` is in GB·s of idle memory per
+    second of start. `listen_fd` is an inherited listening socket to serve instead of host and port. An empty `socket`
+    means the node's agent if it answers, else a private agent.
     """
 
     model: str = ""
@@ -112,7 +111,7 @@ class FunctionConfig:
 
     @property
     def holds(self) -> dict[str, float]:
-        """Seconds for which idle layers are held, where that is not left to their price, by level."""
+        """Seconds for which idle layers stay, by level; those of other levels stay as long as their price allows."""
         found: dict[str, float] = {}
         for part in filter(None, (part.strip() for part in self.hold.split(","))):
             level, _, seconds = part.partition("=")
@@ -126,31 +125,31 @@ class FunctionConfig:
 
     @property
     def handoff_name(self) -> str:
-        """What replicas that take over each other's requests are called, or "": they stay where they are."""
+        """The common name of replicas that take over each other's requests; "" for a function without hand-off."""
         name = self.handoff or self.checkpoints
         return "" if name == "off" else name
 
     @property
     def served_name(self) -> str:
-        """What the OpenAI routes call the model: `name`, or the last part of its URI."""
+        """The model's name in the OpenAI routes: `name`, or the last part of the model's URI."""
         return self.name or self.model.split("@rev-")[0].rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def longest_answer(self) -> float:
-        """Seconds that one answer may take; without a setting there is no limit."""
+        """The seconds that one answer may take; infinite without a setting."""
         return self.answer_limit or math.inf
 
     @property
     def concurrent_handlers(self) -> int:
-        """How many calls of `handle` run at once; without a setting, as many as the engine has slots."""
+        """The number of calls of `handle` that may run at once; without a setting, the number of the engine's slots."""
         return self.handler_concurrency if self.handler_concurrency > 0 else self.slots
 
     def token(self) -> str:
-        """The secret that the agent asks for, or "". Raises `BadConfig`."""
+        """Return the secret that the agent asks for, or "". Raise `BadConfig`."""
         if not self.token_file:
             return ""
         path = self.token_file
-        if os.path.isdir(path):  # what `faas-cli generate` makes of OpenFaaS' secret x for Knative: x/x
+        if os.path.isdir(path):  # `faas-cli generate` makes a file x/x of OpenFaaS' secret x, for Knative
             path = os.path.join(path, os.path.basename(os.path.normpath(path)))
         try:
             with open(path, encoding="utf-8") as file:
@@ -160,7 +159,7 @@ class FunctionConfig:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> FunctionConfig:
-    """Raises `BadConfig` that names the variable."""
+    """Read the settings from `environment`, by default the process's. Raise `BadConfig` that names the variable."""
     env = os.environ if environment is None else environment
     values: dict[str, object] = {}
     if env.get("PORT"):

@@ -1,4 +1,4 @@
-"""What a function's code and its tests import: `Event`, `Context`, `toy_context`."""
+"""The names for a function's code and its tests to import: `Event`, `Context`, `toy_context`."""
 
 from runtime.function.handler import Context, Event, toy_context
 

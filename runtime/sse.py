@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-DONE = b"data: [DONE]\n\n"  # how an OpenAI stream ends
+DONE = b"data: [DONE]\n\n"  # the last event of an OpenAI stream
 KEEP_ALIVE = b": keep-alive\n\n"
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -17,7 +17,7 @@ _MAX_LINE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One event as a client sees it: `id` is the last one seen in the stream, `event` its type."""
+    """One event as received: `id` is the last id in the stream so far, `event` the event's type."""
 
     data: str
     id: str | None = None
@@ -25,10 +25,10 @@ class ServerEvent:
 
 
 def event(data: str | bytes, id: str | None = None, event: str | None = None) -> bytes:  # noqa: A002  the field's name
-    """One event. Line ends in `data` become "\\n" at the receiver; `id` and `event` must have none (ValueError)."""
+    """Encode one event. Line ends in `data` become "\\n" at the receiver; in `id` and `event` they raise ValueError."""
     if isinstance(data, bytes):
         if id is None and event is None and b"\n" not in data and b"\r" not in data:
-            return b"data: %b\n\n" % data  # what a stream of JSON objects is made of, once per token
+            return b"data: %b\n\n" % data  # the quick way for a stream of JSON objects, one per token
         data = data.decode()
     lines = []
     for name, value in (("id", id), ("event", event)):
@@ -41,7 +41,7 @@ def event(data: str | bytes, id: str | None = None, event: str | None = None) ->
 
 
 class EventParser:
-    """Bytes in, events out, whatever the pieces. Raises ValueError for a line of more than 1 MiB."""
+    """A parser of event streams: bytes in, events out, however the bytes are cut into pieces."""
 
     def __init__(self) -> None:
         self.last_id: str | None = None
@@ -52,9 +52,9 @@ class EventParser:
         self._event = ""
 
     def feed(self, chunk: bytes) -> list[ServerEvent]:
-        """The events that `chunk` completes."""
+        """Return the events that `chunk` completes. Raise ValueError for a line of more than 1 MiB."""
         events = []
-        # A line ends with CR, LF or both: after a CR the line is complete, and an LF that follows is passed over.
+        # A line ends with CR, LF or both: after a CR the line is complete, and a following LF is skipped.
         for piece in re.split(rb"(\r|\n)", chunk):
             if piece == b"\n" and self._after_cr:
                 self._after_cr = False

@@ -1,1 +1,1 @@
-"""Engines decode generations; `base` is the contract that each of them keeps."""
+"""The engines that decode generations; `base` is the contract of them all."""

@@ -3,9 +3,9 @@
     model(input_ids=[1, tokens], …, glowplug=Pack(…)) ──► every layer ──► attend ──► each request over its own rows
 
 The tokens of all requests lie one after the other: requests with one token first (they decode), then pieces of prompts,
-then padding. Everything but attention works on tokens one by one, so only attention needs to know whose token is whose.
-Query heads that share a key head are laid out as if they were so many queries of one head: then a single unmasked
-call serves a decoding request, and no key is ever copied for its group.
+then padding. Everything but attention works on single tokens, so only attention has to tell requests apart. Query heads
+that share a key head are laid out as so many queries of one head: then a single unmasked call serves a decoding
+request, and no key is ever copied for its group.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from runtime.engine.skeleton import skeleton
 NAME = "glowplug"
 _PACK = "glowplug"  # the keyword that brings a `Pack` through the model's forward to `attend`
 
-# A mask that is four-dimensional already is passed on as it is: no time is spent on making one that nobody reads.
+# transformers passes a four-dimensional mask on as it is, and so spends no time on making a mask that is never read.
 _NO_MASK = torch.empty(1, 1, 0, 0)
 
-_INSTALLED = "_glowplug_shape"  # of a model: what `install` has found
+_INSTALLED = "_glowplug_shape"  # the attribute of a model in which `install` leaves the model's `Shape`
 _KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class Pack:
-    """The rows of one forward pass and the tokens it adds to each: (rows, tokens), those of one token first.
+    """The rows of one forward pass and the tokens added to each: (rows, tokens), those of one token first.
 
-    Makes all views of all layers at once, because one by one they would cost as much as the attention itself.
+    The views of all layers are made at once, because one by one they would cost as much as the attention itself.
     """
 
     def __init__(self, pieces: Sequence[tuple[Rows, int]], padding: int = 0) -> None:
@@ -53,7 +53,10 @@ class Pack:
         self._masks: dict[int, list[torch.Tensor]] = {}
 
     def views(self, window: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """By layer and piece: keys and values, each [1, heads, positions, size], that its queries may see; 0: all."""
+        """Return keys and values, each [1, heads, positions, size], by layer and piece.
+
+        They are those of the last `window` positions that the piece's queries may see; 0: of all positions.
+        """
         if window not in self._views:
             pieces = []
             for rows, count in self.pieces:
@@ -66,7 +69,7 @@ class Pack:
         return self._views[window]
 
     def masks(self, window: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """For each piece of several tokens what is added to its scores: [groups · tokens, positions]."""
+        """Return the addends to the scores of each piece of several tokens: [groups · tokens, positions]."""
         if window not in self._masks:
             masks = []
             for rows, count in self.pieces[self.singles :]:
@@ -83,7 +86,7 @@ class Pack:
         return self._masks[window]
 
     def done(self) -> None:
-        """The forward pass is through: its tokens are in the rows."""
+        """Count the pass's tokens as fed, once the forward pass has put them into the rows."""
         for rows, count in self.pieces:
             rows.fed += count
 
@@ -99,9 +102,9 @@ def attend(
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function of transformers' interface: query [1, heads, tokens, size] to [1, tokens, heads, size].
+    """Compute attention for transformers' interface: query [1, heads, tokens, size] to [1, tokens, heads, size].
 
-    Without a `Pack` it is transformers' own `sdpa`, for code that calls the model directly.
+    Without a `Pack` this is transformers' `sdpa`, for code that calls the model directly.
     """
     pack: Pack | None = more.pop(_PACK, None)
     if pack is None:
@@ -138,7 +141,7 @@ def attend(
 
 
 def forward(model: Any, ids: Sequence[int], positions: Sequence[int], pack: Pack, **more: Any) -> Any:
-    """One forward pass of a transformers model (or its base) over the packed `ids` at their `positions`."""
+    """Run one forward pass of a transformers model (or its base) over the packed `ids` at their `positions`."""
     device = model.device
     output = model(
         input_ids=torch.tensor((ids,), device=device),
@@ -153,15 +156,14 @@ def forward(model: Any, ids: Sequence[int], positions: Sequence[int], pack: Pack
 
 
 class Unbatchable(Exception):
-    """A model whose attention cannot be ours; the text says why."""
+    """A model whose attention cannot be replaced by ours; the text says why."""
 
 
 def install(model: Any) -> Shape:
-    """Makes `attend` the attention of `model` and returns what its layers leave behind per token.
+    """Make `attend` the attention of `model` and return the shape of a token's keys and values.
 
-    Whether the model obeys is tried on an empty copy of it, with a layer of each kind, unless its class is known to.
-    Raises `Unbatchable`; the model is then as it was. It is done once: a layer that has the model ready has done it for
-    all who are forked from it.
+    Models of unknown classes are tried first, on an empty copy with a layer of each kind. Raise `Unbatchable`; the
+    model is then as it was. Once is enough for a model: a layer that has installed it has done so for all its forks.
     """
     before = model.__dict__.get(_INSTALLED)
     if isinstance(before, Shape) and (before.dtype, before.device) == (model.dtype, model.device):
@@ -175,8 +177,10 @@ def install(model: Any) -> Shape:
 
 
 def known(model: Any) -> Shape | None:
-    """What `tried` finds of a model of one of the classes that need not be: computing without data imports sympy, which
-    takes a quarter of a start. Tests hold the two together for the versions of the locked base set.
+    """Return the result that `tried` would have, for a model of a common class; None for others.
+
+    Trying imports sympy, which takes a quarter of a start. Tests compare the two functions, for the versions of the
+    locked base set.
     """
     config = model.config
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
@@ -188,7 +192,7 @@ def known(model: Any) -> Shape | None:
 
 
 def tried(model: Any) -> Shape:
-    """As `install` says. Raises `Unbatchable`."""
+    """Return the shape of a token's keys and values, found by a run of an empty copy. Raise `Unbatchable`."""
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
@@ -227,7 +231,7 @@ def tried(model: Any) -> Shape:
 
 
 def _sample_of(model: Any, config: Any, kinds: Sequence[str]) -> Any:
-    """The same kind of model on the meta device, one layer of each kind: it computes nothing and holds nothing."""
+    """Return an empty copy of `model` on the meta device, with one layer of each kind; runs of it compute nothing."""
     if config is not model.config:
         raise Unbatchable(f"{type(model).__name__} is more than a language model")
     config = copy.deepcopy(config)
@@ -241,7 +245,7 @@ def _sample_of(model: Any, config: Any, kinds: Sequence[str]) -> Any:
 
 
 class _Probe:
-    """Stands in for a `Pack` and notes what each layer's attention is called with."""
+    """A stand-in for a `Pack` that notes the shapes with which each layer's attention is called."""
 
     name = "glowplug-probe"
 

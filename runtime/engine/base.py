@@ -9,7 +9,7 @@
 
 Every verb may be called from any thread; none waits for a forward pass except `export`, which waits for the step in
 progress. A state of one engine is accepted by every engine of the same kind on the same revision, in any process.
-Token `index` counts generated tokens from 0 and is what makes "each token exactly once" checkable across replicas.
+Token `index` counts generated tokens from 0; readers check by it, across replicas, that no token is lost or doubled.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn from its scores.
+    """Parameters by which the next token is drawn from the model's scores.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch their filter off. The noise of a token is a
-    function of (`seed`, its position) alone, so the same request gives the same text wherever and beside whomever
-    it runs; whoever makes the request draws the seed.
+    function of (`seed`, position of the token) alone, so the same request gives the same text in any process and beside
+    any other requests; the maker of the request draws the seed.
     """
 
     temperature: float = 1.0
@@ -101,12 +101,13 @@ class KVRow:
 
 @dataclass(frozen=True, slots=True)
 class GenerationState:
-    """All that is needed to continue a generation elsewhere.
+    """The state of a generation, complete enough to continue it in another process.
 
     `generated` are the new ids so far, `emitted` counts the characters of text already handed out; the stop
-    matcher's state follows from both. `kv` is empty where the receiver recomputes it. `engine` and `revision` say who
-    can read it; `arithmetic` is what the bits of a deterministic request depend on besides (batch rows, threads,
-    processor, …), "" for others: the receiver must have the same.
+    matcher's state follows from both. `kv` is empty where the receiver recomputes keys and values. The receiver's
+    engine has to be of the kind `engine`, on `revision`. For a deterministic request it also needs the same
+    `arithmetic`, which is all that the bits of its results depend on besides (batch rows, threads, processor, …); ""
+    for other requests.
     """
 
     version: int
@@ -120,7 +121,7 @@ class GenerationState:
 
 
 class Codec(Protocol):
-    """What turns text into ids and back; `TokenizerCodec` wraps a transformers tokenizer, `ToyCodec` needs none."""
+    """A tokenizer: text to ids and back. `TokenizerCodec` wraps one of transformers, `ToyCodec` needs none."""
 
     eos_ids: frozenset[int]
     vocabulary: int
@@ -128,23 +129,23 @@ class Codec(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; an incomplete UTF-8 sequence at the end shows as U+FFFD."""
+        """Return the text of `ids`; an incomplete UTF-8 sequence at the end shows as U+FFFD."""
         ...
 
     def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None = None) -> list[int]:
-        """Ids of a conversation through the model's chat template, ready for the answer. Raises `BadRequest`."""
+        """Return a conversation's ids by the model's chat template, ready for the answer. Raise `BadRequest`."""
         ...
 
 
 class TokenStream(Protocol):
-    """The events of one generation, for one reader. Leaving it early (`close`, or dropping a `with`) cancels."""
+    """The events of one generation, for one reader. To leave the stream early (`close`, the end of `with`) cancels."""
 
     request_id: str
 
     def __iter__(self) -> Iterator[TokenEvent]: ...
 
     def next(self, timeout: float) -> TokenEvent | None:
-        """The next event, or None if none came within `timeout` seconds. Raises StopIteration after the last."""
+        """Return the next event, or None if none came within `timeout` seconds. Raise StopIteration after the last."""
         ...
 
     def close(self) -> None: ...
@@ -152,8 +153,11 @@ class TokenStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """`memory` of `memory_limit` bytes are promised to generations, and `kept` hold what finished ones left behind;
-    `reused` counts prompt tokens that this spared."""
+    """An engine's work and memory at one moment.
+
+    `memory` of `memory_limit` bytes are promised to generations; finished generations have left `cached` bytes behind,
+    which have spared the computing of `reused` prompt tokens.
+    """
 
     running: int
     waiting: int
@@ -161,26 +165,26 @@ class EngineStats:
     queue: int
     memory: int = 0
     memory_limit: int = 0
-    kept: int = 0
+    cached: int = 0
     reused: int = 0
 
 
 class Engine(Protocol):
-    """See the module's text. `kind` names what can read the other's states."""
+    """The verbs of the module's diagram. Engines of one `kind` can read each other's states."""
 
     kind: str
     revision: str
     context_length: int
 
     def submit(self, request: GenerationRequest) -> TokenStream:
-        """Raises `EngineBusy` when slots and queue are full or its id is live, `BadRequest` for a prompt that cannot be
-        served."""
+        """Begin a generation. Raise `EngineBusy` when slots and queue are full or the id is live, `BadRequest` for a
+        prompt that cannot be served."""
         ...
 
     def cancel(self, request_id: str) -> None: ...
 
     def export(self, request_id: str, *, kv: bool = True) -> GenerationState:
-        """Raises `KeyError` for an id that is not live here."""
+        """Pause a generation and return its state. Raise `KeyError` for an id that is not live here."""
         ...
 
     def resume(self, request_id: str) -> None: ...
@@ -188,15 +192,19 @@ class Engine(Protocol):
     def forget(self, request_id: str) -> None: ...
 
     def admit(self, state: GenerationState) -> TokenStream:
-        """Raises `SnapshotRefused` with the reason, `EngineBusy` when there is no slot or its id is live."""
+        """Go on with an exported generation. Raise `SnapshotRefused` with the reason, `EngineBusy` when there is no
+        slot or the id is live."""
         ...
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """One vector of length 1 per prompt, made between the steps. Raises `BadRequest`, `EngineFailed`."""
+        """Return one vector of length 1 per prompt, made between the steps of generations: [prompts][hidden size].
+
+        Models give the mean of their last hidden states over the prompt's tokens. Raise `BadRequest`, `EngineFailed`.
+        """
         ...
 
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None:
-        """Ends every live stream with finish="error"; returns once the engine's thread is gone."""
+        """End every live stream with finish="error"; return once the engine's thread is gone."""
         ...

@@ -2,12 +2,12 @@
 
     step: rows ──► memory, reused beginnings ──► schedule.plan ──► forward … ──► scores ──► one token per row
 
-What the model has seen of a generation is one number, `fed`: ids go in by pieces or one by one until it has seen all,
-then its last scores make the next token. A generation that arrives without rows is therefore fed again by the very same
-steps: in pieces where the arithmetic forgives it (float32), otherwise one by one, as it was made.
+One number, `fed`, counts the tokens of a generation that the model has seen. Ids are fed in pieces or one by one until
+the model has seen all; the scores after the last id make the next token. A generation that arrives without rows is
+fed again by the very same steps: in pieces where the arithmetic allows it (float32), otherwise one by one, as before.
 
-Memory for all that a generation may ever hold is set aside before it gets its slot, so nothing that runs ever fails or
-is thrown out for want of it; what nobody has been promised serves to keep the rows of finished generations.
+Memory for the whole of a generation is set aside before the generation gets its slot, so no running generation fails
+or is ended for want of memory. Memory that is not promised holds the rows of finished generations.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ import torch
 
 from runtime.engine.attention import Pack, forward, install
 from runtime.engine.base import Codec, KVRow, TokenEvent
+from runtime.engine.bounds import Bounds
 from runtime.engine.generation import Generation
-from runtime.engine.loop import Loop, Row
+from runtime.engine.loop import UNWATCHED, EngineWatch, Loop, Row
 from runtime.engine.prefixes import Prefixes, encoded
-from runtime.engine.rows import Rows
+from runtime.engine.rows import Rows, dtype_name
 from runtime.engine.schedule import Forward, Need, plan
 from runtime.errors import EngineBusy, SnapshotRefused
 
-_WORTH = 16  # tokens that a beginning must have to be copied, or kept
+_WORTH = 16  # tokens that a beginning must have to be copied, or cached
 
 
 class BatchedEngine(Loop[Rows]):
-    """Decodes with `model`, a transformers causal language model; raises `Unbatchable` if its attention cannot be ours.
+    """An engine on `model`, a transformers causal language model. Raises `Unbatchable` if its attention cannot be ours.
 
-    `memory` is what keys and values may take, in bytes. `chunk` is the number of prompt tokens per step, `fixed` the
-    number of rows that deterministic decoding is padded to, `threads` torch's thread count for the engine thread (None
-    leaves it). `deterministic` makes every request so; `reuse` keeps what finished generations leave behind.
+    `memory` bounds keys and values, in bytes. `chunk` is the number of prompt tokens per step, `fixed` the number of
+    rows that deterministic decoding is padded to, `threads` torch's thread count for the engine thread (None: torch's
+    own). `deterministic` makes every request so; `reuse` caches the rows of finished generations.
     """
 
     kind = "batched"
@@ -55,17 +56,18 @@ class BatchedEngine(Loop[Rows]):
         deterministic: bool = False,
         reuse: bool = True,
         threads: int | None = None,
+        watch: EngineWatch = UNWATCHED,
     ) -> None:
         self.shape = install(model)
+        length = context_length or model.config.get_text_config(decoder=True).max_position_embeddings
+        vocabulary = model.get_input_embeddings().num_embeddings
         super().__init__(
             codec,
             revision=revision,
-            context_length=context_length or model.config.get_text_config(decoder=True).max_position_embeddings,
-            vocabulary=model.get_input_embeddings().num_embeddings,
+            bounds=Bounds(length, vocabulary, memory, self.shape.token_bytes),
             slots=slots,
             queue_size=queue_size,
-            memory=memory,
-            token_bytes=self.shape.token_bytes,
+            watch=watch,
         )
         self._model = model.eval() if model.training else model
         self._chunk, self._fixed = chunk, fixed
@@ -73,13 +75,13 @@ class BatchedEngine(Loop[Rows]):
         self._threads = threads
         self._prefixes: Prefixes[Rows] = Prefixes()
         self._reused = 0
-        self._refeed = self.shape.dtype == torch.float32
+        self._refeed = self.shape.dtype == torch.float32  # whether answers, too, may be fed again in pieces
         self._token_seconds = self._prompt_seconds = 0.0  # smoothed time of a decoding pass, and of a prompt's token
         device = self.shape.device.type
         processor = torch.backends.cpu.get_cpu_capability() if device == "cpu" else device
         self.arithmetic = (
             f"{fixed} rows, pieces of {chunk}, {threads or torch.get_num_threads()} threads, {processor}, "
-            f"{name_of(self.shape.dtype)}, torch {torch.__version__}"
+            f"{dtype_name(self.shape.dtype)}, torch {torch.__version__}"
         )
         self.start()
 
@@ -92,20 +94,20 @@ class BatchedEngine(Loop[Rows]):
         if self._threads is not None:
             torch.set_num_threads(self._threads)
 
-    # Memory: promised to rows, or held by what finished ones left behind, which gives way.
+    # Memory: promised to live rows first, else holding the cached rows of finished generations.
 
     def promise(self, size: int) -> bool:
         promised = super().promise(size)
         self._make_way()
         return promised
 
-    def kept(self) -> tuple[int, int]:
-        return self._prefixes.held, self._reused
+    def cached(self) -> tuple[int, int]:
+        return self._prefixes.nbytes, self._reused
 
     def _make_way(self) -> None:
-        """With the lock held."""
-        assert self._memory is not None, "it was given"
-        while self._promised + self._prefixes.held > self._memory:
+        """Evict cached rows until all that is promised has its memory. The lock is held."""
+        assert self._bounds.memory is not None, "the constructor has a bound"
+        while self._promised + self._prefixes.nbytes > self._bounds.memory:
             self._prefixes.evict()
 
     # A step.
@@ -131,10 +133,10 @@ class BatchedEngine(Loop[Rows]):
     def _pass(
         self, pieces: Sequence[tuple[Row[Rows], int]], passing: Forward
     ) -> Iterator[tuple[Row[Rows], TokenEvent]]:
-        """One forward pass, and the next token of every row that has been fed all it has."""
+        """Make one forward pass, and draw the next token of every row whose ids have then all been fed."""
         ids: list[int] = []
         positions: list[int] = []
-        wanted: list[int] = []  # where in the pass the scores for a next token come from
+        wanted: list[int] = []  # places in the pass whose scores make a next token
         ready: list[Row[Rows]] = []
         for row, count in pieces:
             fed = _memory(row).fed
@@ -147,7 +149,7 @@ class BatchedEngine(Loop[Rows]):
         positions += [0] * passing.padding
         keep, wanted_of = wanted, list(range(len(wanted)))
         if passing.fixed:
-            keep, wanted_of = list(range(len(ids))), wanted  # the head's product, too, has always the same rows
+            keep, wanted_of = list(range(len(ids))), wanted  # so the head's product has always the same rows, too
         pack = Pack([(_memory(row), count) for row, count in pieces], passing.padding)
         begun = time.perf_counter()
         with torch.inference_mode():
@@ -162,11 +164,11 @@ class BatchedEngine(Loop[Rows]):
             assert scores is not None, "there are scores for every row that is ready"
             try:
                 event = row.generation.draw(scores[number])
-            except ArithmeticError as error:  # this row's alone
+            except ArithmeticError as error:  # no other row is affected
                 event = row.generation.end("error", f"the model failed on this request: {error}")
             yield row, event
             if event.finish in ("stop", "length"):
-                self._keep(row)
+                self._cache(row)
 
     def _timed(self, longest: int, tokens: int, seconds: float) -> None:
         if longest == 1:
@@ -183,7 +185,7 @@ class BatchedEngine(Loop[Rows]):
     # Reuse.
 
     def _begin_from_others(self, row: Row[Rows], memory: Rows) -> None:
-        """Copies the longest beginning that a kept or a running generation has in common with this one's ids."""
+        """Copy the longest beginning that a cached or a running generation has in common with this row's ids."""
         generation = row.generation
         exact = self._exact(generation)
         ids = encoded(_ids(generation, 0, generation.length if self._refeed else len(generation.request.prompt)))
@@ -197,36 +199,27 @@ class BatchedEngine(Loop[Rows]):
         if found is None:
             return
         source, length = found
-        length = min(length, source.fed, len(ids) // 4 - 1)  # the last id is fed: its scores are wanted
+        length = min(length, source.fed, len(ids) // 4 - 1)  # the last id has to be fed: its scores are wanted
         if exact:
             length = min(length, source.exact) // self._chunk * self._chunk
         if length >= _WORTH:
             memory.take(source, length)
             self._reused += length
 
-    def _keep(self, row: Row[Rows]) -> None:
-        """Keeps the rows of a generation that has ended well, if there is memory that nobody has been promised."""
+    def _cache(self, row: Row[Rows]) -> None:
+        """Cache the rows of a generation that has ended well, if there is memory that is not promised."""
         memory = _memory(row)
         if not self._reuse or memory.fed < _WORTH:
             return
         memory.shrink()
         ids = encoded(_ids(row.generation, 0, memory.fed))
         with self._wake:
-            self._prefixes.keep(ids, memory)
+            self._prefixes.add(ids, memory)
             self._make_way()
 
     # Embeddings.
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Mean of the last hidden states over each prompt's tokens, scaled to length 1: [prompts][hidden size].
-
-        Runs on the engine thread, piece by piece between the steps of generations.
-        """
-        for prompt in prompts:
-            self.check_ids(prompt, "input")
-        return [self._embed(prompt) for prompt in prompts]
-
-    def _embed(self, prompt: Sequence[int]) -> list[float]:
+    def embed_one(self, prompt: Sequence[int]) -> list[float]:
         size = len(prompt) * self.shape.token_bytes
         with self._wake:
             if not self.promise(size):
@@ -254,8 +247,8 @@ class BatchedEngine(Loop[Rows]):
     # Export and import.
 
     def pack(self, row: Row[Rows]) -> tuple[KVRow, ...]:
-        """Rows "fed" and "exact" (int64), then "<layer>", each [positions, heads, key + value size]; () if nothing was
-        fed yet."""
+        """Return rows "fed" and "exact" (int64), then "<layer>", each [positions, heads, key + value size]; () if
+        nothing was fed yet."""
         memory = row.memory
         if memory is None or not memory.fed:
             return ()
@@ -263,7 +256,7 @@ class BatchedEngine(Loop[Rows]):
             KVRow(name, "int64", (), value.to_bytes(8, "little"))
             for name, value in (("fed", memory.fed), ("exact", memory.exact))
         ]
-        dtype = name_of(self.shape.dtype)
+        dtype = dtype_name(self.shape.dtype)
         layers = [
             KVRow(str(index), dtype, tuple(layer.shape), layer.contiguous().view(torch.uint8).cpu().numpy().tobytes())
             for index, layer in enumerate(memory.kv[:, : memory.fed])
@@ -288,20 +281,16 @@ class BatchedEngine(Loop[Rows]):
         return memory
 
     def _layer(self, row: KVRow, positions: int) -> torch.Tensor:
-        own = self.shape
-        shape = (positions, own.heads, own.key + own.value)
-        if row.shape != shape or row.dtype != name_of(own.dtype):
+        heads, size, dtype = self.shape.heads, self.shape.key + self.shape.value, self.shape.dtype
+        shape = (positions, heads, size)
+        if row.shape != shape or row.dtype != dtype_name(dtype):
             raise SnapshotRefused(
                 f"layer {row.name} of the snapshot is {row.dtype}{list(row.shape)}, this model's is "
-                f"{name_of(own.dtype)}{list(shape)}"
+                f"{dtype_name(dtype)}{list(shape)}"
             )
-        if len(row.data) * own.layers != positions * own.token_bytes:
+        if len(row.data) != positions * heads * size * dtype.itemsize:
             raise SnapshotRefused(f"layer {row.name} of the snapshot has {len(row.data)} bytes, not its shape's")
-        return torch.frombuffer(bytearray(row.data), dtype=own.dtype).reshape(shape)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return torch.frombuffer(bytearray(row.data), dtype=dtype).reshape(shape)
 
 
 def _memory(row: Row[Rows]) -> Rows:
@@ -310,7 +299,7 @@ def _memory(row: Row[Rows]) -> Rows:
 
 
 def _ids(generation: Generation, start: int, end: int) -> Sequence[int]:
-    """Ids `start` to `end` of prompt and answer."""
+    """Return the ids `start` to `end` of prompt and answer."""
     prompt, generated = generation.request.prompt, generation.generated
     if start >= len(prompt):
         return generated[start - len(prompt) : end - len(prompt)]

@@ -1,4 +1,4 @@
-"""Chooses the engine for a loaded model: batched where the model lets us, else one request at a time."""
+"""Chooses the engine for a loaded model: batched where the model's attention allows, else one request at a time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from runtime.config import FunctionConfig
 from runtime.engine.attention import Unbatchable
 from runtime.engine.base import Codec
 from runtime.engine.batched import BatchedEngine
+from runtime.engine.loop import UNWATCHED, EngineWatch
 from runtime.engine.serial import SerialEngine
 
 _log = logging.getLogger("glowplug.engine")
 
 
 def choose(
-    model: Any, codec: Codec, config: FunctionConfig, *, revision: str, threads: int
+    model: Any, codec: Codec, config: FunctionConfig, *, revision: str, threads: int, watch: EngineWatch = UNWATCHED
 ) -> tuple[BatchedEngine | SerialEngine, str]:
-    """The engine, and why it is not the batched one ("" if it is).
+    """Return the engine, and the reason why it is not the batched one ("" if it is).
 
     Without a setting, keys and values may take half of what the container's limit leaves once the weights are there.
     """
@@ -35,6 +36,7 @@ def choose(
             deterministic=config.deterministic,
             reuse=config.prefix_cache,
             threads=threads,
+            watch=watch,
         )
     except Unbatchable as reason:
         _log.warning("requests are served one at a time: %s", reason)
@@ -46,6 +48,7 @@ def choose(
             slots=config.slots,
             queue_size=config.queue,
             threads=threads,
+            watch=watch,
         )
         return serial, str(reason)
     tokens = memory // engine.shape.token_bytes

@@ -1,10 +1,10 @@
-"""Owns what one generation is: how its next token is drawn, which text is final, when it stops. Pure: no clock, no I/O.
+"""Owns one generation: drawing the next token, deciding which text is final, stopping. Pure: no clock, no I/O.
 
     scores ──► sample ──► token ──► Detokeniser ──► StopMatcher ──► TokenEvent
                 (seed, position)     whole UTF-8     held-back prefix of a stop string
 
-Everything here follows from (request, generated ids), so a generation can be rebuilt anywhere from its state.
-numpy is imported where it is used: the worker's HTTP side imports this package before it can afford numpy.
+Everything here follows from (request, generated ids), so a generation can be rebuilt anywhere from its state. Functions
+import numpy when they use it: the worker's HTTP side imports this module before there is time for numpy.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _REPLACEMENT = "\ufffd"
 
 # An incomplete UTF-8 sequence is at most three bytes, hence at most three tokens, from its end.
 _MAX_INCOMPLETE = 3
-# The detokeniser drops the older half of its window once the younger half has this many tokens …
+# The detokeniser drops the older half of its window once the younger half has this many tokens.
 _GROUP = 8
-# … and cuts it in any case at this length, so that text which never comes to a clean end stays cheap.
+# A window of this length is cut in any case, so that text which never comes to a clean end stays cheap.
 _WINDOW_LIMIT = 48
 
 
 def gumbel(seed: int, position: int, size: int, ids: NDArray[np.intp] | None = None) -> NDArray[np.float64]:
-    """Gumbel noise for a vocabulary of `size` ids at one position, or of `ids` among them: -log(-log u), u in (0, 1).
+    """Return Gumbel noise for a vocabulary of `size` ids at one position, or for `ids` among them: -log(-log u).
 
-    A function of (seed, position, id) alone: u is made of the 32-bit halves of what Philox-4x64 (Salmon et al.,
-    "Parallel random numbers: as easy as 1, 2, 3", SC'11) gives for `seed` as key and `position` in the counter's second
-    word, so that the blocks of neighbouring positions never overlap. Raw words, because numpy promises only those to
-    stay the same; in place, because fresh pages would cost more than the logarithms.
+    u in (0, 1) is a function of (seed, position, id) alone. The words come from Philox-4x64 (Salmon et al., "Parallel
+    random numbers: as easy as 1, 2, 3", SC'11) with `seed` as key and `position` in the counter's second word, so that
+    the blocks of neighbouring positions never overlap; each 32-bit half of a word makes one u. Raw words, because numpy
+    promises only those to stay the same; in place, because fresh pages would cost more than the logarithms.
     """
     import numpy as np
 
@@ -63,7 +63,7 @@ def gumbel(seed: int, position: int, size: int, ids: NDArray[np.intp] | None = N
 def penalise(
     scores: NDArray[np.floating[Any]], params: SamplingParams, seen: Collection[int], counts: Mapping[int, int]
 ) -> NDArray[np.float64]:
-    """A copy of `scores` [vocabulary] with penalties and bias applied.
+    """Return a copy of `scores` [vocabulary] with penalties and bias applied.
 
     The repetition penalty (Keskar et al., CTRL, 2019) divides positive and multiplies negative scores of every id in
     `seen` (prompt and answer); presence and frequency penalties are OpenAI's, over the answer's `counts`; the bias
@@ -86,9 +86,9 @@ def penalise(
 
 
 def survivors(scaled: NDArray[np.float64], params: SamplingParams) -> NDArray[np.intp] | None:
-    """Ids that top-k, then top-p, then min-p leave of scores already divided by the temperature; None for all.
+    """Return the ids that top-k, then top-p, then min-p leave of scores divided by the temperature; None for all.
 
-    top-p is computed on what top-k left, as transformers and vLLM do; ids that tie with the k-th stay.
+    top-p is computed on the ids that top-k left, as in transformers and vLLM; ids that tie with the k-th stay.
     """
     import numpy as np
 
@@ -119,10 +119,10 @@ def sample(
     seen: Collection[int] = (),
     counts: Mapping[int, int] | None = None,
 ) -> int:
-    """The token for `position` (counted from the start of the prompt), drawn from `scores` [vocabulary].
+    """Return the token for `position` (counted from the start of the prompt), drawn from `scores` [vocabulary].
 
     argmax(scores / temperature + Gumbel noise) draws from softmax(scores / temperature) exactly (the Gumbel-max
-    trick; Gumbel 1954, Maddison et al. 2014). Raises `ArithmeticError` where the scores are not finite numbers.
+    trick; Gumbel 1954, Maddison et al. 2014). Raise `ArithmeticError` if the scores are not finite numbers.
     """
     best = scores.max()
     if not math.isfinite(best):
@@ -141,7 +141,7 @@ def sample(
 
 
 def logprobs(scores: NDArray[np.floating[Any]], token: int, top: int) -> Logprobs:
-    """Log-probabilities of `token` and of the `top` likeliest tokens under softmax(`scores` [vocabulary])."""
+    """Return the log-probabilities of `token` and of the `top` likeliest tokens in softmax(`scores` [vocabulary])."""
     import numpy as np
 
     exact = scores.astype(np.float64)
@@ -160,13 +160,12 @@ def _has_penalties(params: SamplingParams) -> bool:
 
 
 class Detokeniser:
-    """Turns ids into text piece by piece: never half a character, never taken back, each id decoded a bounded number
-    of times.
+    """Ids to text, piece by piece: never half a character, never taken back, each id decoded a bounded number of times.
 
-    A tokenizer decodes ids by their neighbours (a leading space, bytes of one character spread over ids), so a window
-    of recent ids is decoded anew with each one, and what it shows beyond the characters already handed out is new. It
-    begins inside `context`, the ids of the prompt. A trailing U+FFFD may be an incomplete character and is held
-    back until three ids later nothing can complete it any more.
+    The text of an id depends on its neighbours (a leading space, bytes of one character spread over ids). So each new
+    id is decoded together with a window of the ids before it, which begins inside `context`, the ids of the prompt; the
+    characters beyond those already handed out are new. A U+FFFD at the end may be an incomplete character: it is held
+    back for three ids, after which nothing can complete it any more.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:
@@ -178,7 +177,7 @@ class Detokeniser:
         self._text = ""
 
     def push(self, token: int) -> str:
-        """The text that became final with `token`, often ""."""
+        """Return the text that became final with `token`, often ""."""
         self._window.append(token)
         self._open += 1
         text = self._text = self._decode(self._window)
@@ -194,7 +193,7 @@ class Detokeniser:
         return piece
 
     def flush(self) -> str:
-        """What was held back; an incomplete character shows as U+FFFD, as it does when all ids are decoded at once."""
+        """Return the text held back; an incomplete character shows as U+FFFD, as if all ids were decoded at once."""
         piece = self._text[self._shown :]
         self._shown = max(self._shown, len(self._text))
         return piece
@@ -212,7 +211,8 @@ class Detokeniser:
 
 
 def _opening(decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> tuple[list[int], str]:
-    """The last few ids of `context` and their text, begun at a whole character where one of four beginnings does."""
+    """Return the last few ids of `context` and their text, which begins with a whole character if one of four
+    beginnings does."""
     window, text = list(context[-_GROUP:]), ""
     for size in range(_GROUP, _GROUP + _MAX_INCOMPLETE + 1):
         window = list(context[-size:])
@@ -223,10 +223,10 @@ def _opening(decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> 
 
 
 class StopMatcher:
-    """Passes text on up to the first stop string, which it swallows with all that follows.
+    """A filter that passes text on up to the first stop string, and swallows the rest.
 
-    The first is the one that ends first, of those that end together the longest: so the outcome does not depend on
-    how the text was cut into pieces. Text that may yet become a stop string is held back.
+    The first stop string is the one that ends first; of those that end together, the longest. So the outcome does not
+    depend on how the text was cut into pieces. Text that may yet become a stop string is held back.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -236,7 +236,7 @@ class StopMatcher:
         self._held = ""
 
     def feed(self, piece: str) -> tuple[str, bool]:
-        """Returns the text that is final now, and whether a stop string was met."""
+        """Return the text that is final now, and whether a stop string was met."""
         if not self._stops or not piece:
             return piece, False
         text = self._held + piece
@@ -249,12 +249,12 @@ class StopMatcher:
         return text[:keep], False
 
     def flush(self) -> str:
-        """What was held back, once no more text follows."""
+        """Return the text held back, once no more text follows."""
         held, self._held = self._held, ""
         return held
 
     def _prefix_at_end(self, text: str) -> int:
-        """Where the longest end of `text` that begins some stop string starts; len(text) if none does."""
+        """Return where the longest end of `text` that begins a stop string starts; len(text) if there is none."""
         for at in range(max(0, len(text) - self._longest + 1), len(text)):
             if text[at] in self._first and any(stop.startswith(text[at:]) for stop in self._stops):
                 return at
@@ -262,7 +262,7 @@ class StopMatcher:
 
 
 class Generation:
-    """One request being decoded, apart from the model: ids in, events out. Its engine is its only caller."""
+    """One request being decoded, apart from the model: ids in, events out. Only the engine thread calls it."""
 
     def __init__(self, request: GenerationRequest, codec: Codec) -> None:
         self.request = request
@@ -277,7 +277,7 @@ class Generation:
 
     @classmethod
     def restore(cls, state: GenerationState, codec: Codec) -> Generation:
-        """A generation that goes on after `state`. Raises ValueError, with the reason, if nothing can."""
+        """Return a generation that goes on after `state`. Raise ValueError, with the reason, if that is impossible."""
         if state.version != STATE_VERSION:
             raise ValueError(f"its format has version {state.version}, this engine reads version {STATE_VERSION}")
         generation = cls(state.request, codec)
@@ -290,27 +290,27 @@ class Generation:
         return generation
 
     def state(self, engine: str, revision: str, kv: tuple[KVRow, ...] = (), arithmetic: str = "") -> GenerationState:
-        """What `restore` needs, for an engine of the kind `engine` on `revision`."""
+        """Return the state from which `restore` goes on, for an engine of the kind `engine` on `revision`."""
         generated = tuple(self.generated)
         return GenerationState(STATE_VERSION, engine, revision, self.request, generated, self.emitted, kv, arithmetic)
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer together; the next token's position."""
+        """The number of tokens of prompt and answer together, which is the next token's position."""
         return len(self.request.prompt) + len(self.generated)
 
     def sample(self, scores: NDArray[np.floating[Any]]) -> int:
-        """The next token, drawn from the model's `scores` [vocabulary] for it."""
+        """Return the next token, drawn from the model's `scores` [vocabulary]."""
         return sample(scores, self.request.sampling, self.length, self._seen, self._counts)
 
     def draw(self, scores: NDArray[np.floating[Any]]) -> TokenEvent:
-        """`sample` and `advance`, with the log-probabilities that were asked for; a stop id has none."""
+        """Draw the next token and take it in, with the log-probabilities asked for; a stop id has none."""
         token, wanted = self.sample(scores), self.request.logprobs
         silent = wanted is None or token in self.request.stop_ids
         return self.advance(token, None if silent else logprobs(scores, token, wanted or 0))
 
     def advance(self, token: int, chances: Logprobs | None = None) -> TokenEvent:
-        """Takes the next token in; the event says what became final with it, and whether it was the last one."""
+        """Take the next token in; the event has the text that became final, and whether the token was the last."""
         index = len(self.generated)
         self.generated.append(token)
         self._counts[token] = self._counts.get(token, 0) + 1
@@ -334,6 +334,6 @@ class Generation:
         return TokenEvent(index, token, text, self.finished, None, chances)
 
     def end(self, finish: Finish, error: str | None = None) -> TokenEvent:
-        """Ends it for a reason outside of it; text held back stays unsaid, for it may be said elsewhere."""
+        """End the generation for a reason outside of it; text held back is not sent: another replica may do so."""
         self.finished = finish
         return TokenEvent(len(self.generated), None, "", finish, error)

@@ -1,12 +1,12 @@
 """Owns the engine thread and the live generations: slots, queue, streams and every verb of the contract.
 
-An engine is this loop and its `step`. One thread makes all steps; everything shared sits under one lock, and both
-sides decide under it and act outside it:
+An engine is this loop and its `step`. One thread makes all steps. One lock guards everything shared: all threads decide
+under the lock and act outside of it.
 
     submit ──► waiting ──► running ⇄ paused (export / resume) ──► ended
                               └── step ──► (row, event) … ──► the row's stream
 
-A row in the step in progress belongs to the engine thread; a paused row belongs to whoever exports it.
+A row in the step in progress belongs to the engine thread, a paused row to the caller of `export`.
 """
 
 from __future__ import annotations
@@ -19,79 +19,85 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
-from runtime.engine.base import (
-    Codec,
-    EngineStats,
-    Finish,
-    GenerationRequest,
-    GenerationState,
-    KVRow,
-    TokenEvent,
-)
+from runtime.engine.base import Codec, EngineStats, Finish, GenerationRequest, GenerationState, KVRow, TokenEvent
+from runtime.engine.bounds import Bounds
 from runtime.engine.generation import Generation
 from runtime.engine.stream import Stream
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
 
 _log = logging.getLogger("glowplug.engine")
 
-# Upper bounds of waits, in seconds. None of them is ever reached unless something is broken.
+# Upper bounds of waits, in seconds, which are only reached when something is broken.
 _STEP_LIMIT = 300.0
 _IDLE_WAIT = 30.0
-# So many failed steps in a row are no request's fault: the engine gives up, for a new process may do better.
+# Steps that fail in a row before the engine gives up: no request is to blame then, and a new process may do better.
 _FAILURES = 3
 
-M = TypeVar("M")  # what an engine remembers of a generation between steps: its KV cache
+M = TypeVar("M")  # an engine's memory of a generation between two steps: its keys and values
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWatch:
+    """Calls for what an engine's owner wants to know; each is made at most once, from the engine thread."""
+
+    first_token: Callable[[int], None] | None = None
+    """Takes the time (ns, CLOCK_MONOTONIC) at which the generation with the very first token was asked for."""
+    broken: Callable[[str], None] | None = None
+    """Takes the reason why the engine broke; it serves nothing after that."""
+
+
+UNWATCHED = EngineWatch()
 
 
 class Row(Generic[M]):
     """A live generation, its stream and the engine's memory of it."""
 
-    def __init__(self, generation: Generation, *, paused: bool = False) -> None:
+    def __init__(
+        self, generation: Generation, cancel: Callable[[Row[M] | None], None], *, paused: bool = False
+    ) -> None:
+        """`cancel` gets this row, if it still exists, when the stream's reader leaves."""
         self.generation = generation
         self.memory: M | None = None
         self.paused = paused
         self.ended = False
-        self.held = False  # whether memory has been set aside for it
+        self.promised = False  # whether memory has been set aside for the row
         self.born = time.monotonic_ns()
-        self.since = 0.0  # when it got its slot
-        self.stream: Stream
+        self.since = 0.0  # when the row got its slot, on time.monotonic
+        row = weakref.ref(self)  # a reader that is slow to go must not keep the row's memory
+        self.stream = Stream(generation.request.id, lambda: cancel(row()))
 
 
 class Loop(ABC, Generic[M]):
     """The part of an engine that is the same for all of them.
 
-    `slots` generations run at once, `queue_size` more wait. Subclasses implement `step` and, if their generations
-    have a memory, `pack` and `unpack`; they call `start` when they are ready to step.
+    `slots` generations run at once, `queue_size` more wait. Subclasses implement `step`, `embed_one` and, if their
+    generations have a memory, `pack` and `unpack`; they call `start` when they are ready to step.
     """
 
     kind: str
-    arithmetic = ""  # what the bits of its results depend on besides the request; see `GenerationState`
+    arithmetic = ""  # see `GenerationState`
 
     def __init__(
         self,
         codec: Codec,
         *,
         revision: str,
-        context_length: int,
-        vocabulary: int,
+        bounds: Bounds,
         slots: int,
         queue_size: int,
-        memory: int | None = None,
-        token_bytes: int = 0,
+        watch: EngineWatch = UNWATCHED,
     ) -> None:
-        """`memory` bytes hold what generations remember, `token_bytes` of each of their tokens; None: no bound."""
         self.revision = revision
-        self.context_length = context_length
+        self.context_length = bounds.context_length
         self.codec = codec
-        self._vocabulary = vocabulary
+        self._bounds = bounds
         self._slots = slots
         self._queue_size = queue_size
-        self._memory = memory
-        self._token_bytes = token_bytes
-        self._promised = 0  # bytes of it, set aside for the whole of every generation that has its slot
+        self._promised = 0  # bytes of memory, set aside for the whole of every generation that has its slot
         self._wake = threading.Condition()
         self._rows: dict[str, Row[M]] = {}  # every live row, by request id
         self._waiting: deque[Row[M]] = deque()
@@ -99,61 +105,62 @@ class Loop(ABC, Generic[M]):
         self._stepping: Sequence[Row[M]] = ()  # the rows of the step in progress
         self._tasks: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._down: str | None = None  # why nothing is accepted any more
-        # Called once: when (ns, CLOCK_MONOTONIC) the generation that made the very first token was asked for.
-        self.on_first_token: Callable[[int], None] | None = None
-        # Called once, from the engine thread: why it broke, when it did. Nothing is served after that.
-        self.on_broken: Callable[[str], None] | None = None
+        self._watch = watch
+        self._fresh = True  # no token has been made yet
         self._failures = 0
-        self._seconds = 1.0  # smoothed time that a generation holds its slot
+        self._seconds = 1.0  # smoothed time that a generation occupies its slot
         self._thread = threading.Thread(target=self._run, name=f"glowplug-engine-{self.kind}", daemon=True)
 
-    # What an engine adds. Called without the lock, but for `choose` and `promise`.
+    # What an engine adds. All but `choose`, `promise` and `cached` are called without the lock.
 
     @abstractmethod
     def step(self, rows: Sequence[Row[M]]) -> Iterable[tuple[Row[M], TokenEvent]]:
-        """One piece of work for `rows`, as short as a forward pass: advances generations, yields what came of it."""
+        """Do one piece of work for `rows`, as short as a forward pass, and yield the events of their generations."""
+
+    @abstractmethod
+    def embed_one(self, prompt: Sequence[int]) -> list[float]:
+        """Return the vector of a prompt whose ids have been checked; see `Engine.embed`."""
 
     def choose(self, rows: Sequence[Row[M]]) -> Sequence[Row[M]]:
-        """Which of the runnable `rows` (never empty) the next step is for. Called with the lock held: be quick."""
+        """Return those of the runnable `rows` (never empty) that the next step is for. The lock is held: be quick."""
         return rows
 
     def promise(self, size: int) -> bool:
-        """Sets `size` bytes of memory aside; False if they are not there. Called with the lock held: only counts."""
-        if self._memory is not None and self._promised + size > self._memory:
+        """Set `size` bytes of memory aside; False if they are not free. The lock is held: this only counts."""
+        if self._bounds.memory is not None and self._promised + size > self._bounds.memory:
             return False
         self._promised += size
         return True
 
-    def kept(self) -> tuple[int, int]:
-        """`kept` and `reused` of `EngineStats`. Called with the lock held."""
+    def cached(self) -> tuple[int, int]:
+        """Return `cached` and `reused` of `EngineStats`. The lock is held."""
         return 0, 0
 
     def pack(self, row: Row[M]) -> tuple[KVRow, ...]:  # noqa: ARG002  for engines that override it
-        """The memory of a paused row; () if the receiver is to recompute it."""
+        """Return the memory of a paused row; () if the receiver is to recompute it."""
         return ()
 
-    def again(self, generation: Generation) -> float:  # noqa: ARG002
-        """About how many seconds feeding all of it once more would take; 0 where that is not known."""
-        return 0.0
-
     def unpack(self, generation: Generation, kv: tuple[KVRow, ...]) -> M | None:  # noqa: ARG002
-        """The memory that `pack` made. Raises `SnapshotRefused`."""
+        """Return the memory that `pack` made rows of. Raise `SnapshotRefused`."""
         return None
 
+    def again(self, generation: Generation) -> float:  # noqa: ARG002
+        """Estimate the seconds in which all tokens of `generation` could be fed once more; 0 for unknown."""
+        return 0.0
+
     def begin(self) -> None:
-        """Called once, on the engine thread, before its first step."""
+        """Prepare the engine thread; called once on that thread, before the first step."""
 
     # The contract.
 
     def submit(self, request: GenerationRequest) -> Stream:
-        self._check(request)
-        return self._enter(Row[M](Generation(request, self.codec)))
+        self._bounds.check(request)
+        return self._enter(Row[M](Generation(request, self.codec), self._cancel))
 
     def cancel(self, request_id: str) -> None:
         with self._wake:
             row = self._rows.get(request_id)
-        if row is not None:
-            self._leave(row, "cancelled")
+        self._cancel(row)
 
     def export(self, request_id: str, *, kv: bool = True) -> GenerationState:
         with self._wake:
@@ -176,8 +183,7 @@ class Loop(ABC, Generic[M]):
     def forget(self, request_id: str) -> None:
         with self._wake:
             row = self._rows.get(request_id)
-        if row is not None:
-            self._leave(row, "moved")
+        self._leave(row, "moved")
 
     def admit(self, state: GenerationState) -> Stream:
         if (state.engine, state.revision) != (self.kind, self.revision):
@@ -191,11 +197,11 @@ class Loop(ABC, Generic[M]):
                 f"has {self.arithmetic or 'another engine'}; send it to one that computes alike"
             )
         try:
-            self._check(state.request)
+            self._bounds.check(state.request)
             generation = Generation.restore(state, self.codec)
         except (BadRequest, ValueError) as error:
             raise SnapshotRefused(f"the generation cannot go on here: {error}") from error
-        row = Row[M](generation, paused=True)
+        row = Row[M](generation, self._cancel, paused=True)
         stream = self._enter(row, at_once=True)
         try:
             row.memory = self.unpack(generation, state.kv) if state.kv else None
@@ -205,12 +211,15 @@ class Loop(ABC, Generic[M]):
         self.resume(stream.request_id)
         return stream
 
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        for prompt in prompts:
+            self._bounds.check_ids(prompt, "input")
+        return [self.embed_one(prompt) for prompt in prompts]
+
     def stats(self) -> EngineStats:
         with self._wake:
-            running, waiting = len(self._running), len(self._waiting)
-            return EngineStats(
-                running, waiting, self._slots, self._queue_size, self._promised, self._memory or 0, *self.kept()
-            )
+            running, waiting, limit = len(self._running), len(self._waiting), self._bounds.memory or 0
+            return EngineStats(running, waiting, self._slots, self._queue_size, self._promised, limit, *self.cached())
 
     def close(self) -> None:
         with self._wake:
@@ -224,13 +233,16 @@ class Loop(ABC, Generic[M]):
         self._thread.start()
 
     def recompute(self, request_id: str) -> tuple[int, float]:
-        """Bytes that a live generation remembers, and about how many seconds they take to be made anew (0: unknown)."""
+        """Return the bytes of a live generation's memory, and about how many seconds making them anew takes (0:
+        unknown)."""
         with self._wake:
             row = self._rows.get(request_id)
-        return (row.generation.length * self._token_bytes, self.again(row.generation)) if row is not None else (0, 0.0)
+        if row is None:
+            return 0, 0.0
+        return row.generation.length * self._bounds.token_bytes, self.again(row.generation)
 
     def call(self, task: Callable[[], T]) -> T:
-        """Runs `task` on the engine thread between two steps and returns its result. Raises `EngineFailed`."""
+        """Run `task` on the engine thread between two steps and return its result. Raise `EngineFailed`."""
         future: Future[object] = Future()
         with self._wake:
             if self._down:
@@ -242,44 +254,14 @@ class Loop(ABC, Generic[M]):
         except TimeoutError as error:
             raise EngineFailed(f"the engine was busy for more than {_STEP_LIMIT:.0f} s") from error
 
-    def check_ids(self, ids: Sequence[int], param: str) -> None:
-        """Raises `BadRequest` for ids that the model cannot take in; `param` is what the caller knows them as."""
-        if not 0 < len(ids) <= self.context_length:
-            raise BadRequest(f"the {param} has {len(ids)} tokens; it must have 1..{self.context_length}", param)
-        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            raise BadRequest(f"the {param} has token ids outside of 0..{self._vocabulary - 1}", param)
-
-    def _check(self, request: GenerationRequest) -> None:
-        length = len(request.prompt)
-        self.check_ids(request.prompt, "prompt")
-        if request.max_tokens < 1:
-            raise BadRequest(f"max_tokens is {request.max_tokens}; ask for at least 1", "max_tokens")
-        if length + request.max_tokens > self.context_length:
-            raise BadRequest(
-                f"the prompt has {length} tokens and max_tokens is {request.max_tokens}, together more than the "
-                f"model's context of {self.context_length} tokens; shorten one of them",
-                "max_tokens" if length < self.context_length else "prompt",
-            )
-        if self._memory is not None and self._cost(request) > self._memory:
-            tokens, room = length + request.max_tokens, self._memory // self._token_bytes
-            raise BadRequest(
-                f"prompt and max_tokens come to {tokens} tokens, and the memory here holds those of {room}; "
-                "ask for fewer tokens, or raise the memory limit or GLOWPLUG_KV_MEMORY",
-                "max_tokens",
-            )
-        if any(not 0 <= token < self._vocabulary for token in request.sampling.logit_bias):
-            raise BadRequest(f"logit_bias names token ids outside of 0..{self._vocabulary - 1}", "logit_bias")
-
     def _enter(self, row: Row[M], *, at_once: bool = False) -> Stream:
-        """Puts a row into the queue; `at_once` only if there is a slot and memory for it now."""
+        """Put a row into the queue; with `at_once` only if there is a slot and memory for it now."""
         request_id = row.generation.request.id
-        weak = weakref.ref(row)
-        row.stream = Stream(request_id, lambda: self._leave(weak(), "cancelled"))
         with self._wake:
             if self._down:
                 raise EngineFailed(self._down)
             if request_id in self._rows:
-                # Its last reader may be about to leave, as one that has come back over another connection.
+                # A reader that has come back over another connection may have left the live generation already.
                 raise EngineBusy(f"a generation with the id {request_id!r} is live already; try again in a moment")
             full = len(self._rows) >= self._slots + (0 if at_once else self._queue_size)
             if full or (at_once and not self._take(row)):
@@ -295,21 +277,21 @@ class Loop(ABC, Generic[M]):
         return row.stream
 
     def _take(self, row: Row[M]) -> bool:
-        """With the lock held."""
-        row.held = row.held or self.promise(self._cost(row.generation.request))
-        return row.held
+        """Set memory aside for a row; False if there is none. The lock is held."""
+        row.promised = row.promised or self.promise(self._bounds.cost(row.generation.request))
+        return row.promised
 
-    def _cost(self, request: GenerationRequest) -> int:
-        return (len(request.prompt) + request.max_tokens) * self._token_bytes
+    def _cancel(self, row: Row[M] | None) -> None:
+        self._leave(row, "cancelled")
 
     def _leave(self, row: Row[M] | None, finish: Finish, error: str | None = None) -> None:
-        """Ends a row that did not end by itself. A row in the step in progress is dropped when the step is done."""
+        """End a row that did not end by itself. A row in the step in progress is dropped when the step is done."""
         if row is not None:
             with self._wake:
                 self._end(row, TokenEvent(len(row.generation.generated), None, "", finish, error))
 
     def _end(self, row: Row[M], event: TokenEvent) -> None:
-        """With the lock held."""
+        """Take a row out of the engine, with `event` as the last one of its stream. The lock is held."""
         if row.ended:
             return
         row.ended = True
@@ -319,9 +301,9 @@ class Loop(ABC, Generic[M]):
             self._seconds += 0.2 * (time.monotonic() - row.since - self._seconds)
         else:
             self._waiting.remove(row)
-        if row.held:
-            row.held = False
-            self._promised -= self._cost(row.generation.request)
+        if row.promised:
+            row.promised = False
+            self._promised -= self._bounds.cost(row.generation.request)
         row.stream.put(event)
         self._wake.notify_all()
 
@@ -344,14 +326,14 @@ class Loop(ABC, Generic[M]):
             tasks, self._tasks = self._tasks, deque()
         for _, future in tasks:
             future.set_exception(EngineFailed(why))
-        if broken and self.on_broken is not None:
-            self.on_broken(why)
+        if broken and self._watch.broken is not None:
+            self._watch.broken(why)
 
     def _turn(self) -> bool:
-        """Waits for work, then does one task and one step. False once the engine is to stop."""
+        """Wait for work, then do one task and one step. False once the engine is to stop."""
         with self._wake:
             while not self._down:
-                # The oldest first, and nobody past it: else one that needs much memory would wait for ever.
+                # No row overtakes the oldest, or one that needs much memory would wait for ever.
                 while self._waiting and len(self._running) < self._slots and self._take(self._waiting[0]):
                     row = self._waiting.popleft()
                     row.since = time.monotonic()
@@ -378,9 +360,10 @@ class Loop(ABC, Generic[M]):
     def _step(self, rows: Sequence[Row[M]]) -> None:
         try:
             for row, event in self.step(rows):
-                if self.on_first_token is not None and event.token is not None:
-                    announce, self.on_first_token = self.on_first_token, None
-                    announce(row.born)
+                if self._fresh and event.token is not None:
+                    self._fresh = False
+                    if self._watch.first_token is not None:
+                        self._watch.first_token(row.born)
                 with self._wake:
                     if event.finish is not None:
                         self._end(row, event)
@@ -388,7 +371,7 @@ class Loop(ABC, Generic[M]):
                         row.stream.put(event)
             self._failures = 0
         except Exception as error:
-            # Whose fault it was cannot be told from here; rows of other steps are unharmed.
+            # Any row of the step may be to blame; rows of other steps are unharmed.
             _log.exception("a step failed; its %d generations end with an error", len(rows))
             for row in rows:
                 self._leave(row, "error", f"the engine failed on this request ({type(error).__name__}); see the log")

@@ -1,7 +1,7 @@
-"""Owns what finished generations leave behind for those that begin with the same tokens. Pure.
+"""Owns the cached rows of finished generations, for generations that begin with the same tokens. Pure.
 
-A conversation's next turn begins with all that was said before, and requests with one system prompt begin alike. What
-is kept lives on memory that nobody else wants: whoever needs it evicts the entry that was useless for longest.
+A conversation's next turn begins with all that was said before, and requests with one system prompt begin alike. The
+cache uses memory that is not promised to any generation: for a promise, the entry that was useless for longest goes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class _Entry(Generic[K]):
 
 
 def encoded(ids: Iterable[int]) -> bytes:
-    """Token ids in a form whose beginnings compare at the speed of memory."""
+    """Return token ids in a form whose beginnings compare at the speed of memory."""
     return array("i", ids).tobytes()
 
 
 def common(a: bytes, b: bytes) -> int:
-    """How many tokens two `encoded` sequences begin with in common."""
+    """Return the number of tokens that two `encoded` sequences begin with in common."""
     low, high = 0, min(len(a), len(b)) // _WIDTH
     if a[: high * _WIDTH] == b[: high * _WIDTH]:
         return high
@@ -49,10 +49,10 @@ def common(a: bytes, b: bytes) -> int:
 
 
 class Prefixes(Generic[K]):
-    """At most `most` kept generations; `held` is their bytes. Not thread-safe."""
+    """The rows of at most `most` finished generations, `nbytes` bytes in all. Not thread-safe."""
 
     def __init__(self, most: int = 64) -> None:
-        self.held = 0
+        self.nbytes = 0
         self._most = most
         self._entries: list[_Entry[K]] = []  # the least useful first
 
@@ -60,7 +60,7 @@ class Prefixes(Generic[K]):
         return len(self._entries)
 
     def find(self, ids: bytes, others: Sequence[tuple[bytes, K]] = ()) -> tuple[K, int] | None:
-        """Rows with the longest common beginning, among the kept ones and `others`, and its length; None for none."""
+        """Return the rows, cached or others, with the longest common beginning and its length; None without any."""
         best: tuple[K, int] | None = None
         used = None
         for entry in self._entries:
@@ -76,8 +76,8 @@ class Prefixes(Generic[K]):
             self._entries.append(used)
         return best
 
-    def keep(self, ids: bytes, rows: K) -> None:
-        """Keeps `rows` of `ids`, in place of every entry that it continues; not if an entry continues it."""
+    def add(self, ids: bytes, rows: K) -> None:
+        """Cache `rows` of `ids`, in place of every entry that they continue; do nothing if an entry continues them."""
         if any(entry.ids.startswith(ids) for entry in self._entries):
             return
         for entry in [entry for entry in self._entries if ids.startswith(entry.ids)]:
@@ -85,10 +85,10 @@ class Prefixes(Generic[K]):
         while len(self._entries) >= self._most:
             self.evict()
         self._entries.append(_Entry(ids, rows, rows.nbytes))
-        self.held += rows.nbytes
+        self.nbytes += rows.nbytes
 
     def evict(self) -> bool:
-        """Forgets the entry that was useless for longest; False if there is none."""
+        """Forget the entry that was useless for longest; False if there is none."""
         if not self._entries:
             return False
         self._drop(self._entries[0])
@@ -96,4 +96,4 @@ class Prefixes(Generic[K]):
 
     def _drop(self, entry: _Entry[K]) -> None:
         self._entries.remove(entry)
-        self.held -= entry.nbytes
+        self.nbytes -= entry.nbytes

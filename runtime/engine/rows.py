@@ -11,7 +11,7 @@ _FIRST = 64  # tokens that a buffer begins with
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What one token leaves behind in each of `layers`: `heads` keys and values of `key` and `value` numbers."""
+    """The keys and values of one token: in each of `layers`, `heads` of them of `key` and `value` numbers each."""
 
     layers: int
     heads: int
@@ -28,14 +28,14 @@ class Shape:
 class Rows:
     """Keys and values of one generation's tokens, each key beside its value: [layers, capacity, heads, key + value].
 
-    The first `fed` tokens are there. The first `exact` of them depend on nothing but the tokens themselves, to the last
-    bit: they were fed in pieces cut at fixed places, each in a forward pass of its own.
+    The first `fed` tokens are there. The rows of the first `exact` tokens depend on nothing but the tokens themselves,
+    to the last bit: these tokens were fed in pieces cut at fixed places, each piece in a forward pass of its own.
     """
 
     __slots__ = ("exact", "fed", "kv", "limit", "shape")
 
     def __init__(self, shape: Shape, limit: int) -> None:
-        """`limit` is the number of tokens that it will never exceed."""
+        """`limit` is the number of tokens that the generation will never exceed."""
         self.shape, self.limit = shape, limit
         self.fed = self.exact = 0
         self.kv = _buffer(shape, min(limit, _FIRST))
@@ -45,19 +45,19 @@ class Rows:
         return self.kv.shape[1] * self.shape.token_bytes
 
     def make_room(self, tokens: int) -> None:
-        """Room for `tokens` in all. Doubles, so that every token is copied about once in its life."""
+        """Make room for `tokens` in all. Capacities double, so that every token is copied about once in its life."""
         capacity = self.kv.shape[1]
         if tokens > capacity:
             self._resize(min(self.limit, max(tokens, 2 * capacity)))
 
     def shrink(self) -> None:
-        """Gives back the room that no token has taken, where it is worth a copy."""
+        """Give back the room that no token has taken, where that is worth a copy."""
         if self.kv.shape[1] > 1.25 * self.fed:
             self._resize(self.fed)
         self.limit = self.kv.shape[1]
 
     def take(self, other: Rows, tokens: int) -> None:
-        """Begins with the first `tokens` of `other`, a copy of them."""
+        """Begin with a copy of the first `tokens` of `other`."""
         self.make_room(tokens)
         self.kv[:, :tokens] = other.kv[:, :tokens]
         self.fed, self.exact = tokens, min(tokens, other.exact)
@@ -66,6 +66,11 @@ class Rows:
         kv = _buffer(self.shape, capacity)
         kv[:, : self.fed] = self.kv[:, : self.fed]
         self.kv = kv
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of `dtype` as `KVRow` has it: "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _buffer(shape: Shape, capacity: int) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
     rows ──► plan ──► [Forward(exact decode), Forward(exact prompt), …, Forward(everything else)]
 
-A row decodes (one token) or prefills (a piece of its prompt). Decoding rows are in every step, so a long prompt holds
-nobody up for longer than `chunk` tokens take. Of those, half go to the oldest prompt, which therefore always gets on,
-and what is left goes to the shortest ones, which are soon done.
+A row decodes (one token) or prefills (a piece of its prompt). Decoding rows are in every step, so a long prompt delays
+them by no more than `chunk` prompt tokens take. Half of the `chunk` tokens go to the oldest prompt, which therefore
+always advances; the rest go to the shortest prompts, which are soon done.
 
-Deterministic rows share a forward pass with nobody who could change its shape: their decoding is padded to a fixed
-number of rows (free places are lent to other decoding rows), and each piece of their prompts, cut at multiples of
-`chunk`, is a forward pass of its own.
+The forward passes of deterministic rows always have the same shape: decoding is padded to a fixed number of rows (free
+places are lent to other decoding rows), and each piece of a prompt, cut at multiples of `chunk`, is a forward pass of
+its own.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one row still has to be fed.
+    """The tokens that one row still has to be fed.
 
-    `known` tokens exist, `fed` of them the model has seen, `prompt` of them may be fed in pieces of any size; beyond
-    those it goes one by one, except that `batchable` lets an answer that is fed again be fed like a prompt.
+    The row has `known` tokens, and the model has seen `fed` of them. The first `prompt` tokens may be fed in pieces of
+    any size, the others only one by one, unless the row is `batchable`. An `exact` row is deterministic.
     """
 
     prompt: int
@@ -33,7 +33,7 @@ class Need:
 
     @property
     def piece(self) -> int:
-        """Tokens that may be fed at once; 0 for a row that decodes."""
+        """The number of tokens that may be fed at once; 0 for a row that decodes."""
         end = self.known if self.batchable else self.prompt
         left = end - self.fed
         return 0 if left <= 0 or (left == 1 and self.fed >= self.prompt) else left
@@ -41,9 +41,9 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward pass: (row, tokens) pieces, those of one token first, and how many rows of nothing follow them.
+    """One forward pass: (row, tokens) pieces, those of one token first, then `padding` rows of nothing.
 
-    A `fixed` one has always the same shape.
+    A `fixed` pass has always the same shape.
     """
 
     pieces: tuple[tuple[int, int], ...]
@@ -52,7 +52,7 @@ class Forward:
 
 
 def plan(needs: Sequence[Need], chunk: int, fixed: int) -> list[Forward]:
-    """The forward passes of one step: `chunk` prompt tokens at most, deterministic decoding in `fixed` rows."""
+    """Return the forward passes of a step: at most `chunk` prompt tokens, deterministic decoding in `fixed` rows."""
     decoding = [i for i, need in enumerate(needs) if not need.piece]
     exact = [i for i in decoding if needs[i].exact]
     others = [i for i in decoding if not needs[i].exact]
@@ -72,7 +72,8 @@ def plan(needs: Sequence[Need], chunk: int, fixed: int) -> list[Forward]:
 
 
 def _alone(rows: Sequence[int], needs: Sequence[Need], chunk: int) -> list[tuple[int, int]]:
-    """Pieces of prompts that cannot share: the oldest's, the shortest's, and of more while they come to one `chunk`."""
+    """Return pieces of deterministic prompts: of the oldest and the shortest, and of more as long as all the pieces
+    together have at most `chunk` tokens."""
     pieces: list[tuple[int, int]] = []
     spent = 0
     for place, i in enumerate([*rows[:1], *sorted(rows[1:], key=lambda i: needs[i].piece)]):
@@ -84,7 +85,7 @@ def _alone(rows: Sequence[int], needs: Sequence[Need], chunk: int) -> list[tuple
 
 
 def _share(rows: Sequence[int], needs: Sequence[Need], budget: int) -> dict[int, int]:
-    """Tokens for each prompt that gets any."""
+    """Return how many of the `budget` tokens each row is fed; rows that are fed none are left out."""
     shares: dict[int, int] = {}
     if rows:
         shares[rows[0]] = min(needs[rows[0]].piece, -(-budget // 2))

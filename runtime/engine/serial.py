@@ -1,9 +1,9 @@
-"""Owns the walking skeleton's engine: transformers' model code, one forward pass per generation and step.
+"""Owns the engine for models that cannot be batched: one forward pass of transformers' code per generation and step.
 
-Generations take turns: each turn is one chunk of a prompt or one token, so a long prompt holds nobody up for longer
-than a chunk. Each generation has a cache of its own, hence neither its scores nor its cache depend on its neighbours,
-in bf16 either. What the model has seen of a generation is one number, `fed`: prompt ids go in by chunks, generated
-ids one by one. An admitted generation without a cache is therefore recomputed by the very same steps.
+Generations take turns: each turn is one chunk of a prompt or one token, so a long prompt delays other generations by no
+more than a chunk. Each generation has a cache of its own, hence neither its scores nor its cache depend on other
+generations, in bf16 either. One number, `fed`, counts the tokens that the model has seen: prompt ids are fed by chunks,
+generated ids one by one. An admitted generation without a cache is recomputed by the very same steps.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from runtime.engine.base import Codec, KVRow, TokenEvent
+from runtime.engine.bounds import Bounds
 from runtime.engine.generation import Generation
-from runtime.engine.loop import Loop, Row
+from runtime.engine.loop import UNWATCHED, EngineWatch, Loop, Row
+from runtime.engine.rows import dtype_name
 from runtime.errors import BadRequest, SnapshotRefused
 
 
@@ -26,16 +28,16 @@ class SerialCache:
     """The cache of one generation and the number of its tokens that the model has seen."""
 
     def __init__(self, cache: Any, fed: int = 0) -> None:
-        self.cache = cache  # transformers' DynamicCache, whose layers it types as a union of everything
+        self.cache = cache  # a DynamicCache of transformers, which has no useful type for its layers
         self.fed = fed
 
 
 class SerialEngine(Loop[SerialCache]):
-    """Decodes with `model`, a transformers causal language model, as it stands: dtype, device, attention.
+    """An engine on `model`, a transformers causal language model, as it stands: dtype, device, attention.
 
-    `chunk` is the number of prompt tokens per step, `threads` torch's thread count for the engine thread (None leaves
-    it), `context_length` defaults to what the model's config says. `memory` bounds the bytes of all caches, by what a
-    layer of keys and values takes; a model that keeps something else is charged as much.
+    `chunk` is the number of prompt tokens per step, `threads` torch's thread count for the engine thread (None: torch's
+    own), `context_length` defaults to the one in the model's config. `memory` bounds the bytes of all caches. A token
+    is charged as keys and values in every layer, also where a model remembers something else.
     """
 
     kind = "serial"
@@ -52,18 +54,20 @@ class SerialEngine(Loop[SerialCache]):
         chunk: int = 512,
         threads: int | None = None,
         memory: int | None = None,
+        watch: EngineWatch = UNWATCHED,
     ) -> None:
         self._config = config = model.config.get_text_config(decoder=True)
         heads, size = _head_shape(config)
+        length = context_length or config.max_position_embeddings
+        vocabulary = model.get_input_embeddings().num_embeddings
+        token_bytes = config.num_hidden_layers * 2 * heads * size * model.dtype.itemsize
         super().__init__(
             codec,
             revision=revision,
-            context_length=context_length or self._config.max_position_embeddings,
-            vocabulary=model.get_input_embeddings().num_embeddings,
+            bounds=Bounds(length, vocabulary, memory, token_bytes),
             slots=slots,
             queue_size=queue_size,
-            memory=memory,
-            token_bytes=config.num_hidden_layers * 2 * heads * size * model.dtype.itemsize,
+            watch=watch,
         )
         self._model = model.eval()
         self._chunk = chunk
@@ -75,7 +79,7 @@ class SerialEngine(Loop[SerialCache]):
             torch.set_num_threads(self._threads)
 
     def choose(self, rows: Sequence[Row[SerialCache]]) -> Sequence[Row[SerialCache]]:
-        # Least recently served first: a row that had its turn goes to the back of the engine's list.
+        # The least recently served row is the first: after its turn a row goes to the back of the engine's list.
         row = rows[0]
         self._running.remove(row)
         self._running.append(row)
@@ -92,7 +96,7 @@ class SerialEngine(Loop[SerialCache]):
                 input_ids=torch.tensor((ids,), device=self._model.device),
                 past_key_values=memory.cache,
                 use_cache=True,
-                # By number, not as the last one: a slice is strided, and its product with the head takes a slow path.
+                # The position's number selects a contiguous row; the product of a slice with the head is slow.
                 logits_to_keep=torch.tensor([len(ids) - 1], device=self._model.device),
             )
             scores = output.logits[0, -1].float().cpu().numpy()
@@ -100,16 +104,7 @@ class SerialEngine(Loop[SerialCache]):
         if memory.fed == generation.length:
             yield row, generation.draw(scores)
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Mean of the last hidden states over each prompt's tokens, scaled to length 1: [prompts][hidden size].
-
-        Runs on the engine thread, chunk by chunk between the steps of generations.
-        """
-        for prompt in prompts:
-            self.check_ids(prompt, "input")
-        return [self._embed(prompt) for prompt in prompts]
-
-    def _embed(self, prompt: Sequence[int]) -> list[float]:
+    def embed_one(self, prompt: Sequence[int]) -> list[float]:
         cache = DynamicCache(config=self._config)
 
         def forward(ids: Sequence[int]) -> torch.Tensor:
@@ -126,10 +121,10 @@ class SerialEngine(Loop[SerialCache]):
         return vector
 
     def pack(self, row: Row[SerialCache]) -> tuple[KVRow, ...]:
-        """Rows "fed" (int64), then "<layer>.k" and "<layer>.v", each [1, heads, positions, head size].
+        """Return rows "fed" (int64), then "<layer>.k" and "<layer>.v", each [1, heads, positions, head size].
 
-        A layer with a sliding window has only the positions that are still in it. () if nothing was fed yet, or if
-        the model keeps something else than keys and values: then the receiver recomputes.
+        A layer with a sliding window has only the positions that are still in the window. () if nothing was fed yet, or
+        if the model remembers something else than keys and values: then the receiver recomputes.
         """
         memory = row.memory
         if memory is None or not memory.fed:
@@ -140,7 +135,7 @@ class SerialEngine(Loop[SerialCache]):
                 return ()
             for name, tensor in (("k", layer.keys), ("v", layer.values)):
                 data = tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-                rows.append(KVRow(f"{index}.{name}", _name(tensor.dtype), tuple(tensor.shape), data))
+                rows.append(KVRow(f"{index}.{name}", dtype_name(tensor.dtype), tuple(tensor.shape), data))
         return tuple(rows)
 
     def unpack(self, generation: Generation, kv: tuple[KVRow, ...]) -> SerialCache:
@@ -168,10 +163,10 @@ class SerialEngine(Loop[SerialCache]):
         config = self._config
         heads, size = _head_shape(config)
         shape, dtype = (1, heads, positions, size), self._model.dtype
-        if row.shape != shape or row.dtype != _name(dtype):
+        if row.shape != shape or row.dtype != dtype_name(dtype):
             raise SnapshotRefused(
                 f"the snapshot's cache row {row.name} is {row.dtype}{list(row.shape)}, "
-                f"this model's is {_name(dtype)}{list(shape)}"
+                f"this model's is {dtype_name(dtype)}{list(shape)}"
             )
         if len(row.data) != dtype.itemsize * heads * positions * size:
             raise SnapshotRefused(f"the snapshot's cache row {row.name} has {len(row.data)} bytes, not its shape's")
@@ -179,29 +174,24 @@ class SerialEngine(Loop[SerialCache]):
 
 
 def _head_shape(config: Any) -> tuple[int, int]:
-    """Key heads and their size, as far as the config tells; a model without attention is taken for one head."""
+    """Return the number of key heads and their size; a model without attention counts as one head."""
     queries = getattr(config, "num_attention_heads", None) or 1
     heads = getattr(config, "num_key_value_heads", None) or queries
     return heads, getattr(config, "head_dim", None) or config.hidden_size // queries
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 class TokenizerCodec:
-    """A transformers tokenizer as the engine and the API want it.
+    """A `Codec` over a transformers tokenizer.
 
-    `eos_ids` are added to the tokenizer's own (generation_config.json may name several). Special tokens have no text.
+    `eos_ids` are added to the tokenizer's (generation_config.json may name several). Special tokens have no text.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Iterable[int] = ()) -> None:
-        own = tokenizer.eos_token_id
-        self.eos_ids = frozenset(eos_ids) | ({own} if own is not None else set())
+        self.eos_ids = frozenset(eos_ids) | ({tokenizer.eos_token_id} - {None})
         self.vocabulary = len(tokenizer)
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        # The Rust tokenizer refuses a call that changes its settings while another thread is in it, and encoding may.
+        # Encoding may change the Rust tokenizer's settings, which fails while another thread is encoding.
         self._encoding = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
@@ -210,7 +200,7 @@ class TokenizerCodec:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        if self._backend is not None:  # ten times quicker than through the wrapper, and the engine calls it per token
+        if self._backend is not None:  # ten times quicker than the wrapper, and the engine decodes for every token
             text: str = self._backend.decode(ids, skip_special_tokens=True)
         else:
             text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -225,6 +215,6 @@ class TokenizerCodec:
                     list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
                 )
         except Exception as error:
-            # Templates are the model's code: they raise what they like, mostly about roles and their order.
+            # Templates are the model's code and raise anything, mostly about roles and their order.
             raise BadRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         return ids

@@ -1,4 +1,4 @@
-"""Owns the making of models that hold nothing: every layer and name is there, and no byte of a weight."""
+"""Makes models without weights: every layer and name is there, and no byte of a weight."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from transformers.initialization import no_init_weights
 
 
 def skeleton(kind: Any, config: Any, **more: Any) -> Any:
-    """A model of this class on the meta device. Small things that it counts out for itself may lie on the processor."""
+    """Return a model of class `kind` on the meta device; small tensors that the model itself computes may be on the
+    processor."""
     try:
         with torch.device("meta"), _Counting(), no_init_weights():
             return kind._from_config(config, **more)
-    except RuntimeError:  # it puts together what lies on both
+    except RuntimeError:  # the model combines tensors of both devices
         with torch.device("meta"), no_init_weights():
             return kind._from_config(config, **more)
 
 
 class _Counting(TorchFunctionMode):
-    """Has `torch.arange` count on the processor. On the meta device it imports sympy, which takes a third of a second,
-    for the few frequencies of a rotary embedding.
+    """A mode in which `torch.arange` computes on the processor.
+
+    On the meta device `arange` imports sympy, which takes a third of a second, for the few frequencies of a rotary
+    embedding.
     """
 
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""Owns the way of a generation's events from the engine's thread to their one reader."""
+"""Carries a generation's events from the engine's thread to their one reader."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 from runtime.engine.base import TokenEvent
 
-_IDLE_WAIT = 30.0  # seconds; a stream has no end of its own, the engine or its reader ends it
+_IDLE_WAIT = 30.0  # seconds between two looks for an event; only the engine or the reader ends a stream
 
 
 class Stream:
-    """The events of one generation; see `TokenStream`. It never blocks the engine, and holds no cache alive."""
+    """The events of one generation; see `TokenStream`. Never blocks the engine, and keeps no memory of the engine's."""
 
     def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
         self.request_id = request_id

@@ -1,9 +1,9 @@
-"""Owns the toy: an engine without torch or weights that keeps the whole contract and says readable things.
+"""Owns the toy: an engine without torch or weights that keeps the whole contract and generates readable text.
 
-It answers with the words it was given. A conversation gets the last message back, then an end-of-sequence token; a
-plain prompt is repeated until `max_tokens`. With a temperature above 0 the words come in an order drawn from
-(seed, number of the word); the other sampling parameters change nothing. Function developers run their
-`handler_test.py` on it, and our tests run everything above the engine on it.
+The toy answers with the words of its prompt. A conversation gets the last message back, then an end-of-sequence token;
+a plain prompt is repeated until `max_tokens`. With a temperature above 0 the words come in an order drawn from (seed,
+number of the word); the other sampling parameters change nothing. Function developers run their `handler_test.py` on
+the toy, and our tests run everything above the engine on it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hashlib import blake2b
 from itertools import count, islice
 
 from runtime.engine.base import SamplingParams, TokenEvent
+from runtime.engine.bounds import Bounds
 from runtime.engine.generation import Generation
 from runtime.engine.loop import Loop, Row
 from runtime.errors import BadRequest
@@ -66,8 +67,7 @@ class ToyEngine(Loop[Iterator[int]]):
         super().__init__(
             codec or ToyCodec(),
             revision=revision,
-            context_length=context_length,
-            vocabulary=ToyCodec.vocabulary,
+            bounds=Bounds(context_length, ToyCodec.vocabulary),
             slots=slots,
             queue_size=queue_size,
         )
@@ -82,21 +82,17 @@ class ToyEngine(Loop[Iterator[int]]):
                 row.memory = _continue(row.generation)
             yield row, row.generation.advance(next(row.memory))
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Unit vectors of 32 dimensions: the sum of a pseudo-random vector per word, so like texts are alike."""
-        vectors = []
-        for prompt in prompts:
-            self.check_ids(prompt, "input")
-            words = bytes(token for token in prompt if token < 256).split() or [b""]
-            hashes = [blake2b(word.lower(), digest_size=_DIMENSIONS).digest() for word in words]
-            vector = [sum(column) - 127.5 * len(hashes) for column in zip(*hashes, strict=True)]
-            length = math.sqrt(sum(x * x for x in vector))
-            vectors.append([x / length for x in vector])
-        return vectors
+    def embed_one(self, prompt: Sequence[int]) -> list[float]:
+        """Return a vector of 32 dimensions: the sum of a pseudo-random vector per word, so like texts are alike."""
+        words = bytes(token for token in prompt if token < 256).split() or [b""]
+        hashes = [blake2b(word.lower(), digest_size=_DIMENSIONS).digest() for word in words]
+        vector = [sum(column) - 127.5 * len(hashes) for column in zip(*hashes, strict=True)]
+        length = math.sqrt(sum(x * x for x in vector))
+        return [x / length for x in vector]
 
 
 def _continue(generation: Generation) -> Iterator[int]:
-    """The ids that follow what was generated; all of them follow from the request, so any replica finds them."""
+    """Yield the ids that follow those generated; they depend on the request alone, so any replica finds the same."""
     ids = _answer(generation.request.prompt, generation.request.sampling)
     return islice(ids, len(generation.generated), None)
 

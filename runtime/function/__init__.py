@@ -1,1 +1,1 @@
-"""What a function's author meets: handler, `context.model`, testing, reload."""
+"""The interface for a function's author: handler, `context.model`, testing, reload."""

@@ -1,8 +1,8 @@
-"""Loads the function developer's code and turns what it returns into an HTTP response.
+"""Loads the function developer's code and turns the results of `handle` into HTTP responses.
 
 The convention is OpenFaaS' python3-http: `handle(event, context)` in `handler.py` of a folder that is imported as the
-package `function`. Ours adds `context.model`, two hooks, `load(context)` and `after_fork(context)`, which run in this
-order before the first request, and iterators as results, which are streamed.
+package `function`. Added are `context.model`; two hooks, `load(context)` and `after_fork(context)`, which run in this
+order before the first request; and iterators as results, which are streamed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Event:
 
 @dataclass(slots=True)
 class Context:
-    """What a handler is given besides the request. `model` is the loaded model, see `runtime.function.model.Model`."""
+    """The second argument of `handle`. `model` is the loaded model, see `runtime.function.model.Model`."""
 
     model: Model
     hostname: str = field(default_factory=lambda: os.getenv("HOSTNAME", "localhost"))
@@ -79,20 +79,20 @@ class Handler:
         event: Event,
         context: Context,
         accept: str = "",
-        keep: Callable[[TextStream], None] | None = None,
+        sink: Callable[[TextStream], None] | None = None,
         ends: float = math.inf,
     ) -> Response:
-        """`keep` gets what `generate` streams where `handle` returned just that; what is not over at `ends`, on
-        time.monotonic, is ended.
+        """Call `handle` and return its result as a response, which ends with an error if it is not over at `ends`.
 
-        Needs a Flask application context. Raises `HandlerFailed`, `BadHandlerResult`, or the handler's own
-        `FunctionError`s, which keep their status.
+        If `handle` returned a stream of `generate` as it is, `sink` gets the stream first. `ends` is on time.monotonic.
+        Needs a Flask application context. Raises `HandlerFailed`, `BadHandlerResult`, or a `FunctionError` of the
+        handler's code.
         """
         try:
             with self._scope():
                 result = self._handle(event, context)
-            if keep is not None and isinstance(result, TextStream):
-                keep(result)
+            if sink is not None and isinstance(result, TextStream):
+                sink(result)
             return to_response(result, accept, self._scope, ends)
         except FunctionError:
             raise
@@ -104,12 +104,12 @@ class Handler:
 
 
 def load(folder: str, packages: str, model: Model, scope: Scope = nullcontext) -> Handler:
-    """Imports `handler.py` of `folder` and runs its hooks. Raises `HandlerNotFound`, `HandlerImportFailed`.
+    """Import `handler.py` of `folder` and run its hooks. Raise `HandlerNotFound`, `HandlerImportFailed`.
 
-    `load` prepares what processes may share, `after_fork` what each must have for itself.
+    `load` prepares objects that processes may share, `after_fork` objects of one process.
 
-    `packages` is the directory of the function's own requirements; both come last on `sys.path`, so that nothing in
-    them can take the place of the runtime's modules.
+    `packages` is the directory of the function's requirements. `folder` and `packages` come last on `sys.path`, so that
+    no module in them can take the place of one of the runtime's.
     """
     place = Path(folder).absolute()
     if not (place / "handler.py").is_file():
@@ -160,7 +160,10 @@ class Events(Response):
 
 
 def to_response(result: object, accept: str = "", scope: Scope = nullcontext, ends: float = math.inf) -> Response:
-    """python3-http's conversions, and iterators. Raises `BadHandlerResult`, or what an iterator raises at its start."""
+    """Convert a handler's result as python3-http does, and iterators to streams.
+
+    Raises `BadHandlerResult`, or the exception that an iterator raises at its first piece.
+    """
     if isinstance(result, dict) and result.keys() & {"statusCode", "body", "headers"}:
         status, headers = result.get("statusCode", 200), result.get("headers", {})
         if isinstance(status, bool) or not isinstance(status, int) or not 100 <= status <= 599:
@@ -209,9 +212,10 @@ def _body(result: object, accept: str, scope: Scope, ends: float) -> Response:
 
 
 def _events(source: Iterable[object], scope: Scope, ends: float) -> Response:
-    """Server-sent events, for clients that ask for them, with comments while there is nothing to say.
+    """Stream the pieces as server-sent events, with comments as long as no piece comes.
 
-    The response begins with the first piece, or after a moment: a handler that fails at once is an error with a status.
+    The response begins with the first piece, or after a moment. So a handler that fails at once is answered with the
+    status of its error.
     """
     pump = Pump(source, scope)
     try:
@@ -228,10 +232,10 @@ def _events(source: Iterable[object], scope: Scope, ends: float) -> Response:
             while piece is not END:
                 if time.monotonic() >= ends:
                     raise AnswerTooLong.of_stream()
-                yield sse.KEEP_ALIVE if piece is NOTHING else sse.event(_text(piece), id=pump.place)
+                yield sse.KEEP_ALIVE if piece is NOTHING else sse.event(_text(piece), id=pump.position)
                 piece = pump.next(min(_KEEP_ALIVE, ends - time.monotonic()))
         except GeneratorExit:
-            raise  # the client went away
+            raise  # the client has gone
         except (Exception, SystemExit) as error:
             yield sse.event(error_json(_failure(error)), event="error")
         finally:
@@ -244,9 +248,10 @@ def _events(source: Iterable[object], scope: Scope, ends: float) -> Response:
 
 
 def _text_stream(pieces: Iterator[object], source: object, scope: Scope, ends: float) -> Response:
-    """The pieces as they come, as one text.
+    """Stream the pieces as one text.
 
-    The first one is taken before the response begins: a handler that fails at once is an error with a status.
+    The first piece is taken before the response begins. So a handler that fails at once is answered with the status of
+    its error.
     """
     with scope():
         first = next(pieces, None)
@@ -261,9 +266,9 @@ def _text_stream(pieces: Iterator[object], source: object, scope: Scope, ends: f
                 with scope():
                     piece = next(pieces, None)
         except GeneratorExit:
-            raise  # the client went away
+            raise  # the client has gone
         except (Exception, SystemExit) as error:
-            raise _failure(error) from error  # the connection is cut before the last chunk: the client sees that
+            raise _failure(error) from error  # the connection is cut before the last chunk, which clients notice
         finally:
             for closing in (pieces, source):
                 close = getattr(closing, "close", None)
@@ -297,7 +302,7 @@ def _text(piece: object) -> str:
 
 
 def error_json(error: FunctionError) -> str:
-    """The body that every failed request gets, in OpenAI's shape."""
+    """Return the body of a failed request's response, in OpenAI's shape."""
     import json
 
     kind = "invalid_request_error" if error.status < 500 else "server_error"
@@ -306,7 +311,7 @@ def error_json(error: FunctionError) -> str:
 
 
 def toy_context(**settings: Any) -> Context:
-    """A context for `handler_test.py`: the toy model, without weights and without torch."""
+    """Return a context for `handler_test.py`, with the toy model: without weights and without torch."""
     from runtime.function.testing import toy_model
 
     return Context(toy_model(**settings))

@@ -1,4 +1,4 @@
-"""Owns the face of a loaded model: what handlers meet as `context.model` and what the OpenAI routes are made of.
+"""Owns the interface of a loaded model, for handlers (as `context.model`) and for the OpenAI routes.
 
     text = context.model.generate("Once upon a time", max_tokens=50)
     for piece in context.model.generate(messages=[{"role": "user", "content": "Hi"}], stream=True): ...
@@ -37,29 +37,29 @@ class Usage:
 
 
 class TextStream:
-    """The text of one generation, piece by piece. Leaving it early (`close`, a `with` block's end) cancels it.
+    """The text of one generation, piece by piece. To leave the stream early (`close`, end of `with`) cancels.
 
-    `finish_reason` is None until the end, then "stop", "length" or "cancelled"; `usage` counts as it goes. Raises
-    `EngineFailed` in place of the rest if the engine breaks.
+    `finish_reason` is None until the end, then "stop", "length" or "cancelled"; `usage` counts up to the last piece.
+    Raises `EngineFailed` in place of the rest if the engine breaks.
     """
 
-    def __init__(self, tokens: TokenStream, request: GenerationRequest, *, told: int = 0, kept_as: str = "") -> None:
-        """`told` tokens of the answer came before these; `kept_as` names the request that they are kept as."""
+    def __init__(self, tokens: TokenStream, request: GenerationRequest, *, sent: int = 0, session_id: str = "") -> None:
+        """`sent` tokens of the answer came before `tokens`; `session_id` names the answer's session, "" for none."""
         self.request_id = tokens.request_id
         self.request = request
         self.tokens = tokens
         self.finish_reason: Finish | None = None
-        self._generated = told
-        self._kept_as = kept_as
+        self._generated = sent
+        self._session_id = session_id
 
-    def kept(self, kept_as: str, tokens: TokenStream) -> None:
-        """Goes on with `tokens`, which are the same and kept as this request."""
-        self._kept_as, self.tokens = kept_as, tokens
+    def in_session(self, session_id: str, tokens: TokenStream) -> None:
+        """Go on with `tokens`, which are the same ones and recorded in that session."""
+        self._session_id, self.tokens = session_id, tokens
 
     @property
-    def place(self) -> str | None:
-        """The id of an event that ends here, where this request is kept."""
-        return f"{self._kept_as}:{self._generated}" if self._kept_as else None
+    def position(self) -> str | None:
+        """The id of an event that ends with the last piece; None for an answer without a session."""
+        return f"{self._session_id}:{self._generated}" if self._session_id else None
 
     @property
     def usage(self) -> Usage:
@@ -84,7 +84,7 @@ class TextStream:
         raise StopIteration
 
     def text(self) -> str:
-        """All of the text that is left, once it is complete."""
+        """Return all of the text that is left, once it is complete."""
         return "".join(self)
 
     def close(self) -> None:
@@ -103,6 +103,7 @@ class Model:
 
     `tokenizer` is the transformers tokenizer (on the toy, its codec); `defaults` are the sampling parameters of
     requests that do not set them; `raw_guard` is called whenever `raw` is read. `deterministic` makes every request so.
+    `raw_read` says whether the handler has read `raw`. `sessions` record requests, if this function keeps them.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Model:
         deterministic: bool = False,
         tokenizer_digest: str = "",
     ) -> None:
-        self.sessions: Sessions | None = None  # where requests are kept, if they are
+        self.sessions: Sessions | None = None
         self.deterministic = deterministic
         self.tokenizer_digest = tokenizer_digest
         self.name = name
@@ -131,19 +132,19 @@ class Model:
         self._raw = raw
         self._raw_guard = raw_guard
         self._let_go = False
-        self.raw_read = False  # code of the function's has the model itself
+        self.raw_read = False
 
     @property
     def identity(self) -> ReplicaIdentity:
-        """What a worker with this model is now, to workers that would go on with its requests."""
+        """The identity of a worker with this model, by which others know whether they can go on with its requests."""
         arithmetic = getattr(self.engine, "arithmetic", "")
         return ReplicaIdentity(self.engine.kind, self.revision, self.tokenizer_digest, "", arithmetic)
 
     def let_go(self) -> None:
-        """The weights are given up, and `raw` with them; what is asked for is the engine's to have done elsewhere."""
+        """Give the weights up, and `raw` with them; requests have to be served by an engine elsewhere."""
         raw, self._raw, self._let_go = self._raw, None, True
         if raw is not None:
-            raw.to("meta")  # so that whoever still has the model, a layer that we were forked from, has no weights
+            raw.to("meta")  # the layer that this worker was forked from has references to the model, too
 
     @property
     def raw(self) -> Any:
@@ -191,7 +192,7 @@ class Model:
         request_id: str | None = None,
         **params: Unpack[Params],
     ) -> str | TextStream:
-        """Continues `prompt` (text or token ids) or answers `messages`; see `Params` for the rest.
+        """Continue `prompt` (text or token ids) or answer `messages`; see `Params` for the rest.
 
         Returns the whole text, or with `stream=True` a `TextStream` of its pieces. Raises `BadRequest` (the parameter
         at fault in `param`), `EngineBusy`, `EngineFailed`.
@@ -207,7 +208,7 @@ class Model:
         messages: Sequence[Mapping[str, object]] | None = None,
         tools: Sequence[object] | None = None,
     ) -> list[int]:
-        """Token ids of exactly one of `prompt` and `messages`. Raises `BadRequest`."""
+        """Return the token ids of exactly one of `prompt` and `messages`. Raise `BadRequest`."""
         if (prompt is None) == (messages is None):
             raise BadRequest("give either a prompt or messages, and not both", "prompt")
         try:
@@ -222,11 +223,11 @@ class Model:
         return [integer("prompt", token, 0, 2**31 - 1) for token in prompt or ()]
 
     def begin(self, request: GenerationRequest) -> TokenStream:
-        """Start a generation. Raises `EngineBusy`, `EngineFailed`, `Moved`."""
+        """Start a generation. Raise `EngineBusy`, `EngineFailed`, `Moved`."""
         return self.engine.submit(request)
 
     def request(self, prompt: Sequence[int], parameters: Parameters, request_id: str) -> GenerationRequest:
-        """What the engine is asked for, this model's defaults filled in. Raises `BadRequest`."""
+        """Return a request for the engine, with this model's defaults. Raise `BadRequest`."""
         left = self.engine.context_length - len(prompt)
         if left < 1:
             raise BadRequest(
@@ -249,7 +250,7 @@ class Model:
         )
 
     def embed(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
-        """One vector of length 1 per text (or list of token ids): the mean of its last hidden states.
+        """Return one vector of length 1 per text (or list of token ids): the mean of its last hidden states.
 
         Raises `BadRequest` for a text that is empty or longer than the context.
         """

@@ -1,7 +1,7 @@
-"""Runs a handler's iterator on a thread of its own, so that its stream is kept alive and ended in time.
+"""Runs a handler's iterator on a thread of its own, so that the server can keep the stream alive and end it in time.
 
-The thread takes the first piece, too: an iterator may hold what belongs to one thread. A piece is made when it is asked
-for, and no sooner.
+All pieces are made on that thread, the first one, too: an iterator may use objects that belong to one thread. A piece
+is made when the server asks for it, and no sooner.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Final
 
 log = logging.getLogger("glowplug.handler")
 
-END: Final = object()  # no more pieces
-NOTHING: Final = object()  # none within the time
+END: Final = object()  # there are no more pieces
+NOTHING: Final = object()  # no piece came within the time
 
 
 class Pump:
-    """Owns the iterator. `next` is for one thread at a time; `leave` and `on_end` may be called from any."""
+    """A handler's iterator and its thread. `next` is for one thread at a time, `leave` and `on_end` are for any.
+
+    `position` is the id of an event that ends with the last piece, if the source has positions.
+    """
 
     def __init__(self, source: Iterable[object], scope: Callable[[], AbstractContextManager[None]]) -> None:
         """`scope` is entered around each step of the iterator."""
@@ -28,35 +31,35 @@ class Pump:
         self._scope = scope
         self._wanted = threading.Semaphore(0)
         self._asked = False
-        self.place: str | None = None  # where the piece that `next` gave last lies, if its source says so
+        self.position: str | None = None
         self._out: queue.SimpleQueue[tuple[object, str | None, BaseException | None]] = queue.SimpleQueue()
         self._left = False
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards `_over` and `_at_end`
         self._over = False
         self._at_end: list[Callable[[], object]] = []
         threading.Thread(target=self._run, name="handler stream", daemon=True).start()
 
     def next(self, timeout: float) -> object:
-        """A piece, `END`, or `NOTHING` after so many seconds. Raises what the iterator raised."""
+        """Return a piece, `END`, or `NOTHING` after `timeout` seconds. Raise the iterator's exception."""
         if not self._asked:
             self._asked = True
             self._wanted.release()
         try:
-            piece, place, error = self._out.get(timeout=max(0.0, timeout))
+            piece, position, error = self._out.get(timeout=max(0.0, timeout))
         except queue.Empty:
             return NOTHING
         if error is not None:
             raise error
-        self._asked, self.place = False, place
+        self._asked, self.position = False, position
         return piece
 
     def leave(self) -> None:
-        """Nobody takes further pieces: the iterator is closed as soon as it has made the one that it is at."""
+        """Take no further pieces, and close the iterator as soon as the piece in the making is finished."""
         self._left = True
         self._wanted.release()
 
     def on_end(self, call: Callable[[], object]) -> None:
-        """Calls it once no code of the iterator runs any more: now, or then."""
+        """Make `call` once no code of the iterator runs any more, which may be at once."""
         with self._lock:
             if not self._over:
                 self._at_end.append(call)
@@ -73,10 +76,10 @@ class Pump:
                 with self._scope():
                     pieces = iter(self._source) if pieces is None else pieces
                     piece = next(pieces, END)
-                self._out.put((piece, getattr(self._source, "place", None), None))
+                self._out.put((piece, getattr(self._source, "position", None), None))
                 if piece is END:
                     return
-        except BaseException as error:  # a SystemExit of the handler's code, too, is its stream's end and no more
+        except BaseException as error:  # a SystemExit in the handler's code, too, only ends its stream
             self._out.put((NOTHING, None, error))
         finally:
             self._close(pieces)

@@ -1,7 +1,7 @@
 """Owns the handler of a function under development: imported again, in the running worker, when a file of it changes.
 
-The model stays where it is, so a change is served milliseconds after it was saved. What the old code began (threads,
-open files) is not undone; that is why this is for development.
+The model stays loaded, so a change is served milliseconds after it was saved. Threads that the old code began go on,
+and its files stay open; that is why this is for development only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 
 class Reloading(Handler):
-    """A `Handler` that follows its folder. While the code cannot be imported, requests are answered with the reason."""
+    """A `Handler` as its folder is now. While the code cannot be imported, requests are answered with the error."""
 
     def __init__(self, folder: str, packages: str, model: Model, scope: Scope) -> None:
         self._place = Path(folder).absolute()
@@ -43,7 +43,7 @@ class Reloading(Handler):
         self._stamp: Stamp | None = None
         self._handler: Handler | None = None
         self._error: FunctionError | None = None
-        sys.dont_write_bytecode = True  # its stamp is in seconds: two changes within one would look alike
+        sys.dont_write_bytecode = True  # bytecode has a stamp in seconds: two changes within one would look alike
         with contextlib.suppress(FunctionError):
             self.refresh()
 
@@ -52,14 +52,14 @@ class Reloading(Handler):
         event: Event,
         context: Context,
         accept: str = "",
-        keep: Callable[[TextStream], None] | None = None,
+        sink: Callable[[TextStream], None] | None = None,
         ends: float = math.inf,
     ) -> Response:
         handler = self.refresh()
-        return handler(event, context, accept, keep, ends)
+        return handler(event, context, accept, sink, ends)
 
     def refresh(self) -> Handler:
-        """The handler as it is on disk now. Raises what its import raised, until a file changes."""
+        """Return the handler as it is on disk now. Raise the error of its import, until a file changes."""
         with self._lock:
             stamp = _stamp(self._place)
             if stamp != self._stamp:
@@ -71,7 +71,7 @@ class Reloading(Handler):
             return self._handler
 
     def watch(self) -> None:
-        """Looks for changes in a thread of its own, so that errors are told when a file is saved."""
+        """Look for changes in a thread, so that errors are logged as soon as a file is saved."""
         threading.Thread(target=self._watch, name="reload", daemon=True).start()
 
     def _watch(self) -> None:
@@ -80,7 +80,7 @@ class Reloading(Handler):
             try:
                 self.refresh()
             except FunctionError:
-                continue  # told when it came up, and in every answer
+                continue  # the log has the error already, and every answer will have it
 
     def _import(self, changed: bool) -> None:
         begun = time.monotonic()
@@ -102,7 +102,7 @@ class Reloading(Handler):
         return file is not None and self._place in Path(file).parents
 
     def _where(self, error: FunctionError) -> str:
-        """The developer's own line, where the traceback has one."""
+        """Return the place in the developer's code that raised `error`; "" if the traceback has none."""
         for frame in reversed(traceback.extract_tb(error.__cause__.__traceback__ if error.__cause__ else None)):
             if self._is_ours(frame.filename):
                 return f" (at {Path(frame.filename).relative_to(self._place)}, line {frame.lineno})"
@@ -110,12 +110,12 @@ class Reloading(Handler):
 
 
 def _stamp(place: Path) -> Stamp:
-    """What tells one state of the folder's sources from another."""
+    """Return a value that differs between any two states of the folder's sources."""
     found = []
     for path in sorted(place.rglob("*.py")):
         try:
             status = path.stat()
-        except OSError:  # an editor replaces it just now
+        except OSError:  # an editor may be replacing the file just now
             continue
         found.append((str(path), status.st_mtime_ns, status.st_size))
     return tuple(found)

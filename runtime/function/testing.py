@@ -1,4 +1,4 @@
-"""Owns the toy model for tests: everything a handler can ask of a model, without weights and without torch."""
+"""Makes the toy model for tests: everything a handler can ask of a model, without weights and without torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def toy_model(
     step_delay: float = 0.0,
     temperature: float = 0.0,
 ) -> Model:
-    """A `Model` on the toy engine: it repeats the words of its prompt, see `runtime.engine.toy`.
+    """Return a `Model` on the toy engine, which repeats the words of its prompt, see `runtime.engine.toy`.
 
-    `temperature` is the default of requests that set none; `step_delay` is the time per token, in seconds. The caller
-    closes `model.engine` when it wants its thread gone before the process ends.
+    `temperature` is the default of requests that set none; `step_delay` is the time per token, in seconds. The engine
+    has a thread until `model.engine.close()` or the end of the process.
     """
     codec = ToyCodec()
     engine = ToyEngine(

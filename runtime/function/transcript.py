@@ -1,7 +1,7 @@
-"""Answers of handlers that return `generate(stream=True)` as it is: kept while they run, and gone on with.
+"""Opens sessions for handlers that return `generate(stream=True)` as it is, and resumes their answers.
 
-A handler that does more with its stream is not called again in the middle of it; its events have no ids, and nothing
-of them is kept.
+An answer of a handler that does more with its stream cannot be resumed in the middle: its events have no ids, and there
+is no session for it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from runtime.resume.sessions import Sessions
 PREFIX = "gen"
 
 
-def keeper(sessions: Sessions, wanted: ResumeQuery) -> Callable[[TextStream], None]:
-    """What is done with a stream that a handler returned."""
+def sink(sessions: Sessions, wanted: ResumeQuery) -> Callable[[TextStream], None]:
+    """Return a function that opens a session for a stream that a handler returned, unless the stream was read from."""
 
-    def keep(text: TextStream) -> None:
+    def open_session(text: TextStream) -> None:
         if not text.usage.completion_tokens and text.finish_reason is None:
             context = AnswerContext("handler", wanted.id or f"{PREFIX}-{secrets.token_hex(12)}", 0, wanted.digest)
             session = sessions.open(context, [text.request])
-            text.kept(context.id, Answer.of(text.request, text.tokens).keep(session, 0))
+            text.in_session(context.id, Answer.of(text.request, text.tokens).keep(session, 0))
 
-    return keep
+    return open_session
 
 
 def resumed(sessions: Sessions, model: Model, wanted: ResumeQuery) -> TextStream | None:
-    """The rest of a stream that a handler returned; None when the handler is to be called. Raises what `take_up` does,
-    and `RequestGone`."""
+    """Return the rest of a stream that a handler returned; None when the handler is to be called.
+
+    Raises `RequestGone`, and the errors of `take_up`.
+    """
     if not wanted.id:
         return None
     found = take_up(sessions, model, wanted, "handler")
@@ -42,4 +44,4 @@ def resumed(sessions: Sessions, model: Model, wanted: ResumeQuery) -> TextStream
             raise RequestGone("nothing is kept of this request any more; send it anew, without Last-Event-ID")
         return None
     (answer,) = found.answers
-    return TextStream(answer, answer.request, told=found.told[0], kept_as=found.context.id)
+    return TextStream(answer, answer.request, sent=found.told[0], session_id=found.context.id)

@@ -1,1 +1,1 @@
-"""A worker's HTTP side: server, application, routes, answers."""
+"""The HTTP side of a worker: server, application, routes, answers."""

@@ -1,14 +1,13 @@
-"""Owns an answer in OpenAI's shape: the token streams of its choices, what of them was told, and how that is written.
+"""Owns an answer in OpenAI's shape: the token streams of its choices, how much of them was sent, and its encoding.
 
-    Job ──start──► one token stream per choice ──events──► JSON, or server-sent events with the client's place as id
+    AnswerRequest ──► Run: one token stream per choice ──events──► JSON, or server-sent events with a position as id
 
-Where the function keeps requests, a streamed answer and one that was asked for with a key are held while they run
-(`runtime.handoff`), and `start` goes on with what is kept of them.
+If the function keeps requests (`runtime.resume`), a run opens a session for a streamed answer, and for an answer with
+an Idempotency-Key. Asked for such an answer again, a run goes on with what the session has.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -29,60 +28,67 @@ from runtime.resume.resume import ResumeQuery, TakenUp, take_up
 TICK = 0.25  # seconds between two looks at whether the client is still there
 
 
-class Run:
-    """The token streams of a job; owns them from `start` to `close`."""
+class AnswerRequest:
+    """A checked request for an answer, complete before the model is there.
 
-    def __init__(self, job: Job, wanted: ResumeQuery, ends: float = math.inf) -> None:
-        """A run that is not over at `ends`, on time.monotonic, is broken off."""
+    The answer has the id `id` and ends with an error at `ends`, on time.monotonic, if it is not over by then. `created`
+    is in Unix time.
+    """
+
+    def __init__(self, job: Job, wanted: ResumeQuery, ends: float) -> None:
         self.job = job
+        self.wanted = wanted
         self.ends = ends
         self.id = wanted.id or f"{prefix(job.chat)}-{secrets.token_hex(12)}"
         self.created = int(time.time())
-        self.model: Model | None = None
-        self.streams: list[TokenStream] = []
-        self.said: list[int] = []  # characters of each choice that a stream has sent
-        self.told: list[int] = []  # tokens of each choice that these came from
-        self.ended: list[bool] = []
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-        self.numbered = False  # whether events have ids, to be resumed at
-        self.resumed = wanted.position is not None
-        self.usage_told = False
-        self._wanted = wanted
 
-    def start(self, model: Model) -> None:
-        """Submits every choice, or none, or goes on with what is kept. Raises `BadRequest`, `EngineBusy`, `Moved`,
+    @property
+    def route(self) -> Route:
+        return "chat" if self.job.chat else "completion"
 
-        `NotResumable`, `RequestGone`, `SnapshotRefused`.
+
+class Run:
+    """The token streams of one answer, until `close`.
+
+    Per choice: `streams`, `sent_characters` and the number of tokens they came from, `sent_tokens`, and whether the
+    choice has `ended`. `numbered` events have ids at which a client can resume.
+    """
+
+    def __init__(self, query: AnswerRequest, model: Model) -> None:
+        """Submit every choice, or none, or go on with what a session has.
+
+        Raises `BadRequest`, `EngineBusy`, `Moved`, `NotResumable`, `RequestGone`, `SnapshotRefused`.
         """
-        wanted = self._wanted
-        self.numbered = model.sessions is not None
-        if wanted.position and model.sessions is None:
+        wanted, sessions = query.wanted, model.sessions
+        if wanted.position and sessions is None:
             raise NotResumable("this function keeps no requests: set GLOWPLUG_CHECKPOINTS to keep them from now on")
-        if wanted.id and model.sessions is not None:
-            if (found := take_up(model.sessions, model, wanted, self._route)) is not None:
-                self._adopt(found)
-                self.model = model
+        self.job, self.id, self.created, self.ends = query.job, query.id, query.created, query.ends
+        self.model = model
+        self.numbered = sessions is not None
+        self.resumed = wanted.position is not None
+        self.usage_sent = False
+        self.streams: list[TokenStream] = []
+        self.prompt_tokens = self.completion_tokens = 0
+        if wanted.id and sessions is not None:
+            if (found := take_up(sessions, model, wanted, query.route)) is not None:
+                self._resume(found)
                 return
             if wanted.position:
                 raise RequestGone("nothing is kept of this request any more; send it anew, without Last-Event-ID")
-        self._submit(model)
-        self.model = model
+        self._submit(query)
 
-    @property
-    def _route(self) -> Route:
-        return "chat" if self.job.chat else "completion"
-
-    def _adopt(self, found: TakenUp) -> None:
+    def _resume(self, found: TakenUp) -> None:
         self.created = found.context.created
         self.streams = list(found.answers)
-        self.told, self.said, self.ended = list(found.told), list(found.said), list(found.ended)
+        self.sent_tokens, self.sent_characters, self.ended = list(found.told), list(found.said), list(found.ended)
         self.prompt_tokens = sum(len(answer.request.prompt) for answer in found.answers[:: self.job.n])
         self.completion_tokens = sum(found.told)
-        self.usage_told = found.usage_told
+        self.usage_sent = found.usage_told
 
-    def _submit(self, model: Model) -> None:
-        job, stats = self.job, model.engine.stats()
+    def _submit(self, query: AnswerRequest) -> None:
+        """Begin the generations of all choices, or of none."""
+        job, model, sessions = self.job, self.model, self.model.sessions
+        stats = model.engine.stats()
         if len(job.prompts) * job.n > stats.slots + stats.queue:
             raise BadRequest(
                 f"{len(job.prompts)} prompts with n={job.n} are more than this function ever takes at once "
@@ -98,22 +104,23 @@ class Run:
         try:
             for request in requests:
                 self.streams.append(model.begin(request))
+            if sessions is not None and (job.stream or query.wanted.id):
+                context = AnswerContext(query.route, self.id, self.created, query.wanted.digest, job.include_usage)
+                session = sessions.open(context, requests)
+                each = enumerate(zip(requests, self.streams, strict=True))
+                self.streams = [Answer.of(request, stream).keep(session, n) for n, (request, stream) in each]
         except BaseException:
             self.close()
             raise
-        self.said, self.told, self.ended = [0] * len(requests), [0] * len(requests), [False] * len(requests)
-        if model.sessions is not None and (job.stream or self._wanted.id):
-            context = AnswerContext(self._route, self.id, self.created, self._wanted.digest, job.include_usage)
-            session = model.sessions.open(context, requests)
-            each = enumerate(zip(requests, self.streams, strict=True))
-            self.streams = [Answer.of(request, stream).keep(session, n) for n, (request, stream) in each]
+        count = len(requests)
+        self.sent_characters, self.sent_tokens, self.ended = [0] * count, [0] * count, [False] * count
 
     def close(self) -> None:
         for stream in self.streams:
             stream.close()
 
     def events(self) -> Iterator[tuple[int, TokenEvent] | None]:
-        """(choice, event) as they come, and None every quarter of a second.
+        """Yield (choice, event) as they come, and None every quarter of a second.
 
         Raises `AnswerTooLong`, `EngineFailed`, `Moved`.
         """
@@ -140,8 +147,9 @@ class Run:
                     ticked = now
 
     def logprobs(self, events: list[TokenEvent], offset: int = 0) -> dict[str, object] | None:
-        """Of a choice, or of a piece of it that begins `offset` characters after its beginning."""
-        if self.job.parameters.logprobs is None or self.model is None:
+        """Return OpenAI's `logprobs` of `events`, the first of which begins `offset` characters into its choice; None
+        if the request has not asked for them."""
+        if self.job.parameters.logprobs is None:
             return None
         return logprobs(self.model.codec, events, chat=self.job.chat, offset=offset)
 
@@ -155,24 +163,26 @@ class Run:
 
 
 def prefix(chat: bool) -> str:
-    """What the ids of this kind of answers begin with."""
+    """Return the beginning of the ids of all such answers."""
     return "chatcmpl" if chat else "cmpl"
 
 
 def opening(run: Run) -> Iterator[bytes]:
+    """Yield the events with which the stream of a chat begins, one per choice."""
     if run.job.chat and not run.resumed:
         for index in range(len(run.streams)):
             yield event_of(run, [_choice(run, index, {"role": "assistant", "content": ""})])
 
 
 def chunks(run: Run, index: int, event: TokenEvent) -> Iterator[bytes]:
+    """Yield the stream's events for `event` of the choice `index`, and count it as sent."""
     if event.text or event.logprobs is not None:
-        chances = run.logprobs([event], run.said[index])
-        run.said[index] += len(event.text)
-        run.told[index] = event.index + (event.token is not None)
+        chances = run.logprobs([event], run.sent_characters[index])
+        run.sent_characters[index] += len(event.text)
+        run.sent_tokens[index] = event.index + (event.token is not None)
         yield event_of(run, [_choice(run, index, {"content": event.text}, chances=chances)])
     if event.finish:
-        run.told[index] = max(run.told[index], event.index + (event.token is not None))
+        run.sent_tokens[index] = max(run.sent_tokens[index], event.index + (event.token is not None))
         run.ended[index] = True
         yield event_of(run, [_choice(run, index, {}, event.finish)])
 
@@ -180,20 +190,21 @@ def chunks(run: Run, index: int, event: TokenEvent) -> Iterator[bytes]:
 def _choice(
     run: Run, index: int, delta: dict[str, str], finish: str | None = None, chances: dict[str, object] | None = None
 ) -> dict[str, object]:
-    said: dict[str, object] = {"delta": delta} if run.job.chat else {"text": delta.get("content", "")}
-    return {"index": index, **said, "logprobs": chances, "finish_reason": finish}
+    text: dict[str, object] = {"delta": delta} if run.job.chat else {"text": delta.get("content", "")}
+    return {"index": index, **text, "logprobs": chances, "finish_reason": finish}
 
 
 def event_of(run: Run, choices: list[dict[str, object]], usage: dict[str, int] | None = None) -> bytes:
+    """Encode one event of the stream, whose id is the client's position after it if the run is numbered."""
     body = frame(run, choices, chunk=True)
     if run.job.include_usage:
         body["usage"] = usage
-    place = written(run.id, run.told, run.ended, usage is not None) if run.numbered else None
-    return sse.event(msgspec.json.encode(body), id=place)
+    position = written(run.id, run.sent_tokens, run.ended, usage is not None) if run.numbered else None
+    return sse.event(msgspec.json.encode(body), id=position)
 
 
 def frame(run: Run, choices: list[dict[str, object]], *, chunk: bool) -> dict[str, object]:
-    assert run.model is not None
+    """Return the body of an answer, or of a chunk of a streamed one."""
     kind = "text_completion"
     if run.job.chat:
         kind = "chat.completion.chunk" if chunk else "chat.completion"

@@ -1,10 +1,10 @@
 """The Flask application of a function: reserved routes, the OpenAI routes, and everything else for the handler.
 
-    prepare() ──► Prepared: the routes, the same for all functions     once in a layer, before it is forked
-                     └── Application: what they serve in one worker     complete once it is made
+    prepare() ──► Prepared: the routes, the same for all functions     made once in a layer, before it is forked
+                     └── Application: config, lifecycle and ledger     made in each worker
 
-Making routes is a third of what a worker's start computes, so that a layer has them made. An application writes nothing
-into them: each request says in its WSGI environment which application it is for.
+Making the routes is a third of the computing in a worker's start, so a layer does that for its workers. An application
+writes nothing into the routes: it puts itself into the WSGI environment of each request.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ log = logging.getLogger("glowplug.app")
 
 _RESERVED = "/_/"
 _APPLICATION = "glowplug.application"  # in the WSGI environment: the application that the request is for
-_AT_END = "glowplug.at_end"  # likewise: what to call once the response is out, or was broken off
+_AT_END = "glowplug.at_end"  # likewise: calls to make once the response is out, or was broken off
 _ENTERED = "glowplug.entered"  # likewise: when the request came, on time.monotonic
-_NO_TOKEN = re.compile(r"[^A-Za-z0-9_-]")  # what a name in Server-Timing must not have
+_NO_TOKEN = re.compile(r"[^A-Za-z0-9_-]")  # characters that a name in Server-Timing must not have
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 Prepared = NewType("Prepared", Flask)
@@ -59,7 +59,10 @@ class Application:
         start_kind: Callable[[], str] = lambda: "cold",
         prepared: Prepared | None = None,
     ) -> None:
-        """`drain(reason)` begins to drain; `start_kind()` is the layer that this start found. Raises `BadConfig`."""
+        """`drain(reason)` begins to drain; `start_kind()` is the layer that the worker was forked from, or "cold".
+
+        Raises `BadConfig`.
+        """
         self._config, self._lifecycle, self._ledger, self._start_kind = config, lifecycle, ledger, start_kind
         self._drain = drain
         self._token = config.token()
@@ -74,7 +77,7 @@ class Application:
         )
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Lets a bounded number of requests in; probes always come through."""
+        """Let a bounded number of requests in; probes are always answered."""
         environ[_APPLICATION], environ[routes.SERVED] = self, self._openai
         if environ.get("PATH_INFO", "").startswith(_RESERVED):
             return self._flask(environ, start_response)
@@ -138,7 +141,7 @@ class Application:
                 "not_found",
                 f"this function has no handler, and /{path} is none of the /v1/… routes that it serves",
             )
-        accept, keep = request.headers.get("Accept", ""), None
+        accept, sink = request.headers.get("Accept", ""), None
         ends = request.environ[_ENTERED] + config.longest_answer
         at_end = request.environ[_AT_END]
         if model.sessions is not None:
@@ -148,17 +151,17 @@ class Application:
                 if isinstance(response, Events):
                     at_end.append(response.pump.leave)
                 return response
-            keep = transcript.keeper(model.sessions, wanted)
+            sink = transcript.sink(model.sessions, wanted)
         elif parse(request.headers.get("Last-Event-ID", "")) is not None:
             raise NotResumable("this function keeps no requests: set GLOWPLUG_CHECKPOINTS to keep them from now on")
         event = Event(body, cast(Mapping[str, str], request.headers), request.method, request.args, request.path)
         turns.acquire()
         try:
-            response = lifecycle.handler(event, Context(model), accept, keep, ends)
+            response = lifecycle.handler(event, Context(model), accept, sink, ends)
         except BaseException:
             turns.release()
             raise
-        if isinstance(response, Events):  # a stream is the handler's code, too
+        if isinstance(response, Events):  # the handler's code runs until the stream's end
             at_end.append(response.pump.leave)
             response.pump.on_end(turns.release)
         else:
@@ -166,7 +169,7 @@ class Application:
         return response
 
     def announce(self, response: Response) -> Response:
-        """The first answer of a worker tells what its start took."""
+        """Add the spans of the start to the worker's first answer, as headers."""
         starting = request.path.startswith(_RESERVED) or self._lifecycle.state == "starting"
         if not starting and self._first.acquire(blocking=False):
             response.headers["X-Glowplug-Start"] = self._start_kind()
@@ -178,7 +181,7 @@ class Application:
 
 
 def prepare() -> Prepared:
-    """The routes of every function."""
+    """Make the routes, which are the same for every function."""
     app = Flask("glowplug", static_folder=None)
     app.get("/_/health")(_bound(Application.health))
     app.get("/_/ready")(_bound(Application.ready))
@@ -195,7 +198,7 @@ def prepare() -> Prepared:
 
 
 def _bound(method: Callable[Concatenate[Application, P], R]) -> Callable[P, R]:
-    """The method of the application that the present request is for."""
+    """Return a view that calls `method` of the application that the present request is for."""
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

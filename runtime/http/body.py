@@ -10,11 +10,14 @@ from werkzeug.wsgi import get_input_stream
 from runtime.errors import RequestTooLarge
 
 _READ = 64 << 10
-_DRAIN = 32 << 20  # bytes of a refused body that are read so that its sender gets to read the refusal
+_DRAIN = 32 << 20  # bytes of a refused body that are read, so that the client gets to read the refusal
 
 
 def read_body(environ: Mapping[str, Any], limit: int) -> bytes:
-    """The whole body; werkzeug's own limit would pass a chunked one on cut off. Raises `RequestTooLarge`."""
+    """Return the whole body, of at most `limit` bytes. Raise `RequestTooLarge`.
+
+    werkzeug's limit will not do: it passes on the beginning of a chunked body that is too large.
+    """
     stream, pieces, size = get_input_stream(dict(environ)), [], 0
     while piece := stream.read(_READ):
         size += len(piece)

@@ -1,10 +1,11 @@
-"""Owns a worker's state: what it is doing, which requests it has let in, and when it may end.
+"""Owns a worker's state: its phase, the requests inside, and when the worker may end.
 
     starting ──opened──► ready ──drain──► draining ──last request out──► drained
         └────fail────► failed
 
-While starting, requests wait, a bounded number of them; the others are told to come back. A draining worker goes on
-answering: platforms route to it until they notice, and a refused request is a lost one.
+While a worker starts, a bounded number of requests wait inside, and further ones are refused with a Retry-After. A
+draining worker goes on answering: platforms route requests to the worker until they notice, and a refused request is a
+lost one.
 """
 
 from __future__ import annotations
@@ -20,17 +21,26 @@ if TYPE_CHECKING:
     from runtime.function.handler import Handler
     from runtime.function.model import Model
 
-_REMEMBERED = 64  # requests whose duration is
+_REMEMBERED = 64  # requests of which the worker remembers the duration
 State = Literal["starting", "ready", "draining", "drained", "failed"]
 
 
 class Lifecycle:
-    """One worker's. Every method may be called from any thread."""
+    """The state of one worker. Every method may be called from any thread.
 
-    def __init__(self, name: str, capacity: int) -> None:
-        """`name` is the model's for clients; `capacity` requests may be inside at once, waiting ones counted."""
+    `phase` names the step of the start, `progress` is (bytes of weights there, bytes in all).
+    """
+
+    def __init__(
+        self, name: str, capacity: int, on_load: Callable[[int, int], None] = lambda _turn, _inside: None
+    ) -> None:
+        """`name` is the model's for clients; `capacity` requests may be inside at once, waiting ones counted.
+
+        `on_load(turns, inside)` is called when the first request comes in and when the last one goes out.
+        """
         self.name = name
         self._capacity = capacity
+        self._on_load = on_load
         self._changed = threading.Condition()
         self._state: State = "starting"
         self._model: Model | None = None
@@ -38,11 +48,10 @@ class Lifecycle:
         self._error: FunctionError | None = None
         self._inside = 0
         self._turns = 0
-        self.on_load: Callable[[int, int], None] = lambda _turn, _inside: None  # when work begins, and when it ends
         self._took: deque[float] = deque(maxlen=_REMEMBERED)
         self._drain_reason = ""
         self.phase = "http"
-        self.progress: tuple[int, int] = (0, 0)  # bytes of weights there, bytes in all
+        self.progress: tuple[int, int] = (0, 0)
 
     @property
     def state(self) -> State:
@@ -54,7 +63,7 @@ class Lifecycle:
 
     @property
     def turns(self) -> int:
-        """How often a request has come or gone."""
+        """The number of times that a request has come in or gone out."""
         return self._turns
 
     @property
@@ -66,7 +75,7 @@ class Lifecycle:
         return self._error
 
     def wait(self, timeout: float) -> Model | None:
-        """The model, or None if it is not there within `timeout` seconds. Raises why the start failed."""
+        """Return the model, or None if it is not there within `timeout` seconds. Raise the error of a failed start."""
         with self._changed:
             self._changed.wait_for(lambda: self._state != "starting", timeout)
             if self._error is not None:
@@ -74,19 +83,21 @@ class Lifecycle:
             return self._model
 
     def opened(self, model: Model, handler: Handler | None) -> None:
+        """End the start: requests that wait, and all later ones, get the model."""
         with self._changed:
             self._model, self._handler = model, handler
-            # A drain that was asked for while the model was on its way has not been forgotten.
+            # The drain may have been asked for while the model was on its way.
             self._state = "draining" if self._drain_reason else "ready"
             self._changed.notify_all()
 
     def fail(self, error: FunctionError) -> None:
+        """Enter the state "failed": requests that wait, and all later ones, are answered with `error`."""
         with self._changed:
             self._error, self._state = error, "failed"
             self._changed.notify_all()
 
     def enter(self) -> None:
-        """Lets a request in; `leave` must follow. Raises `NotReady` or `EngineBusy` when it is full."""
+        """Let a request in; `leave` must follow. Raise `NotReady` or `EngineBusy` when the worker is full."""
         with self._changed:
             if self._inside >= self._capacity:
                 if self._state == "starting":
@@ -96,10 +107,10 @@ class Lifecycle:
             self._turns += 1
             turn, inside = self._turns, self._inside
         if inside == 1:
-            self.on_load(turn, inside)
+            self._on_load(turn, inside)
 
     def leave(self, took: float = 0.0) -> None:
-        """`took`: seconds since it came in."""
+        """Let a request out that came in `took` seconds ago."""
         with self._changed:
             self._inside -= 1
             self._turns += 1
@@ -107,16 +118,16 @@ class Lifecycle:
             self._took.append(took)
             self._changed.notify_all()
         if not inside:
-            self.on_load(turn, inside)
+            self._on_load(turn, inside)
 
     @property
     def longest(self) -> float:
-        """Seconds that the longest of the last requests took."""
+        """The seconds that the longest of the last requests took."""
         with self._changed:
             return max(self._took, default=0.0)
 
     def drain(self, reason: str) -> bool:
-        """Begins to drain; False if it had begun already. A worker that is still starting drains at once."""
+        """Begin to drain; False if the drain has begun already. A worker that is starting drains once it is opened."""
         with self._changed:
             if self._drain_reason:
                 return False
@@ -128,7 +139,7 @@ class Lifecycle:
 
     @property
     def draining(self) -> str:
-        """The reason, or ""."""
+        """The reason of the drain; "" if there is none."""
         return self._drain_reason
 
     def drained(self) -> None:

@@ -1,12 +1,13 @@
 """Owns the OpenAI-compatible routes: requests checked and refused by name, answers whole or as an event stream.
 
-    body ──► Struct ──► Job ──► (wait for the model) ──► Run: one token stream per choice ──► JSON or events
+    body ──► Struct ──► Job ──► AnswerRequest ──► (wait for the model) ──► Run ──► JSON or events
 
-The routes are the same for all functions. What a request is for, its server puts into its WSGI environment: a `Served`.
+The routes are the same for all functions. The application puts a `Served` into each request's WSGI environment, from
+which a route knows its model and limits.
 
-What can be refused without the model is refused before anything is sent. A stream that has begun says what went wrong
-in a `data: {"error": …}` event, which OpenAI's clients raise, and ends with `[DONE]` in any case. A client that goes
-away cancels its generations.
+A request that can be refused without the model is refused before anything is sent. A stream that has begun reports an
+error in a `data: {"error": …}` event, which OpenAI's clients raise, and ends with `[DONE]` in any case. A client that
+goes away cancels its generations.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from runtime import sse
 from runtime.engine.base import TokenEvent
 from runtime.errors import AnswerTooLong, BadRequest, FunctionError, NotReady
 from runtime.function.model import Model
-from runtime.http.answer import TICK, Run, chunks, event_of, frame, opening, prefix
+from runtime.http.answer import TICK, AnswerRequest, Run, chunks, event_of, frame, opening, prefix
 from runtime.http.body import read_body
 from runtime.protocol.requests import (
     ChatRequest,
@@ -51,29 +52,31 @@ MAX_BODY = 4 << 20
 
 W = TypeVar("W", ChatRequest, CompletionRequest, EmbeddingRequest)
 
-_COMMIT_AFTER = 1.0  # a start that takes longer answers 200 and keep-alive comments; until then it can be a 4xx or 5xx
+_COMMIT_AFTER = 1.0  # seconds in which a streamed answer can still be refused with a 4xx or 5xx status
 _OTHER_METHODS = ["PUT", "PATCH", "DELETE"]
 
 
 class ModelGate(Protocol):
-    """Where requests wait for the model."""
+    """A gate at which requests wait for the model; see `Lifecycle`."""
 
     @property
     def name(self) -> str:
-        """The name that requests give the model; known before the model is there."""
+        """The name by which requests ask for the model; known before the model is there."""
         ...
 
     def wait(self, timeout: float) -> Model | None:
-        """The model, or None if it is not there within `timeout` seconds. Raises `FunctionError` if it won't come."""
+        """Return the model, or None if it is not there within `timeout` seconds. Raise `FunctionError` if the start has
+        failed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What the routes serve, and within which limits.
+    """The model that the routes serve, and their limits.
 
-    `max_body` in bytes; `keep_alive` is the time between comments while nothing else is sent, `start_limit` how long a
-    request waits for the model, `answer_limit` how long it may take in all, in seconds. `since` is in Unix time.
+    `max_body` is in bytes. `keep_alive` is the time between comments while nothing else is sent, `start_limit` the time
+    that a request waits for the model, `answer_limit` the time that it may take in all, in seconds. `since` is in Unix
+    time.
     """
 
     gate: ModelGate
@@ -84,13 +87,13 @@ class Served:
     since: int = field(default_factory=lambda: int(time.time()))
 
     def require(self, name: str | None) -> None:
-        """Raises `Refusal` for the name of another model."""
+        """Raise `Refusal` for the name of another model."""
         if name not in (None, self.gate.name):
             text = f"there is no model {name!r} here; this function serves {self.gate.name!r}"
             raise Refusal(404, text, "model", "model_not_found")
 
     def wait(self, environ: Mapping[str, Any]) -> Model | None:
-        """The model, however long its start takes; None once the client is gone. Raises `NotReady`."""
+        """Return the model once it is there, or None once the client is gone. Raise `NotReady` after `start_limit`."""
         deadline = time.monotonic() + self.start_limit
         while (model := self.gate.wait(TICK)) is None and not _client_gone(environ):
             if time.monotonic() > deadline:
@@ -113,7 +116,7 @@ class Refusal(Exception):
 
     @classmethod
     def of(cls, error: Exception) -> Refusal:
-        """What to tell a client about `error`; one that nobody foresaw goes to the log and is told without details."""
+        """Return the refusal for `error`. An unforeseen error is logged, and the client gets only its type."""
         if isinstance(error, Refusal):
             return error
         if isinstance(error, FunctionError):
@@ -158,7 +161,7 @@ def embeddings() -> Response:
         raise BadRequest("encoding_format must be float or base64", "encoding_format")
     texts = several(wanted.input, "input")
     if (model := served.wait(request.environ)) is None:
-        return _nobody()
+        return _client_left()
     prompts = [model.encode(text) for text in texts]
     vectors: list[Any] = list(model.embed(prompts))
     if wanted.encoding_format == "base64":
@@ -207,32 +210,32 @@ def _completion(kind: type[W], job_of: Callable[[W], Job]) -> Response:
     body = read_body(request.environ, served.max_body)
     job = job_of(_parsed(kind, body))
     wanted = asked(request.headers, prefix(job.chat), request.path, body)  # type: ignore[arg-type]
-    run = Run(job, wanted, time.monotonic() + served.answer_limit)
+    query = AnswerRequest(job, wanted, time.monotonic() + served.answer_limit)
     if not job.stream:
         if (model := served.wait(request.environ)) is None:
-            return _nobody()
-        run.start(model)
-        return _whole(run, request.environ)
-    if (model := served.gate.wait(_COMMIT_AFTER)) is not None:
-        run.start(model)
-    response = Response(_pieces(served, run, request.environ), mimetype="text/event-stream")
-    response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": run.id})
-    response.call_on_close(run.close)  # a generator that was never begun does not run its `finally`
+            return _client_left()
+        return _whole(Run(query, model), request.environ)
+    model = served.gate.wait(_COMMIT_AFTER)
+    run = None if model is None else Run(query, model)
+    response = Response(_pieces(served, query, run, request.environ), mimetype="text/event-stream")
+    response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": query.id})
+    if run is not None:
+        response.call_on_close(run.close)  # a generator that was never begun does not run its `finally`
     return response
 
 
-def _pieces(served: Served, run: Run, environ: Mapping[str, Any]) -> Iterator[bytes]:
-    """The answer as an event stream."""
+def _pieces(served: Served, query: AnswerRequest, run: Run | None, environ: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the answer as an event stream. Without a `run`, wait for the model first, and send comments meanwhile."""
     try:
         deadline, sent = time.monotonic() + served.start_limit, time.monotonic()
-        while run.model is None:
+        while run is None:
             if (model := served.gate.wait(TICK)) is not None:
-                run.start(model)
+                run = Run(query, model)
             elif _client_gone(environ):
                 return
             elif time.monotonic() > deadline:
                 raise _too_slow(served.start_limit)
-            elif time.monotonic() > run.ends:
+            elif time.monotonic() > query.ends:
                 raise AnswerTooLong.of_stream()
             elif time.monotonic() - sent >= served.keep_alive:
                 yield sse.KEEP_ALIVE
@@ -248,31 +251,32 @@ def _pieces(served: Served, run: Run, environ: Mapping[str, Any]) -> Iterator[by
             else:
                 yield sse.KEEP_ALIVE
             sent = time.monotonic()
-        if run.job.include_usage and not run.usage_told:
+        if run.job.include_usage and not run.usage_sent:
             yield event_of(run, [], run.usage())
     except Exception as error:
         yield sse.event(msgspec.json.encode(Refusal.of(error).body))
     finally:
-        run.close()
+        if run is not None:
+            run.close()
     yield sse.DONE
 
 
 def _whole(run: Run, environ: Mapping[str, Any]) -> Response:
-    """The answer in one piece, once it is complete."""
-    said: list[list[TokenEvent]] = [[] for _ in run.streams]
+    """Return the answer in one piece, once it is complete."""
+    received: list[list[TokenEvent]] = [[] for _ in run.streams]
     reasons: list[str | None] = [None] * len(run.streams)
     try:
         for item in run.events():
             if item is not None:
                 index, event = item
-                said[index].append(event)
+                received[index].append(event)
                 reasons[index] = event.finish
             elif _client_gone(environ):
-                return _nobody()
+                return _client_left()
     finally:
         run.close()
     choices: list[dict[str, object]] = []
-    for index, (events, reason) in enumerate(zip(said, reasons, strict=True)):
+    for index, (events, reason) in enumerate(zip(received, reasons, strict=True)):
         text = "".join(event.text for event in events)
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if run.job.chat else {"text": text}
         choices.append({"index": index, **body, "logprobs": run.logprobs(events), "finish_reason": reason})
@@ -285,8 +289,8 @@ def _json(body: object) -> Response:
     return Response(msgspec.json.encode(body), mimetype="application/json")
 
 
-def _nobody() -> Response:
-    """What is answered to a client that is gone, for the access log's sake."""
+def _client_left() -> Response:
+    """Return the response to a client that is gone; only the access log has it."""
     return Response(status=499)
 
 
@@ -295,9 +299,9 @@ def _too_slow(limit: float) -> NotReady:
 
 
 def _client_gone(environ: Mapping[str, Any]) -> bool:
-    """Whether the client has closed its connection; False where the server does not show it (`gunicorn.socket`)."""
+    """Return whether the client has closed its connection; False for a server that does not show the connection."""
     connection = environ.get("gunicorn.socket")
-    if type(connection) is not socket.socket:  # none, or TLS, which cannot be peeked into
+    if type(connection) is not socket.socket:  # no connection, or TLS, which cannot be peeked into
         return False
     poll = select.poll()
     try:

@@ -1,6 +1,6 @@
-"""The HTTP side of a worker: its port, which the shim holds, too, and which a worker leaves without losing a request.
+"""Owns a worker's HTTP server, on a port that the shim has open, too, and how a worker leaves it and loses no request.
 
-The shim is gunicorn's arbiter here: it watches the heartbeat and replaces the process.
+The shim is gunicorn's arbiter here: the shim watches the heartbeat and replaces the process.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from cache_agent.web.wsgi import Settings, ThreadedServer
 _PROBES = 4
 _SO_ATTACH_FILTER = 26
 _CONNECTIONS = 1024
-_GRACE = 5  # seconds for what runs when it is stopped
+_GRACE = 5  # seconds for the requests that run when the server is stopped
 _LOOK_AGAIN = 0.02
 _HANDSHAKE = 0.05  # seconds for connections that were half made
 _SILENT = 1.0  # seconds that a connection without a request may hold up the end
 
 
 class HttpServer(ThreadedServer):
-    """`run_until_stopped` serves in the calling (main) thread until `stop`, then lets running requests end."""
+    """A threaded HTTP server.
+
+    `run_until_stopped` serves in the calling (main) thread until `stop`, then lets running requests end. After that
+    `retired` says whether the server ended by `retire`.
+    """
 
     def __init__(
         self,
@@ -41,10 +45,10 @@ class HttpServer(ThreadedServer):
         accepted: Sequence[socket.socket] = (),
         settings: Settings | None = None,
     ) -> None:
-        """`capacity` requests at once, and a few threads more for probes and refusals; `on_beat` about every second.
+        """`capacity` requests are served at once, and a few threads more answer probes and refusals.
 
-        It ends with the process `parent`, if one is given. `accepted` are connections that wait for it already.
-        `settings` are used up.
+        `on_beat` is called about every second. The server ends with the process `parent`, if given. `accepted` are
+        connections that wait already. `settings` may serve only one server.
         """
         super().__init__(
             sock,
@@ -62,18 +66,19 @@ class HttpServer(ThreadedServer):
         self._accepted = accepted
 
     def run_until_stopped(self) -> None:
+        """Serve until `stop`, `retire` or `finish`, and return once requests have ended or their grace is over."""
         self.init_process()
 
     def run(self) -> None:
         for client in self._accepted:
-            with contextlib.suppress(OSError):  # the client has gone meanwhile
+            with contextlib.suppress(OSError):  # the client may have gone meanwhile
                 self.take(client, client.getpeername(), client.getsockname())
         super().run()
 
     def wait_idle(self, deadline: float) -> bool:
-        """True once no connection waits in the backlog and every request is answered; False at `deadline`.
+        """Return True once no connection waits in the backlog and every request is answered; False at `deadline`.
 
-        `deadline` on time.monotonic. For any thread but the serving one.
+        `deadline` is on time.monotonic. For any thread but the serving one.
         """
         self._turning.wait(max(0.0, deadline - time.monotonic()))
         idle = threading.Event()
@@ -88,15 +93,16 @@ class HttpServer(ThreadedServer):
             idle.set()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """May be called from any thread, also before it runs. `at_once` cuts the requests that still run."""
+        """Stop serving; `at_once` cuts the requests that still run. For any thread, also before the server runs."""
         if at_once:
             self.cfg.set("graceful_timeout", 0)
         super().stop()
 
     def retire(self, done: Callable[[bool], None]) -> None:
-        """Stops if there is no connection at all; `done` hears whether. What has not been accepted stays waiting.
+        """Stop if there is no connection at all, and call `done` with whether there was none.
 
-        From any thread. Connections that are kept alive count: their clients may be sending a request just now.
+        Connections that are kept alive count: their clients may be sending a request just now. Those that have not been
+        accepted stay in the backlog. For any thread.
         """
         self._turning.wait()
         with contextlib.suppress(AttributeError, TypeError, OSError):
@@ -109,20 +115,21 @@ class HttpServer(ThreadedServer):
         done(self.retired)
 
     def accept(self, listener: Any) -> None:
-        if self._accepting:  # noticed in the instant of retiring, it stays for the next worker; at the end, it has gone
+        if self._accepting:  # else the connection is the next worker's, or the port is closed
             super().accept(listener)
 
     def finish(self, deadline: float) -> None:
-        """The end of the port: takes what waits there, refuses what comes later, lets requests run until `deadline`.
+        """Close the port: accept the connections that wait, refuse later ones, let requests run until `deadline`.
 
-        Afterwards `in_hand` is how many were cut. For any thread but the serving one, once it runs.
+        `deadline` is on time.monotonic. Afterwards `in_hand` is the number of requests that were cut. For any thread
+        but the serving one.
         """
         for listener in self.sockets:
             _ignore_strangers(listener)
         time.sleep(_HANDSHAKE)
         try:
             self.method_queue.defer(self._close_port, deadline)
-        except (AttributeError, TypeError):  # it never ran
+        except (AttributeError, TypeError):  # the server never ran
             self.stop()
 
     def _close_port(self, deadline: float) -> None:
@@ -134,9 +141,9 @@ class HttpServer(ThreadedServer):
         self.set_accept_enabled(False)
         for listener in self.sockets:
             with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # for the shim, too, which holds the same socket
+                listener.shutdown(socket.SHUT_RDWR)  # for the shim, too, which has the same socket
         now = time.monotonic()
-        for conn in self.pending_conns:  # has sent nothing: nothing is lost
+        for conn in self.pending_conns:  # their clients have sent nothing, so nothing is lost
             conn.timeout = min(conn.timeout, now + _SILENT)
         self.cfg.set("graceful_timeout", math.ceil(max(0.0, deadline - now)))
         self.alive = False
@@ -150,16 +157,17 @@ class HttpServer(ThreadedServer):
 
 
 def _ignore_strangers(listener: socket.socket) -> None:
-    """Drops the first packet of each further connection; its sender tries again a second later, and is refused then.
+    """Drop the first packet of each further connection; clients send it again a second later, and are refused then.
 
-    Otherwise one that is made between the last `accept` and the port's end would be reset, and its request lost. A
-    socket filter (linux/filter.h) reads from the TCP header on: flags are its byte 13, and of a first packet SYN alone.
+    Without this, a connection made between the last `accept` and the port's end would be reset, and its request lost. A
+    socket filter (linux/filter.h) sees a packet from the TCP header on: byte 13 has the flags, and in the first packet
+    of a connection SYN is set and ACK is not.
     """
     load, mask, equal, end = 0x30, 0x54, 0x15, 0x06  # LD|B|ABS, ALU|AND|K, JMP|JEQ|K, RET|K
     syn, syn_ack, whole = 0x02, 0x12, 0xFFFFFFFF
     code = ((load, 0, 0, 13), (mask, 0, 0, syn_ack), (equal, 0, 1, syn), (end, 0, 0, 0), (end, 0, 0, whole))
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
-    with contextlib.suppress(OSError):  # a kernel of another kind has none: the rare one is lost there
+    with contextlib.suppress(OSError):  # other kernels have no socket filters: there such a rare request is lost
         listener.setsockopt(
             socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(code), ctypes.addressof(program))
         )

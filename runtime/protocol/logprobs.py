@@ -10,8 +10,10 @@ _LEAST = -9999.0  # JSON has no infinities; OpenAI's answers have this in their 
 
 
 def logprobs(codec: Codec, events: Iterable[TokenEvent], *, chat: bool, offset: int = 0) -> dict[str, object] | None:
-    """The `logprobs` of a choice or chunk made of `events`; None if they have none. `offset` counts characters of the
-    answer before them."""
+    """Return the `logprobs` of a choice or chunk made of `events`; None if they have none.
+
+    `offset` is the number of characters of the choice before `events`.
+    """
     events = list(events)
     if all(event.logprobs is None for event in events):
         return None
@@ -30,7 +32,7 @@ def _chat(codec: Codec, events: Iterable[TokenEvent]) -> dict[str, object]:
 
 def _token(codec: Codec, token: int, value: float) -> dict[str, object]:
     text = codec.decode([token])
-    # Part of a character has no text of its own; which bytes it stands for is the tokenizer's secret.
+    # A token that is part of a character has no text, and tokenizers do not tell its bytes.
     whole = None if "\ufffd" in text else list(text.encode())
     return {"token": text, "logprob": max(_LEAST, value), "bytes": whole}
 
@@ -45,7 +47,7 @@ def _completion(codec: Codec, events: Iterable[TokenEvent], offset: int) -> dict
             tokens.append(codec.decode([event.token]))
             values.append(max(_LEAST, event.logprobs.token))
             top: dict[str, float] = {}
-            for token, value in event.logprobs.top:  # ids with the same text: the likeliest speaks for it
+            for token, value in event.logprobs.top:  # of ids with the same text the likeliest counts
                 top.setdefault(codec.decode([token]), max(_LEAST, value))
             tops.append(top)
             offsets.append(offset)

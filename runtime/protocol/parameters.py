@@ -1,4 +1,4 @@
-"""What may be asked of a generation: names, types, ranges, and what a checkpoint wants by itself. Pure."""
+"""Owns the parameters of a generation: names, types, ranges, and a checkpoint's defaults. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.errors import BadRequest
 
 _MAX_STOPS, _MAX_STOP_LENGTH, _MAX_BIASES = 16, 1000, 1024
 
-# name: (least, most, is the least itself allowed)
+# name: (least, most, whether the least value is allowed)
 _NUMBERS = {
     "temperature": (0.0, 2.0, True),
     "top_p": (0.0, 1.0, False),
@@ -26,7 +26,7 @@ _INTEGERS = {"max_tokens": (1, 2**31 - 1), "top_k": (0, 2**31 - 1), "seed": (-(2
 
 
 class Params(TypedDict, total=False):
-    """What may be asked of a generation besides its prompt; absent or None means the default.
+    """The parameters of a generation besides its prompt; absent or None means the default.
 
     `max_tokens` (1024, or what the context leaves), `temperature` (0..2; 0: always the likeliest token), `top_k`
     (0: off), `top_p` (0..1), `min_p` (0..1), `repetition_penalty` (0..10), `presence_penalty` and `frequency_penalty`
@@ -61,11 +61,11 @@ class Parameters:
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     deterministic: bool = False
-    logprobs: int | None = None  # not among `Params`: it is for those who see token events, the OpenAI routes
+    logprobs: int | None = None  # not in `Params`: only the OpenAI routes, which read token events, can use them
 
 
 def check(given: Mapping[str, object]) -> Parameters:
-    """Checks what needs no model: names, types, ranges. Raises `BadRequest` that names the parameter."""
+    """Check names, types and ranges, which needs no model. Raise `BadRequest` that names the parameter."""
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in Params.__annotations__:
@@ -95,16 +95,16 @@ def check(given: Mapping[str, object]) -> Parameters:
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """What a checkpoint's generation_config.json wants, on top of OpenAI's defaults (temperature 1, no filter).
+    """Return the sampling parameters of a generation_config.json, or OpenAI's defaults (temperature 1, no filter).
 
-    Its sampling values are taken where they are given and lawful; an explicit `"do_sample": false` means greedy.
+    Values that `check` refuses count as absent; an explicit `"do_sample": false` means greedy.
     """
     values: dict[str, Any] = {}
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         try:
             values |= check({name: generation_config.get(name)}).sampling
         except BadRequest:
-            continue  # a checkpoint's odd taste is no reason not to serve it
+            continue  # a value out of range is no reason not to serve the checkpoint
     if generation_config.get("do_sample") is False:
         values["temperature"] = 0.0
     return SamplingParams(**values)
@@ -120,7 +120,7 @@ def _number(name: str, value: object) -> float:
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
-    """The value as an int. Raises `BadRequest` that names the parameter."""
+    """Return the value as an int. Raise `BadRequest` that names the parameter."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise BadRequest(f"{name} must be an integer, not {type(value).__name__}", name)
     number = int(value)

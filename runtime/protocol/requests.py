@@ -1,4 +1,4 @@
-"""Owns what a request in OpenAI's protocol may say: fields, types, neutral values, and the job it makes. Pure.
+"""Owns the requests of OpenAI's protocol: fields, types, neutral values, and the job made of a request. Pure.
 
 A field that is not in a Struct, or that asks for something that is not supported, is refused by name; never ignored.
 """
@@ -19,7 +19,7 @@ from runtime.protocol.parameters import Parameters, check
 
 MAX_CHOICES = 8
 MAX_CHAT_LOGPROBS, MAX_COMPLETION_LOGPROBS = 20, 5  # OpenAI's limits
-COMPLETION_MAX_TOKENS = 16  # what OpenAI gives /v1/completions; chats get the model's default
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chats get the model's default
 
 Content = str | list[str | int | list[int]]
 S = TypeVar("S", bound=msgspec.Struct)
@@ -31,7 +31,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Fields of chats and completions alike. Those typed Any are in `_NEUTRAL`, or mere bookkeeping."""
+    """The fields that chats and completions have in common. Those typed Any are in `_NEUTRAL`, or have no effect."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -96,7 +96,7 @@ class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     user: Any = None
 
 
-# What is not supported, with the values that ask for nothing beyond what happens anyway.
+# Fields that are not supported, with those of their values that ask for nothing.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -136,7 +136,7 @@ class Job:
     include_usage: bool
 
     def choice_parameters(self) -> list[Parameters]:
-        """Parameters of the n choices of each prompt: the first has the request's seed, the others follow from it."""
+        """Return the parameters of each prompt's n choices: the first has the request's seed, others a derived one."""
         if self.n == 1:
             return [self.parameters]
         seed = self.parameters.sampling.get("seed", secrets.randbits(63))
@@ -144,14 +144,14 @@ class Job:
         return [replace(self.parameters, sampling={**self.parameters.sampling, "seed": seed}) for seed in seeds]
 
 
-# Made here, by one thread: two that meet a type for the first time at once crash the process, in msgspec 0.22.
+# Made at import, by one thread: two threads that make a type's first decoder at once crash msgspec 0.22.
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind) for kind in (ChatRequest, CompletionRequest, EmbeddingRequest)
 }
 
 
 def decode(body: bytes, kind: type[S]) -> S:
-    """The request in `body`. Raises `BadRequest` that names the field at fault."""
+    """Return the request in `body`. Raise `BadRequest` that names the field at fault."""
     try:
         wanted: S = _DECODERS[kind].decode(body)
     except msgspec.ValidationError as error:
@@ -170,6 +170,7 @@ def decode(body: bytes, kind: type[S]) -> S:
 
 
 def chat_job(wanted: ChatRequest) -> Job:
+    """Return the job that a chat asks for. Raise `BadRequest` that names the field at fault."""
     if not wanted.messages:
         raise BadRequest("messages is empty; send at least one", "messages")
     if None not in (wanted.max_tokens, wanted.max_completion_tokens):
@@ -184,6 +185,7 @@ def chat_job(wanted: ChatRequest) -> Job:
 
 
 def completion_job(wanted: CompletionRequest) -> Job:
+    """Return the job that a completion asks for. Raise `BadRequest` that names the field at fault."""
     limit = COMPLETION_MAX_TOKENS if wanted.max_tokens is None else wanted.max_tokens
     top = None if wanted.logprobs is None else _within("logprobs", wanted.logprobs, MAX_COMPLETION_LOGPROBS)
     return _job(wanted, several(wanted.prompt, "prompt"), limit, None, top)
@@ -196,7 +198,7 @@ def _within(name: str, value: int, most: int) -> int:
 
 
 def several(given: Content, param: str) -> list[str | list[int]]:
-    """The prompts (or texts) of a field that may hold one or many, each text or token ids."""
+    """Return the prompts (or texts) of a field that may have one or many, each text or token ids."""
     if isinstance(given, str):
         return [given]
     if given and all(isinstance(item, int) for item in given):
@@ -228,7 +230,7 @@ def _job(
 
 
 def _message(number: int, message: dict[str, Any]) -> dict[str, Any]:
-    """One message as chat templates want it: a known role, and text in place of a list of text parts."""
+    """Return a message for a chat template: with a known role, and text in place of a list of text parts."""
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in _ROLES:
         raise BadRequest(f"messages[{number}].role must be one of {', '.join(_ROLES)}", "messages")

@@ -1,1 +1,1 @@
-"""A worker's life: leasing, imports, weights, drain, reports."""
+"""The life of a worker: lease, imports, weights, drain, reports."""

@@ -1,6 +1,6 @@
-"""Owns how a worker's model is put together: of a lease, of modules, and of what a layer has ready.
+"""Assembles a worker's model from a lease, from modules, and from the parts that a layer has ready.
 
-lease ──► modules ──► model, on memory that the bytes are still on their way to ──► all bytes ──► engine ──► Assembled
+lease ──► modules ──► model on the lease's memory, while bytes still arrive ──► all bytes ──► engine ──► Assembled
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger("glowplug.worker")
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """A model that is ready to serve, what it stands on, and the kind of model that its checkpoint names."""
+    """A model that is ready to serve, its weights, their lease, and the `kind` of model that the checkpoint names."""
 
     model: Model
     weights: Weights
@@ -42,7 +42,7 @@ class Assembled:
 
 
 class Assembly:
-    """One worker's. `assemble` is for the thread that has the lease."""
+    """The assembly of one worker's model. `assemble` is for the thread that has the lease."""
 
     def __init__(
         self,
@@ -54,21 +54,24 @@ class Assembly:
         warm: WarmLayer | None,
         broken: Callable[[str], None],
     ) -> None:
-        """Without a layer, `warm`, it begins to map libraries. `broken` hears why the engine gave up, if it does."""
+        """Without a layer, `warm`, begin to map libraries. `broken` takes the reason if the engine breaks."""
         self._config, self._ledger, self._lifecycle = config, ledger, lifecycle
         self._leasing, self._reporting = leasing, reporting
         self._warm = warm
         self._broken = broken
         self._imports = Importing(_import_model_code, lean=config.lean_imports) if warm is None else None
-        self._whole: Lease | None = None  # the one whose bytes are all there
+        self._whole: Lease | None = None  # the lease whose bytes are all there
 
     def import_modules(self) -> None:
-        """Begins to import what a layer would have; returns at once."""
+        """Begin to import the modules that a layer would have; return at once."""
         if self._imports is not None:
             self._imports.begin()
 
     def assemble(self, lease: Lease, deadline: float) -> Assembled:
-        """`deadline` on time.monotonic. Raises any `AgentError` or `FunctionError`."""
+        """Return the model of `lease`, ready to serve. Raise any `AgentError` or `FunctionError`.
+
+        `deadline`, on time.monotonic, is for the arrival of the weights.
+        """
         self._lifecycle.phase = "imports"
         if self._imports is not None:
             self._imports.wait()
@@ -76,10 +79,6 @@ class Assembly:
         import torch
 
         from cache_agent.limits import cpu_quota
-        from runtime.engine.choice import choose
-        from runtime.engine.serial import TokenizerCodec
-        from runtime.function.model import Model
-        from runtime.protocol.parameters import sampling_defaults
         from runtime.worker import weights
 
         with self._ledger.span("model code"):
@@ -88,21 +87,33 @@ class Assembly:
         threads = self._config.threads or cpu_quota()
         torch.set_num_threads(threads)
         with self._ledger.span("attach"):
-            # The weights are still on their way; the model needs to know only where they will be.
+            # The bytes still arrive; the model needs only their addresses.
             mapped, loaded = self._ready_parts(lease) or self._put_together(lease, deadline)
         self._await_weights(lease, deadline)
         if not self._config.private_weights:
             threading.Thread(target=lambda: deque(mapped.populate(), 0), name="pages", daemon=True).start()
         self._lifecycle.phase = "engine"
         log.info("%s: weights %s, from %s", self._config.served_name, loaded.how, lease.tier)
+        model = self._model(lease, mapped, loaded, threads)
+        self._reporting.lease = lease
+        return Assembled(model, mapped, lease, str(model_config(lease.manifest.files).get("model_type", "")))
+
+    def _model(self, lease: Lease, mapped: Weights, loaded: AssembledModel, threads: int) -> Model:
+        """Return a `Model` of transformers' model, with an engine that has begun to run."""
+        from runtime.engine.choice import choose
+        from runtime.engine.loop import EngineWatch
+        from runtime.engine.serial import TokenizerCodec
+        from runtime.function.model import Model
+        from runtime.protocol.parameters import sampling_defaults
+
         begun = time.monotonic_ns()
         codec = TokenizerCodec(loaded.tokenizer, loaded.eos)
-        engine, serial = choose(loaded.model, codec, self._config, revision=lease.revision, threads=threads)
+        watch = EngineWatch(self._first_token, self._broken)
+        engine, serial = choose(
+            loaded.model, codec, self._config, revision=lease.revision, threads=threads, watch=watch
+        )
         self._ledger.add(f"engine, one request at a time: {serial}" if serial else "engine", begun)
-        engine.on_first_token = self._first_token
-        engine.on_broken = self._broken
-        self._reporting.lease = lease
-        model = Model(
+        return Model(
             self._config.served_name,
             lease.revision,
             codec,
@@ -114,15 +125,14 @@ class Assembly:
             deterministic=self._config.deterministic,
             tokenizer_digest=loaded.tokenizer_digest,
         )
-        return Assembled(model, mapped, lease, str(model_config(lease.manifest.files).get("model_type", "")))
 
     def _ready_parts(self, lease: Lease) -> tuple[Weights, AssembledModel] | None:
-        """What the layer has put together already, if it is this very model."""
+        """Return the parts that the layer has assembled already; None if it has none, or those of another model."""
         if self._warm is None or self._config.private_weights:
             return None
         parts = self._warm.parts(lease)
         if parts is None and self._reporting.kind == "model":
-            if self._warm.shared:  # whoever may not have that model must not find it in memory, either
+            if self._warm.shared:  # a worker that may not have the layer's model must not have it in memory, either
                 raise StaleLayer("the pool's model is another one than the agent has now; another worker starts")
             log.info("the warm model is another one than the agent has now: it is put together anew")
             self._reporting.kind = "lang"
@@ -138,6 +148,7 @@ class Assembly:
         return mapped, loaded
 
     def _await_weights(self, lease: Lease, deadline: float) -> None:
+        """Return once all bytes of `lease` are there; return at once if they were awaited before."""
         if self._whole is lease:
             return
         self._lifecycle.phase = "weights"

@@ -1,4 +1,4 @@
-"""Imports what a start imports, so that bytecode and what is remembered lie on the disk: `python -m`, for images."""
+"""Imports all modules of a start once, when an image is built, so that bytecode and caches are on disk: `python -m`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Owns the protection of shared weights: a write to them is a named error in the thread that tries, not a segfault.
 
-The pages are read-only in any case. A handler that reads `context.model.raw` arms the guard for its own thread: every
-operator it then runs is checked for arguments that it writes to (PyTorch's dispatcher knows them by the schema).
-Handlers keep what they once read, so from then on every scope is armed from its beginning. Functions that never touch
-`raw` pay nothing, nor does the engine's thread.
+The pages are read-only in any case. A handler that reads `context.model.raw` arms the guard for its own thread: from
+then on, operators that write to shared weights are refused (an operator's schema names the arguments that it writes
+to). Handlers may keep references to the weights, so all later scopes are armed from their beginning. Functions that
+never read `raw` pay nothing, nor does the engine's thread.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.errors import SharedWeightsError
 
 
-class Guard:
-    """Knows the address ranges of shared weights. `arm` protects the calling thread for the rest of its `scope`."""
+class WriteGuard:
+    """A guard for the memory of shared weights. `arm` protects it from the calling thread until the end of `scope`."""
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
         """`ranges` are (first address, one past the last) of each mapping."""
@@ -34,7 +34,7 @@ class Guard:
         self._handed_out = False
 
     def shares(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's memory belongs to the shared weights."""
+        """Return whether the tensor's memory belongs to the shared weights."""
         if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return False
         address = tensor.untyped_storage().data_ptr()
@@ -42,7 +42,7 @@ class Guard:
         return position >= 0 and address < self._ends[position]
 
     def arm(self) -> None:
-        """Checks every operator of this thread from now on, until the end of its scope or of the thread."""
+        """Check every operator of this thread from now on, until the end of its scope or of the thread."""
         self._handed_out = True
         if getattr(self._local, "modes", None):
             return
@@ -53,7 +53,7 @@ class Guard:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """On leaving, the thread is as it was when it entered."""
+        """Arm the thread if any handler has read the weights, and disarm it at the end unless it was armed before."""
         armed_before = bool(getattr(self._local, "modes", None))
         if self._handed_out:
             self.arm()
@@ -68,7 +68,7 @@ class Guard:
 
 
 class _NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: WriteGuard) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._guard = guard
 
@@ -87,9 +87,9 @@ class _NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _NoWritableArrays(TorchFunctionMode):
-    """`tensor.numpy()` is no operator: its array is made read-only instead, and numpy names the fault itself."""
+    """A mode that makes the arrays of `tensor.numpy()` read-only: writes to them are no operators of torch."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: WriteGuard) -> None:
         super().__init__()
         self._guard = guard
 
@@ -102,7 +102,7 @@ class _NoWritableArrays(TorchFunctionMode):
 
 @lru_cache(maxsize=4096)
 def _written(func: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Positions and names of the arguments that an operator writes to."""
+    """Return positions and names of the arguments that an operator writes to."""
     arguments = func._schema.arguments
     written = [
         (n, argument.name)

@@ -1,14 +1,14 @@
-"""Owns how a start imports torch and transformers: only what serving needs, and in as little time as that takes.
+"""Imports torch and transformers for a start: only the modules that serving needs, in as little time as possible.
 
-Four things, none of which changes what a model computes:
+Four measures, none of which changes the results of a model:
 
-- `torch._dynamo`, which transformers' decorators ask for at import, is only imported when somebody uses it;
-- transformers is told that there is no torch.distributed: a function is one process;
-- which class is in which of transformers' files is remembered in a file beside our bytecode, instead of being found out
-  by reading all of them at every start;
+- `torch._dynamo`, which transformers' decorators ask for at import, is only imported when it is used;
+- transformers finds that there is no torch.distributed: a function is one process;
+- a file beside our bytecode says which class is in which of transformers' files, instead of all those files being read
+  at every start;
 - torch's library is mapped without the interpreter's lock, while a worker's HTTP side is imported.
 
-If transformers has another layout than expected, or does not import this way at all, it is imported as it stands.
+A transformers that cannot be imported this way, because its layout is another one, is imported as it stands.
 GLOWPLUG_LEAN_IMPORTS=0 asks for that.
 """
 
@@ -34,27 +34,30 @@ from typing import Any
 _log = logging.getLogger("glowplug.imports")
 
 _DYNAMO = "torch._dynamo"
-_ALONE = "torch._dynamo._trace_wrapped_higher_order_op"  # works without its package, and every model needs it
+_ALONE = "torch._dynamo._trace_wrapped_higher_order_op"  # needed by every model, and works without its package
 _PROBES = "transformers.utils.import_utils"
-_MARKS = ("assume_constant_result", "allow_in_graph")  # decorators that only note something about a function
+_MARKS = ("assume_constant_result", "allow_in_graph")  # decorators that return the function unchanged
 
 
 class Importing:
-    """Imports in a thread of its own: torch's library at once, modules as soon as `begin` says so."""
+    """A thread that maps torch's library at once, and imports modules after `begin`.
+
+    `started` and `ended` are the times of the modules' import, in ns of CLOCK_MONOTONIC.
+    """
 
     def __init__(self, load: Callable[[], None], *, lean: bool = True) -> None:
-        """`load` imports what is wanted."""
+        """`load` imports the modules."""
         self._load, self._lean = load, lean
         self._go, self._done = threading.Event(), threading.Event()
         self._error: BaseException | None = None
-        self.started = self.ended = 0  # of the modules, ns of CLOCK_MONOTONIC
+        self.started = self.ended = 0
         threading.Thread(target=self._run, name="importer", daemon=True).start()
 
     def begin(self) -> None:
         self._go.set()
 
     def wait(self) -> None:
-        """Returns once all is imported. Raises what importing raised."""
+        """Return once all is imported. Raise the exception of the import."""
         self._done.wait()
         if self._error is not None:
             raise self._error
@@ -73,7 +76,7 @@ class Importing:
 
 
 def imported(load: Callable[[], None], *, lean: bool = True) -> None:
-    """Calls `load`, which imports torch and transformers, the lean way if that works, else as they stand."""
+    """Call `load`, which imports torch and transformers, the lean way if that works, else as they stand."""
     if not lean or "transformers" in sys.modules:
         load()
         return
@@ -94,12 +97,12 @@ def imported(load: Callable[[], None], *, lean: bool = True) -> None:
 
 
 def map_libraries() -> None:
-    """Maps torch's shared library, as importing it would, but without the interpreter's lock."""
+    """Map torch's shared library, as importing torch would, but without the interpreter's lock."""
     import ctypes
 
     spec = importlib.util.find_spec("torch")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        # Called as a foreign function, unlike by CDLL or by import, dlopen does without the lock.
+        # A foreign function is called without the lock; CDLL and import call dlopen with the lock.
         dlopen = ctypes.CDLL(None).dlopen
         dlopen.restype = ctypes.c_void_p
         for name, mode in (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch.so", os.RTLD_LOCAL)):
@@ -109,7 +112,7 @@ def map_libraries() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Puts `torch._dynamo` off, and changes transformers' probes once they are defined."""
+    """A finder that puts `torch._dynamo` off, and changes transformers' probes once they are defined."""
 
     def __init__(self) -> None:
         self.enabled = True
@@ -132,7 +135,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 spec.loader = _Given(self.deferred)
             return spec
         if name.startswith(_DYNAMO + ".") and name != _ALONE and self.deferred is not None and self.deferred.waiting:
-            # Its modules expect their package to be complete; completing it may already import this one.
+            # A module of the package needs the complete package, and completing it may import the module, too.
             self.deferred.complete()
             if name in sys.modules:
                 module = sys.modules[name]
@@ -141,7 +144,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Given(importlib.abc.Loader):
-    """Loads a module that is there already."""
+    """A loader of a module that exists already."""
 
     def __init__(self, module: types.ModuleType, spec: ModuleSpec | None = None) -> None:
         self._module, self._spec = module, spec
@@ -155,7 +158,7 @@ class _Given(importlib.abc.Loader):
 
 
 class _Then(importlib.abc.Loader):
-    """Loads as `loader` does, and then calls `after` with the module."""
+    """A loader that loads with `loader`, and then calls `after` with the module."""
 
     def __init__(self, loader: Any, after: Callable[[types.ModuleType], None]) -> None:
         self._loader, self._after = loader, after
@@ -172,9 +175,9 @@ class _Then(importlib.abc.Loader):
 
 
 class _Deferred(types.ModuleType):
-    """`torch._dynamo` before anybody uses it: takes notes of decorated functions, and becomes the real one on demand.
+    """A stand-in for `torch._dynamo` that notes decorated functions, and is replaced by the real module on first use.
 
-    The notes are told to the real one, so that code which is compiled later is compiled as ever.
+    The real module then gets the notes, so that it compiles later code as ever.
     """
 
     def __init__(self, name: str) -> None:
@@ -200,7 +203,7 @@ class _Deferred(types.ModuleType):
             setattr(self.complete(), attribute, value)
 
     def complete(self) -> types.ModuleType:
-        """The real module; the import system's own locks order threads that want it at once."""
+        """Import and return the real module; the import system's locks are enough for threads that want it at once."""
         name = self.__name__
         with self.lock:
             mine, self.__dict__["waiting"] = self.waiting, False
@@ -221,7 +224,7 @@ class _Deferred(types.ModuleType):
         return function
 
     def _disable(self, function: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        """As long as nothing can be compiled, there is nothing that has to be kept from being compiled."""
+        """Decorate `function` so that the real `disable` is only called once there is a compiler."""
         if function is None:
             return lambda decorated: self._disable(decorated, *arguments, **keywords)
         if not isinstance(function, types.FunctionType):
@@ -240,7 +243,7 @@ class _Deferred(types.ModuleType):
 
 
 def _change_probes(probes: types.ModuleType) -> None:
-    """Each only where it is what we know; what is absent stays so."""
+    """Replace transformers' probes; a probe that this version of transformers does not have is left out."""
     if callable(getattr(probes, "is_torch_distributed_available", None)):
         probes.is_torch_distributed_available = functools.lru_cache(lambda: False)  # type: ignore[attr-defined]
     scan = getattr(probes, "create_import_structure_from_path", None)
@@ -250,16 +253,16 @@ def _change_probes(probes: types.ModuleType) -> None:
 
 
 class Structure:
-    """transformers' answer to what its `models` folder defines, remembered.
+    """A cache of the classes that transformers' `models` folder defines, in a file where Python keeps bytecode.
 
-    Valid for the very files that it was made from, as far as their folder and the package's first file tell; that is
-    what Python's own bytecode relies on, and it is kept in the same kind of place.
+    The cache is valid while size and time of the package's first file, and the time of the `models` folder, are the
+    same: as with Python's bytecode.
     """
 
     def __init__(
         self, scan: Callable[[Any], Any], package: Path, place: Path = Path(__file__).parent / "__pycache__"
     ) -> None:
-        """`scan` is transformers' own way to find out, `package` its folder, `place` where the answer is kept."""
+        """`scan` is transformers' function, `package` its folder, `place` the folder of the cache's file."""
         self._scan = scan
         self._models = package / "models"
         self._known: dict[str, Any] | None = None

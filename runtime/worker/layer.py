@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class WarmLayer(Protocol):
-    """What a worker finds ready. Children of a `shared` layer belong to several containers."""
+    """A warm layer, and the parts that it has ready for a worker. A `shared` one has workers in several containers."""
 
     @property
     def level(self) -> Level: ...
@@ -28,5 +28,5 @@ class WarmLayer(Protocol):
     def shared(self) -> bool: ...
 
     def parts(self, lease: Lease) -> tuple[Weights, AssembledModel] | None:
-        """The model that is ready, if its bytes are the very ones of this lease."""
+        """Return weights and model, if their bytes are the very ones of `lease`; else None."""
         ...

@@ -1,8 +1,7 @@
-"""Owns a worker's way to its agent: whom it asks, and the lease that it asks for until it has it, and again later.
+"""Owns a worker's way to its agent: finding the agent, leasing the model, and joining the agent again later.
 
-An agent that speaks another version of the protocol than this image is as good as none, and so is one that stays
-away: the shim is asked for a private one, and the ledger says why. Nothing else is cured so: an agent that refuses a
-model has its reasons.
+If the node's agent does not answer, or speaks another version of the protocol than this image, the worker asks the shim
+for a private agent, and the ledger says why. The refusal of a model is no reason for a private agent.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ T = TypeVar("T")
 log = logging.getLogger("glowplug.worker")
 
 _REJOIN_SECONDS = 30.0  # between two attempts to find an agent again, at most
-_PATIENCE = 30.0  # with an agent that does not answer at all: longer than it is away while it is updated
-_PATIENCE_SHARE = 20  # of the time for a start, at least
-_SHIM_SECONDS = 10.0  # what a shim may take to start a private agent
+_PATIENCE = 30.0  # seconds to wait for an agent that does not answer: longer than an update of the agent takes
+_PATIENCE_SHARE = 20  # but at most this fraction (1/n) of the time for a start
+_SHIM_SECONDS = 10.0  # for the shim to start a private agent
 
 
 class Leasing:
-    """One worker's. `private_agent` is for the thread that listens to the shim, `client` for any."""
+    """The leases of one worker. `private_agent` is for the thread that obeys the shim, `client` for any."""
 
     def __init__(
         self, config: FunctionConfig, ledger: Ledger, line: WorkerEnd, lifecycle: Lifecycle, known: Known | None = None
@@ -50,18 +49,21 @@ class Leasing:
         self._socket = config.socket
         self._fell_back = False
         self._private: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._kept = line.stored() if config.socket.startswith("tcp:") else []  # memory of the worker before this one
+        # Memory of the worker before this one.
+        self._fd_store = line.stored() if config.socket.startswith("tcp:") else []
 
     def client(self, timeout: float = 10.0) -> CacheClient:
+        """Return a client of the agent; `timeout` in seconds. Raise `BadConfig`."""
         config = self._config
-        config.token()  # a file that cannot be read is this function's mistake, and named so
+        config.token()  # raises the function's own error if the file cannot be read
         name, identity = f"worker-{os.getpid()}", credentials.shown(config.token_file, config.identity_file)
         return CacheClient(self._socket, name=name, identity=identity, pod=config.pod, timeout=timeout)
 
     def leased(self, use: Callable[[Lease, float], T]) -> T:
-        """What `use(lease, deadline)` makes of the model's lease, which stays open; retried where waiting can help.
+        """Lease the model and return the result of `use(lease, deadline)`; the lease stays open.
 
-        Raises any `AgentError`, `NotReady`, and what `use` raises.
+        Errors that may pass are tried again until the deadline. Raises any `AgentError`, `NotReady`, and the exceptions
+        of `use`.
         """
         uri = self._config.model_uri
         begun = time.monotonic()
@@ -102,13 +104,13 @@ class Leasing:
                 pause = min(5.0, pause * 2)
 
     def arrived(self, lease: Lease) -> None:
-        """All bytes are there: if they came over TCP, the shim keeps them for the worker after this one."""
+        """Give a lease whose bytes are all there to the shim, for the next worker, if the bytes came over TCP."""
         if lease.fetched:
             self._line.store([lease.manifest_fd, *lease.segments])
         self._close_memory()
 
     def rejoin(self, lease: Lease) -> None:
-        """Waits for an agent and offers it the weights, so that it needs no second copy of them."""
+        """Wait for an agent and offer the weights to it, so that the node needs no second copy of them."""
         pause = 0.2
         while True:
             time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  jitter, not a secret
@@ -122,27 +124,27 @@ class Leasing:
             return
 
     def private_agent(self, path: str) -> None:
-        """The shim's answer: the socket of the agent that it has started."""
+        """Take the shim's answer: the path of the socket of the agent that it has started."""
         self._private.put(path)
 
     def _memory(self) -> Leftover | None:
-        if not self._kept:
+        if not self._fd_store:
             return None
         from cache_agent.client.streamed import Leftover
 
-        return Leftover.of(self._kept, self._drop_memory)
+        return Leftover.of(self._fd_store, self._drop_memory)
 
     def _drop_memory(self) -> None:
-        """It is another model's by now, and there may not be room for both."""
+        """Give up the previous worker's memory: it has another model, and there may not be room for both."""
         self._close_memory()
         self._line.store([])
 
     def _close_memory(self) -> None:
-        while self._kept:
-            os.close(self._kept.pop())
+        while self._fd_store:
+            os.close(self._fd_store.pop())
 
     def _fall_back(self, error: AgentError) -> None:
-        """To a private agent, once. Raises `error` where there is none to be had."""
+        """Change to a private agent, once. Raise `error` if there is none, or if this is the second time."""
         if self._fell_back:
             raise error
         self._fell_back = True

@@ -1,4 +1,4 @@
-"""Owns what a worker tells of itself: spans and size to its shim, and how its start went to the agent."""
+"""Owns a worker's reports: of spans and size to its shim, and of its start to the agent."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from runtime.http.lifecycle import Lifecycle
 from runtime.process.children import private_bytes
 from runtime.process.control import WorkerEnd
 
-_SECONDS = 2.0
+_SECONDS = 2.0  # that the agent may take for a report
 _AGAIN = (1.0, 30.0)  # seconds between two attempts to report a start: first, and at most
 _LOOK = 0.1
-_MOST_SPANS = 256  # of a start that is reported; more are no start
+_MOST_SPANS = 256  # in a report of a start; spans beyond them are later than the start
 
 
 class Reporting:
-    """One worker's; any thread. `kind` is the layer that the start began at, `lease` what it got."""
+    """The reports of one worker; any thread. `kind` is the layer that the start began at, or "cold"."""
 
     def __init__(
         self,
@@ -34,20 +34,22 @@ class Reporting:
         line: WorkerEnd,
         lifecycle: Lifecycle,
         client: Callable[[float], CacheClient],
+        kind: str = "cold",
     ) -> None:
-        """`client(timeout)` speaks to the agent."""
+        """`client(timeout)` returns a client of the agent."""
         self._config, self._ledger, self._line, self._lifecycle, self._client = config, ledger, line, lifecycle, client
-        self.kind = "cold"
+        self.kind = kind
         self.lease: Lease | None = None
         self._lock = threading.Lock()
-        self._told = 0  # spans
+        self._sent_spans = 0
         self._seen_turns = self._sized_turns = -1
-        self._sending = threading.Lock()  # one report after the other: the fullest is the last
-        self._reported: tuple[int, str] | None = None  # spans and error of the start, as the agent has them
+        self._sending = threading.Lock()  # one report after the other, so that the last is the fullest
+        self._reported: tuple[int, str] | None = None  # number of spans, and error, in the agent's last report
         self._pause, self._again_at = _AGAIN[0], 0.0
 
     def beat(self) -> None:
-        """Now and then, while the worker lives."""
+        """Send the shim a heartbeat and news, and the agent a report that is due. The server calls this about every
+        second."""
         self._line.send(beat=1)
         self._size()
         self.spans()
@@ -56,17 +58,17 @@ class Reporting:
             threading.Thread(target=self.start, name="report", daemon=True).start()  # no beat waits for it
 
     def spans(self) -> None:
-        """Tell the shim those that are new."""
+        """Send the shim the spans that it does not have yet."""
         with self._lock:
-            fresh = self._ledger.since(self._told)
-            self._told += len(fresh)
+            fresh = self._ledger.since(self._sent_spans)
+            self._sent_spans += len(fresh)
             if rows := [(span.owner, span.name, span.start, span.end) for span in fresh if span.owner != "shim"]:
                 self._line.spans(rows)
 
     def start(self, seconds: float = 2 * _SECONDS) -> None:
-        """Report the start, for the agent's status page; beats and `close` repeat what the agent did not hear.
+        """Report the start to the agent, for its status page; beats and `close` repeat a report that failed.
 
-        `seconds` is how long another report may be waited for, and then how long the agent may take.
+        Another report in progress may take `seconds`, and then the agent as long again.
         """
         if not self._sending.acquire(timeout=seconds):
             return
@@ -85,9 +87,9 @@ class Reporting:
             self._sending.release()
 
     def close(self, deadline: float) -> None:
-        """Tell shim and agent what they have not heard of the start, until `deadline` on time.monotonic.
+        """Send shim and agent all news of the start, until `deadline` on time.monotonic.
 
-        Nothing is reported of a start that has neither succeeded nor failed.
+        A start that has neither succeeded nor failed is not reported.
         """
         self.spans()
         if self._lifecycle.phase != "serving" and self._lifecycle.error is None:
@@ -98,7 +100,7 @@ class Reporting:
                 time.sleep(_LOOK)
 
     def _news(self) -> tuple[int, str] | None:
-        """Spans and error of the start, where the agent has others."""
+        """Return the number of spans and the error of the start, if they differ from the last report; else None."""
         error = self._lifecycle.error
         now = len(self._ledger.since(0)), f"{error.text} [{error.code}]"[:TEXT_LIMIT] if error else ""
         return now if now != self._reported else None
@@ -110,7 +112,7 @@ class Reporting:
         return Started(self._ledger.start_id, name, uri, self.kind, spans, failed, tier, size)
 
     def _size(self) -> None:
-        """What the shim would get back without this worker, once after each time of work."""
+        """Send the shim the bytes of private memory, once after each time of work."""
         turns = self._lifecycle.turns
         if turns == self._seen_turns != self._sized_turns and not self._lifecycle.inside:
             self._sized_turns = turns

@@ -1,7 +1,7 @@
 """Owns the mapping of leased weights: lease → read-only maps → tensors → transformers model. The only place that maps.
 
-The model is built on the meta device, so that nothing is allocated for its weights, and the views are assigned. What
-`from_pretrained` does beyond that (renamed keys, quantisation, missing tensors, another dtype) is left to it: it gets
+The model is built on the meta device, so that no memory is allocated for its weights, and the views are assigned. A
+checkpoint that needs more (renamed keys, quantisation, missing tensors, another dtype) goes to `from_pretrained`, with
 the same views as a state dict, and the ledger says so.
 """
 
@@ -29,7 +29,7 @@ from cache_agent.model.manifest import Manifest, Tensor, model_config
 from runtime.engine.skeleton import skeleton
 from runtime.errors import ModelUnusable
 from runtime.resume.snapshot import tokenizer_digest
-from runtime.worker.guard import Guard
+from runtime.worker.guard import WriteGuard
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -51,11 +51,11 @@ _DTYPES = {
 }
 _LIBC = ctypes.CDLL(None)
 _MADV_POPULATE_READ = 22
-_STRIDE = 16 << 20  # bytes for which others that change this process's mappings may have to wait
+_STRIDE = 16 << 20  # bytes of one `madvise`, for which other changes of this process's mappings have to wait
 
 
 class SegmentSource(Protocol):
-    """A lease, or what somebody else's lease lends: a manifest and the fds of its segments."""
+    """A lease, or another holder of a model's bytes: a manifest and the fds of its segments."""
 
     @property
     def manifest(self) -> Manifest: ...
@@ -67,22 +67,23 @@ class Weights:
     """Read-only tensors over the segments of a lease, valid for as long as this object lives, agent or not."""
 
     def __init__(self, lease: SegmentSource) -> None:
-        """Whoever holds the bytes has to go on doing so; the fds may be closed."""
+        """Map the segments of `lease`. The lease has to stay; its fds may be closed."""
         self.manifest = lease.manifest
         self._maps = [
             mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
             for fd, size in zip(lease.segments, lease.manifest.segments, strict=True)
         ]
         with warnings.catch_warnings():
-            # torch cannot know that nobody will write to them; `Guard` and the page protection do.
+            # torch warns because the maps are read-only; `WriteGuard` and the page protection stop all writes.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             self._ranges = [_address(mapping) for mapping in self._maps]
-            self.guard = Guard(self._ranges)
+            self.guard = WriteGuard(self._ranges)
             self.tensors = {tensor.name: self._view(tensor) for tensor in self.manifest.tensors}
 
     def populate(self) -> Iterator[None]:
-        """Enters the pages of all bytes into this process's tables, piece by piece, so that its first forward pass does
-        not have to meet them one by one: a fork hands none of them on. For any thread; no piece keeps others waiting.
+        """Enter the pages of all bytes into this process's tables, one piece per step, before a forward pass does.
+
+        A forked process begins without them, and its first forward pass would enter them one by one. For any thread.
         """
         for start, end in self._ranges:
             for place in range(start, end, _STRIDE):
@@ -92,7 +93,7 @@ class Weights:
                 yield
 
     def close(self) -> None:
-        """Unmaps what no other tensor shows any more."""
+        """Unmap every segment that no tensor uses any more."""
         self.tensors.clear()
         for mapping in self._maps:
             with contextlib.suppress(BufferError):
@@ -109,14 +110,14 @@ class Weights:
 
 
 def preload(manifest: Manifest) -> None:
-    """Imports the modules that `assemble` will need for this model, so that it only has to put the parts together."""
+    """Import the modules that `assemble` will need for this model."""
     kind = model_config(manifest.files).get("model_type")
     if isinstance(kind, str):
         preload_kind(kind)
 
 
 def preload_kind(kind: str) -> None:
-    """Imports the code of models of this `model_type`; what transformers does not know is left alone."""
+    """Import the code of models of this `model_type`, if transformers knows it."""
     if kind in CONFIG_MAPPING:
         config = CONFIG_MAPPING[kind]
         for mapping in (AutoModelForCausalLM._model_mapping, TOKENIZER_MAPPING):
@@ -126,7 +127,10 @@ def preload_kind(kind: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AssembledModel:
-    """A transformers model on shared weights, and what belongs to it. `how` names the way it was assembled."""
+    """A transformers model on shared weights, and its tokenizer and configuration.
+
+    `how` is "assigned" or "from_pretrained": the way in which the model was assembled.
+    """
 
     model: Any
     tokenizer: Any
@@ -136,16 +140,16 @@ class AssembledModel:
 
     @property
     def eos(self) -> list[int]:
-        """The end-of-sequence ids that the checkpoint names besides its tokenizer's."""
+        """The end-of-sequence ids in generation_config.json, which are in addition to the tokenizer's."""
         eos = self.generation_config.get("eos_token_id")
         return [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
 
 
 def assemble(weights: Weights, *, private: bool = False, whole: Callable[[], None] = lambda: None) -> AssembledModel:
-    """Builds the model and its tokenizer. With `private` every weight is copied to memory of this process's own.
+    """Build the model and its tokenizer. With `private` every weight is copied to private memory of this process.
 
-    This may be done while the bytes arrive, for it needs only names and shapes; where it has to read them all the same,
-    it calls `whole` before, which returns when they are there. Raises `ModelUnusable` with transformers' own words.
+    The bytes may still be arriving: building needs only names and shapes. If it has to read bytes all the same, `whole`
+    is called before, which returns when they are there. Raises `ModelUnusable` with transformers' message.
     """
     with _small_files(weights.manifest) as directory:
         model, how = _model(weights, directory, private, whole)
@@ -156,14 +160,14 @@ def assemble(weights: Weights, *, private: bool = False, whole: Callable[[], Non
 
 
 def assemble_model(weights: Weights, *, whole: Callable[[], None] = lambda: None) -> Any:
-    """Only the model: what `from_pretrained` of a model class returns. `whole` as above; raises `ModelUnusable`."""
+    """Build the model without its tokenizer. `whole` is as for `assemble`. Raise `ModelUnusable`."""
     with _small_files(weights.manifest) as directory:
         return _model(weights, directory, private=False, whole=whole)[0]
 
 
 @contextmanager
 def _small_files(manifest: Manifest) -> Iterator[Path]:
-    """A directory with the checkpoint's small files, as transformers wants to read them."""
+    """Provide a directory with the checkpoint's small files, for transformers to read."""
     directory = Path(tempfile.mkdtemp(prefix="glowplug-model-"))
     try:
         for name, data in manifest.files.items():
@@ -208,7 +212,7 @@ def _build(config: Any, tensors: Mapping[str, torch.Tensor], whole: Callable[[],
         state_dict=dict(tensors),
         dtype="auto",
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, by name
+        ignore_mismatched_sizes=True,  # they are refused below, by name
     )
     if info["mismatched_keys"]:
         name, stored, wanted = sorted(info["mismatched_keys"])[0]
@@ -223,7 +227,7 @@ def _build(config: Any, tensors: Mapping[str, torch.Tensor], whole: Callable[[],
 
 
 def _assign(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any | None:
-    """The model with the views as its parameters, or None where checkpoint and model do not match name by name."""
+    """Return the model with the views as its parameters; None if checkpoint and model do not match name by name."""
     dtype = config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     model = skeleton(kind, config, dtype=dtype)
     state = model.state_dict(keep_vars=True)
@@ -258,6 +262,6 @@ def _assign(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any 
 
 
 def _address(mapping: mmap.mmap) -> tuple[int, int]:
-    """(first address, one past the last); ctypes gives none of a read-only mapping."""
+    """Return (first address, one past the last); torch finds them, for ctypes cannot for a read-only mapping."""
     start = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
     return start, start + len(mapping)

@@ -1,13 +1,13 @@
 """Owns a function's start and its end: HTTP first, then lease, imports, weights, engine, handler; drain; exit code.
 
-main thread     HTTP (gunicorn), from the first 150 ms until the last request is out
+main thread     serves HTTP, from the first 150 ms until the last request is out; then reports and exits
 importer        imports torch and transformers, once HTTP is up
-starter         asks the agent for the weights, and assembles the model when it has them and the imports
-agent           listens to the lease: drain, revision
-shim            listens to the shim: retire, another agent; and ends the process when the shim is gone
-drainer         waits for SIGTERM, lets requests end, ends the process
+starter         leases the weights, waits for the imports, assembles the model
+agent           obeys the agent: drain, revision
+shim            obeys the shim: retire, another agent; ends the process when the shim is gone
+drainer         waits for SIGTERM, lets requests end, ends the serving
 pages           enters the weights' pages into this process's tables, while the rest of the start goes on
-engine          created by the engine itself
+engine          makes the steps of generations; started by the engine
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("glowplug.worker")
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
-_LAST_WORDS = 2.0  # seconds in which the agent is told of what did not end in time
-_REPORTS = 10.0  # seconds in which the agent is told of what went well, within the time that the platform gives
-_LAST_ANSWERS = 2.0  # seconds for answers at the end: of those who waited for a failed start, of the last at the port
+_LAST_WORDS = 2.0  # seconds for the last reports to the agent after the grace
+_REPORTS = 10.0  # seconds for them if the worker ends before the end of the grace
+_LAST_ANSWERS = 2.0  # seconds for the last requests: those that waited for a failed start, and the last at the port
 
 
 class Worker:
-    """One worker process; `run()` is its life and returns the exit code."""
+    """One worker process, from its start to its exit code; see `run`."""
 
     def __init__(
         self,
@@ -63,50 +63,50 @@ class Worker:
         terminate: threading.Event,
         warm: WarmLayer | None = None,
     ) -> None:
-        """`terminate` is set by the signals that end the process. `warm` is the layer that it was forked from; without
-        one it imports everything itself."""
+        """`terminate` is set by the signals that end the process. `warm` is the layer that the worker was forked from;
+        without a layer the worker imports everything itself."""
         self._config = config
         self._warm = warm
         self._ledger = ledger
         self._line = line
-        self._lifecycle = Lifecycle(config.served_name, config.slots + config.queue)
-        self._http: Future[HttpServer] = Future()  # made while a start without a layer runs already
+        self._lifecycle = Lifecycle(
+            config.served_name, config.slots + config.queue, lambda turn, inside: line.send(load=inside, turn=turn)
+        )
+        self._http: Future[HttpServer] = Future()  # a start without a layer begins before the server is there
         self._terminate = terminate
-        self._over = threading.Event()  # nothing is served any more
-        self._cut = 0  # requests that the grace was too short for
-        self._end_at = 0.0  # when the grace is over; 0 while nobody has asked for the end
+        self._over = threading.Event()  # set once the server has stopped
+        self._cut = 0  # requests for which the grace was too short
+        self._end_at = 0.0  # the end of the grace, on time.monotonic; 0 before SIGTERM
         self._sessions: Sessions | None = None
-        self._moving: Incoming | None = None
-        self._given_up = threading.Event()  # another worker does the work: the weights are not needed any more
+        self._incoming: Incoming | None = None
+        self._given_up = threading.Event()  # set once another worker has all the work, and the weights are released
         self._exit: FunctionError | None = None
         self._leasing = Leasing(config, ledger, line, self._lifecycle, None if warm is None else warm.known)
-        self._reporting = Reporting(config, ledger, line, self._lifecycle, self._leasing.client)
-        if warm is not None:
-            self._reporting.kind = warm.level
+        kind = "cold" if warm is None else warm.level
+        self._reporting = Reporting(config, ledger, line, self._lifecycle, self._leasing.client, kind)
         self._assembly = Assembly(config, ledger, self._lifecycle, self._leasing, self._reporting, warm, self._broken)
 
     def run(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket] = ()) -> int:
+        """Start, serve on `sock` until the end, and return the exit code.
+
+        The worker ends with the process `parent`, if that is not 0. `accepted` are connections that wait already.
+        """
+        starter = threading.Thread(target=self._start, name="starter", daemon=True)
         if self._warm is None:
-            self._begin()
+            starter.start()
         with self._ledger.span("http"):
             server = self._make_server(sock, parent, accepted)
-        threading.Thread(target=self._end, name="drainer", daemon=True).start()
-        threading.Thread(target=self._obey, name="shim", daemon=True).start()
-        self._lifecycle.on_load = lambda turn, inside: self._line.send(load=inside, turn=turn)
+        threading.Thread(target=self._end_serving, name="drainer", daemon=True).start()
+        threading.Thread(target=self._obey_shim, name="shim", daemon=True).start()
         self._line.send(state="http")
         self._http.set_result(server)
         if self._warm is None:
             self._assembly.import_modules()  # importing holds the interpreter's lock, and probes come first
         else:
-            self._begin()  # two threads that only compute have no more of the interpreter's lock than one
+            starter.start()  # not sooner: two threads that compute share one interpreter's lock
         server.run_until_stopped()
         self._over.set()
-        if server.retired:
-            self._line.send(state="retired")
-        if self._exit is None and self._terminate.is_set():
-            self._ended()
-        self._say_last()
-        return self._exit.exit_code if self._exit else 0
+        return self._conclude(server)
 
     def _make_server(self, sock: socket.socket, parent: int, accepted: Sequence[socket.socket]) -> HttpServer:
         from runtime.http.application import Application
@@ -127,13 +127,10 @@ class Worker:
 
     @property
     def _server(self) -> HttpServer:
-        """Waits until the server is there."""
+        """The HTTP server; waits until it is there."""
         return self._http.result()
 
     # --- start ----------------------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        threading.Thread(target=self._start, name="starter", daemon=True).start()
 
     def _start(self) -> None:
         try:
@@ -149,7 +146,7 @@ class Worker:
     def _prepare(self) -> None:
         assembled = self._leasing.leased(self._assembly.assemble)  # torch is imported while the bytes are on their way
         model, handler = assembled.model, None
-        gc.freeze()  # what is there now stays; looking through it for garbage would take a third of a second each time
+        gc.freeze()  # the objects so far stay; to search them for garbage would take a third of a second each time
         gc.enable()
         if self._config.handler:
             self._lifecycle.phase = "handler"
@@ -159,16 +156,16 @@ class Worker:
         from runtime.resume.sessions import kept_by
 
         self._sessions = model.sessions = kept_by(self._config, self._leasing.client, lambda: model.identity)
-        self._moving = moving(
+        self._incoming = moving(
             self._config, self._leasing.client, model, self._lifecycle, lambda: self._released(assembled)
         )
         self._lifecycle.phase = "serving"
         self._lifecycle.opened(model, handler)
-        if self._moving is not None and self._lifecycle.draining:
-            self._moving.depart()
+        if self._incoming is not None and self._lifecycle.draining:
+            self._incoming.depart()
         self._reporting.spans()
         self._line.send(state="ready", kind=assembled.kind)
-        threading.Thread(target=self._listen, args=(assembled,), name="agent", daemon=True).start()
+        threading.Thread(target=self._obey_agent, args=(assembled,), name="agent", daemon=True).start()
         self._reporting.start()
 
     def _import_handler(self, assembled: Assembled) -> Handler:
@@ -176,19 +173,19 @@ class Worker:
         if self._config.reload:
             from runtime.function.reload import Reloading
 
-            following = Reloading(*place)
-            following.watch()
-            return following
+            reloading = Reloading(*place)
+            reloading.watch()
+            return reloading
         from runtime.function import handler as handlers
 
         return handlers.load(*place)
 
     def _broken(self, why: str) -> None:
-        """The requests in flight know it already; a new worker can serve the next ones, this one cannot."""
+        """End the worker because its engine broke. The engine has answered its requests; another worker takes over."""
         self._fail(EngineFailed(f"{why}; the worker ends, so that another takes its place"))
 
     def _fail(self, error: FunctionError) -> None:
-        """Answers those who waited, tells the shim why, and ends the process with the error's code."""
+        """Answer the requests that wait, tell the shim why, and end the process with the error's exit code."""
         log.error("%s [%s]", error.text, error.code)
         self._lifecycle.fail(error)
         self._line.send(error=error.code, text=error.text)
@@ -200,8 +197,8 @@ class Worker:
 
     # --- serving --------------------------------------------------------------------------------------------------
 
-    def _listen(self, assembled: Assembled) -> None:
-        """The agent's pushes. The weights outlive the agent: whoever serves next is offered them."""
+    def _obey_agent(self, assembled: Assembled) -> None:
+        """Obey the agent's messages. The weights outlive their agent, and are offered to the agent after it."""
         model, lease = assembled.model, assembled.lease
         while True:
             try:
@@ -218,10 +215,11 @@ class Worker:
                 log.warning("%s; this function goes on with the weights that it maps", error)
             self._leasing.rejoin(lease)
 
-    def _obey(self) -> None:
+    def _obey_shim(self) -> None:
+        """Obey the shim's messages, and end the worker when the shim is gone."""
         for message in self._line.messages():
             match message:
-                case {"retire": _} if self._lifecycle.inside:  # on behalf of another replica, without a connection
+                case {"retire": _} if self._lifecycle.inside:  # requests of other replicas have no connection here
                     self._line.send(state="needed")
                 case {"retire": _}:
                     self._server.retire(lambda retired: None if retired else self._line.send(state="needed"))
@@ -231,9 +229,9 @@ class Worker:
         self._server.stop(at_once=True)
 
     def _released(self, assembled: Assembled) -> None:
-        """Another worker does the work: weights and model go now, not when this process ends."""
+        """Release weights and model, because another worker has all the work and this process may live on for long."""
         self._given_up.set()
-        assembled.model.let_go()  # by name, and not by collecting garbage: that would hold every stream up for 0.3 s
+        assembled.model.let_go()  # a garbage collection would do, too, but delay every stream by 0.3 s
         assembled.weights.close()
         assembled.lease.interrupt()
         log.info("all work is another replica's; the model is released")
@@ -241,51 +239,55 @@ class Worker:
     # --- end ------------------------------------------------------------------------------------------------------
 
     def _drain(self, reason: str) -> None:
+        """Begin to drain, unless the drain has begun: the worker goes on serving, and gives away what it can."""
         if self._lifecycle.drain(reason):
             log.info("draining: %s", reason)
             self._line.send(state="draining")
-            if self._moving is not None and self._lifecycle.state == "draining":
-                self._moving.depart()
+            if self._incoming is not None and self._lifecycle.state == "draining":
+                self._incoming.depart()
 
-    def _end(self) -> None:
+    def _end_serving(self) -> None:
+        """Wait for SIGTERM, then end the serving: the drainer thread, while the main thread serves."""
         self._terminate.wait()
         self._drain("SIGTERM")
         grace = self._config.drain_grace
         end = self._end_at = time.monotonic() + self._config.drain_linger + grace
-        # The platform routes new requests here until it notices: those are answered, too.
+        # The platform routes new requests here until it notices the drain: they are answered, too.
         time.sleep(self._config.drain_linger)
-        # So are those that come later still, as long as there is time for one as long as the last ones were.
+        # Later requests are answered, too, as long as the grace has time for a request as long as the last ones.
         self._server.wait_idle(end - min(grace / 2, max(_LAST_ANSWERS, self._lifecycle.longest)))
-        last_words = self._sessions is not None or self._moving is not None
-        self._server.finish(end + 2 * _LAST_WORDS if last_words else end)
-        if last_words and not self._over.wait(max(0.0, end - time.monotonic())):
-            # What still runs ends with an error that says how to go on, and can be gone on with.
+        resumable = self._sessions is not None or self._incoming is not None
+        self._server.finish(end + 2 * _LAST_WORDS if resumable else end)
+        if resumable and not self._over.wait(max(0.0, end - time.monotonic())):
+            # Requests that still run end with an error that says how to resume them.
             self._cut = self._server.in_hand
-            if self._moving is not None:
-                self._moving.close("this replica ends", end + _LAST_WORDS)
+            if self._incoming is not None:
+                self._incoming.close("this replica ends", end + _LAST_WORDS)
             if self._sessions is not None:
                 self._sessions.close(time.monotonic() + _LAST_WORDS)
 
-    def _ended(self) -> None:
-        """After the last request, or the grace: the verdict."""
-        if self._sessions is not None:
-            self._sessions.close(time.monotonic() + _LAST_WORDS)
-        if cut := self._cut or self._server.in_hand:
-            self._exit = DrainIncomplete(
-                f"{cut} requests had not ended {self._config.drain_grace:.0f} s after SIGTERM and were cut; "
-                "raise GLOWPLUG_DRAIN_GRACE and the platform's own grace"
-            )
-            log.error("%s [%s]", self._exit.text, self._exit.code)
-        self._lifecycle.drained()
-        self._line.send(state="drained")
-
-    def _say_last(self) -> None:
-        """What agent and shim have not heard yet: a process that ends takes it along."""
+    def _conclude(self, server: HttpServer) -> int:
+        """Report the end of the worker to shim and agent, and return the exit code: the main thread, after serving."""
+        if server.retired:
+            self._line.send(state="retired")
+        if self._exit is None and self._terminate.is_set():
+            if self._sessions is not None:
+                self._sessions.close(time.monotonic() + _LAST_WORDS)
+            if cut := self._cut or server.in_hand:
+                self._exit = DrainIncomplete(
+                    f"{cut} requests had not ended {self._config.drain_grace:.0f} s after SIGTERM and were cut; "
+                    "raise GLOWPLUG_DRAIN_GRACE and the platform's own grace"
+                )
+                log.error("%s [%s]", self._exit.text, self._exit.code)
+            self._lifecycle.drained()
+            self._line.send(state="drained")
+        # News that agent and shim do not get now is lost with the process.
         now = time.monotonic()
         deadline = max(now + _LAST_WORDS, min(now + _REPORTS, self._end_at + _LAST_WORDS))
-        if self._moving is not None:
-            self._moving.close("this replica ends", deadline)
+        if self._incoming is not None:
+            self._incoming.close("this replica ends", deadline)
         self._reporting.close(deadline)
+        return self._exit.exit_code if self._exit else 0
 
 
 def serve(
@@ -298,7 +300,10 @@ def serve(
     why: str,
     connections: Sequence[int] = (),
 ) -> int:
-    """The life of a worker that was forked from a layer; `why` it was not a deeper one. `connections` wait for it."""
+    """Run a worker that was forked from the layer `warm`, and return its exit code.
+
+    `why` says why there was no deeper layer. `connections` are fds of connections that wait already.
+    """
     ledger = _ledger(start_id, spans, f"fork from {warm.level}" + (f", {why}" if why else ""), time.monotonic_ns())
     return _live(listen_fd, control_fd, ledger, 0, warm, [socket.socket(fileno=fd) for fd in connections])
 
@@ -327,7 +332,7 @@ def _live(
     terminate = threading.Event()
     for number in _STOPPING:
         signal.signal(number, lambda _number, _frame: terminate.set())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the shim blocked them for as long as nobody listened
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # the shim blocked them until there were handlers
     try:
         return Worker(config, ledger, line, terminate, warm).run(socket.socket(fileno=listen_fd), parent, accepted)
     except FunctionError as error:
@@ -336,8 +341,11 @@ def _live(
 
 
 def log_to_stderr(level: str) -> None:
-    """Once more in each child of a layer. Levels are mostly left to the handler: to set a logger's goes through all
-    others, and a child would get a copy of each page on which one of them lies."""
+    """Log to stderr from `level` on; called again in each child of a layer.
+
+    The handler has the level, and the logger only if it must: to set a logger's level goes through all other loggers,
+    and a forked process would get a copy of every page with one.
+    """
     root = logging.getLogger()
     if not root.handlers:
         logging.basicConfig(
@@ -350,10 +358,13 @@ def log_to_stderr(level: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`arguments`: fds of the listening socket and the control line, pid of the shim, start id, its spans as JSON, and
-    fds of connections that wait already."""
+    """Run a worker that the shim has started, and return its exit code.
+
+    `arguments`: fds of the listening socket and of the control line, pid of the shim, start id, the start's spans as
+    JSON, fds of connections that wait already.
+    """
     born = time.monotonic_ns()
-    gc.disable()  # until the model is there: hardly anything of what a start makes is garbage
+    gc.disable()  # until the model is there: a start makes hardly any garbage
     listen_fd, control_fd, parent, start_id, spans, *connections = arguments
     for fd in (listen_fd, control_fd, *connections):
         os.set_inheritable(int(fd), False)

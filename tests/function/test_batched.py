@@ -30,6 +30,7 @@ from tiny import (
 from runtime.engine.attention import Unbatchable, install, known, tried
 from runtime.engine.base import GenerationRequest, KVRow, SamplingParams, TokenEvent
 from runtime.engine.batched import BatchedEngine
+from runtime.engine.loop import EngineWatch
 from runtime.engine.serial import TokenizerCodec
 from runtime.errors import BadRequest, EngineBusy, EngineFailed, SnapshotRefused
 
@@ -157,7 +158,7 @@ class TestReuse:
                 answer = tokens(run(engine, ask(count=20, prompt=said)))
                 assert answer == greedy_reference(model, said, 20)
                 said = (*said, *answer, *prompt_of(9, turn))  # type: ignore[arg-type]
-                until(lambda turn=turn: engine.stats().kept > 0)  # type: ignore[misc]
+                until(lambda turn=turn: engine.stats().cached > 0)  # type: ignore[misc]
             # All but the last token of each answer had been fed when the next turn came.
             assert engine.stats().reused == 49 + 78 + 107
 
@@ -179,7 +180,7 @@ class TestReuse:
             run(engine, ask("rough", 9, prompt=prompt[:50]))
             alone = run(engine, wanted)
             assert engine.stats().reused == 0
-            until(lambda: engine.stats().kept > 0)
+            until(lambda: engine.stats().cached > 0)
             assert run(engine, wanted) == alone
             assert engine.stats().reused == 48
 
@@ -188,15 +189,15 @@ class TestReuse:
         with contextlib.closing(batched(tiny("llama"), memory=memory)) as engine:
             for seed in range(5):
                 run(engine, ask(count=20, prompt=prompt_of(30, seed)))
-                assert engine.stats().kept <= memory
-            until(lambda: engine.stats().kept > 0)
+                assert engine.stats().cached <= memory
+            until(lambda: engine.stats().cached > 0)
             with engine.submit(ask(count=60, prompt=prompt_of(40, 9))):
-                until(lambda: engine.stats().kept == 0)
+                until(lambda: engine.stats().cached == 0)
 
     def test_off(self) -> None:
         with contextlib.closing(batched(tiny("llama"), reuse=False)) as engine:
             assert run(engine, ask()) == run(engine, ask())
-            assert (engine.stats().kept, engine.stats().reused) == (0, 0)
+            assert (engine.stats().cached, engine.stats().reused) == (0, 0)
 
 
 class TestMemory:
@@ -211,7 +212,7 @@ class TestMemory:
                 for last in stream:  # noqa: B007
                     stats = engine.stats()
                     most = max(most, stats.running)
-                    assert stats.memory + stats.kept <= stats.memory_limit
+                    assert stats.memory + stats.cached <= stats.memory_limit
                 assert last is not None
                 assert last.finish == "length"
             assert most == 2
@@ -261,8 +262,7 @@ class TestFailures:
 
     def test_an_engine_that_only_fails_gives_up(self) -> None:
         model, told = tiny("llama"), []
-        with contextlib.closing(batched(model)) as engine:
-            engine.on_broken = told.append
+        with contextlib.closing(batched(model, watch=EngineWatch(broken=told.append))) as engine:
             model.model.layers[1].register_forward_pre_hook(_raise)
             for number in range(3):
                 assert list(engine.submit(ask(str(number))))[-1].finish == "error"

@@ -15,13 +15,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from runtime.errors import SharedWeightsError  # noqa: E402
-from runtime.worker.guard import Guard  # noqa: E402
+from runtime.worker.guard import WriteGuard  # noqa: E402
 
 SHAPE = (8, 16)
 
 
 class Shared(NamedTuple):
-    guard: Guard
+    guard: WriteGuard
     weight: Any  # float32, on pages that cannot be written
     counts: Any  # int64, likewise
     content: Callable[[], bytes]
@@ -42,7 +42,7 @@ def shared() -> Shared:
         weight = torch.frombuffer(memory, dtype=torch.float32, count=128).view(SHAPE)
         counts = torch.frombuffer(memory, dtype=torch.int64, count=128, offset=mmap.PAGESIZE).view(SHAPE)
     start = weight.data_ptr()
-    guard = Guard([(start, start + size)])
+    guard = WriteGuard([(start, start + size)])
     return Shared(guard, torch.nn.Parameter(weight, requires_grad=False), counts, lambda: memory[:], memory)
 
 
@@ -249,12 +249,12 @@ def test_what_belongs_to_the_ranges(shared: Shared) -> None:
     assert not guard.shares(weight.to("meta"))
     assert not guard.shares(torch.empty(0))
     assert not guard.shares(weight.to_sparse())
-    assert not Guard([]).shares(weight)
+    assert not WriteGuard([]).shares(weight)
 
 
 def test_ranges_are_half_open() -> None:
     tensor = torch.zeros(4, dtype=torch.float32)
     address = tensor.data_ptr()
-    assert Guard([(address, address + 16)]).shares(tensor)
-    assert not Guard([(address - 16, address)]).shares(tensor)
-    assert Guard([(0, 16), (address, address + 1), (address + 64, address + 128)]).shares(tensor)
+    assert WriteGuard([(address, address + 16)]).shares(tensor)
+    assert not WriteGuard([(address - 16, address)]).shares(tensor)
+    assert WriteGuard([(0, 16), (address, address + 1), (address + 64, address + 128)]).shares(tensor)

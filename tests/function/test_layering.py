@@ -81,6 +81,7 @@ PURE = [
     "cache_agent/model/ranges.py",
     "cache_agent/residency/entry.py",
     "cache_agent/residency/catalogue.py",
+    "runtime/engine/bounds.py",
     "runtime/engine/generation.py",
     "runtime/sse.py",
     "runtime/layers/keys.py",

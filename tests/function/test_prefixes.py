@@ -33,7 +33,7 @@ def test_large_ids_do_not_agree_by_their_bytes() -> None:
 def test_the_longest_is_found() -> None:
     store: Prefixes[Kept] = Prefixes()
     for name in ("abcd", "abxy", "q"):
-        store.keep(encoded(map(ord, name)), Kept(name))
+        store.add(encoded(map(ord, name)), Kept(name))
     assert store.find(encoded(map(ord, "abxz"))) == (Kept("abxy"), 3)
     assert store.find(encoded(map(ord, "abxz")), [(encoded(map(ord, "abxzz")), Kept("live"))]) == (Kept("live"), 4)
     assert store.find(encoded([1])) is None
@@ -41,18 +41,18 @@ def test_the_longest_is_found() -> None:
 
 def test_a_continuation_takes_the_place_of_what_it_continues() -> None:
     store: Prefixes[Kept] = Prefixes()
-    store.keep(encoded([1, 2]), Kept("first turn"))
-    store.keep(encoded([1, 2, 3]), Kept("second turn", 30))
-    store.keep(encoded([1]), Kept("older"))
-    assert (len(store), store.held) == (1, 30)
+    store.add(encoded([1, 2]), Kept("first turn"))
+    store.add(encoded([1, 2, 3]), Kept("second turn", 30))
+    store.add(encoded([1]), Kept("older"))
+    assert (len(store), store.nbytes) == (1, 30)
 
 
 def test_the_least_useful_goes_first() -> None:
     store: Prefixes[Kept] = Prefixes(most=2)
-    store.keep(encoded([1]), Kept("a"))
-    store.keep(encoded([2]), Kept("b"))
+    store.add(encoded([1]), Kept("a"))
+    store.add(encoded([2]), Kept("b"))
     store.find(encoded([1, 5]))
-    store.keep(encoded([3]), Kept("c"))
+    store.add(encoded([3]), Kept("c"))
     assert store.find(encoded([2])) is None
     assert store.find(encoded([1])) == (Kept("a"), 1)
-    assert (store.evict(), store.evict(), store.evict(), store.held) == (True, True, False, 0)
+    assert (store.evict(), store.evict(), store.evict(), store.nbytes) == (True, True, False, 0)

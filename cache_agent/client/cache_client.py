@@ -65,7 +65,7 @@ from cache_agent.wire.protocol import VERSION
 if TYPE_CHECKING:
     from cache_agent.client.streamed import Leftover
 
-from cache_agent.client.lease import Known, Lease, expect, read_manifest
+from cache_agent.client.lease import KnownManifest, Lease, expect, read_manifest
 
 M = TypeVar("M", bound=Message)
 
@@ -109,14 +109,14 @@ class CacheClient:
         *,
         start_id: str = "",
         deadline: float | None = None,
-        kept: Leftover | None = None,
-        known: Known | None = None,
+        leftover: Leftover | None = None,
+        known: KnownManifest | None = None,
     ) -> Lease:
-        """Returns as soon as memory is reserved and mapped into the reply; the bytes may still be on their way.
+        """Return a lease as soon as the agent has reserved its memory; the bytes may still be on their way.
 
-        `deadline` on time.monotonic, for finding the model and reserving. `kept` is what is left of an earlier lease
-        over TCP: if it is the model still, nothing is fetched. `known` is not read again if it is what the agent lends.
-        Raises any `AgentError`.
+        `deadline` (of time.monotonic) bounds the time until then. `leftover` is memory of an earlier lease over TCP:
+        nothing is fetched when the model has not changed since. A lent manifest that is the one in `known` is not
+        read again. Raises any `AgentError`.
         """
         channel = self.connect()
         try:
@@ -124,7 +124,7 @@ class CacheClient:
             if isinstance(channel, Link):
                 from cache_agent.client import streamed
 
-                if (found := streamed.lease(channel, model, start_id, by, kept)) is not None:
+                if (found := streamed.lease(channel, model, start_id, by, leftover)) is not None:
                     return found
                 channel.close()
                 return self.lease(model, start_id=start_id, deadline=deadline)

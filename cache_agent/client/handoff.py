@@ -22,12 +22,12 @@ from cache_agent.wire.requests import (
     Matched,
 )
 
-_FIND = 8.0  # seconds: other nodes may be asked
-_TELL = 3.0
-_LOOK = 1.0
+_FIND_SECONDS = 8.0  # seconds: other nodes may be asked
+_REPORT_SECONDS = 3.0
+_POLL_SECONDS = 1.0
 
 
-def offer_to_host(channel: Channel, siblings: str, owner: str) -> None:
+def offer_as_destination(channel: Channel, siblings: str, owner: str) -> None:
     """From here on the worker on this channel may be given others' requests. Raises `Disconnected`."""
     channel.send(HostRequest(siblings, owner))
 
@@ -39,7 +39,7 @@ def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socke
     """
     while not unwilling():
         try:
-            message, fds = channel.receive(time.monotonic() + _LOOK)
+            message, fds = channel.receive(time.monotonic() + _POLL_SECONDS)
         except AgentTimeout:
             continue
         if isinstance(message, ErrorReply):
@@ -53,7 +53,7 @@ def find_destination(client: CacheClient, siblings: str, owner: str) -> socket.s
     with client.connect() as channel:
         try:
             channel.send(HandoffRequest(siblings, owner))
-            return _end(*expect(channel, Matched, time.monotonic() + _FIND))
+            return _end(*expect(channel, Matched, time.monotonic() + _FIND_SECONDS))
         except Disconnected as error:
             raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
 
@@ -64,7 +64,7 @@ def report(client: CacheClient, items: Sequence[HandoffOutcome]) -> None:
         try:
             for at in range(0, len(items), MAX_ITEMS):
                 channel.send(HandedReport(list(items[at : at + MAX_ITEMS])))
-                expect(channel, HandedReply, time.monotonic() + _TELL)
+                expect(channel, HandedReply, time.monotonic() + _REPORT_SECONDS)
         except Disconnected as error:
             raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
 

@@ -48,7 +48,7 @@ class Lease:
 
     fetched = False
 
-    def __init__(self, channel: Channel, granted: Granted, fds: list[int], known: Known | None = None) -> None:
+    def __init__(self, channel: Channel, granted: Granted, fds: list[int], known: KnownManifest | None = None) -> None:
         self._channel = channel
         self.manifest_fd, *self.segments = fds
         self.manifest_bytes = granted.manifest_bytes
@@ -151,7 +151,7 @@ def expect(channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[in
                 raise ProtocolError(f"the agent answered {type(message).__name__}, expected {kind.__name__}")
 
 
-class Known:
+class KnownManifest:
     """A manifest that has been read, and its sealed memory, which stays mapped so that its number stays its own.
 
     Large vocabularies make manifests of megabytes: whoever was forked from a process that knows it need not read it.

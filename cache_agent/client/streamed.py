@@ -23,16 +23,18 @@ from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.messages import ErrorReply, LeaseReady, LeaseRequest, StreamedPiece, Streaming
 
-_PATIENCE = 30.0  # seconds without a byte, once a piece has begun
+_PIECE_SECONDS = 30.0  # without a byte, once a piece has begun
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-_SILENCE = 600.0  # seconds without a word: the agent's own source may be slow, and it may be proving what it got
+_MESSAGE_SECONDS = (
+    600.0  # seconds without a word: the agent's own source may be slow, and it may be proving what it got
+)
 
 
 def receive_manifest(link: Link, streaming: Streaming) -> Manifest:
     """The manifest that follows the frame. Raises `Disconnected`, `ProtocolError`."""
     if streaming.body > manifests.MAX_MANIFEST:
         raise ProtocolError(f"the agent sent a manifest of an impossible size ({streaming.body} bytes)")
-    found = manifests.decode(link.read(streaming.body, _PATIENCE))
+    found = manifests.decode(link.read(streaming.body, _PIECE_SECONDS))
     if list(found.segments) != streaming.segments or found.source != streaming.source:
         raise ProtocolError("the agent grants other segments than its manifest has")
     return found
@@ -54,29 +56,29 @@ class Leftover(NamedTuple):
         return cls(fds[0], fds[1:], drop) if fds else None
 
 
-def lease(link: Link, model: str, start_id: str, deadline: float, kept: Leftover | None) -> StreamedLease | None:
-    """A lease whose bytes come over the link, or are `kept` if those are still what the model is.
+def lease(link: Link, model: str, start_id: str, deadline: float, leftover: Leftover | None) -> StreamedLease | None:
+    """A lease whose bytes come over the link, or are `leftover` if those are still what the model is.
 
     None if they are, and the agent lays them out differently: they are of no use. Raises the agent's errors.
     """
-    known = _kept_manifest(kept) if kept is not None else None
+    known = _leftover_manifest(leftover) if leftover is not None else None
     link.send(LeaseRequest(model, start_id, have=known.source if known is not None else ""))
     manifest = receive_manifest(link, expect(link, Streaming, deadline)[0])
-    if kept is not None and known == manifest:
-        return StreamedLease(link, manifest, Dram.adopted(kept.segments), whole=True)
-    if kept is not None:
-        kept.drop()
+    if leftover is not None and known == manifest:
+        return StreamedLease(link, manifest, Dram.adopted(leftover.segments), whole=True)
+    if leftover is not None:
+        leftover.drop()
     if known is not None and known.source == manifest.source:  # then none of it would be sent
         return None
     return StreamedLease(link, manifest, Dram(manifest.segments, name="glowplug:streamed"))
 
 
-def _kept_manifest(kept: Leftover) -> Manifest | None:
+def _leftover_manifest(leftover: Leftover) -> Manifest | None:
     """What kept memory is; None for what is not whole and sealed memory of ours."""
     try:
-        found = read_manifest(kept.manifest, os.fstat(kept.manifest).st_size)
-        sizes = [os.fstat(fd).st_size for fd in kept.segments]
-        sealed = all(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS for fd in kept.segments)
+        found = read_manifest(leftover.manifest, os.fstat(leftover.manifest).st_size)
+        sizes = [os.fstat(fd).st_size for fd in leftover.segments]
+        sealed = all(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS for fd in leftover.segments)
     except (OSError, ProtocolError):
         return None
     return found if sealed and sizes == list(found.segments) else None
@@ -105,19 +107,19 @@ class StreamedLease(Lease):
         self._thread.start()
 
     def wait_ready(self, deadline: float, on_progress: Callable[[int, int], None] | None = None) -> None:
-        told = -1
+        reported = -1
         while True:
             with self._lock:
-                if self._done == told and not self._ended:
+                if self._done == reported and not self._ended:
                     left = deadline - time.monotonic()
                     if left <= 0 or not self._lock.wait(left):
                         raise AgentTimeout("the weights did not arrive in time; is the agent overloaded or stopped?")
                 done, ended, failure = self._done, self._ended, self._failure
             if failure is not None:
                 raise failure
-            if on_progress is not None and done != told:
+            if on_progress is not None and done != reported:
                 on_progress(done, self.manifest.nbytes)
-            told = done
+            reported = done
             if ended:
                 return
 
@@ -150,7 +152,7 @@ class StreamedLease(Lease):
     def _receive(self) -> LeaseReady:
         sent = list(self.arrived)
         while True:
-            message, _ = self._link.receive(time.monotonic() + _SILENCE)
+            message, _ = self._link.receive(time.monotonic() + _MESSAGE_SECONDS)
             match message:
                 case StreamedPiece(segment, offset, size):
                     if segment >= len(sent) or offset != sent[segment]:
@@ -160,7 +162,7 @@ class StreamedLease(Lease):
                     view = self._dram.segments[segment].view
                     assert view is not None, "sealed only when all is there"
                     with view[offset : offset + size] as place:
-                        self._link.read_into(place, _PATIENCE)
+                        self._link.read_into(place, _PIECE_SECONDS)
                     sent[segment] += size
                     self.arrived = list(sent)
                     with self._lock:

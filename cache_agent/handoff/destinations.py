@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 
-class Waiting(NamedTuple):
+class WaitingWorker(NamedTuple):
     """`within` is the namespace that the worker proved, or ""."""
 
     within: str
@@ -23,22 +23,22 @@ class Destinations(Generic[T]):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[T, Waiting] = OrderedDict()
+        self._waiting: OrderedDict[T, WaitingWorker] = OrderedDict()
 
-    def wait(self, host: T, waiting: Waiting) -> None:
+    def wait(self, destination: T, waiting: WaitingWorker) -> None:
         with self._lock:
-            self._waiting.pop(host, None)
-            self._waiting[host] = waiting
+            self._waiting.pop(destination, None)
+            self._waiting[destination] = waiting
 
-    def gone(self, host: T) -> None:
+    def gone(self, destination: T) -> None:
         with self._lock:
-            self._waiting.pop(host, None)
+            self._waiting.pop(destination, None)
 
-    def match(self, wanted: Waiting) -> tuple[T, Waiting] | None:
+    def match(self, wanted: WaitingWorker) -> tuple[T, WaitingWorker] | None:
         """The one that has waited longest, who waits no more; never the worker that asks."""
         with self._lock:
-            for host, waiting in self._waiting.items():
+            for destination, waiting in self._waiting.items():
                 if waiting._replace(owner="") == wanted._replace(owner="") and waiting.owner != wanted.owner:
-                    del self._waiting[host]
-                    return host, waiting
+                    del self._waiting[destination]
+                    return destination, waiting
         return None

@@ -27,8 +27,8 @@ log = logging.getLogger("glowplug.handoff")
 
 _PIECE = 512 << 10
 _MOST = _PIECE + 4096  # with its signature
-_LOOK = 1.0
-_STALL = 10.0  # seconds that a worker may take no byte
+_POLL_SECONDS = 1.0
+_STALL_SECONDS = 10.0  # seconds that a worker may take no byte
 
 
 class Splice:
@@ -47,7 +47,7 @@ class Splice:
         outward = threading.Thread(target=self._guarded, args=(self._outward,), name="crossing", daemon=True)
         outward.start()
         self._guarded(lambda: self._inward(stopping))
-        outward.join(_STALL)
+        outward.join(_STALL_SECONDS)
 
     def _guarded(self, way: Callable[[], None]) -> None:
         try:
@@ -65,7 +65,7 @@ class Splice:
     def _outward(self) -> None:
         number = 0
         while not self._over.is_set():
-            if not self._waits(select.POLLIN, _LOOK):
+            if not self._waits(select.POLLIN, _POLL_SECONDS):
                 continue
             try:
                 data = self._sock.recv(_PIECE)
@@ -82,14 +82,14 @@ class Splice:
         number = 0
         while not self._over.is_set() and not stopping():
             try:
-                message, _ = self._link.receive(time.monotonic() + _LOOK)
+                message, _ = self._link.receive(time.monotonic() + _POLL_SECONDS)
             except AgentTimeout:
                 continue
             if isinstance(message, ErrorReply):
                 raise Disconnected(message.text)
             if not isinstance(message, RelayedBytes) or message.body > _MOST:
                 raise ProtocolError("a hand-off goes on with pieces of a bounded size")
-            signed = self._link.read(message.body, _STALL)
+            signed = self._link.read(message.body, _STALL_SECONDS)
             self._hand_on(self._key.verified(self._about(self._theirs, number), signed))
             number += 1
 
@@ -99,8 +99,8 @@ class Splice:
             try:
                 rest = rest[self._sock.send(rest) :]
             except BlockingIOError:
-                if not self._waits(select.POLLOUT, _STALL):
-                    raise Disconnected(f"the worker took no byte for {_STALL:.0f} s") from None
+                if not self._waits(select.POLLOUT, _STALL_SECONDS):
+                    raise Disconnected(f"the worker took no byte for {_STALL_SECONDS:.0f} s") from None
 
     def _about(self, side: Side, number: int) -> str:
         return f"piece {number} of the {side} in {self._name}"

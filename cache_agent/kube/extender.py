@@ -18,7 +18,7 @@ import msgspec
 
 from cache_agent.kube.admission import MODEL
 from cache_agent.kube.outlook import Outlook, Unavailable
-from cache_agent.kube.routes import Answer, Refused
+from cache_agent.kube.routes import JsonAnswer, RequestRefused
 from cache_agent.policy import placement
 
 log = logging.getLogger("glowplug.extender")
@@ -27,26 +27,26 @@ REQUIRE = "glowplug.dev/require-agent"
 _LONGEST_URI = 2048
 
 
-class _Metadata(msgspec.Struct):
+class _PodMetadata(msgspec.Struct):
     name: str = ""
     generateName: str = ""  # noqa: N815  Kubernetes' name
     namespace: str = ""
     annotations: dict[str, str] | None = None
 
 
-class _Pod(msgspec.Struct):
-    metadata: _Metadata = msgspec.field(default_factory=_Metadata)
+class _ScheduledPod(msgspec.Struct):
+    metadata: _PodMetadata = msgspec.field(default_factory=_PodMetadata)
 
 
-class _Arguments(msgspec.Struct):
+class _ExtenderArguments(msgspec.Struct):
     """Of the pod's specification nothing is read; whole Node objects, where they come, are kept as they are."""
 
-    Pod: _Pod
+    Pod: _ScheduledPod
     Nodes: dict[str, Any] | None = None
     NodeNames: list[str] | None = None
 
 
-_decoder = msgspec.json.Decoder(_Arguments)
+_decoder = msgspec.json.Decoder(_ExtenderArguments)
 
 
 class Extender:
@@ -54,17 +54,17 @@ class Extender:
 
     def __init__(self, outlook: Outlook) -> None:
         self._outlook = outlook
-        self._said = ""  # why nothing is known, as the log has it
+        self._complaint = ""  # why nothing is known, as the log has it
 
-    def prioritize(self, body: bytes) -> Answer:
-        """Raises `Refused` for what is no request of a scheduler."""
+    def prioritize(self, body: bytes) -> JsonAnswer:
+        """Raises `RequestRefused` for what is no request of a scheduler."""
         arguments = _decode(body)
         names = _names(arguments)
         found = placement.scores(self._decisions(arguments, names), names)
-        return Answer(200, msgspec.json.encode([{"Host": name, "Score": found[name]} for name in names]))
+        return JsonAnswer(200, msgspec.json.encode([{"Host": name, "Score": found[name]} for name in names]))
 
-    def filter(self, body: bytes) -> Answer:
-        """Raises `Refused`."""
+    def filter(self, body: bytes) -> JsonAnswer:
+        """Raises `RequestRefused`."""
         arguments = _decode(body)
         names = _names(arguments)
         failed: dict[str, str] = {}
@@ -90,9 +90,9 @@ class Extender:
             "FailedAndUnresolvableNodes": {},
             "Error": "",
         }
-        return Answer(200, msgspec.json.encode(result))
+        return JsonAnswer(200, msgspec.json.encode(result))
 
-    def _decisions(self, arguments: _Arguments, names: list[str]) -> list[placement.PlacementDecision]:
+    def _decisions(self, arguments: _ExtenderArguments, names: list[str]) -> list[placement.PlacementDecision]:
         metadata = arguments.Pod.metadata
         model = (metadata.annotations or {}).get(MODEL, "")
         if not model or len(model) > _LONGEST_URI:
@@ -105,26 +105,26 @@ class Extender:
         except Exception:
             log.exception("the outlook failed; placing without knowledge")
             return []
-        if self._said:
+        if self._complaint:
             log.warning("placing by what the nodes tell again")
-            self._said = ""
+            self._complaint = ""
         return placement.rank(placement.covering(view, names)) if view is not None else []
 
     def _complain(self, error: Unavailable) -> None:
         """Once per reason: many pods may come while it lasts."""
-        if str(error) != self._said:
-            self._said = str(error)
+        if str(error) != self._complaint:
+            self._complaint = str(error)
             log.warning("placing without knowledge, all nodes are equal: %s", error)
 
 
-def _decode(body: bytes) -> _Arguments:
+def _decode(body: bytes) -> _ExtenderArguments:
     try:
         return _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(400, f"this is no request of a scheduler extender: {error}") from error
+        raise RequestRefused(400, f"this is no request of a scheduler extender: {error}") from error
 
 
-def _names(arguments: _Arguments) -> list[str]:
+def _names(arguments: _ExtenderArguments) -> list[str]:
     if arguments.NodeNames is not None:
         return arguments.NodeNames
     if arguments.Nodes is None:
@@ -132,4 +132,4 @@ def _names(arguments: _Arguments) -> list[str]:
     try:
         return [str(node["metadata"]["name"]) for node in arguments.Nodes["items"] or ()]
     except (KeyError, TypeError) as error:
-        raise Refused(400, "the field Nodes is no list of nodes") from error
+        raise RequestRefused(400, "the field Nodes is no list of nodes") from error

@@ -13,7 +13,7 @@ import msgspec
 
 from cache_agent.client.cache_client import CacheClient
 from cache_agent.cluster.directory import Directory, Holding
-from cache_agent.cluster.directory import Node as Living
+from cache_agent.cluster.directory import Node as Node
 from cache_agent.errors import BadModelURI
 from cache_agent.model.uri import parse_uri
 from cache_agent.policy import placement
@@ -54,7 +54,7 @@ class DirectoryOutlook:
         self._directory = shared
 
     def look(self, model: str) -> View | None:
-        alive = self._living()
+        alive = self._live_nodes()
         try:
             uri = parse_uri(model)
         except BadModelURI:  # an annotation may say anything
@@ -78,14 +78,14 @@ class DirectoryOutlook:
         return placement.from_holdings(max(held.total for held in holders), holdings, alive, rates, room)
 
     def alive(self) -> frozenset[str]:
-        return frozenset(self._living())
+        return frozenset(self._live_nodes())
 
-    def _living(self) -> dict[str, Living]:
+    def _live_nodes(self) -> dict[str, Node]:
         if why := self._directory.lost():
             raise Unavailable(why)
         return {node.name: node for node in self._directory.nodes()}
 
-    def _from_peers(self, holdings: Collection[Holding], alive: Mapping[str, Living]) -> Iterator[Holding]:
+    def _from_peers(self, holdings: Collection[Holding], alive: Mapping[str, Node]) -> Iterator[Holding]:
         """What each node could have from that other one which has most of it."""
         offered = [held for held in holdings if held.done and held.node in alive and alive[held.node].address]
         first, second = (*heapq.nlargest(2, offered, key=lambda held: held.done), None, None)[:2]

@@ -37,14 +37,14 @@ _CHECK_SECONDS = 5.0
 _STATUS = {LimitRequestLine: 414, LimitRequestHeaders: 431, ExpectationFailed: 417, UnsupportedTransferCoding: 411}
 
 
-class Answer(NamedTuple):
+class JsonAnswer(NamedTuple):
     """An HTTP status and a body of JSON."""
 
     status: int
     body: bytes
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The request cannot be answered: HTTP status and a sentence."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -53,7 +53,7 @@ class Refused(Exception):
         self.text = text
 
 
-Routes = Mapping[tuple[str, str], Callable[[bytes], Answer]]
+Routes = Mapping[tuple[str, str], Callable[[bytes], JsonAnswer]]
 
 
 class RoutesServer(WsgiServer):
@@ -61,7 +61,7 @@ class RoutesServer(WsgiServer):
 
     def __init__(self, host: str, port: int, routes: Routes, certificate: Certificate | None = None) -> None:
         """Raises `BadConfig`."""
-        self._routes = {("GET", "/healthz"): lambda _: Answer(200, b'{"status": "ok"}'), **routes}
+        self._routes = {("GET", "/healthz"): lambda _: JsonAnswer(200, b'{"status": "ok"}'), **routes}
         sock = listen(host, port, "--port")
         self.port: int = sock.getsockname()[1]
         super().__init__(
@@ -96,50 +96,50 @@ class RoutesServer(WsgiServer):
     def _respond(self, environ: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         try:
             answer = self._answer(environ)
-        except Refused as error:
-            answer = Answer(error.status, _error(error.text))
+        except RequestRefused as error:
+            answer = JsonAnswer(error.status, _error(error.text))
         except Exception:
             log.exception("answering %s failed", environ["PATH_INFO"])
-            answer = Answer(500, _error("the server failed; its log has the traceback"))
+            answer = JsonAnswer(500, _error("the server failed; its log has the traceback"))
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(answer.body)))]
         start_response(f"{answer.status} {HTTPStatus(answer.status).phrase}", headers)
         return [answer.body]
 
-    def _answer(self, environ: Mapping[str, Any]) -> Answer:
+    def _answer(self, environ: Mapping[str, Any]) -> JsonAnswer:
         length = int(environ.get("CONTENT_LENGTH", 0))
         body = environ["wsgi.input"].read(length)
         if len(body) < length:
-            raise Refused(400, "the body ended early")
+            raise RequestRefused(400, "the body ended early")
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         route = self._routes.get((method, path))
         if route is None:
             known = any(path == place for _, place in self._routes)
-            raise Refused(405 if known else 404, f"there is no {method} {path}")
+            raise RequestRefused(405 if known else 404, f"there is no {method} {path}")
         return route(body)
 
 
 def _require_length(headers: Iterable[tuple[str, str]]) -> None:
-    """Raises `Refused` unless the body's length is said beforehand and is bounded."""
+    """Raises `RequestRefused` unless the body's length is said beforehand and is bounded."""
     found = dict(headers)
     length = found.get("CONTENT-LENGTH", "0")
     if "TRANSFER-ENCODING" in found or not (length.isascii() and length.isdecimal()):
-        raise Refused(411, "send a body with its Content-Length")
+        raise RequestRefused(411, "send a body with its Content-Length")
     if len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:
-        raise Refused(413, f"a body has {MAX_BODY} bytes at most")
+        raise RequestRefused(413, f"a body has {MAX_BODY} bytes at most")
 
 
-def _refusal(error: BaseException) -> Refused:
-    if isinstance(error, Refused):
+def _refusal(error: BaseException) -> RequestRefused:
+    if isinstance(error, RequestRefused):
         return error
     if isinstance(error, InvalidHeader) and error.req is not None:  # gunicorn's word for a length that is none
         try:
             _require_length(error.req.headers)
-        except Refused as refused:
+        except RequestRefused as refused:
             return refused
     if isinstance(error, ParseException):
-        return Refused(_STATUS.get(type(error), 400), str(error))
+        return RequestRefused(_STATUS.get(type(error), 400), str(error))
     log.error("a request failed", exc_info=error)
-    return Refused(500, "the server failed; its log has the traceback")
+    return RequestRefused(500, "the server failed; its log has the traceback")
 
 
 def _error(text: str) -> bytes:
@@ -160,7 +160,7 @@ def check(host: str, port: int) -> None:
         raise AgentUnreachable(f"{host}:{port} answers {status}")
 
 
-def serve_until_told(server: RoutesServer) -> None:
+def serve_until_stopped(server: RoutesServer) -> None:
     """Serve until SIGTERM or SIGINT comes; answers under way have a second to end."""
     stopping = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)

@@ -40,7 +40,7 @@ _LONGEST_LIST = 64 << 20
 _DEFAULT_GRACE = 30.0
 
 
-class Metadata(msgspec.Struct):
+class ObjectMetadata(msgspec.Struct):
     """Of a pod, or of a list of them."""
 
     name: str = ""
@@ -52,26 +52,26 @@ class Metadata(msgspec.Struct):
     continue_: str = msgspec.field(default="", name="continue")
 
 
-class _Object(msgspec.Struct):
+class _WatchedObject(msgspec.Struct):
     """A pod's metadata; in an event of type ERROR, a Status with its code."""
 
-    metadata: Metadata = msgspec.field(default_factory=Metadata)
+    metadata: ObjectMetadata = msgspec.field(default_factory=ObjectMetadata)
     code: int = 0
     message: str = ""
 
 
-class _List(msgspec.Struct):
-    metadata: Metadata
-    items: list[_Object]
+class _ObjectList(msgspec.Struct):
+    metadata: ObjectMetadata
+    items: list[_WatchedObject]
 
 
-class _Event(msgspec.Struct):
+class _WatchEvent(msgspec.Struct):
     type: str
-    object: _Object
+    object: _WatchedObject
 
 
-_lists = msgspec.json.Decoder(_List)
-_events = msgspec.json.Decoder(_Event)
+_lists = msgspec.json.Decoder(_ObjectList)
+_events = msgspec.json.Decoder(_WatchEvent)
 
 
 class Removal(NamedTuple):
@@ -82,28 +82,28 @@ class Removal(NamedTuple):
     grace: float
 
 
-class Watched:
+class AnnouncedRemovals:
     """Which removals were announced already: each is once, whatever is seen twice. No I/O."""
 
     def __init__(self) -> None:
         self._announced: set[str] = set()
 
-    def listed(self, pods: list[Metadata], now: datetime) -> list[Removal]:
+    def listed(self, pods: list[ObjectMetadata], now: datetime) -> list[Removal]:
         """All pods that there are."""
         self._announced &= {pod.uid for pod in pods}
         return [removal for pod in pods if (removal := self.changed(pod, now)) is not None]
 
-    def changed(self, pod: Metadata, now: datetime) -> Removal | None:
+    def changed(self, pod: ObjectMetadata, now: datetime) -> Removal | None:
         if not pod.deletionTimestamp or not pod.uid or pod.uid in self._announced:
             return None
         self._announced.add(pod.uid)
         return Removal(pod.uid, f"{pod.namespace}/{pod.name}", _grace(pod, now))
 
-    def deleted(self, pod: Metadata) -> None:
+    def deleted(self, pod: ObjectMetadata) -> None:
         self._announced.discard(pod.uid)
 
 
-def _grace(pod: Metadata, now: datetime) -> float:
+def _grace(pod: ObjectMetadata, now: datetime) -> float:
     """Seconds until the pod is killed: its grace, or what is left of it by this node's clock."""
     grace = _DEFAULT_GRACE if pod.deletionGracePeriodSeconds is None else pod.deletionGracePeriodSeconds
     try:
@@ -114,11 +114,11 @@ def _grace(pod: Metadata, now: datetime) -> float:
     return max(0.0, min(grace, left))
 
 
-class _Expired(Exception):
+class _VersionExpired(Exception):
     """The version to go on from is no longer known: list again."""
 
 
-class _Failed(Exception):
+class _ApiFailed(Exception):
     """The API server cannot be asked now; the text says why."""
 
 
@@ -132,12 +132,12 @@ class Witness:
         self._api = Api(url, account)
         self._node = node
         self._announce = announce
-        self._watched = Watched()
+        self._announced = AnnouncedRemovals()
         self._version = ""
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._said = ""
+        self._complaint = ""
         self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
 
     def start(self) -> None:
@@ -161,10 +161,10 @@ class Witness:
                     self._list()
                 self._watch()
                 pause = _PAUSES[0]
-            except _Expired:
+            except _VersionExpired:
                 log.debug("the watch's version has expired; listing again")
                 self._version = ""
-            except (_Failed, OSError, HTTPException, msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (_ApiFailed, OSError, HTTPException, msgspec.DecodeError, UnicodeDecodeError) as error:
                 self._complain(f"the Kubernetes API cannot be watched: {error or type(error).__name__}")
             except Exception:
                 log.exception("watching pods failed")
@@ -174,7 +174,7 @@ class Witness:
 
     def _list(self) -> None:
         """Announces what is being removed already."""
-        pods: list[Metadata] = []
+        pods: list[ObjectMetadata] = []
         token = ""
         while True:
             query = {"fieldSelector": f"spec.nodeName={self._node}", "limit": str(_PAGE)}
@@ -185,8 +185,8 @@ class Witness:
             token = found.metadata.continue_
             if not token:
                 break
-        for removal in self._watched.listed(pods, datetime.now(UTC)):
-            self._tell(removal)
+        for removal in self._announced.listed(pods, datetime.now(UTC)):
+            self._announce_removal(removal)
         self._version = found.metadata.resourceVersion
 
     def _watch(self) -> None:
@@ -199,23 +199,23 @@ class Witness:
             "timeoutSeconds": str(_WATCH_SECONDS),
         }
         with self._ask(query, _PARTIAL.format("")) as response:
-            self._hear()
+            self._recovered()
             while line := response.readline(_LONGEST_LINE):
                 if not line.endswith(b"\n"):
-                    raise _Failed("an event was cut short")
+                    raise _ApiFailed("an event was cut short")
                 event = _events.decode(line)
                 pod = event.object.metadata
                 match event.type:
                     case "ERROR":
                         if event.object.code == 410:
-                            raise _Expired
-                        raise _Failed(event.object.message or f"error {event.object.code}")
+                            raise _VersionExpired
+                        raise _ApiFailed(event.object.message or f"error {event.object.code}")
                     case "ADDED" | "MODIFIED":
-                        removal = self._watched.changed(pod, datetime.now(UTC))
+                        removal = self._announced.changed(pod, datetime.now(UTC))
                         if removal is not None:
-                            self._tell(removal)
+                            self._announce_removal(removal)
                     case "DELETED":
-                        self._watched.deleted(pod)
+                        self._announced.deleted(pod)
                 self._version = pod.resourceVersion or self._version
 
     @contextlib.contextmanager
@@ -227,16 +227,16 @@ class Witness:
             with self._lock:
                 self._socket = connection.sock
             if self._stop.is_set():
-                raise _Failed("the agent stops")
+                raise _ApiFailed("the agent stops")
             connection.sock.settimeout(_SILENCE_SECONDS)
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.request("GET", self._api.path(f"/api/v1/pods?{urlencode(query)}"), headers=headers)
             response = connection.getresponse()
             if response.status == 410:
-                raise _Expired
+                raise _VersionExpired
             if response.status != 200:
                 hint = {401: "; is its token mounted?", 403: "; bind the ClusterRole glowplug-agent"}
-                raise _Failed(f"it answers {response.status} {response.reason}{hint.get(response.status, '')}")
+                raise _ApiFailed(f"it answers {response.status} {response.reason}{hint.get(response.status, '')}")
             with response:
                 yield response
         finally:
@@ -244,7 +244,7 @@ class Witness:
                 self._socket = None
             connection.close()
 
-    def _tell(self, removal: Removal) -> None:
+    def _announce_removal(self, removal: Removal) -> None:
         try:
             self._announce(removal)
         except Exception:
@@ -252,11 +252,11 @@ class Witness:
 
     def _complain(self, text: str) -> None:
         """Once per reason: an API server that is away for an hour is one line of the log."""
-        if text != self._said and not self._stop.is_set():
+        if text != self._complaint and not self._stop.is_set():
             log.warning("%s; functions hear of their end by SIGTERM only", text)
-            self._said = text
+            self._complaint = text
 
-    def _hear(self) -> None:
-        if self._said:
+    def _recovered(self) -> None:
+        if self._complaint:
             log.info("the Kubernetes API is watched again")
-            self._said = ""
+            self._complaint = ""

@@ -64,7 +64,7 @@ def _remove_stale(path: Path) -> None:
         raise BadSetting(f"an agent already serves {path}; stop it, or choose another --socket")
 
 
-Opener = Callable[[socket.socket], Connection]
+OpenConnection = Callable[[socket.socket], Connection]
 
 
 class Server:
@@ -82,33 +82,33 @@ class Server:
         """
         self._agent = agent
         self._access = access or Access()
-        self._doors: dict[int, tuple[socket.socket, Opener, int]] = {}
+        self._listeners: dict[int, tuple[socket.socket, OpenConnection, int]] = {}
         index, allowed = index or open_index(agent.config, private=True), self._access
-        self.desk = desk = Broker(index, agent.journal, agent.node)
-        self.open_door(
-            sock, lambda sock: Connection(agent, sock, allowed, self.forget, desk), agent.config.max_connections
+        self.broker = broker = Broker(index, agent.journal, agent.node)
+        self.add_listener(
+            sock, lambda sock: Connection(agent, sock, allowed, self.forget, broker), agent.config.max_connections
         )
         self._stop_reader, self.stop_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
 
-    def open_door(self, sock: socket.socket, opener: Opener, most: int) -> None:
+    def add_listener(self, sock: socket.socket, opener: OpenConnection, most: int) -> None:
         """Before `run`: connections that come in at `sock` are served by what `opener` makes of them.
 
         Refused where `most` connections, of whatever door, are open.
         """
         sock.setblocking(False)
-        self._doors[sock.fileno()] = sock, opener, most
+        self._listeners[sock.fileno()] = sock, opener, most
 
     def run(self) -> None:
         poller = select.poll()
-        for fd in (*self._doors, self._stop_reader):
+        for fd in (*self._listeners, self._stop_reader):
             poller.register(fd, select.POLLIN)
-        while self._stop_reader not in (ready := [fd for fd, _ in poller.poll()]) or not self._is_told_to_stop():
+        while self._stop_reader not in (ready := [fd for fd, _ in poller.poll()]) or not self._must_stop():
             for fd in ready:
-                if fd in self._doors:
-                    self._accept(*self._doors[fd])
-        for sock, _, _ in self._doors.values():
+                if fd in self._listeners:
+                    self._accept(*self._listeners[fd])
+        for sock, _, _ in self._listeners.values():
             sock.close()
         for connection in self._snapshot():
             connection.stop()
@@ -116,7 +116,7 @@ class Server:
         for connection in self._snapshot():
             connection.thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _is_told_to_stop(self) -> bool:
+    def _must_stop(self) -> bool:
         """False when all that came was SIGHUP, which has the rights read again."""
         with contextlib.suppress(BlockingIOError):
             if set(os.read(self._stop_reader, 64)) == {signal.SIGHUP}:
@@ -134,9 +134,9 @@ class Server:
         os.close(self._stop_reader)
         os.close(self.stop_fd)
 
-    def _accept(self, door: socket.socket, opener: Opener, most: int) -> None:
+    def _accept(self, listener: socket.socket, opener: OpenConnection, most: int) -> None:
         try:
-            sock, _ = door.accept()
+            sock, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # out of fds: those who are here must go on, and new ones wait in the backlog
@@ -145,7 +145,7 @@ class Server:
             return
         self._admit(sock, opener, most)
 
-    def _admit(self, sock: socket.socket, opener: Opener, most: int) -> None:
+    def _admit(self, sock: socket.socket, opener: OpenConnection, most: int) -> None:
         with self._lock:
             if len(self._connections) >= most:
                 log.warning("refused a connection: %d are open", len(self._connections))

@@ -17,7 +17,7 @@ from cache_agent.residency.retention import Retention
 from cache_agent.wire.link import Link
 from cache_agent.wire.peers import Chunk, Described, Said
 
-MOST_SAID = 4096  # chunks in one message
+_MOST_NEWS = 4096  # chunks in one message
 
 
 class Sharing:
@@ -53,7 +53,7 @@ class Sharing:
             link.send(Chunk(content.chunk_digest(chunk), len(chunk)))
             link.send_bytes(chunk)
 
-    def _borrow(self, source: str, number: int) -> Borrowed | None:
+    def _borrow(self, source: str, number: int) -> BorrowedChunk | None:
         """A chunk that is in memory, whole and right."""
         with self._lock:
             memory = self._memory_of(source)
@@ -64,7 +64,7 @@ class Sharing:
                 return None
             segment, start, end = place
             digest = memory.load.said_of(number) if memory.load is not None else ""
-            return Borrowed(os.dup(memory.dram.fds[segment]), start, end - start, digest)
+            return BorrowedChunk(os.dup(memory.dram.fds[segment]), start, end - start, digest)
 
     def describe(self, link: Link, source: str) -> None:
         """Sends what is needed besides the weights. Raises `ModelNotFound`, `Disconnected`."""
@@ -88,7 +88,7 @@ class Sharing:
         return Following(source, None, None, chunks, self._memory_of)
 
 
-class Borrowed(NamedTuple):
+class BorrowedChunk(NamedTuple):
     """A chunk in memory; `fd` is the borrower's to close."""
 
     fd: int
@@ -111,7 +111,7 @@ class Following:
         self.load = load
         self._source, self._of, self._find = source, memory, find
         self._chunks = chunks
-        self._told = 0
+        self._sent = 0
         self.reading: list[int] = []
 
     @property
@@ -122,15 +122,15 @@ class Following:
     def news(self) -> tuple[list[Said], list[int]] | None:
         """What came since, and what is being read from the origin now; None when both are as before."""
         if self.load is not None and self.load.said:
-            said = self.load.said[self._told : self._told + MOST_SAID]
+            said = self.load.said[self._sent : self._sent + _MOST_NEWS]
             reading = self.load.reading()
         elif self.load is not None and not self.load.finished.is_set():
             said, reading = [], self.load.reading()
         else:  # all of it is here, and its digests were never computed: who takes it proves the whole
-            said = [Said(number) for number in range(self._told, min(self._told + MOST_SAID, self._chunks))]
+            said = [Said(number) for number in range(self._sent, min(self._sent + _MOST_NEWS, self._chunks))]
             reading = []
         if not said and reading == self.reading:
             return None
-        self._told += len(said)
+        self._sent += len(said)
         self.reading = reading
         return said, reading

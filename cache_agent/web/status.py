@@ -42,7 +42,7 @@ _LOCK_SECONDS = 5.0
 _JWT_PARTS = 3
 
 
-class Status:
+class StatusServer:
     """The server, from `start` to `close`."""
 
     def __init__(self, agent: Agent, access: Access, address: str, open_paths: tuple[str, ...]) -> None:

@@ -28,7 +28,7 @@ log = logging.getLogger("glowplug.web")
 
 _BACKLOG = 128
 _CONNECTIONS = 64
-_KEPT_SECONDS = 15  # that a connection waits for its next request
+_IDLE_SECONDS = 15  # that a connection waits for its next request
 _STOP_SECONDS = 1  # for answers on their way; browsers hold connections open on which they never ask
 _TLS_RECORD = 16 << 10  # bytes at most: what is read of one is read whole, and none of it is out of the poller's sight
 _NO_CONNECTION = (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK)  # the client went before it was accepted
@@ -71,7 +71,7 @@ class _Unreader(SocketUnreader):  # type: ignore[misc]
         return b""
 
 
-class _Connection(TConn):  # type: ignore[misc]
+class _HttpConnection(TConn):  # type: ignore[misc]
     """One connection: secured by the thread that reads its first request, and closed once."""
 
     sock: socket.socket
@@ -116,7 +116,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
         threads: int,
         connections: int,
         grace: int,
-        kept: int = _KEPT_SECONDS,
+        kept: int = _IDLE_SECONDS,
         patience: float | None = None,
         secure: Secure | None = None,
         parent: int = 0,
@@ -140,7 +140,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
         super().__init__(0, parent, [sock], _App(wsgi), 0, config, settings.logger)
         self._patience = patience
         self._secure = secure
-        self._busy: set[_Connection] = set()  # those with a thread; only the serving thread changes it
+        self._busy: set[_HttpConnection] = set()  # those with a thread; only the serving thread changes it
 
     @property
     def in_hand(self) -> int:
@@ -160,7 +160,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
         """Serve a connection that was accepted, with these addresses. For the serving thread."""
         send_at_once(client)  # a connection may have waited since before its listener had the option
         self.nr_conns += 1
-        self.enqueue_req(_Connection(self.cfg, client, peer, own, patience=self._patience, secure=self._secure))
+        self.enqueue_req(_HttpConnection(self.cfg, client, peer, own, patience=self._patience, secure=self._secure))
 
     def enqueue_req(self, conn: Any) -> None:
         self._busy.add(conn)

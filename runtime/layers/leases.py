@@ -63,7 +63,7 @@ class LayerLeases:
         found: Lease | str
         try:
             deadline = time.monotonic() + _SECONDS
-            lease = self.client().lease(uri, deadline=deadline, kept=_kept(memory))
+            lease = self.client().lease(uri, deadline=deadline, leftover=_leftover(memory))
             try:
                 lease.wait_ready(deadline)
             except BaseException:
@@ -81,7 +81,7 @@ class LayerLeases:
             self._waker.send(b"\0")
 
 
-def _kept(memory: Sequence[int]) -> Leftover | None:
+def _leftover(memory: Sequence[int]) -> Leftover | None:
     if not memory:
         return None
     from cache_agent.client.streamed import Leftover

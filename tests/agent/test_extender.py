@@ -20,7 +20,7 @@ import pytest
 from cache_agent.kube import routes
 from cache_agent.kube.extender import Extender
 from cache_agent.kube.outlook import FileOutlook, NoOutlook, Unavailable
-from cache_agent.kube.routes import MAX_BODY, Refused, RoutesServer
+from cache_agent.kube.routes import MAX_BODY, RequestRefused, RoutesServer
 from cache_agent.policy.placement import PlacementNode, Tier, View
 
 MODEL = "s3://models/a"
@@ -167,7 +167,7 @@ def test_no_nodes(estimates: Path, names: Any) -> None:
 def test_what_is_no_request_is_refused(sent: bytes) -> None:
     extender = Extender(NoOutlook())
     for verb in (extender.prioritize, extender.filter):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(RequestRefused) as caught:
             verb(sent)
         assert caught.value.status == 400
 

@@ -23,7 +23,7 @@ from cache_agent.journal import journal as journals
 from cache_agent.journal.journal import OTHERS, Journal
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.web import status as statuses
-from cache_agent.web.status import Status, parse_address
+from cache_agent.web.status import StatusServer, parse_address
 from cache_agent.web.wsgi import listen
 
 README = (Path(__file__).parents[2] / "cache_agent" / "web" / "README.md").read_text()
@@ -114,7 +114,7 @@ def watched(start_local_agent, checkpoint_files, tmp_path, request) -> Iterator[
     origins = {f"fake://{name}": FakeOrigin(f"fake://{name}", checkpoint_files(seed=n)) for n, name in enumerate("abc")}
     agent = start_local_agent(origins, Access(), dram=3 << 20)
     settings = dataclasses.replace(agent.config, token_file=tmp_path / "secrets", rights=tmp_path / "rights.toml")
-    status = Status(agent.agent, from_config(settings), "127.0.0.1:0", getattr(request, "param", ("/healthz",)))
+    status = StatusServer(agent.agent, from_config(settings), "127.0.0.1:0", getattr(request, "param", ("/healthz",)))
     status.start()
     agent.http = Asker(status.port)
     yield agent
@@ -253,8 +253,8 @@ def test_where_nobody_is_asked_only_this_machine_listens_in(start_local_agent) -
     agent = start_local_agent()
     for address in ("0.0.0.0:0", "10.0.0.1:80", "example.com:80"):
         with pytest.raises(BadSetting, match="nobody is asked"):
-            Status(agent.agent, Access(), address, ())
-    status = Status(agent.agent, Access(), "127.0.0.1:0", ())
+            StatusServer(agent.agent, Access(), address, ())
+    status = StatusServer(agent.agent, Access(), "127.0.0.1:0", ())
     status.start()
     try:
         asker = Asker(status.port)

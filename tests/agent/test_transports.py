@@ -194,7 +194,7 @@ def test_what_an_earlier_process_fetched_is_not_fetched_again(remote, agent, ten
     sent.clear()
     try:
         for _ in range(2):
-            with remote.lease(URI, deadline=soon(), kept=Leftover.of(fds)) as again:
+            with remote.lease(URI, deadline=soon(), leftover=Leftover.of(fds)) as again:
                 again.wait_ready(soon())
                 assert not again.fetched
                 assert (inodes(again), tensors_of(again)) == (wanted, contents(tensors))
@@ -243,7 +243,7 @@ def test_kept_memory_that_is_not_the_model_is_fetched_anew(
     sent.clear()
     dropped = []
     try:
-        with remote.lease(URI, deadline=soon(), kept=Leftover.of(fds, lambda: dropped.append(what))) as again:
+        with remote.lease(URI, deadline=soon(), leftover=Leftover.of(fds, lambda: dropped.append(what))) as again:
             assert len(dropped) == 1, "what is of no use makes room first"
             again.wait_ready(soon())
             assert again.fetched

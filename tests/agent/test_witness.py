@@ -19,7 +19,7 @@ import pytest
 from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import BadSetting
 from cache_agent.kube import witness
-from cache_agent.kube.witness import Metadata, Removal, Watched, Witness
+from cache_agent.kube.witness import AnnouncedRemovals, ObjectMetadata, Removal, Witness
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Drain
 
@@ -161,16 +161,16 @@ def watching(api: ApiServer, told: list[Removal], quick: None, tmp_path: Path) -
     ],
 )
 def test_grace(stamp: str, grace: float | None, expected: float) -> None:
-    seen = Watched()
-    change = Metadata("a", "b", "uid", "1", stamp, grace)
+    seen = AnnouncedRemovals()
+    change = ObjectMetadata("a", "b", "uid", "1", stamp, grace)
     assert seen.changed(change, NOW) == Removal("uid", "b/a", expected)
     assert seen.changed(change, NOW) is None, "once is enough"
 
 
 def test_forgets_who_is_gone() -> None:
-    seen = Watched()
-    going = Metadata("a", "b", "u", "1", "2026-01-01T00:00:20Z", 30)
-    assert seen.listed([going, Metadata("c", "b", "v")], NOW)
+    seen = AnnouncedRemovals()
+    going = ObjectMetadata("a", "b", "u", "1", "2026-01-01T00:00:20Z", 30)
+    assert seen.listed([going, ObjectMetadata("c", "b", "v")], NOW)
     assert not seen.listed([going], NOW)
     seen.deleted(going)
     assert seen.changed(going, NOW)

@@ -70,7 +70,7 @@ def blueprint(agent: ShownAgent) -> Blueprint:
 
     @pages.get("/view.json")
     def view() -> Response:
-        starts = told_starts(agent.reports.starts.recent(), agent.full_status())
+        starts = diagnosed_starts(agent.reports.starts.recent(), agent.full_status())
         cluster = agent.cluster()
         body = msgspec.json.encode({"starts": starts, "nodes": cluster.nodes, "holdings": cluster.holdings})
         return Response(body, mimetype="application/json", headers={"Cache-Control": "no-store"})
@@ -78,11 +78,11 @@ def blueprint(agent: ShownAgent) -> Blueprint:
     return pages
 
 
-def told_starts(starts: list[Start], status: StatusReply) -> list[dict[str, Any]]:
+def diagnosed_starts(starts: list[Start], status: StatusReply) -> list[dict[str, Any]]:
     """Each start with its diagnosis, as JSON has it."""
     huge = {model.model for model in status.models if model.page > 4096}
-    told = []
+    diagnosed = []
     for start in starts:
         found = diagnose(start.spans, start.tier, NodeFacts(start.bytes, status.ssd is not None, start.model in huge))
-        told.append({**msgspec.to_builtins(start), "diagnosis": msgspec.to_builtins(found)})
-    return told
+        diagnosed.append({**msgspec.to_builtins(start), "diagnosis": msgspec.to_builtins(found)})
+    return diagnosed

@@ -77,13 +77,10 @@ class Daemon:
             log.info("serving %s, as %s to other nodes", config.agent_listen, config.advertised)
         self._status: StatusServer | None = None
         if config.status and not self._private:
-            from cache_agent.web.status import (
-                StatusServer,
-            )  # Flask and gunicorn are a fifth of a second that few agents need
+            from cache_agent.web.status import StatusServer  # few agents need Flask and gunicorn, 0.2 s of imports
 
-            self._status = StatusServer(
-                self._agent, self._access, config.status, tuple(f"/{p}" for p in config.status_open)
-            )
+            paths = tuple(f"/{p}" for p in config.status_open)
+            self._status = StatusServer(self._agent, self._access, config.status, paths)
 
     def _remote(self, key: ClusterKey | None) -> Callable[[socket.socket], Connection]:
         server = self._server

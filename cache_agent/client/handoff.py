@@ -1,4 +1,4 @@
-"""A worker's side of hand-offs: it waits for others at its agent, asks for one of them, and tells how it went."""
+"""A worker's side of hand-offs at its agent: to wait as a destination, to find one, and to report the outcomes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _POLL_SECONDS = 1.0
 
 
 def offer_as_destination(channel: Channel, siblings: str, owner: str) -> None:
-    """From here on the worker on this channel may be given others' requests. Raises `Disconnected`."""
+    """Offer the worker on this channel as a destination of its siblings' requests. Raises `Disconnected`."""
     channel.send(HostRequest(siblings, owner))
 
 
 def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socket | None:
-    """The end of a pipe to a worker that drains; None when this one is `unwilling`, and the channel is to be closed.
+    """Wait until a sibling drains, and return the end of a socket to it.
 
-    Raises `AgentError`, `Disconnected`.
+    None once this worker is `unwilling`; the caller closes the channel then. Raises `AgentError`, `Disconnected`.
     """
     while not unwilling():
         try:
@@ -49,7 +49,7 @@ def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socke
 
 
 def find_destination(client: CacheClient, siblings: str, owner: str) -> socket.socket:
-    """The end of a pipe to a worker that goes on. Raises `NoDestination`, or any `AgentError`."""
+    """Return the end of a socket to a sibling that takes requests over. Raises `NoDestination`, or any `AgentError`."""
     with client.connect() as channel:
         try:
             channel.send(HandoffRequest(siblings, owner))
@@ -59,7 +59,7 @@ def find_destination(client: CacheClient, siblings: str, owner: str) -> socket.s
 
 
 def report(client: CacheClient, items: Sequence[HandoffOutcome]) -> None:
-    """Raises any `AgentError`."""
+    """Report how hand-offs went, for the agent's journal and metrics. Raises any `AgentError`."""
     with client.connect() as channel:
         try:
             for at in range(0, len(items), MAX_ITEMS):

@@ -1,4 +1,4 @@
-"""Owns what an agent does about requests that run: it keeps them, and brings workers together that hand them over."""
+"""Owns an agent's part in running requests: it stores snapshots of them, and matches workers that hand them over."""
 
 from __future__ import annotations
 
@@ -40,23 +40,25 @@ class WorkerConnection(Protocol):
     caller: Caller
 
     def deliver(self, message: Message, fds: list[int]) -> None:
-        """Later, from its own thread; takes over `fds`."""
+        """Queue a message for the connection's own thread to send. Takes over `fds`."""
         ...
 
 
-Reply = Callable[[Message, Sequence[int]], None]  # answers the worker that asks, at once
+Reply = Callable[
+    [Message, Sequence[int]], None
+]  # sends an answer to the asking worker at once; `fds` stay the caller's
 
 
 class Broker:
-    """Any thread."""
+    """Answers workers' messages about running requests. Any thread."""
 
     def __init__(self, index: SnapshotIndex, journal: Journal, node: str) -> None:
-        self.targets: Targets | None = None  # where other nodes are to be asked, too
+        self.targets: Targets | None = None  # set where other nodes' workers are candidates, too
         self._index, self._journal, self._node = index, journal, node
         self._destinations: Destinations[WorkerConnection] = Destinations()
 
     def answer(self, worker: WorkerConnection, message: WorkerRequest, fds: Sequence[int], reply: Reply) -> None:
-        """Raises any `AgentError`; closes `fds`."""
+        """Answer one message of a worker through `reply`. Closes `fds`. Raises any `AgentError`."""
         within = worker.caller.namespace
         match message:
             case Checkpoint():
@@ -74,11 +76,11 @@ class Broker:
                 reply(HandedReply(), ())
 
     def gone(self, worker: WorkerConnection) -> None:
-        """Its connection has ended."""
+        """Forget a worker whose connection has ended."""
         self._destinations.gone(worker)
 
     def match_for_node(self, asked: HandoffRequest) -> tuple[socket.socket, Matched]:
-        """One end of a socket to a worker here, for another node's agent. Raises `NoDestination`."""
+        """Return one end of a socket to a worker of this node, for another node's agent. Raises `NoDestination`."""
         mine, waiting = self._here(_waiting(asked.within, asked.siblings, asked.owner))
         return mine, Matched(self._node, waiting.owner, nonce())
 
@@ -101,7 +103,10 @@ class Broker:
                 os.close(fd)
 
     def _match(self, wanted: WaitingWorker, reply: Reply) -> None:
-        """Gives each of both one end of a socket: what they say does not come by here, nor end with this agent."""
+        """Send each of two workers one end of a socket.
+
+        The hand-off does not pass through this agent, and outlives the agent.
+        """
         try:
             mine, waiting = self._here(wanted)
             found = Matched(self._node, waiting.owner, fds=1)

@@ -1,4 +1,4 @@
-"""Owns which workers of this node wait to take requests over, and gives each that drains one of them."""
+"""Owns the list of this node's workers that wait to take requests over, and matches draining workers with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ T = TypeVar("T", bound=Hashable)
 
 
 class WaitingWorker(NamedTuple):
-    """`within` is the namespace that the worker proved, or ""."""
+    """A worker as hand-offs know it: the namespace that it proved (`within`, or ""), its siblings, its own name.
+
+    A draining worker describes by the same fields which worker it is looking for.
+    """
 
     within: str
     siblings: str
@@ -19,7 +22,7 @@ class WaitingWorker(NamedTuple):
 
 
 class Destinations(Generic[T]):
-    """Any thread. `T` is whatever a worker that waits is known by."""
+    """The waiting workers, in the order in which they came. `T` is a worker's connection. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -35,7 +38,7 @@ class Destinations(Generic[T]):
             self._waiting.pop(destination, None)
 
     def match(self, wanted: WaitingWorker) -> tuple[T, WaitingWorker] | None:
-        """The one that has waited longest, who waits no more; never the worker that asks."""
+        """Remove and return the sibling that has waited longest, never the asking worker; None where nobody waits."""
         with self._lock:
             for destination, waiting in self._waiting.items():
                 if waiting._replace(owner="") == wanted._replace(owner="") and waiting.owner != wanted.owner:

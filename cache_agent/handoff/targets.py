@@ -1,4 +1,4 @@
-"""Looks for a worker that goes on on other nodes, through their agents."""
+"""Owns the search for a destination on other nodes, by asking their agents."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _NODE_SECONDS = 1.0
 
 
 class Targets:
-    """Any thread. Nodes are asked in an order of chance, so that of many not always the same ones are."""
+    """The agents of other nodes, asked in random order so that the load spreads. Any thread."""
 
     def __init__(self, me: Membership, directory: Directory) -> None:
         self._me, self._directory = me, directory
 
     def match(self, wanted: WaitingWorker) -> tuple[socket.socket, Matched] | None:
-        """One end of a way to a worker of another node, and who it is."""
+        """Return one end of a path to a worker of another node, with its name; None where no node has one in time."""
         deadline = time.monotonic() + _ALL_SECONDS
         nodes = [node for node in self._directory.nodes() if node.address and node.name != self._me.node]
         random.shuffle(nodes)

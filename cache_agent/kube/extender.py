@@ -1,12 +1,12 @@
-"""Answers kube-scheduler: which of these nodes would start this pod's model soonest, and which may run it at all.
+"""Answers kube-scheduler: which nodes would start a pod's model soonest, and which may run the pod at all.
 
     POST /scheduler/prioritize   {"Pod": …, "Nodes": null, "NodeNames": [name, …]}
                                  →  [{"Host": name, "Score": 0 … 10}, …]
-    POST /scheduler/filter       the same  →  which nodes may, and why the others may not
+    POST /scheduler/filter       the same  →  the nodes that may run the pod, and why the others may not
 
-The field names are Go's. Prioritizing never fails for want of knowledge: then all nodes are equal, and the scheduler
-goes by its own reasons. Filtering lets every pod through, except those that ask not to run without an agent
-(annotation glowplug.dev/require-agent=true): they go where an agent is known to live, and nowhere if nobody knows.
+The field names are Go's. Without knowledge all nodes get an equal score, and the scheduler decides by its other
+criteria. A pod with the annotation glowplug.dev/require-agent=true passes the filter only for nodes whose agent is
+known to live, and for none while that is unknown; all other pods pass for all nodes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _ScheduledPod(msgspec.Struct):
 
 
 class _ExtenderArguments(msgspec.Struct):
-    """Of the pod's specification nothing is read; whole Node objects, where they come, are kept as they are."""
+    """A request of the scheduler. Pods' specifications are not read; whole Node objects go back as they came."""
 
     Pod: _ScheduledPod
     Nodes: dict[str, Any] | None = None
@@ -50,21 +50,21 @@ _decoder = msgspec.json.Decoder(_ExtenderArguments)
 
 
 class Extender:
-    """The two verbs, as functions from a request's body to an answer."""
+    """The two verbs, each from a request's body to a response."""
 
     def __init__(self, outlook: Outlook) -> None:
         self._outlook = outlook
-        self._complaint = ""  # why nothing is known, as the log has it
+        self._complaint = ""  # the last logged reason why nothing is known
 
     def prioritize(self, body: bytes) -> JsonAnswer:
-        """Raises `RequestRefused` for what is no request of a scheduler."""
+        """Score the nodes, 0 to 10. Raises `RequestRefused` for what is no request of a scheduler."""
         arguments = _decode(body)
         names = _names(arguments)
         found = placement.scores(self._decisions(arguments, names), names)
         return JsonAnswer(200, msgspec.json.encode([{"Host": name, "Score": found[name]} for name in names]))
 
     def filter(self, body: bytes) -> JsonAnswer:
-        """Raises `RequestRefused`."""
+        """Divide the nodes into those that may run the pod and the others. Raises `RequestRefused` like `prioritize`."""
         arguments = _decode(body)
         names = _names(arguments)
         failed: dict[str, str] = {}
@@ -111,7 +111,7 @@ class Extender:
         return placement.rank(placement.covering(view, names)) if view is not None else []
 
     def _complain(self, error: Unavailable) -> None:
-        """Once per reason: many pods may come while it lasts."""
+        """Log a reason once, however many pods come while it lasts."""
         if str(error) != self._complaint:
             self._complaint = str(error)
             log.warning("placing without knowledge, all nodes are equal: %s", error)

@@ -1,6 +1,6 @@
-"""An HTTP server for callers inside the cluster, whose answers are functions of a request's body. All bodies are JSON.
+"""An HTTP server for callers inside the cluster, whose responses are functions of a request's body.
 
-Every refusal is JSON, too, those of requests that are none included.
+All bodies are JSON, refusals and replies to malformed requests included.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _STATUS = {LimitRequestLine: 414, LimitRequestHeaders: 431, ExpectationFailed: 4
 
 
 class JsonAnswer(NamedTuple):
-    """An HTTP status and a body of JSON."""
+    """A response: HTTP status and a body of JSON."""
 
     status: int
     body: bytes
 
 
 class RequestRefused(Exception):
-    """The request cannot be answered: HTTP status and a sentence."""
+    """The refusal of a request: HTTP status and a sentence."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -57,10 +57,10 @@ Routes = Mapping[tuple[str, str], Callable[[bytes], JsonAnswer]]
 
 
 class RoutesServer(WsgiServer):
-    """Serves `routes`, (method, path) → function of the body, and GET /healthz."""
+    """A server of `routes`, from (method, path) to a function of the body, and of GET /healthz."""
 
     def __init__(self, host: str, port: int, routes: Routes, certificate: Certificate | None = None) -> None:
-        """Raises `BadConfig`."""
+        """Listen. Raises `BadSetting`."""
         self._routes = {("GET", "/healthz"): lambda _: JsonAnswer(200, b'{"status": "ok"}'), **routes}
         sock = listen(host, port, "--port")
         self.port: int = sock.getsockname()[1]
@@ -75,13 +75,13 @@ class RoutesServer(WsgiServer):
         )
 
     def handle_request(self, req: Any, conn: Any) -> Any:
-        """gunicorn's, for a body that can be read; another one ends the connection."""
+        """Handle a request whose body can be read; any other ends the connection."""
         _require_length(req.headers)
         return super().handle_request(req, conn)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:  # noqa: ARG002  gunicorn's
-        """Send the refusal of what never became a request."""
-        if isinstance(exc, OSError):  # of the connection: there is none to answer on
+        """Send the refusal of a malformed request."""
+        if isinstance(exc, OSError):  # the connection is broken, and takes no response
             return
         refused = _refusal(exc)
         log.debug("refused a request from %s: %s", addr, refused.text)
@@ -119,7 +119,7 @@ class RoutesServer(WsgiServer):
 
 
 def _require_length(headers: Iterable[tuple[str, str]]) -> None:
-    """Raises `RequestRefused` unless the body's length is said beforehand and is bounded."""
+    """Raise `RequestRefused` unless the headers give the body's length, within the bound."""
     found = dict(headers)
     length = found.get("CONTENT-LENGTH", "0")
     if "TRANSFER-ENCODING" in found or not (length.isascii() and length.isdecimal()):
@@ -131,7 +131,7 @@ def _require_length(headers: Iterable[tuple[str, str]]) -> None:
 def _refusal(error: BaseException) -> RequestRefused:
     if isinstance(error, RequestRefused):
         return error
-    if isinstance(error, InvalidHeader) and error.req is not None:  # gunicorn's word for a length that is none
+    if isinstance(error, InvalidHeader) and error.req is not None:  # gunicorn's error for a malformed length
         try:
             _require_length(error.req.headers)
         except RequestRefused as refused:
@@ -147,7 +147,7 @@ def _error(text: str) -> bytes:
 
 
 def check(host: str, port: int) -> None:
-    """Raises `AgentUnreachable` unless a server there says that it lives."""
+    """Raise `AgentUnreachable` unless a server there answers its health check."""
     connection = HTTPConnection(host, port, timeout=_CHECK_SECONDS)
     try:
         connection.request("GET", "/healthz")
@@ -161,7 +161,7 @@ def check(host: str, port: int) -> None:
 
 
 def serve_until_stopped(server: RoutesServer) -> None:
-    """Serve until SIGTERM or SIGINT comes; answers under way have a second to end."""
+    """Serve until SIGTERM or SIGINT comes; running requests then have a second to end."""
     stopping = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     server.start()

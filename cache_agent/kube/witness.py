@@ -1,13 +1,13 @@
-"""Sees that a pod of this node is about to be removed, long before its SIGTERM, and has the agent tell the function.
+"""Owns the watch on this node's pods, by which the agent announces a pod's removal long before its SIGTERM.
 
-One watch on the Kubernetes API, of this node's pods, of their metadata only: what a pod's environment holds never comes
-here. Knative sends SIGTERM 30 s after the last request arrived; a function that hears now uses that time.
+The watch asks for the metadata of this node's pods only, so that no pod's environment comes here. Knative sends SIGTERM
+30 s after the last request arrived; a function that hears of its removal earlier uses that time.
 
     list ──► watch from its version ──► … ──► the connection ends ──► watch again from the last version seen
       ▲                                                                      │
       └──────────────── 410: that version is forgotten ◄─────────────────────┘
 
-Losing the API server costs the early word, nothing else: SIGTERM comes all the same.
+While the API server is away functions hear of their removal by SIGTERM alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from cache_agent.access.kubernetes import SERVICE_ACCOUNT, Api
 log = logging.getLogger("glowplug.witness")
 
 _PARTIAL = "application/json;as=PartialObjectMetadata{};g=meta.k8s.io;v=v1"
-_WATCH_SECONDS = 240  # the API server ends a watch after that
-_SILENCE_SECONDS = _WATCH_SECONDS + 30.0  # and if it does not, the connection is dead
+_WATCH_SECONDS = 240  # after which the API server ends a watch
+_SILENCE_SECONDS = _WATCH_SECONDS + 30.0  # after which a silent connection is dead
 _PAUSES = (0.2, 30.0)  # seconds between attempts: first, and at most
 _PAGE = 500
 _LONGEST_LINE = 8 << 20
@@ -41,7 +41,7 @@ _DEFAULT_GRACE = 30.0
 
 
 class ObjectMetadata(msgspec.Struct):
-    """Of a pod, or of a list of them."""
+    """The metadata of a pod, or of a list of pods."""
 
     name: str = ""
     namespace: str = ""
@@ -75,7 +75,7 @@ _events = msgspec.json.Decoder(_WatchEvent)
 
 
 class Removal(NamedTuple):
-    """A pod that is going away, in `grace` seconds."""
+    """A pod that is removed in `grace` seconds."""
 
     uid: str
     name: str
@@ -83,28 +83,30 @@ class Removal(NamedTuple):
 
 
 class AnnouncedRemovals:
-    """Which removals were announced already: each is once, whatever is seen twice. No I/O."""
+    """The removals that were announced, so that each is announced once. No I/O."""
 
     def __init__(self) -> None:
         self._announced: set[str] = set()
 
     def listed(self, pods: list[ObjectMetadata], now: datetime) -> list[Removal]:
-        """All pods that there are."""
+        """Return the removals to announce, given all pods of the node."""
         self._announced &= {pod.uid for pod in pods}
         return [removal for pod in pods if (removal := self.changed(pod, now)) is not None]
 
     def changed(self, pod: ObjectMetadata, now: datetime) -> Removal | None:
+        """Return the removal to announce, if this pod is being removed and was not announced."""
         if not pod.deletionTimestamp or not pod.uid or pod.uid in self._announced:
             return None
         self._announced.add(pod.uid)
         return Removal(pod.uid, f"{pod.namespace}/{pod.name}", _grace(pod, now))
 
     def deleted(self, pod: ObjectMetadata) -> None:
+        """Forget a pod that has gone."""
         self._announced.discard(pod.uid)
 
 
 def _grace(pod: ObjectMetadata, now: datetime) -> float:
-    """Seconds until the pod is killed: its grace, or what is left of it by this node's clock."""
+    """Return the seconds until the pod is killed: the rest of its grace by this node's clock."""
     grace = _DEFAULT_GRACE if pod.deletionGracePeriodSeconds is None else pod.deletionGracePeriodSeconds
     try:
         ends = datetime.fromisoformat(pod.deletionTimestamp or "")
@@ -115,20 +117,20 @@ def _grace(pod: ObjectMetadata, now: datetime) -> float:
 
 
 class _VersionExpired(Exception):
-    """The version to go on from is no longer known: list again."""
+    """The API server's reply that it has forgotten the version to watch from."""
 
 
 class _ApiFailed(Exception):
-    """The API server cannot be asked now; the text says why."""
+    """The failure to ask the API server; the text says why."""
 
 
 class Witness:
-    """Watches until `close`. `announce(removal)` is called on the witness's own thread, and may raise."""
+    """A watch, from `start` to `close`. `announce(removal)` runs on the witness's own thread, and may raise."""
 
     def __init__(
         self, url: str, node: str, announce: Callable[[Removal], object], account: Path = SERVICE_ACCOUNT
     ) -> None:
-        """`url` of the API server; `account` holds the files `token` and `ca.crt`. Raises `BadConfig`."""
+        """`url` is the API server's; `account` holds the files `token` and `ca.crt`. Raises `BadSetting`."""
         self._api = Api(url, account)
         self._node = node
         self._announce = announce
@@ -169,11 +171,11 @@ class Witness:
             except Exception:
                 log.exception("watching pods failed")
                 self._version = ""
-            self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  all nodes' agents lose it together
+            self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  all agents lose a server together
             pause = min(_PAUSES[1], pause * 2)
 
     def _list(self) -> None:
-        """Announces what is being removed already."""
+        """List all pods, and announce those that are being removed."""
         pods: list[ObjectMetadata] = []
         token = ""
         while True:
@@ -190,7 +192,7 @@ class Witness:
         self._version = found.metadata.resourceVersion
 
     def _watch(self) -> None:
-        """Announces removals as they come, until the API server ends the watch."""
+        """Announce removals as they come, until the API server ends the watch."""
         query = {
             "fieldSelector": f"spec.nodeName={self._node}",
             "watch": "1",
@@ -251,7 +253,7 @@ class Witness:
             log.exception("announcing that %s is removed failed", removal.name)
 
     def _complain(self, text: str) -> None:
-        """Once per reason: an API server that is away for an hour is one line of the log."""
+        """Log a reason once: an API server that is away for an hour takes one line."""
         if text != self._complaint and not self._stop.is_set():
             log.warning("%s; functions hear of their end by SIGTERM only", text)
             self._complaint = text

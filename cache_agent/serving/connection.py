@@ -1,4 +1,4 @@
-"""Owns one client's connection: its thread turns frames into calls of `Agent`, and the agent's answers into frames."""
+"""Owns one client's connection, whose thread turns frames into calls of `Agent` and the agent's replies into frames."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ log = logging.getLogger("glowplug.server")
 
 _HELLO_SECONDS = 10.0
 _PROGRESS_SECONDS = 0.02
-_UNIDENTIFIED = ("new", "greeting", "challenged", "answering")  # states of those who have not shown who they are
+_UNIDENTIFIED = ("new", "greeting", "challenged", "answering")  # states before a client has shown its identity
 
 
 class Connection:
-    """One client. Its thread alone touches the socket; others leave messages in the outbox and wake it."""
+    """One client. Only the connection's thread touches the socket; other threads fill its outbox and wake it."""
 
     channel_type = Channel
 
@@ -99,7 +99,7 @@ class Connection:
         return self._access.grant(self.caller)
 
     def deliver(self, message: Message, fds: list[int], load: ModelLoad | None = None) -> None:
-        """Queues a message; `load` is what its progress reports will be about."""
+        """Queue a message, and take over `fds`. `load` is the load whose progress is reported from then on."""
         with self._lock:
             if not self._closed:
                 self._outbox.append((message, fds, load))
@@ -109,11 +109,13 @@ class Connection:
             os.close(fd)
 
     def wake(self) -> None:
+        """Let the connection's thread look for messages and progress."""
         with self._lock:
             if not self._closed:
                 os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> None:
+        """Let the connection's thread end."""
         self._stopping = True
         self.wake()
 
@@ -177,17 +179,17 @@ class Connection:
                 load.watch(self.wake)
 
     def _send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        # First the record: whoever has the answer finds the line.
+        # The audit line is written first, so that it is there once the client has its answer.
         self._trail.answered(self.caller, message)
         self._channel.send(message, fds)
 
     def _timeout(self) -> float | None:
-        """Seconds until there may be something to push, though nobody wakes this thread."""
+        """Return the seconds until a push is due that no wake-up announces; None where none is."""
         now = time.monotonic()
         return self._report_at - now if self._load is not None and self._report_at > now else None
 
     def _push(self) -> None:
-        """What is said without being asked for."""
+        """Send what the client gets without a request: progress of its load."""
         if self._load is None or self._channel.state != "loading" or time.monotonic() < self._report_at:
             return
         ready, done = self._load.progress()
@@ -245,9 +247,9 @@ class Connection:
             self._refuse(InternalError(f"the agent failed ({error!r}); its log has the traceback, please report it"))
 
     def _require(self, message: AnyMessage, fds: list[int]) -> None:
-        """Before anything else, so that a refusal takes no longer for a model that is here. Closes `fds` then.
+        """Check the caller's rights before anything else: a refusal must not take longer for a resident model.
 
-        Raises `AccessDenied`, or `BadModelURI` for what is none.
+        Raises `AccessDenied` or `BadModelURI`, and closes `fds` then.
         """
         try:
             match message:
@@ -297,6 +299,7 @@ class Connection:
             os.close(fd)
 
     def close(self) -> None:
+        """Close the socket and all fds that wait to be sent. For the connection's thread, or once it cannot start."""
         with self._lock:
             self._closed = True
             outbox, self._outbox = self._outbox, deque()

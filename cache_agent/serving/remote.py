@@ -1,7 +1,6 @@
-"""Owns a connection over TCP: functions get bytes where they would get fds, and other nodes' agents get chunks.
+"""Owns a connection over TCP: functions get bytes in place of fds, and other nodes' agents get chunks.
 
-Nobody is served before he has shown who he is: an agent by proving that it knows the cluster's key, a function by the
-identity in its hello.
+Both identify themselves first: an agent proves that it knows the cluster's key, a function has an identity in its hello.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ from cache_agent.wire.peers import DescribeRequest, FetchRequest, FollowRequest,
 from cache_agent.wire.protocol import VERSION
 from cache_agent.wire.requests import HandoffRequest, HostRequest
 
-_IDLE_SECONDS = 60.0  # of an agent that asks for nothing
-_NEWS_SECONDS = 0.1  # between two words on the same model, at least
-_SILENCE_SECONDS = 1.0  # and at most: whoever is silent is taken for dead
+_IDLE_SECONDS = 60.0  # that an agent may ask for nothing
+_NEWS_SECONDS = 0.1  # at least, between two reports on a followed model
+_SILENCE_SECONDS = 1.0  # at most, between two reports: the follower takes a silent agent for dead
 
 
 class RemoteConnection(Connection):
-    """One client or agent of another machine."""
+    """A connection of a function, or of another node's agent, over TCP."""
 
     channel_type = Link
 
@@ -79,7 +78,7 @@ class RemoteConnection(Connection):
         assert isinstance(self._channel, Link), "of its type"
         return self._channel
 
-    # --- who it is ------------------------------------------------------------------------------------------------
+    # --- identity -----------------------------------------------------------------------------------------------------
 
     def _greet(self, hello: Hello) -> None:
         if hello.identity.kind != "cluster":
@@ -132,7 +131,7 @@ class RemoteConnection(Connection):
                 super()._answer(message, fds)
 
     def _hand_over(self, asked: HandoffRequest) -> None:
-        """For another node's worker; until that one, ours, or this agent ends it."""
+        """Carry a hand-off from another node's worker to one here, until a worker or this agent ends it."""
         assert self._key is not None, "only agents come to this state"
         try:
             sock, found = self._broker.match_for_node(asked)
@@ -159,7 +158,7 @@ class RemoteConnection(Connection):
         except ModelNotFound as error:
             self._refuse(error)
 
-    # --- what goes out --------------------------------------------------------------------------------------------
+    # --- sending ------------------------------------------------------------------------------------------------------
 
     def _send(self, message: Message, fds: Sequence[int] = ()) -> None:
         match message:
@@ -226,13 +225,13 @@ class RemoteConnection(Connection):
 
 
 class _SegmentStream:
-    """A model's bytes on their way to a function that has no fds."""
+    """A model's segments on their way to a function over TCP."""
 
     def __init__(self, fds: list[int], sizes: Sequence[int]) -> None:
-        """Takes over `fds`."""
+        """`fds` are the segments', `sizes` their bytes. Takes over `fds`."""
         self.fds = fds
         self.sent = [0] * len(sizes)
-        self.after: list[Message] = []  # what is said when all of it is there
+        self.after: list[Message] = []  # sent once all bytes are
         self._sizes = list(sizes)
 
     @property
@@ -240,7 +239,7 @@ class _SegmentStream:
         return self.sent == self._sizes
 
     def due(self, load: ModelLoad | None) -> tuple[int, int, int] | None:
-        """(segment, offset, size) of what can go out next."""
+        """Return segment, offset and size of the next piece that can be sent, or None."""
         there = self._sizes
         if load is not None and not load.finished.is_set():
             there = load.progress()[0]

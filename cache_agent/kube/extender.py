@@ -64,7 +64,7 @@ class Extender:
         return JsonAnswer(200, msgspec.json.encode([{"Host": name, "Score": found[name]} for name in names]))
 
     def filter(self, body: bytes) -> JsonAnswer:
-        """Divide the nodes into those that may run the pod and the others. Raises `RequestRefused` like `prioritize`."""
+        """Divide the nodes into those that may run the pod and the others. Raises `RequestRefused`."""
         arguments = _decode(body)
         names = _names(arguments)
         failed: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Owns a connection over TCP: functions get bytes in place of fds, and other nodes' agents get chunks.
 
-Both identify themselves first: an agent proves that it knows the cluster's key, a function has an identity in its hello.
+Both show their identity first: an agent proves that it knows the cluster's key, a function has a token in its hello.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def install(made: ControlPlane, place: Path) -> None:
     (place / "bin" / "kubectl").symlink_to(kubectl)
     path = os.pathsep.join([str(place / "bin"), str(Path(sys.prefix) / "bin"), os.environ["PATH"]])
     env = {**os.environ, "KUBECONFIG": str(made.kubeconfig(place / "kubeconfig")), "HOME": str(place), "PATH": path}
-    for command in commands("knative/README.md"):
+    for command in [*commands("knative/README.md"), *commands("knative/components/README.md")]:
         if "kubectl" not in command or "port-forward" in command:
             continue  # what forwards a port needs a kubelet
         if "kubectl apply -f -" in command and not data:

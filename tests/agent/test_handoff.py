@@ -1,4 +1,4 @@
-"""Workers that drain meet workers that go on: on one node, and across two, whose agents sign every piece."""
+"""Draining workers find destinations on one node, and across two, whose agents sign every piece."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KIN, SOURCE, OTHER = "chat:00ff:plain", "worker-source", "worker-other"
 
 @pytest.fixture
 def host():
-    """`host(agent)` → a list that will hold the end of a pipe once somebody was sent."""
+    """Give `host(agent)`, which waits as a destination; its list gets the end of a socket once a worker is sent."""
     made = []
 
     def begin(agent, owner=OTHER, siblings=KIN):
@@ -55,7 +55,7 @@ def host():
 
 
 def found(agent, eventually, siblings=KIN, owner=SOURCE):
-    """A destination, as soon as one waits."""
+    """Return the end of a socket to a destination, as soon as one waits."""
 
     def seek():
         try:
@@ -148,7 +148,7 @@ def test_what_is_told_is_counted_and_shown(start_local_agent):
 
 @pytest.fixture
 def splice():
-    """A crossing, the worker's end of its socket, and the link on which another agent is heard."""
+    """Give a splice, the worker's end of its socket, and the link to the other agent."""
     with socket.create_server(("127.0.0.1", 0)) as door:
         mine = link.dial(f"127.0.0.1:{door.getsockname()[1]}", 10)
         theirs = link.Link(door.accept()[0], of_agent=False)

@@ -1,4 +1,4 @@
-"""What an agent says of itself: events with reasons, metrics that the documentation names, and who may ask."""
+"""The agent's status over HTTP: events with reasons, metrics as documented, and the rights to ask."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Asker:
             connection.close()
 
     def stream(self, token: str = "") -> socket.socket:
-        """A stream of events whose status line was read."""
+        """Open a stream of events, and read its status line."""
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         bearer = f"Authorization: Bearer {token}\r\n" if token else ""
         sock.sendall(f"GET /events/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n{bearer}\r\n".encode())
@@ -106,7 +106,7 @@ class Asker:
 
 @pytest.fixture
 def watched(start_local_agent, checkpoint_files, tmp_path, request) -> Iterator[Any]:
-    """An agent with room for one model of three, and its status server; `request.param` are paths that are open."""
+    """Give an agent with room for one model of three, and its status server; `request.param` are the open paths."""
     (tmp_path / "secrets").mkdir()
     for name in ("operator", "chat"):
         (tmp_path / "secrets" / name).write_text(f"secret of {name}")
@@ -180,7 +180,7 @@ def test_streams_are_few_and_the_other_paths_still_answer(watched) -> None:
 
 
 def documented() -> dict[str, set[str]]:
-    """The README's table of metrics: their labels by their names."""
+    """Return the labels of each metric in the README's table."""
     found = re.findall(r"^\| `(glowplug_\w+)` \|([^|]*)\|", README, re.MULTILINE)
     return {name: {word for word in re.split(r"[, ]+", labels) if word} for name, labels in found}
 
@@ -221,7 +221,7 @@ def test_who_may_ask(watched) -> None:
 
 
 def test_a_kept_connections_next_answer_waits_for_nothing(watched, eventually) -> None:
-    """Ten answers within less than a quarter of what ten delayed acknowledgements take, each of them 40 ms."""
+    """Ten answers take less than a quarter of ten delayed acknowledgements, which take 40 ms each."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", watched.http.port, timeout=20)) as connection:
 
         def ten() -> float:

@@ -282,7 +282,7 @@ def test_a_worker_that_ends_waits_until_its_agent_has_heard_of_what_moved(
         handed(*arguments)
 
     monkeypatch.setattr(agent.agent.journal, "handed", busy)
-    monkeypatch.setattr(reports, "_TELL", 0.2)
+    monkeypatch.setattr(reports, "_REPORT_SECONDS", 0.2)
     first, second = replica(delay=SLOW), replica()
     answers = clients.ask(first, 2)
     first.drain()

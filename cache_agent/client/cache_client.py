@@ -113,9 +113,8 @@ class CacheClient:
         nothing is fetched when the model has not changed since. A lent manifest that is the one in `known` is not
         read again. Raises any `AgentError`.
         """
-        channel = self.connect()
-        try:
-            by = time.monotonic() + _DESCRIBE_SECONDS if deadline is None else deadline
+        by = time.monotonic() + _DESCRIBE_SECONDS if deadline is None else deadline
+        with self._lasting_channel() as channel:
             if isinstance(channel, Link):
                 from cache_agent.client import streamed
 
@@ -125,11 +124,6 @@ class CacheClient:
                 return self.lease(model, start_id=start_id, deadline=deadline)
             channel.send(LeaseRequest(model, start_id))
             granted, fds = expect(channel, Granted, by)
-        except BaseException as error:
-            channel.close()
-            if isinstance(error, Disconnected):
-                raise LeaseLost(f"the cache agent at {self.path} went away ({error})") from error
-            raise
         return Lease(channel, granted, fds, known)
 
     def offer(self, model: str, lease: Lease, *, deadline: float | None = None) -> Adopted:
@@ -137,24 +131,18 @@ class CacheClient:
 
         The bytes stay mapped, whether the agent adopts them or not. Raises any `AgentError`.
         """
-        channel = self.connect()
-        try:
-            by = time.monotonic() + _ADOPT_SECONDS if deadline is None else deadline
+        by = time.monotonic() + _ADOPT_SECONDS if deadline is None else deadline
+        with self._lasting_channel() as channel:
             if isinstance(channel, Link):
-                adopted = self._hold(channel, model, lease.manifest.source, by)
+                adopted = self._lease_without_bytes(channel, model, lease.manifest.source, by)
             else:
                 channel.send(Offer(model, lease.manifest.source, len(lease.segments)), lease.segments)
                 adopted, _ = expect(channel, Adopted, by)
-        except BaseException as error:
-            channel.close()
-            if isinstance(error, Disconnected):
-                raise LeaseLost(f"the cache agent at {self.path} went away ({error})") from error
-            raise
         lease.revision = adopted.revision or lease.revision
         lease.rejoin(channel)
         return adopted
 
-    def _hold(self, channel: Link, model: str, source: str, deadline: float) -> Adopted:
+    def _lease_without_bytes(self, channel: Link, model: str, source: str, deadline: float) -> Adopted:
         """Take a lease on bytes that are in this process already; memory cannot be handed over by TCP."""
         from cache_agent.client.streamed import receive_manifest
 
@@ -218,7 +206,7 @@ class CacheClient:
 
     def manifest(self, model: str) -> Manifest:
         """Return a model's manifest, which the agent reads from the origin without loading weights."""
-        with self._channel() as channel:
+        with self.channel() as channel:
             channel.send(ManifestRequest(model))
             if isinstance(channel, Link):
                 inline, _ = expect(channel, ManifestInline, time.monotonic() + _DESCRIBE_SECONDS)
@@ -230,42 +218,55 @@ class CacheClient:
                 os.close(fds[0])
 
     def _ask(self, request: Message, reply: type[M], seconds: float | None = None) -> M:
-        with self._channel() as channel:
+        with self.channel() as channel:
             channel.send(request)
             return expect(channel, reply, time.monotonic() + (seconds or self._timeout))[0]
 
     @contextmanager
-    def _channel(self) -> Iterator[Channel]:
+    def channel(self) -> Iterator[Channel]:
+        """Open a connection for the body. Raises `AgentUnreachable`, also where the connection breaks."""
         with self.connect() as channel:
             try:
                 yield channel
             except Disconnected as error:
                 raise AgentUnreachable(f"the cache agent at {self.path} broke off: {error}") from error
 
+    @contextmanager
+    def _lasting_channel(self) -> Iterator[Channel]:
+        """Open a connection that outlives the body, unless the body fails. Raises `LeaseLost` where it breaks."""
+        channel = self.connect()
+        try:
+            yield channel
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, Disconnected):
+                raise LeaseLost(f"the cache agent at {self.path} went away ({error})") from error
+            raise
+
     def connect(self) -> Channel:
         """Open a connection, which is the caller's to close. Raises `AgentUnreachable`, `VersionMismatch`."""
-        channel: Channel | None = None
         try:
             channel = dial(self._address, self._timeout) if self._address else self._dial_local()
-            channel.send(Hello(VERSION, self._name, self._identity(), self._pod))
-            welcome, _ = expect(channel, Welcome, time.monotonic() + self._timeout)
-            if welcome.version != VERSION:
-                raise VersionMismatch(
-                    f"the agent speaks protocol {welcome.version}, this client {VERSION}: update the older of the two"
-                )
-            self.node = welcome.node
-        except (OSError, ValueError, Disconnected) as error:
-            if channel is not None:
+            try:
+                self._greet(channel)
+            except BaseException:
                 channel.close()
+                raise
+        except (OSError, ValueError, Disconnected) as error:
             raise AgentUnreachable(
                 f"no cache agent answers at {self.path} ({error}); start one with `glowplug agent serve`, or unset "
                 "GLOWPLUG_SOCKET so that the function starts its own"
             ) from error
-        except BaseException:
-            if channel is not None:
-                channel.close()
-            raise
         return channel
+
+    def _greet(self, channel: Channel) -> None:
+        channel.send(Hello(VERSION, self._name, self._identity(), self._pod))
+        welcome, _ = expect(channel, Welcome, time.monotonic() + self._timeout)
+        if welcome.version != VERSION:
+            raise VersionMismatch(
+                f"the agent speaks protocol {welcome.version}, this client {VERSION}: update the older of the two"
+            )
+        self.node = welcome.node
 
     def _dial_local(self) -> Channel:
         sock = socket.socket(socket.AF_UNIX)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.lease import expect
-from cache_agent.errors import AgentTimeout, AgentUnreachable, ProtocolError, from_wire
-from cache_agent.wire.channel import Channel, Disconnected
+from cache_agent.errors import AgentTimeout, ProtocolError, from_wire
+from cache_agent.wire.channel import Channel
 from cache_agent.wire.messages import ErrorReply
 from cache_agent.wire.requests import (
     MAX_ITEMS,
@@ -50,23 +50,17 @@ def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socke
 
 def find_destination(client: CacheClient, siblings: str, owner: str) -> socket.socket:
     """Return the end of a socket to a sibling that takes requests over. Raises `NoDestination`, or any `AgentError`."""
-    with client.connect() as channel:
-        try:
-            channel.send(HandoffRequest(siblings, owner))
-            return _end(*expect(channel, Matched, time.monotonic() + _FIND_SECONDS))
-        except Disconnected as error:
-            raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
+    with client.channel() as channel:
+        channel.send(HandoffRequest(siblings, owner))
+        return _end(*expect(channel, Matched, time.monotonic() + _FIND_SECONDS))
 
 
 def report(client: CacheClient, items: Sequence[HandoffOutcome]) -> None:
     """Report how hand-offs went, for the agent's journal and metrics. Raises any `AgentError`."""
-    with client.connect() as channel:
-        try:
-            for at in range(0, len(items), MAX_ITEMS):
-                channel.send(HandedReport(list(items[at : at + MAX_ITEMS])))
-                expect(channel, HandedReply, time.monotonic() + _REPORT_SECONDS)
-        except Disconnected as error:
-            raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
+    with client.channel() as channel:
+        for at in range(0, len(items), MAX_ITEMS):
+            channel.send(HandedReport(list(items[at : at + MAX_ITEMS])))
+            expect(channel, HandedReply, time.monotonic() + _REPORT_SECONDS)
 
 
 def _end(message: object, fds: list[int]) -> socket.socket:

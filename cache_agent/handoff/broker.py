@@ -44,9 +44,8 @@ class WorkerConnection(Protocol):
         ...
 
 
-Reply = Callable[
-    [Message, Sequence[int]], None
-]  # sends an answer to the asking worker at once; `fds` stay the caller's
+# Sends an answer, with fds that stay the caller's, to the asking worker at once.
+Reply = Callable[[Message, Sequence[int]], None]
 
 
 class Broker:
@@ -68,20 +67,20 @@ class Broker:
             case TransferRequest():
                 reply(TransferReply(self._index.transfer(message, within)), ())
             case HostRequest(siblings, owner):
-                self._destinations.wait(worker, _waiting(within, siblings, owner))
+                self._destinations.add(worker, _worker(within, siblings, owner))
             case HandoffRequest(siblings, owner):
-                self._match(_waiting(within, siblings, owner), reply)
+                self._match(_worker(within, siblings, owner), reply)
             case HandedReport(items):
                 self._journal.handed(self._node, items)
                 reply(HandedReply(), ())
 
-    def gone(self, worker: WorkerConnection) -> None:
+    def forget(self, worker: WorkerConnection) -> None:
         """Forget a worker whose connection has ended."""
-        self._destinations.gone(worker)
+        self._destinations.remove(worker)
 
     def match_for_node(self, asked: HandoffRequest) -> tuple[socket.socket, Matched]:
         """Return one end of a socket to a worker of this node, for another node's agent. Raises `NoDestination`."""
-        mine, waiting = self._here(_waiting(asked.within, asked.siblings, asked.owner))
+        mine, waiting = self._take_destination(_worker(asked.within, asked.siblings, asked.owner))
         return mine, Matched(self._node, waiting.owner, nonce())
 
     def _keep(self, message: Checkpoint, fds: Sequence[int], within: str, reply: Reply) -> None:
@@ -108,10 +107,10 @@ class Broker:
         The hand-off does not pass through this agent, and outlives the agent.
         """
         try:
-            mine, waiting = self._here(wanted)
+            mine, waiting = self._take_destination(wanted)
             found = Matched(self._node, waiting.owner, fds=1)
         except NoDestination:
-            elsewhere = self.targets.match(wanted) if self.targets is not None else None
+            elsewhere = self.targets.find(wanted) if self.targets is not None else None
             if elsewhere is None:
                 raise
             mine, other = elsewhere
@@ -119,8 +118,9 @@ class Broker:
         with mine:
             reply(found, [mine.fileno()])
 
-    def _here(self, wanted: WaitingWorker) -> tuple[socket.socket, WaitingWorker]:
-        if (found := self._destinations.match(wanted)) is None:
+    def _take_destination(self, wanted: WaitingWorker) -> tuple[socket.socket, WaitingWorker]:
+        """Send a waiting sibling one end of a socket, and return the other end and the sibling."""
+        if (found := self._destinations.take(wanted)) is None:
             raise NoDestination(f"no other worker of {wanted.siblings.partition(':')[0]} waits to take requests over")
         destination, waiting = found
         mine, theirs = socket.socketpair()
@@ -128,7 +128,7 @@ class Broker:
         return mine, waiting
 
 
-def _waiting(within: str, siblings: str, owner: str) -> WaitingWorker:
+def _worker(within: str, siblings: str, owner: str) -> WaitingWorker:
     if not siblings or not owner:
         raise ProtocolError("a worker that hands requests over, or takes them, has siblings and a name")
     return WaitingWorker(within, siblings, owner)

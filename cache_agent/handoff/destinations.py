@@ -28,16 +28,18 @@ class Destinations(Generic[T]):
         self._lock = threading.Lock()
         self._waiting: OrderedDict[T, WaitingWorker] = OrderedDict()
 
-    def wait(self, destination: T, waiting: WaitingWorker) -> None:
+    def add(self, destination: T, waiting: WaitingWorker) -> None:
+        """Add a waiting worker, at the end of the line."""
         with self._lock:
             self._waiting.pop(destination, None)
             self._waiting[destination] = waiting
 
-    def gone(self, destination: T) -> None:
+    def remove(self, destination: T) -> None:
+        """Remove a worker that waits no more."""
         with self._lock:
             self._waiting.pop(destination, None)
 
-    def match(self, wanted: WaitingWorker) -> tuple[T, WaitingWorker] | None:
+    def take(self, wanted: WaitingWorker) -> tuple[T, WaitingWorker] | None:
         """Remove and return the sibling that has waited longest, never the asking worker; None where nobody waits."""
         with self._lock:
             for destination, waiting in self._waiting.items():

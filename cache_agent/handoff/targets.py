@@ -31,7 +31,7 @@ class Targets:
     def __init__(self, me: Membership, directory: Directory) -> None:
         self._me, self._directory = me, directory
 
-    def match(self, wanted: WaitingWorker) -> tuple[socket.socket, Matched] | None:
+    def find(self, wanted: WaitingWorker) -> tuple[socket.socket, Matched] | None:
         """Return one end of a path to a worker of another node, with its name; None where no node has one in time."""
         deadline = time.monotonic() + _ALL_SECONDS
         nodes = [node for node in self._directory.nodes() if node.address and node.name != self._me.node]

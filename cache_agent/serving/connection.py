@@ -136,7 +136,7 @@ class Connection:
             if self._load is not None:
                 self._load.unwatch(self.wake)
             self._trail.gone(self.caller)
-            self._broker.gone(self)
+            self._broker.forget(self)
             if self._request:
                 self._agent.release(self._request)
             self.close()

@@ -115,15 +115,15 @@ def test_another_function_or_oneself_is_no_destination(start_local_agent, host, 
 def test_who_waits_longest_is_next_and_a_namespace_is_among_itself():
     destinations = Destinations()
     for name in ("a", "b", "c"):
-        destinations.wait(name, WaitingWorker("team", KIN, name))
-    destinations.wait("a", WaitingWorker("team", KIN, "a"))
-    assert destinations.match(WaitingWorker("", KIN, "x")) is None
-    assert destinations.match(WaitingWorker("other", KIN, "x")) is None
-    assert destinations.match(WaitingWorker("team", KIN, "x"))[0] == "b"
-    destinations.gone("c")
-    assert destinations.match(WaitingWorker("team", KIN, "a")) is None
-    assert destinations.match(WaitingWorker("team", KIN, "x"))[0] == "a"
-    assert destinations.match(WaitingWorker("team", KIN, "x")) is None
+        destinations.add(name, WaitingWorker("team", KIN, name))
+    destinations.add("a", WaitingWorker("team", KIN, "a"))
+    assert destinations.take(WaitingWorker("", KIN, "x")) is None
+    assert destinations.take(WaitingWorker("other", KIN, "x")) is None
+    assert destinations.take(WaitingWorker("team", KIN, "x"))[0] == "b"
+    destinations.remove("c")
+    assert destinations.take(WaitingWorker("team", KIN, "a")) is None
+    assert destinations.take(WaitingWorker("team", KIN, "x"))[0] == "a"
+    assert destinations.take(WaitingWorker("team", KIN, "x")) is None
 
 
 def test_what_is_told_is_counted_and_shown(start_local_agent):

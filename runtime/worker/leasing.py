@@ -23,7 +23,7 @@ from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
 from runtime.errors import FunctionError, NotReady
 from runtime.http.lifecycle import Lifecycle
-from runtime.process.control import Line
+from runtime.process.control import WorkerEnd
 
 if TYPE_CHECKING:
     from cache_agent.client.streamed import Leftover
@@ -45,7 +45,7 @@ class Leasing:
         self,
         config: FunctionConfig,
         ledger: Ledger,
-        line: Line,
+        line: WorkerEnd,
         lifecycle: Lifecycle,
         known: KnownManifest | None = None,
     ) -> None:
@@ -55,7 +55,7 @@ class Leasing:
         self._socket = config.socket
         self._fell_back = False
         self._private: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._kept = line.kept() if config.socket.startswith("tcp:") else []  # memory of the worker before this one
+        self._kept = line.stored() if config.socket.startswith("tcp:") else []  # memory of the worker before this one
 
     def client(self, timeout: float = 10.0) -> CacheClient:
         config = self._config
@@ -109,7 +109,7 @@ class Leasing:
     def arrived(self, lease: Lease) -> None:
         """All bytes are there: if they came over TCP, the shim keeps them for the worker after this one."""
         if lease.fetched:
-            self._line.keep([lease.manifest_fd, *lease.segments])
+            self._line.store([lease.manifest_fd, *lease.segments])
         self._close_memory()
 
     def rejoin(self, lease: Lease) -> None:
@@ -140,7 +140,7 @@ class Leasing:
     def _drop_memory(self) -> None:
         """It is another model's by now, and there may not be room for both."""
         self._close_memory()
-        self._line.keep([])
+        self._line.store([])
 
     def _close_memory(self) -> None:
         while self._kept:

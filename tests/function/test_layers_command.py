@@ -1,4 +1,4 @@
-"""`glowplug layers`: what supervisors publish, who is believed, and what people see of it."""
+"""`glowplug layers`: the files of supervisors, which of them are believed, and the output."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shown(*arguments: str) -> str:
 
 
 def ruled(layer: LayerCost, since: float, *gaps: float) -> LayerRule:
-    """The rule of a layer that is idle since then, after idle times of these lengths."""
+    """Return the rule of a layer that is idle since then, after idle times of these lengths."""
     rule, now = LayerRule(layer, 60.0), since - sum(gaps)
     for gap in gaps:
         rule.idle(now)
@@ -137,6 +137,7 @@ def test_a_pod_publishes_what_becomes_of_its_worker() -> None:
         pod.step(100.0)
         states: dict[str, Any] = {each["level"]: each for each in next(published.read())["layers"]}
         assert (states["user"]["state"], states["user"]["since"], states["user"]["hold"]) == ("idle", 100.0, 5.0)
+        assert states["user"]["why"] == "held for 5 s", "no more than is true: the price has decided nothing"
         assert states["lang"]["state"] == "absent"
         pod.load(1, 101.0)
         pod.step(101.0)
@@ -163,7 +164,7 @@ def test_a_worker_that_a_zygote_takes_with_it_is_refused_with_the_reason() -> No
         pod._lang.zygote = Zygote(Wire(ours), process.pid, os.pidfd_open(process.pid))
         zygote.send({"ready": "lang", "key": "lang", "seconds": 2.0, "bytes": 250_000_000})
         assert pod.step(100.1) == []
-        asked = {"listener": line.fileno(), "line": line.fileno(), "environment": {}, "start_id": "s", "spans": "[]"}
+        asked = {"listener": line.fileno(), "line": line.fileno(), "environment": {}, "start_id": "s", "spans": []}
         number = pod.fork(101.0, **asked)
         received = zygote.receive()
         assert received is not None

@@ -40,7 +40,7 @@ class Destinations(Generic[T]):
             self._waiting.pop(destination, None)
 
     def take(self, wanted: WaitingWorker) -> tuple[T, WaitingWorker] | None:
-        """Remove and return the sibling that has waited longest, never the asking worker; None where nobody waits."""
+        """Remove and return the sibling that has waited longest, never the asking worker; None where none waits."""
         with self._lock:
             for destination, waiting in self._waiting.items():
                 if waiting._replace(owner="") == wanted._replace(owner="") and waiting.owner != wanted.owner:

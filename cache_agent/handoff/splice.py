@@ -45,7 +45,7 @@ class Splice:
 
     def run(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Carry bytes in both directions until either side ends the hand-off, or `stopping` says so."""
-        outward = threading.Thread(target=self._guarded, args=(self._outward,), name="crossing", daemon=True)
+        outward = threading.Thread(target=self._guarded, args=(self._outward,), name="splice", daemon=True)
         outward.start()
         self._guarded(lambda: self._inward(stopping))
         outward.join(_STALL_SECONDS)

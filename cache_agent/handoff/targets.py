@@ -60,7 +60,7 @@ class Targets:
             link.close()
             raise
         splice = Splice(link, near, self._me.key, (mine, reply.nonce), "caller")
-        threading.Thread(target=_run_splice, args=(splice, link, near), name="crossing", daemon=True).start()
+        threading.Thread(target=_run_splice, args=(splice, link, near), name="splice", daemon=True).start()
         return far, reply
 
 

@@ -111,7 +111,7 @@ class Agent:
         return self._ask(holder, uri, lambda asker: events.PinAsked(asker, uri, pinned, account))
 
     def prefetch(self, model: str) -> None:
-        """Begin to load a model that nobody leases afterwards. Raises `BadModelURI`."""
+        """Begin to load a model, without a lease that outlives the load. Raises `BadModelURI`."""
         uri = parse_uri(model)
         errand = Errand(uri.text, self._driver.later, self.release)
 

@@ -28,7 +28,7 @@ _BACKLOG = 256
 
 
 def listen(path: Path, mode: int) -> socket.socket:
-    """Return a listening unix socket at `path`, in place of one that nobody serves. Raises `BadSetting`."""
+    """Return a listening unix socket at `path`, in place of one that no agent serves. Raises `BadSetting`."""
     server = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)

@@ -25,16 +25,16 @@ from cache_agent.policy.estimate import Estimate
 from cache_agent.residency import events
 from cache_agent.residency.background import HERE, Background, Lane, here, lane_of
 from cache_agent.residency.events import Action, Event
-from cache_agent.residency.leases import EntryMemory, Resolution
 from cache_agent.residency.ledger import ResidencyLedger
-from cache_agent.residency.resolving import Resolver
+from cache_agent.residency.memory import EntryMemory
+from cache_agent.residency.resolving import Resolution, Resolver
 from cache_agent.residency.retention import Retention
 from cache_agent.residency.revisions import Revisions
 from cache_agent.tiers.dram import Dram
 
 log = logging.getLogger("glowplug.agent")
 
-_OF_ORIGIN, _OF_PLACE = 16, 8  # resolved at once, and loaded at once
+_OF_ORIGIN, _OF_PLACE = 16, 8  # resolutions at once, and as many loads
 
 
 class EventHandler(Protocol):
@@ -44,7 +44,7 @@ class EventHandler(Protocol):
 
 
 class Driver:
-    """Every method may be called from any thread."""
+    """The threads that carry residency's actions out. Any thread."""
 
     def __init__(
         self,
@@ -66,15 +66,15 @@ class Driver:
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
 
     def act(self, action: Action, resolved: Resolution | None) -> None:
-        """Begins what an action stands for; an eviction is over when this returns."""
-        with contextlib.suppress(RuntimeError):  # the pools are shut down: so are all who would hear of the result
+        """Begin an action; an eviction is over when `act` returns."""
+        with contextlib.suppress(RuntimeError):  # the pools are shut down, and so is every holder
             match action:
                 case events.Resolve(uri):
                     self._resolves.submit(self._lane(uri), self._resolve, uri)
                 case events.Load(entry, plan, uri):
                     assert resolved is not None, "a load follows from a resolution"
                     lane = self._lane(uri)
-                    if self._retention.chunks(plan.source):  # only damaged chunks make it ask the origin
+                    if self._retention.chunks(plan.source):  # only damaged chunks are read from the origin
                         lane = here(lane)
                     self._loads.submit(lane, self._load, entry, resolved)
                 case events.Admit(entry):
@@ -85,12 +85,15 @@ class Driver:
                     self._evict(entry, why)
 
     def later(self, work: Callable[[], None]) -> None:
-        """Runs this when whoever calls is done with deciding."""
+        """Run `work` in a thread of ours: the caller may hold the ledger's lock, which `work` needs."""
         with contextlib.suppress(RuntimeError):  # the pool is shut down, and with it all leases
             self._resolves.submit(HERE, work)
 
     def close(self, deadline: float) -> None:
-        """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
+        """Stop loads and give all memory back; mapped segments live on in the functions that map them.
+
+        A load that does not end until `deadline` (time.monotonic) keeps its memory.
+        """
         ledger = self._ledger
         with ledger.lock:
             ledger.closing = True
@@ -141,7 +144,7 @@ class Driver:
         """Reserve memory, and choose between the image on SSD, which `opened` closes, and the origin."""
         description, origin, phases, known, _ = resolution
         plan = description.manifest
-        if self._peers is not None and not known:  # what others found it to be is proved before anything is ready
+        if self._peers is not None and not known:  # a stated revision is proved before the model is ready
             known = self._revisions.stated(description.source.id, self._config.peer_witnesses)
         with phases.span("reserve"):
             memory.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")
@@ -155,7 +158,7 @@ class Driver:
             memory.dram,
             readers=self._config.readers,
             image=image,
-            speaks=self._peers is not None,
+            with_digests=self._peers is not None,
             known=known,
         )
         if image is not None:
@@ -165,7 +168,7 @@ class Driver:
         return load
 
     def _entered(self, entry: int, memory: EntryMemory, load: ModelLoad) -> Estimate:
-        """Tell residency, which may lend the memory from here on, and the directory; how long the load should take."""
+        """Enter the memory in ledger and directory, after which it may be lent; return the load's estimate."""
         with self._ledger.lock:
             expected = self._ledger.expect(memory)
             self._ledger.memories[entry] = memory
@@ -177,7 +180,7 @@ class Driver:
 
     def _transferred(self, memory: EntryMemory, load: ModelLoad, resolution: Resolution) -> None:
         """Read every byte, and measure how fast the tier was."""
-        if self._peers is not None:  # others may ask us about it from here on
+        if self._peers is not None:  # other nodes may fetch from the load from here on
             load.helper = self._peers.helper(load, load.manifest.source, origin_answers=resolution.answers)
         load.observer = lambda: self._publish(load)
         began = time.monotonic()
@@ -195,7 +198,7 @@ class Driver:
         if memory.load and memory.load.damaged and isinstance(error, OriginChanged):
             self._retention.discard(source)
         memory.end_tee()
-        with self._ledger.lock:  # a function that hears of it and asks again finds the memory free
+        with self._ledger.lock:  # a function that is refused and asks again finds the memory free
             self._ledger.memories.pop(entry, None)
             memory.close()
             self._handle(events.LoadFailed(entry, translated(error, uri)))
@@ -203,7 +206,7 @@ class Driver:
     def _complete(
         self, entry: int, memory: EntryMemory, uri: str, load: ModelLoad, expected: Estimate, seconds: float
     ) -> None:
-        """Tell that the bytes are there; then the SSD tier gets them, or what it had damaged."""
+        """Report the load's end; then complete its image on SSD, or repair what the image had damaged."""
         guess = expected.confidence == 0
         assert memory.dram is not None, "closed by an eviction only, which follows from `Loaded`"
         self._journal.loaded(
@@ -238,7 +241,7 @@ class Driver:
         finally:
             for mapping in maps:
                 mapping.close()
-        if memory.tee is None:  # otherwise the tee does it at its end
+        if memory.tee is None:  # otherwise the tee seals it at its end
             with self._ledger.lock:
                 if memory.dram is not None:
                     memory.dram.seal()
@@ -246,7 +249,7 @@ class Driver:
         self._handle(events.Admitted(entry, revision))
 
     def _adopted(self, entry: int) -> None:
-        """Memory of an earlier agent is ours now: other nodes hear of it, and the SSD tier gets what it lacks."""
+        """Publish adopted memory to other nodes, and write it to SSD where the image is missing."""
         with self._ledger.lock:
             memory = self._ledger.memories.get(entry)
             if memory is None or memory.dram is None or self._ledger.closing:
@@ -273,7 +276,7 @@ class Driver:
 
 
 def _logged(work: Callable[..., None], *arguments: object) -> None:
-    """Runs a job; what it raises is a fault of ours and must not vanish in a future that nobody reads."""
+    """Run `work`, and log what it raises: an unexpected fault must not vanish in a future that nobody reads."""
     try:
         work(*arguments)
     except Exception:

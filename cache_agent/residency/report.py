@@ -1,4 +1,4 @@
-"""What `status` says of residency entries and images. Pure: values in, messages out."""
+"""Builds the parts of a status reply: entries, images, tiers, the cluster. Pure: values in, messages out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from cache_agent.cluster.directory import Directory
 from cache_agent.policy.estimate import Measured
 from cache_agent.residency.entry import Entry
-from cache_agent.residency.leases import EntryMemory
+from cache_agent.residency.memory import EntryMemory
 from cache_agent.tiers.quarantine import Quarantined
 from cache_agent.tiers.ssd import Stored
 from cache_agent.wire.operations import (
@@ -57,7 +57,7 @@ def ssd(
 
 
 def cluster(directory: Directory) -> ClusterReply:
-    """What the directory says, from its memory."""
+    """Build the reply about all nodes, from the directory's mirror."""
     nodes = []
     for node in directory.nodes():
         rates = {tier: directory.bandwidth(node.name, tier) for tier in _TIERS}
@@ -73,6 +73,6 @@ def tiers(measured: Mapping[str, Measured]) -> list[TierStatus]:
 
 
 def visible(status: StatusReply, may_have: Callable[[str], bool]) -> StatusReply:
-    """What a caller may see who has a right to some models only: those, and nothing that tells of others."""
+    """Reduce a status to the models that a caller may have: it says nothing that depends on other models."""
     models = [model for model in status.models if may_have(model.model)]
     return StatusReply(status.node, status.pid, status.capacity, sum(model.bytes for model in models), models)

@@ -18,15 +18,14 @@ from cache_agent.model.origin import Origin
 from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.policy.quota import Account
 from cache_agent.residency import events, report
+from cache_agent.residency.adoption import Spares
 from cache_agent.residency.driver import Driver
 from cache_agent.residency.events import Event
-from cache_agent.residency.grants import Grants
-from cache_agent.residency.leases import Errand, Holder, PendingRequest, Resolution
+from cache_agent.residency.leases import Grants, Holder, PendingRequest, PrefetchHolder
 from cache_agent.residency.ledger import ResidencyLedger
-from cache_agent.residency.resolving import Resolver
+from cache_agent.residency.resolving import Resolution, Resolver
 from cache_agent.residency.retention import Retention
 from cache_agent.residency.revisions import Revisions
-from cache_agent.residency.spares import Spares
 from cache_agent.serving.sharing import Sharing
 from cache_agent.tiers.origins import Origins
 from cache_agent.tiers.ssd import Ssd
@@ -113,13 +112,13 @@ class Agent:
     def prefetch(self, model: str) -> None:
         """Begin to load a model, without a lease that outlives the load. Raises `BadModelURI`."""
         uri = parse_uri(model)
-        errand = Errand(uri.text, self._driver.later, self.release)
+        holder = PrefetchHolder(uri.text, self._driver.later, self.release)
 
         def ask(lease: int) -> Event:
-            errand.lease = lease
+            holder.lease = lease
             return events.LeaseAsked(lease, uri.text, uri.revision)
 
-        self._ask(errand, uri.text, ask)
+        self._ask(holder, uri.text, ask)
 
     def describe(self, model: str) -> manifest.Manifest:
         """Return the manifest of a model from its origin; the weights need not be here. Raises the origin's errors."""

@@ -12,7 +12,7 @@ from cache_agent.loading.loader import ModelLoad
 from cache_agent.model import content
 from cache_agent.model.checkpoint import encode_description
 from cache_agent.model.manifest import LAYOUT
-from cache_agent.residency.leases import EntryMemory
+from cache_agent.residency.memory import EntryMemory
 from cache_agent.residency.retention import Retention
 from cache_agent.wire.link import Link
 from cache_agent.wire.peers import Chunk, Described, Said

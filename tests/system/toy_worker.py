@@ -105,7 +105,7 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     sessions = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
     model.sessions = None if kind == "unkept" else sessions
     if kind == "halting":
-        destination.Guests = Halting  # type: ignore[misc]
+        destination.AdoptedRequests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)
     moving = Incoming(
         "chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None

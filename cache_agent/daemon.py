@@ -35,7 +35,7 @@ from cache_agent.wire import link
 
 if TYPE_CHECKING:
     from cache_agent.kube.witness import Removal, Witness
-    from cache_agent.web.status import Status
+    from cache_agent.web.status import StatusServer
 
 log = logging.getLogger("glowplug.daemon")
 
@@ -69,21 +69,22 @@ class Daemon:
         self._server = Server(self._agent, self._sock, self._access, index=self._index)
         if key is not None:
             me = Membership(config.node_name, config.advertised, key)
-            self._server.desk.neighbours = Targets(me, directory)
+            self._server.broker.targets = Targets(me, directory)
         if config.agent_listen and not self._private:
             remote = link.listen(config.agent_listen)
             # Half of all connections stay this node's own, whoever knocks from outside.
-            self._server.open_door(remote, self._remote(key), config.max_connections // 2)
+            self._server.add_listener(remote, self._remote(key), config.max_connections // 2)
             log.info("serving %s, as %s to other nodes", config.agent_listen, config.advertised)
-        self._status: Status | None = None
+        self._status: StatusServer | None = None
         if config.status and not self._private:
-            from cache_agent.web.status import Status  # Flask and gunicorn are a fifth of a second that few agents need
+            from cache_agent.web.status import StatusServer  # few agents need Flask and gunicorn, 0.2 s of imports
 
-            self._status = Status(self._agent, self._access, config.status, tuple(f"/{p}" for p in config.status_open))
+            paths = tuple(f"/{p}" for p in config.status_open)
+            self._status = StatusServer(self._agent, self._access, config.status, paths)
 
     def _remote(self, key: ClusterKey | None) -> Callable[[socket.socket], Connection]:
         server = self._server
-        return lambda sock: RemoteConnection(self._agent, sock, self._access, server.forget, server.desk, key)
+        return lambda sock: RemoteConnection(self._agent, sock, self._access, server.forget, server.broker, key)
 
     def run(self) -> None:
         self._startup()

@@ -500,9 +500,11 @@ class LocalAgent:
         self.agent = Agent(self.config, self.directory, self._open, peers)
         access = access or from_config(self.config)
         self.server = Server(self.agent, listen(socket_path, 0o600), access)
-        self.server.desk.neighbours = Targets(me, self.directory) if me else None
-        self.server.open_door(
-            tcp, lambda sock: RemoteConnection(self.agent, sock, access, self.server.forget, self.server.desk, key), 512
+        self.server.broker.targets = Targets(me, self.directory) if me else None
+        self.server.add_listener(
+            tcp,
+            lambda sock: RemoteConnection(self.agent, sock, access, self.server.forget, self.server.broker, key),
+            512,
         )
         self._thread = threading.Thread(target=self.server.run, name="local-agent")
         self._thread.start()

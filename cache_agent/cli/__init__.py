@@ -1,1 +1,1 @@
-"""The commands of `glowplug agent`: serving a node or a cluster, and asking an agent that serves."""
+"""The commands of `glowplug agent`: to serve a node or a cluster, and to ask a serving agent."""

@@ -60,7 +60,7 @@ def extender(
             ("POST", "/scheduler/prioritize"): answers.prioritize,
             ("POST", "/scheduler/filter"): answers.filter,
         }
-        routes.serve_until_told(routes.RoutesServer(host, port, verbs))
+        routes.serve_until_stopped(routes.RoutesServer(host, port, verbs))
 
 
 @click.command()
@@ -77,11 +77,11 @@ def webhook(host: str, port: int, certificate: Path, key: Path, scheduler: str, 
 
     logs.configure(log_level)
 
-    def review(body: bytes) -> routes.Answer:
+    def review(body: bytes) -> routes.JsonAnswer:
         try:
-            return routes.Answer(200, json.dumps(admission.review(json.loads(body), scheduler)).encode())
+            return routes.JsonAnswer(200, json.dumps(admission.review(json.loads(body), scheduler)).encode())
         except (ValueError, RecursionError) as error:  # `NotAReview` is one
-            raise routes.Refused(400, str(error)) from error
+            raise routes.RequestRefused(400, str(error)) from error
 
     pair = Certificate(certificate, key)
-    routes.serve_until_told(routes.RoutesServer(host, port, {("POST", "/admission"): review}, pair))
+    routes.serve_until_stopped(routes.RoutesServer(host, port, {("POST", "/admission"): review}, pair))

@@ -1,4 +1,4 @@
-"""What commands share towards the terminal: options, the way to a serving agent, JSON, and a bar with rate and time."""
+"""The commands' common parts: options, the client of the serving agent, JSON, and a progress bar."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Parsed(click.ParamType[Any]):
 
 
 def model_uri(text: str) -> str:
-    """A model as people type it: a URI, or a directory of this machine."""
+    """Return the URI of a model as people type it: a URI, or a directory of this machine."""
     if "://" in text:
         return text
     return "file://" + str(Path(text).absolute()).replace("%", "%25")
 
 
 def client(socket: Path | str | None) -> CacheClient:
-    """A client of this node's agent. Raises `BadSetting`."""
+    """Return a client of this node's agent. Raises `BadSetting`."""
     from cache_agent import config
     from cache_agent.client import credentials
     from cache_agent.client.cache_client import CacheClient
@@ -57,20 +57,23 @@ def client(socket: Path | str | None) -> CacheClient:
 
 
 def print_json(value: msgspec.Struct | list[Any] | dict[str, Any]) -> None:
-    """One value on one line."""
+    """Print one value as JSON on one line."""
     import msgspec
 
     click.echo(msgspec.json.encode(value).decode())
 
 
 def megabytes(size: float) -> str:
-    """Bytes as people read them."""
+    """Return bytes as people read them."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e6:.0f} MB"
 
 
 @contextmanager
 def bar(quiet: bool) -> Iterator[Report]:
-    """`report(stage, count, total)` draws a bar with rate and time left for each stage; only on a terminal."""
+    """Yield `report(stage, count, total)`, which draws a bar for each stage; only on a terminal.
+
+    `count` is the increment and `total` the stage's size, in bytes.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda _stage, _count, _total: None
         return
@@ -102,7 +105,7 @@ def bar(quiet: bool) -> Iterator[Report]:
 
 
 def counted(report: Report, stage: str) -> Callable[[int, int], None]:
-    """`on_progress(done, total)` of a lease, as increments of one stage of a bar."""
+    """Return an `on_progress(done, total)` for a lease that reports increments of one stage of a bar."""
     there = 0
 
     def on_progress(done: int, total: int) -> None:

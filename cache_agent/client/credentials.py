@@ -1,6 +1,6 @@
-"""What a client shows of itself: a secret or a ServiceAccount token, read anew for every connection.
+"""The identity that a client shows: a secret or a ServiceAccount token, read anew for every connection.
 
-The kubelet renews the latter under a running pod, and whoever rotates a secret replaces its file.
+Both files change while a function runs: the kubelet renews a token, and operators rotate secrets.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from cache_agent.access.identity import read_token
 from cache_agent.errors import BadSetting
 from cache_agent.wire.messages import Identity
 
-OPERATOR = "operator"  # of a directory of secrets, the one that the agent's own commands show
+OPERATOR = "operator"  # the file in a directory of secrets that the agent's own commands show
 
 
 def none() -> Identity:
+    """Return the identity of a client that shows nothing."""
     return Identity()
 
 
 def shown(token_file: Path | str | None, identity_file: Path | str | None = None) -> Callable[[], Identity]:
-    """What to call for an identity; a secret goes before a ServiceAccount, "" is no file. It raises `BadSetting`."""
+    """Return the function that reads an identity: a secret rather than a ServiceAccount; "" stands for no file.
+
+    The returned function raises `BadSetting`.
+    """
     if token_file:
         return lambda: Identity("token", read_token(_single(Path(token_file))))
     if identity_file:
@@ -37,7 +41,7 @@ def _single(path: Path) -> Path:
 
 
 def _account(path: Path) -> str:
-    """An agent that asks for it says what is missing; one that does not must not fail for want of it."""
+    """Return the token, or "" where it cannot be read: only an agent that asks for identities minds, and says so."""
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):

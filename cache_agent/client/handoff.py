@@ -1,4 +1,4 @@
-"""A worker's side of hand-offs: it waits for others at its agent, asks for one of them, and tells how it went."""
+"""A worker's side of hand-offs at its agent: to wait as a destination, to find one, and to report the outcomes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.lease import expect
-from cache_agent.errors import AgentTimeout, AgentUnreachable, ProtocolError, from_wire
-from cache_agent.wire.channel import Channel, Disconnected
+from cache_agent.errors import AgentTimeout, ProtocolError, from_wire
+from cache_agent.wire.channel import Channel
 from cache_agent.wire.messages import ErrorReply
 from cache_agent.wire.requests import (
     MAX_ITEMS,
@@ -22,24 +22,24 @@ from cache_agent.wire.requests import (
     Matched,
 )
 
-_FIND = 8.0  # seconds: other nodes may be asked
-_TELL = 3.0
-_LOOK = 1.0
+_FIND_SECONDS = 8.0  # seconds: other nodes may be asked
+_REPORT_SECONDS = 3.0
+_POLL_SECONDS = 1.0
 
 
-def offer_to_host(channel: Channel, siblings: str, owner: str) -> None:
-    """From here on the worker on this channel may be given others' requests. Raises `Disconnected`."""
+def offer_as_destination(channel: Channel, siblings: str, owner: str) -> None:
+    """Offer the worker on this channel as a destination of its siblings' requests. Raises `Disconnected`."""
     channel.send(HostRequest(siblings, owner))
 
 
 def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socket | None:
-    """The end of a pipe to a worker that drains; None when this one is `unwilling`, and the channel is to be closed.
+    """Wait until a sibling drains, and return the end of a socket to it.
 
-    Raises `AgentError`, `Disconnected`.
+    None once this worker is `unwilling`; the caller closes the channel then. Raises `AgentError`, `Disconnected`.
     """
     while not unwilling():
         try:
-            message, fds = channel.receive(time.monotonic() + _LOOK)
+            message, fds = channel.receive(time.monotonic() + _POLL_SECONDS)
         except AgentTimeout:
             continue
         if isinstance(message, ErrorReply):
@@ -49,24 +49,18 @@ def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socke
 
 
 def find_destination(client: CacheClient, siblings: str, owner: str) -> socket.socket:
-    """The end of a pipe to a worker that goes on. Raises `NoDestination`, or any `AgentError`."""
-    with client.connect() as channel:
-        try:
-            channel.send(HandoffRequest(siblings, owner))
-            return _end(*expect(channel, Matched, time.monotonic() + _FIND))
-        except Disconnected as error:
-            raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
+    """Return the end of a socket to a sibling that takes requests over. Raises `NoDestination`, or any `AgentError`."""
+    with client.channel() as channel:
+        channel.send(HandoffRequest(siblings, owner))
+        return _end(*expect(channel, Matched, time.monotonic() + _FIND_SECONDS))
 
 
 def report(client: CacheClient, items: Sequence[HandoffOutcome]) -> None:
-    """Raises any `AgentError`."""
-    with client.connect() as channel:
-        try:
-            for at in range(0, len(items), MAX_ITEMS):
-                channel.send(HandedReport(list(items[at : at + MAX_ITEMS])))
-                expect(channel, HandedReply, time.monotonic() + _TELL)
-        except Disconnected as error:
-            raise AgentUnreachable(f"the cache agent at {client.path} broke off: {error}") from error
+    """Report how hand-offs went, for the agent's journal and metrics. Raises any `AgentError`."""
+    with client.channel() as channel:
+        for at in range(0, len(items), MAX_ITEMS):
+            channel.send(HandedReport(list(items[at : at + MAX_ITEMS])))
+            expect(channel, HandedReply, time.monotonic() + _REPORT_SECONDS)
 
 
 def _end(message: object, fds: list[int]) -> socket.socket:

@@ -1,4 +1,4 @@
-"""A function's hold on one model's bytes, and the reading of what the agent says of them."""
+"""A lease on one model's bytes, and the reading of the agent's replies and manifests."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ import socket
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from cache_agent.errors import (
-    AgentTimeout,
-    LeaseLost,
-    ProtocolError,
-    from_wire,
-)
+from cache_agent.errors import AgentTimeout, LeaseLost, ProtocolError, from_wire
 from cache_agent.ledger import Span
 from cache_agent.model import manifest as manifests
 from cache_agent.model.manifest import Manifest
@@ -32,23 +27,19 @@ from cache_agent.wire.messages import (
     RevisionNotice,
 )
 
-if TYPE_CHECKING:
-    pass
-
-
 M = TypeVar("M", bound=Message)
 
 
 class Lease:
-    """A hold on one model's bytes. The fds are read-only; mapping them before `wait_ready` shows bytes as they arrive.
+    """A lease on one model's bytes, in read-only fds. Mapped before `wait_ready` they show bytes as they arrive.
 
-    `segments` are fds in the manifest's order, `page` their page size in bytes. `revision` is "" until it is known.
-    `fetched`: the bytes came into memory of this process's own. One thread at a time.
+    `segments` are the fds in the manifest's order, `page` is their page size in bytes. `revision` is "" until it is
+    known. `fetched` says that the bytes are in this process's own memory. One thread at a time.
     """
 
     fetched = False
 
-    def __init__(self, channel: Channel, granted: Granted, fds: list[int], known: Known | None = None) -> None:
+    def __init__(self, channel: Channel, granted: Granted, fds: list[int], known: KnownManifest | None = None) -> None:
         self._channel = channel
         self.manifest_fd, *self.segments = fds
         self.manifest_bytes = granted.manifest_bytes
@@ -72,7 +63,7 @@ class Lease:
             raise
 
     def wait_ready(self, deadline: float, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Returns once all bytes are verified; `on_progress(done, total)` in bytes. `deadline` on time.monotonic.
+        """Return once all bytes are verified. `on_progress(done, total)` is in bytes, `deadline` of time.monotonic.
 
         Raises `LeaseLost` when the agent goes away, `AgentTimeout`, or the agent's own error.
         """
@@ -82,7 +73,7 @@ class Lease:
                 on_progress(message.done, message.total)
 
     def next_event(self, timeout: float) -> Drain | RevisionNotice | None:
-        """What the agent pushes to a ready lease, or None after `timeout` seconds. Raises `LeaseLost`."""
+        """Return the agent's next message to a ready lease, or None after `timeout` seconds. Raises `LeaseLost`."""
         try:
             message = self._next(time.monotonic() + timeout)
         except AgentTimeout:
@@ -105,21 +96,21 @@ class Lease:
         return message
 
     def rejoin(self, channel: Channel) -> None:
-        """Goes on over a connection on which these bytes were offered."""
+        """Replace the connection by one on which these bytes were offered to another agent."""
         self._channel.close()
         self._channel = channel
 
     def interrupt(self) -> None:
-        """From another thread: whoever waits for an event of this lease hears that it is over."""
+        """End the connection from another thread, so that `wait_ready` and `next_event` raise `LeaseLost`."""
         with contextlib.suppress(OSError):
             self._channel.sock.shutdown(socket.SHUT_RDWR)
 
     def fileno(self) -> int:
-        """Readable when an event waits, or the agent is gone."""
+        """Return an fd that is readable when an event waits or the agent has gone."""
         return self._channel.fileno()
 
     def close(self) -> None:
-        """Ends the lease; mappings of the segments stay valid."""
+        """End the lease; mappings of the segments stay valid."""
         self._channel.close()
         fds, self.segments = [self.manifest_fd, *self.segments], []
         self.manifest_fd = -1
@@ -135,7 +126,7 @@ class Lease:
 
 
 def expect(channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[int]]:
-    """The reply of this kind, and its fds. Raises the agent's error in place of it."""
+    """Receive a reply of this kind and its fds. Raises the agent's error where one comes instead."""
     while True:
         message, fds = channel.receive(deadline)
         match message:
@@ -144,26 +135,27 @@ def expect(channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[in
             case ErrorReply(code, text):
                 raise from_wire(code, text)
             case Drain():
-                continue  # the lease is not even granted; whoever asked learns of it with the next one
+                continue  # a process whose lease is not granted yet has nothing to hand over
             case _:
                 for fd in fds:
                     os.close(fd)
                 raise ProtocolError(f"the agent answered {type(message).__name__}, expected {kind.__name__}")
 
 
-class Known:
-    """A manifest that has been read, and its sealed memory, which stays mapped so that its number stays its own.
+class KnownManifest:
+    """A decoded manifest with its sealed memory. The mapping keeps the memory's inode from being reused.
 
-    Large vocabularies make manifests of megabytes: whoever was forked from a process that knows it need not read it.
+    Large vocabularies make manifests of megabytes; a process that is forked with a decoded one need not read it again.
     """
 
     def __init__(self, fd: int, size: int) -> None:
-        """The fd stays the caller's. Raises `ProtocolError`."""
+        """Read the manifest in `fd`, which stays the caller's. Raises `ProtocolError`."""
         self.manifest = read_manifest(fd, size)
         self._memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
         self._place = _place(fd, size)
 
     def lies_in(self, fd: int, size: int) -> bool:
+        """Return whether `fd` is the same memory."""
         return self._place == _place(fd, size)
 
 
@@ -173,7 +165,7 @@ def _place(fd: int, size: int) -> tuple[int, int, int]:
 
 
 def read_manifest(fd: int, size: int) -> Manifest:
-    """The manifest in the first `size` bytes of this fd. Raises `ProtocolError`."""
+    """Return the manifest in the first `size` bytes of this fd. Raises `ProtocolError`."""
     if not 0 < size <= min(manifests.MAX_MANIFEST, os.fstat(fd).st_size):
         raise ProtocolError(f"the agent sent a manifest of an impossible size ({size} bytes)")
     with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as data, memoryview(data) as view:

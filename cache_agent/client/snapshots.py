@@ -1,4 +1,4 @@
-"""A function's side of what its agent keeps of requests: one connection, made again when it breaks."""
+"""A function's side of its agent's snapshots of requests: one connection, made again when it breaks."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ _MOST_ITEMS = 64  # in one message
 
 
 class SnapshotClient:
-    """Any thread may call; one exchange at a time. Each raises any `AgentError`, the first one at once."""
+    """The snapshots of running requests, by name. One exchange at a time, from any thread.
+
+    Every method raises any `AgentError`.
+    """
 
     def __init__(self, client: Callable[[], CacheClient], timeout: float = 3.0) -> None:
-        """`client` makes the connections; `timeout` bounds every exchange, in seconds."""
+        """`client` makes the client that connects; `timeout` bounds every exchange, in seconds."""
         self._make = client
         self._timeout = timeout
         self._lock = threading.Lock()
         self._channel: Channel | None = None
 
     def keep(self, steps: Sequence[Keep]) -> list[KeptStatus]:
-        """One outcome for each, in their order."""
+        """Store steps of requests, as many per message as fit, and return their outcomes in the same order."""
         results: list[KeptStatus] = []
         small: list[Keep] = []
         size = 0
@@ -71,6 +74,8 @@ class SnapshotClient:
                 os.close(fd)
 
     def claim(self, key: Key, owner: str, lease: float) -> Claimed:
+        """Take a request over; see `Snapshots.claim`."""
+
         def exchange(channel: Channel) -> Claimed:
             channel.send(ClaimRequest(*key, owner, lease))
             reply, fds = expect(channel, ClaimReply, time.monotonic() + self._timeout)
@@ -84,7 +89,7 @@ class SnapshotClient:
         return self._exchange(exchange)
 
     def transfer(self, key: Key, owner: str, epoch: int, successor: str, lease: float) -> bool:
-        """See `Snapshots.transfer`."""
+        """Make `successor` the request's owner; see `Snapshots.transfer`."""
 
         def exchange(channel: Channel) -> bool:
             channel.send(TransferRequest(*key, owner, epoch, successor, lease))
@@ -97,7 +102,7 @@ class SnapshotClient:
             self._drop()
 
     def _exchange(self, exchange: Callable[[Channel], R]) -> R:
-        """Tries once more on a new connection where the old one had been left over: all steps may be said twice."""
+        """Run an exchange, and once more where a connection that was open before has broken: steps are idempotent."""
         with self._lock:
             fresh = self._channel is None
             try:
@@ -116,7 +121,7 @@ class SnapshotClient:
             self._drop()
             raise AgentUnreachable(f"the cache agent broke off: {error}") from error
         except AgentError:
-            if self._channel.state != "open":  # an answer may still come, to nobody's question
+            if self._channel.state != "open":  # a late answer would be taken for that of the next exchange
                 self._drop()
             raise
         except BaseException:

@@ -1,7 +1,7 @@
-"""Owns a lease whose bytes come over TCP into memory of the function's own: the same lease, without the node's socket.
+"""Owns a lease whose bytes come over TCP into memory of the function's own.
 
-A thread takes the bytes as the agent verifies them, so that whoever asked can import and build meanwhile. When all are
-there the memory is sealed, as it would be on the node.
+A thread receives the bytes as the agent verifies them, while the function imports and builds. Complete memory is
+sealed, like the agent's.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from cache_agent.wire.channel import Disconnected
 from cache_agent.wire.link import Link
 from cache_agent.wire.messages import ErrorReply, LeaseReady, LeaseRequest, StreamedPiece, Streaming
 
-_PATIENCE = 30.0  # seconds without a byte, once a piece has begun
+_PIECE_SECONDS = 30.0  # without a byte, once a piece has begun
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-_SILENCE = 600.0  # seconds without a word: the agent's own source may be slow, and it may be proving what it got
+_MESSAGE_SECONDS = 600.0  # without a message: the origin may be slow, or the agent may be verifying the bytes
 
 
 def receive_manifest(link: Link, streaming: Streaming) -> Manifest:
-    """The manifest that follows the frame. Raises `Disconnected`, `ProtocolError`."""
+    """Receive the manifest that follows the frame. Raises `Disconnected`, `ProtocolError`."""
     if streaming.body > manifests.MAX_MANIFEST:
         raise ProtocolError(f"the agent sent a manifest of an impossible size ({streaming.body} bytes)")
-    found = manifests.decode(link.read(streaming.body, _PATIENCE))
+    found = manifests.decode(link.read(streaming.body, _PIECE_SECONDS))
     if list(found.segments) != streaming.segments or found.source != streaming.source:
         raise ProtocolError("the agent grants other segments than its manifest has")
     return found
 
 
 class Leftover(NamedTuple):
-    """Fds of the memory of an earlier lease over TCP: its manifest, and its segments. They stay who has them's.
+    """The memory of an earlier lease over TCP: fds of its manifest and its segments, which stay the caller's.
 
-    `drop` is called when they turn out to be of no use, before other memory is taken.
+    `drop` is called before other memory is taken, when the fds turn out to be of no use.
     """
 
     manifest: int
@@ -50,43 +50,44 @@ class Leftover(NamedTuple):
 
     @classmethod
     def of(cls, fds: Sequence[int], drop: Callable[[], None] = lambda: None) -> Leftover | None:
-        """The manifest's first; None where there are none."""
+        """Build a leftover from fds, the manifest's first; None where there are no fds."""
         return cls(fds[0], fds[1:], drop) if fds else None
 
 
-def lease(link: Link, model: str, start_id: str, deadline: float, kept: Leftover | None) -> StreamedLease | None:
-    """A lease whose bytes come over the link, or are `kept` if those are still what the model is.
+def lease(link: Link, model: str, start_id: str, deadline: float, leftover: Leftover | None) -> StreamedLease | None:
+    """Take a lease whose bytes are `leftover` where the model is still the same, and come over the link otherwise.
 
-    None if they are, and the agent lays them out differently: they are of no use. Raises the agent's errors.
+    None where the model is the same and the agent lays it out differently: the leftover is dropped then, and the
+    caller asks again without it. Raises the agent's errors.
     """
-    known = _kept_manifest(kept) if kept is not None else None
+    known = _leftover_manifest(leftover) if leftover is not None else None
     link.send(LeaseRequest(model, start_id, have=known.source if known is not None else ""))
     manifest = receive_manifest(link, expect(link, Streaming, deadline)[0])
-    if kept is not None and known == manifest:
-        return StreamedLease(link, manifest, Dram.adopted(kept.segments), whole=True)
-    if kept is not None:
-        kept.drop()
-    if known is not None and known.source == manifest.source:  # then none of it would be sent
+    if leftover is not None and known == manifest:
+        return StreamedLease(link, manifest, Dram.adopted(leftover.segments), whole=True)
+    if leftover is not None:
+        leftover.drop()
+    if known is not None and known.source == manifest.source:  # the agent sends nothing to a client that has the source
         return None
     return StreamedLease(link, manifest, Dram(manifest.segments, name="glowplug:streamed"))
 
 
-def _kept_manifest(kept: Leftover) -> Manifest | None:
-    """What kept memory is; None for what is not whole and sealed memory of ours."""
+def _leftover_manifest(leftover: Leftover) -> Manifest | None:
+    """Return the manifest of leftover memory; None unless all of it is there and sealed."""
     try:
-        found = read_manifest(kept.manifest, os.fstat(kept.manifest).st_size)
-        sizes = [os.fstat(fd).st_size for fd in kept.segments]
-        sealed = all(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS for fd in kept.segments)
+        found = read_manifest(leftover.manifest, os.fstat(leftover.manifest).st_size)
+        sizes = [os.fstat(fd).st_size for fd in leftover.segments]
+        sealed = all(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS for fd in leftover.segments)
     except (OSError, ProtocolError):
         return None
     return found if sealed and sizes == list(found.segments) else None
 
 
 class StreamedLease(Lease):
-    """See `Lease`. Mapping the segments before `wait_ready` shows bytes as they arrive."""
+    """A `Lease` over TCP. Segments that are mapped before `wait_ready` show bytes as they arrive."""
 
     def __init__(self, link: Link, manifest: Manifest, dram: Dram, *, whole: bool = False) -> None:
-        """Takes over `dram`; with `whole` the bytes are all there, and none will come."""
+        """Take over `dram`; with `whole` all bytes are in it already."""
         self._channel = self._link = link
         self.manifest = manifest
         self.fetched = not whole
@@ -105,19 +106,19 @@ class StreamedLease(Lease):
         self._thread.start()
 
     def wait_ready(self, deadline: float, on_progress: Callable[[int, int], None] | None = None) -> None:
-        told = -1
+        reported = -1
         while True:
             with self._lock:
-                if self._done == told and not self._ended:
+                if self._done == reported and not self._ended:
                     left = deadline - time.monotonic()
                     if left <= 0 or not self._lock.wait(left):
                         raise AgentTimeout("the weights did not arrive in time; is the agent overloaded or stopped?")
                 done, ended, failure = self._done, self._ended, self._failure
             if failure is not None:
                 raise failure
-            if on_progress is not None and done != told:
+            if on_progress is not None and done != reported:
                 on_progress(done, self.manifest.nbytes)
-            told = done
+            reported = done
             if ended:
                 return
 
@@ -150,7 +151,7 @@ class StreamedLease(Lease):
     def _receive(self) -> LeaseReady:
         sent = list(self.arrived)
         while True:
-            message, _ = self._link.receive(time.monotonic() + _SILENCE)
+            message, _ = self._link.receive(time.monotonic() + _MESSAGE_SECONDS)
             match message:
                 case StreamedPiece(segment, offset, size):
                     if segment >= len(sent) or offset != sent[segment]:
@@ -160,7 +161,7 @@ class StreamedLease(Lease):
                     view = self._dram.segments[segment].view
                     assert view is not None, "sealed only when all is there"
                     with view[offset : offset + size] as place:
-                        self._link.read_into(place, _PATIENCE)
+                        self._link.read_into(place, _PIECE_SECONDS)
                     sent[segment] += size
                     self.arrived = list(sent)
                     with self._lock:
@@ -173,4 +174,4 @@ class StreamedLease(Lease):
                 case ErrorReply(code, text):
                     raise from_wire(code, text)
                 case _:
-                    continue  # a drain: the lease is not even ready; whoever serves learns of it with the next one
+                    continue  # a drain: a process whose lease is not ready yet has nothing to hand over

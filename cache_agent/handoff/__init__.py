@@ -1,4 +1,1 @@
-"""Workers that drain and workers that go on in their place: who meets whom. What they say is `runtime.handoff`'s.
-
-hosts (who waits)   desk (what connections ask)   client (a worker's side)
-"""
+"""The matching of workers that drain with workers that take their requests over; see README.md."""

@@ -1,4 +1,4 @@
-"""Owns what an agent does about requests that run: it keeps them, and brings workers together that hand them over."""
+"""Owns an agent's part in running requests: it stores snapshots of them, and matches workers that hand them over."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cache_agent.cluster.key import nonce
 from cache_agent.errors import NoDestination, ProtocolError
-from cache_agent.handoff.destinations import Destinations, Waiting
+from cache_agent.handoff.destinations import Destinations, WaitingWorker
 from cache_agent.handoff.targets import Targets
 from cache_agent.journal.journal import Journal
 from cache_agent.policy.rights import Caller
@@ -29,10 +29,10 @@ from cache_agent.wire.requests import (
     TransferRequest,
 )
 
-Asked = Checkpoint | ClaimRequest | TransferRequest | HostRequest | HandoffRequest | HandedReport
+WorkerRequest = Checkpoint | ClaimRequest | TransferRequest | HostRequest | HandoffRequest | HandedReport
 
 
-class Visitor(Protocol):
+class WorkerConnection(Protocol):
     """A worker's connection."""
 
     def __hash__(self) -> int: ...
@@ -40,90 +40,95 @@ class Visitor(Protocol):
     caller: Caller
 
     def deliver(self, message: Message, fds: list[int]) -> None:
-        """Later, from its own thread; takes over `fds`."""
+        """Queue a message for the connection's own thread to send. Takes over `fds`."""
         ...
 
 
-Say = Callable[[Message, Sequence[int]], None]  # answers the worker that asks, at once
+# Sends an answer, with fds that stay the caller's, to the asking worker at once.
+Reply = Callable[[Message, Sequence[int]], None]
 
 
 class Broker:
-    """Any thread."""
+    """Answers workers' messages about running requests. Any thread."""
 
     def __init__(self, index: SnapshotIndex, journal: Journal, node: str) -> None:
-        self.neighbours: Targets | None = None  # where other nodes are to be asked, too
+        self.targets: Targets | None = None  # set where other nodes' workers are candidates, too
         self._index, self._journal, self._node = index, journal, node
-        self._hosts: Destinations[Visitor] = Destinations()
+        self._destinations: Destinations[WorkerConnection] = Destinations()
 
-    def answer(self, visitor: Visitor, message: Asked, fds: Sequence[int], say: Say) -> None:
-        """Raises any `AgentError`; closes `fds`."""
-        within = visitor.caller.namespace
+    def answer(self, worker: WorkerConnection, message: WorkerRequest, fds: Sequence[int], reply: Reply) -> None:
+        """Answer one message of a worker through `reply`. Closes `fds`. Raises any `AgentError`."""
+        within = worker.caller.namespace
         match message:
             case Checkpoint():
-                self._keep(message, fds, within, say)
+                self._keep(message, fds, within, reply)
             case ClaimRequest():
-                self._claim(message, within, say)
+                self._claim(message, within, reply)
             case TransferRequest():
-                say(TransferReply(self._index.transfer(message, within)), ())
+                reply(TransferReply(self._index.transfer(message, within)), ())
             case HostRequest(siblings, owner):
-                self._hosts.wait(visitor, _waiting(within, siblings, owner))
+                self._destinations.add(worker, _worker(within, siblings, owner))
             case HandoffRequest(siblings, owner):
-                self._match(_waiting(within, siblings, owner), say)
+                self._match(_worker(within, siblings, owner), reply)
             case HandedReport(items):
                 self._journal.handed(self._node, items)
-                say(HandedReply(), ())
+                reply(HandedReply(), ())
 
-    def gone(self, visitor: Visitor) -> None:
-        """Its connection has ended."""
-        self._hosts.gone(visitor)
+    def forget(self, worker: WorkerConnection) -> None:
+        """Forget a worker whose connection has ended."""
+        self._destinations.remove(worker)
 
-    def of_another_node(self, asked: HandoffRequest) -> tuple[socket.socket, Matched]:
-        """One end of a socket to a worker here, for another node's agent. Raises `NoDestination`."""
-        mine, waiting = self._here(_waiting(asked.within, asked.siblings, asked.owner))
+    def match_for_node(self, asked: HandoffRequest) -> tuple[socket.socket, Matched]:
+        """Return one end of a socket to a worker of this node, for another node's agent. Raises `NoDestination`."""
+        mine, waiting = self._take_destination(_worker(asked.within, asked.siblings, asked.owner))
         return mine, Matched(self._node, waiting.owner, nonce())
 
-    def _keep(self, message: Checkpoint, fds: Sequence[int], within: str, say: Say) -> None:
+    def _keep(self, message: Checkpoint, fds: Sequence[int], within: str, reply: Reply) -> None:
         try:
             lengths = [length for item in message.items for length in item.lengths]
             pieces = blobs.unpack(lengths, message.data, fds)
         finally:
             for fd in fds:
                 os.close(fd)
-        say(self._index.keep(message, pieces, within), ())
+        reply(self._index.keep(message, pieces, within), ())
 
-    def _claim(self, message: ClaimRequest, within: str, say: Say) -> None:
+    def _claim(self, message: ClaimRequest, within: str, reply: Reply) -> None:
         found = self._index.claim(message, within)
         lengths, data, fds = blobs.pack(found.pieces)
         try:
-            say(ClaimReply(found.outcome, found.epoch, found.wait, lengths, data, len(fds)), fds)
+            reply(ClaimReply(found.outcome, found.epoch, found.wait, lengths, data, len(fds)), fds)
         finally:
             for fd in fds:
                 os.close(fd)
 
-    def _match(self, wanted: Waiting, say: Say) -> None:
-        """Gives each of both one end of a socket: what they say does not come by here, nor end with this agent."""
+    def _match(self, wanted: WaitingWorker, reply: Reply) -> None:
+        """Send each of two workers one end of a socket.
+
+        The hand-off does not pass through this agent, and outlives the agent.
+        """
         try:
-            mine, waiting = self._here(wanted)
+            mine, waiting = self._take_destination(wanted)
             found = Matched(self._node, waiting.owner, fds=1)
         except NoDestination:
-            elsewhere = self.neighbours.match(wanted) if self.neighbours is not None else None
+            elsewhere = self.targets.find(wanted) if self.targets is not None else None
             if elsewhere is None:
                 raise
             mine, other = elsewhere
             found = Matched(other.node, other.owner, fds=1)
         with mine:
-            say(found, [mine.fileno()])
+            reply(found, [mine.fileno()])
 
-    def _here(self, wanted: Waiting) -> tuple[socket.socket, Waiting]:
-        if (found := self._hosts.match(wanted)) is None:
+    def _take_destination(self, wanted: WaitingWorker) -> tuple[socket.socket, WaitingWorker]:
+        """Send a waiting sibling one end of a socket, and return the other end and the sibling."""
+        if (found := self._destinations.take(wanted)) is None:
             raise NoDestination(f"no other worker of {wanted.siblings.partition(':')[0]} waits to take requests over")
-        host, waiting = found
+        destination, waiting = found
         mine, theirs = socket.socketpair()
-        host.deliver(Matched(self._node, wanted.owner, fds=1), [theirs.detach()])
+        destination.deliver(Matched(self._node, wanted.owner, fds=1), [theirs.detach()])
         return mine, waiting
 
 
-def _waiting(within: str, siblings: str, owner: str) -> Waiting:
+def _worker(within: str, siblings: str, owner: str) -> WaitingWorker:
     if not siblings or not owner:
         raise ProtocolError("a worker that hands requests over, or takes them, has siblings and a name")
-    return Waiting(within, siblings, owner)
+    return WaitingWorker(within, siblings, owner)

@@ -1,4 +1,4 @@
-"""Owns which workers of this node wait to take requests over, and gives each that drains one of them."""
+"""Owns the list of this node's workers that wait to take requests over, and matches draining workers with them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 
-class Waiting(NamedTuple):
-    """`within` is the namespace that the worker proved, or ""."""
+class WaitingWorker(NamedTuple):
+    """A worker as hand-offs know it: the namespace that it proved (`within`, or ""), its siblings, its own name.
+
+    A draining worker describes by the same fields which worker it is looking for.
+    """
 
     within: str
     siblings: str
@@ -19,26 +22,28 @@ class Waiting(NamedTuple):
 
 
 class Destinations(Generic[T]):
-    """Any thread. `T` is whatever a worker that waits is known by."""
+    """The waiting workers, in the order in which they came. `T` is a worker's connection. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[T, Waiting] = OrderedDict()
+        self._waiting: OrderedDict[T, WaitingWorker] = OrderedDict()
 
-    def wait(self, host: T, waiting: Waiting) -> None:
+    def add(self, destination: T, waiting: WaitingWorker) -> None:
+        """Add a waiting worker, at the end of the line."""
         with self._lock:
-            self._waiting.pop(host, None)
-            self._waiting[host] = waiting
+            self._waiting.pop(destination, None)
+            self._waiting[destination] = waiting
 
-    def gone(self, host: T) -> None:
+    def remove(self, destination: T) -> None:
+        """Remove a worker that waits no more."""
         with self._lock:
-            self._waiting.pop(host, None)
+            self._waiting.pop(destination, None)
 
-    def match(self, wanted: Waiting) -> tuple[T, Waiting] | None:
-        """The one that has waited longest, who waits no more; never the worker that asks."""
+    def take(self, wanted: WaitingWorker) -> tuple[T, WaitingWorker] | None:
+        """Remove and return the sibling that has waited longest, never the asking worker; None where none waits."""
         with self._lock:
-            for host, waiting in self._waiting.items():
+            for destination, waiting in self._waiting.items():
                 if waiting._replace(owner="") == wanted._replace(owner="") and waiting.owner != wanted.owner:
-                    del self._waiting[host]
-                    return host, waiting
+                    del self._waiting[destination]
+                    return destination, waiting
         return None

@@ -1,9 +1,9 @@
-"""Owns a hand-off's way between two agents: what their workers say to each other, in pieces, over one connection.
+"""Owns the path of one hand-off between two nodes: the workers' bytes, in pieces, over one connection of their agents.
 
     worker ── socket ── agent ══ relay + piece ⇄ relay + piece ══ agent ── socket ── worker
 
-Each piece is signed with the cluster's key as number n of this side of this hand-off: none that is foreign, repeated,
-changed or left out comes through. What is in it is the workers' own, sealed where their function has a key.
+The cluster's key signs each piece as number n of one side of one hand-off, so that a foreign, repeated, changed or
+missing piece ends the hand-off. The agents do not interpret the bytes, which are sealed where the function has a key.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from cache_agent.wire.requests import RelayedBytes
 log = logging.getLogger("glowplug.handoff")
 
 _PIECE = 512 << 10
-_MOST = _PIECE + 4096  # with its signature
-_LOOK = 1.0
-_STALL = 10.0  # seconds that a worker may take no byte
+_MOST = _PIECE + 4096  # a piece with its signature
+_POLL_SECONDS = 1.0
+_STALL_SECONDS = 10.0  # seconds that a worker may take no byte
 
 
 class Splice:
-    """One hand-off. `run` returns when either side has ended it; the link and the socket stay the caller's to close."""
+    """One hand-off on one of its two agents. The link and the socket stay the caller's to close."""
 
     def __init__(self, link: Link, sock: socket.socket, key: ClusterKey, nonces: tuple[str, str], side: Side) -> None:
-        """`nonces` are those of the agent that called, and of the one that was called; `side` is which this one is."""
+        """`nonces` are the calling agent's and the called agent's, in this order; `side` is this agent's."""
         self._link, self._sock, self._key = link, sock, key
         self._name = f"hand-off {'/'.join(nonces)}"
         self._mine: Side = side
@@ -44,10 +44,11 @@ class Splice:
         sock.setblocking(False)
 
     def run(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        outward = threading.Thread(target=self._guarded, args=(self._outward,), name="crossing", daemon=True)
+        """Carry bytes in both directions until either side ends the hand-off, or `stopping` says so."""
+        outward = threading.Thread(target=self._guarded, args=(self._outward,), name="splice", daemon=True)
         outward.start()
         self._guarded(lambda: self._inward(stopping))
-        outward.join(_STALL)
+        outward.join(_STALL_SECONDS)
 
     def _guarded(self, way: Callable[[], None]) -> None:
         try:
@@ -65,7 +66,7 @@ class Splice:
     def _outward(self) -> None:
         number = 0
         while not self._over.is_set():
-            if not self._waits(select.POLLIN, _LOOK):
+            if not self._waits(select.POLLIN, _POLL_SECONDS):
                 continue
             try:
                 data = self._sock.recv(_PIECE)
@@ -82,14 +83,14 @@ class Splice:
         number = 0
         while not self._over.is_set() and not stopping():
             try:
-                message, _ = self._link.receive(time.monotonic() + _LOOK)
+                message, _ = self._link.receive(time.monotonic() + _POLL_SECONDS)
             except AgentTimeout:
                 continue
             if isinstance(message, ErrorReply):
                 raise Disconnected(message.text)
             if not isinstance(message, RelayedBytes) or message.body > _MOST:
                 raise ProtocolError("a hand-off goes on with pieces of a bounded size")
-            signed = self._link.read(message.body, _STALL)
+            signed = self._link.read(message.body, _STALL_SECONDS)
             self._hand_on(self._key.verified(self._about(self._theirs, number), signed))
             number += 1
 
@@ -99,8 +100,8 @@ class Splice:
             try:
                 rest = rest[self._sock.send(rest) :]
             except BlockingIOError:
-                if not self._waits(select.POLLOUT, _STALL):
-                    raise Disconnected(f"the worker took no byte for {_STALL:.0f} s") from None
+                if not self._waits(select.POLLOUT, _STALL_SECONDS):
+                    raise Disconnected(f"the worker took no byte for {_STALL_SECONDS:.0f} s") from None
 
     def _about(self, side: Side, number: int) -> str:
         return f"piece {number} of the {side} in {self._name}"

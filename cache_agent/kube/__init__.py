@@ -1,1 +1,1 @@
-"""What the agent and its helpers have to do with Kubernetes."""
+"""The agent's helpers for Kubernetes: the scheduler's extender, the admission webhook, the witness of pods."""

@@ -1,7 +1,7 @@
-"""What a pod that names a model gets when it is created: the agent's directory, an identity, a scheduler. Pure.
+"""The admission of pods that name a model: they get the agent's directory, an identity, a scheduler. Pure.
 
-The same as the MutatingAdmissionPolicies in knative/, for clusters that have none; a test holds the two together. An
-answer always allows the pod: without the directory a function starts an agent of its own.
+Clusters without MutatingAdmissionPolicy use this webhook instead of the policies in knative/; a test holds the two
+together. The response always allows the pod: without the directory a function starts an agent of its own.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _LONGEST_UID = 256
 
 
 class NotAReview(ValueError):
-    """The body is no AdmissionReview that could be answered; the text says why."""
+    """The refusal of a body that is no AdmissionReview; the text says why."""
 
 
 def review(body: object, scheduler: str = "") -> dict[str, Any]:
-    """The answer to an AdmissionReview of admission.k8s.io/v1. Raises `NotAReview`."""
+    """Return the response to an AdmissionReview of admission.k8s.io/v1. Raises `NotAReview`."""
     request = body.get("request") if isinstance(body, dict) else None
     uid = request.get("uid") if isinstance(request, dict) else None
     if not isinstance(request, dict) or not isinstance(uid, str) or not 0 < len(uid) <= _LONGEST_UID:
@@ -46,7 +46,10 @@ def review(body: object, scheduler: str = "") -> dict[str, Any]:
 
 
 def operations(pod: dict[str, Any], scheduler: str = "") -> list[dict[str, Any]]:
-    """The JSON Patch for a pod. Applied to its own result it is empty. Raises for what is no pod."""
+    """Return the JSON Patch for a pod, which is empty for a pod that has been patched.
+
+    Raises `KeyError`, `TypeError` or `AttributeError` for what is not shaped like a pod.
+    """
     annotations = pod["metadata"].get("annotations") or {}
     if not annotations.get(MODEL) or annotations.get(INJECT) == "disabled":
         return []
@@ -66,7 +69,7 @@ def operations(pod: dict[str, Any], scheduler: str = "") -> list[dict[str, Any]]
 
 
 def volumes() -> list[dict[str, Any]]:
-    """The agent's directory, and a token that is renewed under the running pod."""
+    """Return the volumes: the agent's directory, and a token that is renewed under the running pod."""
     token = {"audience": AUDIENCE, "expirationSeconds": _TOKEN_SECONDS, "path": "token"}
     return [
         {"name": "glowplug-agent", "hostPath": {"path": "/run/glowplug", "type": "DirectoryOrCreate"}},
@@ -75,15 +78,17 @@ def volumes() -> list[dict[str, Any]]:
 
 
 def mounts() -> list[dict[str, Any]]:
+    """Return the mounts of the volumes in a container."""
     return [{"name": name, "mountPath": path, "readOnly": True} for name, path in _PLACES.items()]
 
 
 def variables() -> list[dict[str, Any]]:
+    """Return the environment variables that tell a function its pod and its token."""
     return [dict(variable) for variable in _VARIABLES]
 
 
 def _is_there_already(spec: dict[str, Any]) -> bool:
-    """Names of ours that the pod brought, from our renderer or from somewhere worse: it stays as it is."""
+    """Return whether the pod brings volumes, mounts or variables of our names; such a pod stays as it is."""
     names = {variable["name"] for variable in _VARIABLES}
     return any(volume["name"] in _PLACES for volume in spec.get("volumes") or ()) or any(
         any(mount["mountPath"] in _PLACES.values() for mount in container.get("volumeMounts") or ())

@@ -1,4 +1,4 @@
-"""TLS for a server whose certificate is renewed under it: the files are read again when they change."""
+"""Owns a TLS server's certificate and key, and reads the files again when they change."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _HANDSHAKE_SECONDS = 5.0
 
 
 class Certificate:
-    """A certificate chain and its private key, files in PEM, and the context of TLS that they make. Any thread."""
+    """A certificate chain and its private key, in PEM files, with their TLS context. Any thread."""
 
     def __init__(self, chain: Path, key: Path) -> None:
-        """Raises `BadSetting`."""
+        """Read the files. Raises `BadSetting`."""
         self.chain = chain
         self.key = key
         self._stamps: list[Stamp] = []
@@ -27,7 +27,7 @@ class Certificate:
 
     def secure(self, sock: socket.socket) -> ssl.SSLSocket:
         """Shake hands with a client, within five seconds. Raises `OSError`."""
-        with contextlib.suppress(BadSetting):  # a pair that is just being renewed: the old one is good for this client
+        with contextlib.suppress(BadSetting):  # a pair in the middle of its renewal: the old one serves this client
             self._load()
         sock.settimeout(_HANDSHAKE_SECONDS)
         return self._context.wrap_socket(sock, server_side=True)

@@ -1,4 +1,4 @@
-"""Where the placer's knowledge comes from: one interface, and those who speak it."""
+"""The sources of placement's knowledge: one interface, and its implementations for Redis, a file and one agent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Protocol
 import msgspec
 
 from cache_agent.client.cache_client import CacheClient
-from cache_agent.cluster.directory import Directory, Holding
-from cache_agent.cluster.directory import Node as Living
+from cache_agent.cluster.directory import Directory, Holding, Node
 from cache_agent.errors import BadModelURI
 from cache_agent.model.uri import parse_uri
 from cache_agent.policy import placement
@@ -22,23 +21,23 @@ from cache_agent.stamp import Stamp, stamp
 
 
 class Unavailable(Exception):
-    """What is known cannot be had now; the text says why."""
+    """The failure of a source that cannot be read now; the text says why."""
 
 
 class Outlook(Protocol):
-    """May be asked from any thread; answers within milliseconds or raises `Unavailable`."""
+    """A source of knowledge. Any thread; answers within milliseconds, or raises `Unavailable`."""
 
     def look(self, model: str) -> View | None:
-        """The nodes' view of a model's URI; None when nobody knows the model."""
+        """Return what the nodes have of a model's URI; None where no node knows the model."""
         ...
 
     def alive(self) -> frozenset[str]:
-        """The nodes whose agent was heard of lately."""
+        """Return the nodes whose agent lives."""
         ...
 
 
 class NoOutlook:
-    """Knows nothing: where agents have no directory to share."""
+    """No knowledge: the outlook of a cluster whose agents share no directory."""
 
     def look(self, model: str) -> View | None:  # noqa: ARG002
         return None
@@ -48,13 +47,13 @@ class NoOutlook:
 
 
 class DirectoryOutlook:
-    """What the nodes tell each other: who lives, who holds how much of a model where, and how fast it came to them."""
+    """The nodes' directory: live nodes, their share of each model in each tier, and the measured bandwidths."""
 
     def __init__(self, shared: Directory) -> None:
         self._directory = shared
 
     def look(self, model: str) -> View | None:
-        alive = self._living()
+        alive = self._live_nodes()
         try:
             uri = parse_uri(model)
         except BadModelURI:  # an annotation may say anything
@@ -64,12 +63,12 @@ class DirectoryOutlook:
             return None
         revision = self._directory.revision(source)
         if uri.revision and revision and uri.revision != revision:
-            return None  # pinned to bytes that the origin had once: nobody here is known to have them
+            return None  # the URI insists on a revision that the origin had earlier, and no node is known to have
         holders = {*self._directory.holders(source), *(self._directory.holders(revision) if revision else ())}
-        if not holders:  # nobody has any of it, and so nobody says how large it is
+        if not holders:  # no node has any of the model, so that its size is unknown
             return None
         best: dict[tuple[str, str], Holding] = {}
-        for holding in sorted(holders):  # of two names for the same bytes, what is more of them
+        for holding in sorted(holders):  # source and revision name the same bytes: the larger holding counts
             best[holding.node, holding.tier] = holding
         holdings = [*best.values(), *self._from_peers(best.values(), alive)]
         ways = [(held.node, held.tier) for held in holdings if held.tier != "dram"] + [(n, "origin") for n in alive]
@@ -78,15 +77,15 @@ class DirectoryOutlook:
         return placement.from_holdings(max(held.total for held in holders), holdings, alive, rates, room)
 
     def alive(self) -> frozenset[str]:
-        return frozenset(self._living())
+        return frozenset(self._live_nodes())
 
-    def _living(self) -> dict[str, Living]:
+    def _live_nodes(self) -> dict[str, Node]:
         if why := self._directory.lost():
             raise Unavailable(why)
         return {node.name: node for node in self._directory.nodes()}
 
-    def _from_peers(self, holdings: Collection[Holding], alive: Mapping[str, Living]) -> Iterator[Holding]:
-        """What each node could have from that other one which has most of it."""
+    def _from_peers(self, holdings: Collection[Holding], alive: Mapping[str, Node]) -> Iterator[Holding]:
+        """Yield what each node could read from the other node that has most of the model."""
         offered = [held for held in holdings if held.done and held.node in alive and alive[held.node].address]
         first, second = (*heapq.nlargest(2, offered, key=lambda held: held.done), None, None)[:2]
         for name in alive:
@@ -97,7 +96,7 @@ class DirectoryOutlook:
 
 @contextmanager
 def shared(url: str, password_file: Path | None, patience: float = 0.0) -> Iterator[DirectoryOutlook]:
-    """What the nodes tell in a Redis, read for the first time within `patience` seconds. Raises `BadConfig`."""
+    """Open the directory in a Redis, and wait up to `patience` seconds for its first reading. Raises `BadSetting`."""
     from cache_agent.cluster.directory_redis import RedisDirectory  # redis-py takes a tenth of a second
 
     with closing(RedisDirectory(url, password_file=password_file)) as found:
@@ -106,7 +105,7 @@ def shared(url: str, password_file: Path | None, patience: float = 0.0) -> Itera
 
 
 class _Estimates(msgspec.Struct, frozen=True):
-    """`alive` None: the nodes that are alive in any of the models' views."""
+    """The content of the file. Without `alive`, the nodes that are alive in any model's view are."""
 
     models: dict[str, View]
     alive: tuple[str, ...] | None = None
@@ -116,7 +115,7 @@ _decoder = msgspec.json.Decoder(_Estimates)
 
 
 class FileOutlook:
-    """What a JSON file says, read again when it changes:
+    """A JSON file of estimates, read again when it changes. Its format:
 
     {"alive": ["node-1", …], "models": {URI: {"bytes": n, "nodes": [{"name": "node-1", "tiers": […], …}]}}}
     """
@@ -151,13 +150,13 @@ class FileOutlook:
 
 
 class AgentOutlook:
-    """One node's own agent: what it has, and what it would have to read."""
+    """One node's agent: the models in its memory, and the origin's sizes of all others."""
 
     def __init__(self, client: CacheClient) -> None:
         self._client = client
 
     def look(self, model: str) -> View | None:
-        """Raises what the agent or the model's origin does."""
+        """Return the node's view of a model. Raises the errors of the agent and of the model's origin."""
         status = self._client.status()
         for entry in status.models:
             if entry.model == model:

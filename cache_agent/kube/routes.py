@@ -1,6 +1,6 @@
-"""An HTTP server for callers inside the cluster, whose answers are functions of a request's body. All bodies are JSON.
+"""An HTTP server for callers inside the cluster, whose responses are functions of a request's body.
 
-Every refusal is JSON, too, those of requests that are none included.
+All bodies are JSON, refusals and replies to malformed requests included.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _CHECK_SECONDS = 5.0
 _STATUS = {LimitRequestLine: 414, LimitRequestHeaders: 431, ExpectationFailed: 417, UnsupportedTransferCoding: 411}
 
 
-class Answer(NamedTuple):
-    """An HTTP status and a body of JSON."""
+class JsonAnswer(NamedTuple):
+    """A response: HTTP status and a body of JSON."""
 
     status: int
     body: bytes
 
 
-class Refused(Exception):
-    """The request cannot be answered: HTTP status and a sentence."""
+class RequestRefused(Exception):
+    """The refusal of a request: HTTP status and a sentence."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -53,15 +53,15 @@ class Refused(Exception):
         self.text = text
 
 
-Routes = Mapping[tuple[str, str], Callable[[bytes], Answer]]
+Routes = Mapping[tuple[str, str], Callable[[bytes], JsonAnswer]]
 
 
 class RoutesServer(WsgiServer):
-    """Serves `routes`, (method, path) → function of the body, and GET /healthz."""
+    """A server of `routes`, from (method, path) to a function of the body, and of GET /healthz."""
 
     def __init__(self, host: str, port: int, routes: Routes, certificate: Certificate | None = None) -> None:
-        """Raises `BadConfig`."""
-        self._routes = {("GET", "/healthz"): lambda _: Answer(200, b'{"status": "ok"}'), **routes}
+        """Listen. Raises `BadSetting`."""
+        self._routes = {("GET", "/healthz"): lambda _: JsonAnswer(200, b'{"status": "ok"}'), **routes}
         sock = listen(host, port, "--port")
         self.port: int = sock.getsockname()[1]
         super().__init__(
@@ -75,13 +75,13 @@ class RoutesServer(WsgiServer):
         )
 
     def handle_request(self, req: Any, conn: Any) -> Any:
-        """gunicorn's, for a body that can be read; another one ends the connection."""
+        """Handle a request whose body can be read; any other ends the connection."""
         _require_length(req.headers)
         return super().handle_request(req, conn)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:  # noqa: ARG002  gunicorn's
-        """Send the refusal of what never became a request."""
-        if isinstance(exc, OSError):  # of the connection: there is none to answer on
+        """Send the refusal of a malformed request."""
+        if isinstance(exc, OSError):  # the connection is broken, and takes no response
             return
         refused = _refusal(exc)
         log.debug("refused a request from %s: %s", addr, refused.text)
@@ -96,50 +96,50 @@ class RoutesServer(WsgiServer):
     def _respond(self, environ: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         try:
             answer = self._answer(environ)
-        except Refused as error:
-            answer = Answer(error.status, _error(error.text))
+        except RequestRefused as error:
+            answer = JsonAnswer(error.status, _error(error.text))
         except Exception:
             log.exception("answering %s failed", environ["PATH_INFO"])
-            answer = Answer(500, _error("the server failed; its log has the traceback"))
+            answer = JsonAnswer(500, _error("the server failed; its log has the traceback"))
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(answer.body)))]
         start_response(f"{answer.status} {HTTPStatus(answer.status).phrase}", headers)
         return [answer.body]
 
-    def _answer(self, environ: Mapping[str, Any]) -> Answer:
+    def _answer(self, environ: Mapping[str, Any]) -> JsonAnswer:
         length = int(environ.get("CONTENT_LENGTH", 0))
         body = environ["wsgi.input"].read(length)
         if len(body) < length:
-            raise Refused(400, "the body ended early")
+            raise RequestRefused(400, "the body ended early")
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         route = self._routes.get((method, path))
         if route is None:
             known = any(path == place for _, place in self._routes)
-            raise Refused(405 if known else 404, f"there is no {method} {path}")
+            raise RequestRefused(405 if known else 404, f"there is no {method} {path}")
         return route(body)
 
 
 def _require_length(headers: Iterable[tuple[str, str]]) -> None:
-    """Raises `Refused` unless the body's length is said beforehand and is bounded."""
+    """Raise `RequestRefused` unless the headers give the body's length, within the bound."""
     found = dict(headers)
     length = found.get("CONTENT-LENGTH", "0")
     if "TRANSFER-ENCODING" in found or not (length.isascii() and length.isdecimal()):
-        raise Refused(411, "send a body with its Content-Length")
+        raise RequestRefused(411, "send a body with its Content-Length")
     if len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:
-        raise Refused(413, f"a body has {MAX_BODY} bytes at most")
+        raise RequestRefused(413, f"a body has {MAX_BODY} bytes at most")
 
 
-def _refusal(error: BaseException) -> Refused:
-    if isinstance(error, Refused):
+def _refusal(error: BaseException) -> RequestRefused:
+    if isinstance(error, RequestRefused):
         return error
-    if isinstance(error, InvalidHeader) and error.req is not None:  # gunicorn's word for a length that is none
+    if isinstance(error, InvalidHeader) and error.req is not None:  # gunicorn's error for a malformed length
         try:
             _require_length(error.req.headers)
-        except Refused as refused:
+        except RequestRefused as refused:
             return refused
     if isinstance(error, ParseException):
-        return Refused(_STATUS.get(type(error), 400), str(error))
+        return RequestRefused(_STATUS.get(type(error), 400), str(error))
     log.error("a request failed", exc_info=error)
-    return Refused(500, "the server failed; its log has the traceback")
+    return RequestRefused(500, "the server failed; its log has the traceback")
 
 
 def _error(text: str) -> bytes:
@@ -147,7 +147,7 @@ def _error(text: str) -> bytes:
 
 
 def check(host: str, port: int) -> None:
-    """Raises `AgentUnreachable` unless a server there says that it lives."""
+    """Raise `AgentUnreachable` unless a server there answers its health check."""
     connection = HTTPConnection(host, port, timeout=_CHECK_SECONDS)
     try:
         connection.request("GET", "/healthz")
@@ -160,8 +160,8 @@ def check(host: str, port: int) -> None:
         raise AgentUnreachable(f"{host}:{port} answers {status}")
 
 
-def serve_until_told(server: RoutesServer) -> None:
-    """Serve until SIGTERM or SIGINT comes; answers under way have a second to end."""
+def serve_until_stopped(server: RoutesServer) -> None:
+    """Serve until SIGTERM or SIGINT comes; running requests then have a second to end."""
     stopping = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     server.start()

@@ -1,13 +1,13 @@
-"""Sees that a pod of this node is about to be removed, long before its SIGTERM, and has the agent tell the function.
+"""Owns the watch on this node's pods, by which the agent announces a pod's removal long before its SIGTERM.
 
-One watch on the Kubernetes API, of this node's pods, of their metadata only: what a pod's environment holds never comes
-here. Knative sends SIGTERM 30 s after the last request arrived; a function that hears now uses that time.
+The watch asks for the metadata of this node's pods only, so that no pod's environment comes here. Knative sends SIGTERM
+30 s after the last request arrived; a function that hears of its removal earlier uses that time.
 
     list ──► watch from its version ──► … ──► the connection ends ──► watch again from the last version seen
       ▲                                                                      │
       └──────────────── 410: that version is forgotten ◄─────────────────────┘
 
-Losing the API server costs the early word, nothing else: SIGTERM comes all the same.
+While the API server is away functions hear of their removal by SIGTERM alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from cache_agent.access.kubernetes import SERVICE_ACCOUNT, Api
 log = logging.getLogger("glowplug.witness")
 
 _PARTIAL = "application/json;as=PartialObjectMetadata{};g=meta.k8s.io;v=v1"
-_WATCH_SECONDS = 240  # the API server ends a watch after that
-_SILENCE_SECONDS = _WATCH_SECONDS + 30.0  # and if it does not, the connection is dead
+_WATCH_SECONDS = 240  # after which the API server ends a watch
+_SILENCE_SECONDS = _WATCH_SECONDS + 30.0  # after which a silent connection is dead
 _PAUSES = (0.2, 30.0)  # seconds between attempts: first, and at most
 _PAGE = 500
 _LONGEST_LINE = 8 << 20
@@ -40,8 +40,8 @@ _LONGEST_LIST = 64 << 20
 _DEFAULT_GRACE = 30.0
 
 
-class Metadata(msgspec.Struct):
-    """Of a pod, or of a list of them."""
+class ObjectMetadata(msgspec.Struct):
+    """The metadata of a pod, or of a list of pods."""
 
     name: str = ""
     namespace: str = ""
@@ -52,59 +52,61 @@ class Metadata(msgspec.Struct):
     continue_: str = msgspec.field(default="", name="continue")
 
 
-class _Object(msgspec.Struct):
+class _WatchedObject(msgspec.Struct):
     """A pod's metadata; in an event of type ERROR, a Status with its code."""
 
-    metadata: Metadata = msgspec.field(default_factory=Metadata)
+    metadata: ObjectMetadata = msgspec.field(default_factory=ObjectMetadata)
     code: int = 0
     message: str = ""
 
 
-class _List(msgspec.Struct):
-    metadata: Metadata
-    items: list[_Object]
+class _ObjectList(msgspec.Struct):
+    metadata: ObjectMetadata
+    items: list[_WatchedObject]
 
 
-class _Event(msgspec.Struct):
+class _WatchEvent(msgspec.Struct):
     type: str
-    object: _Object
+    object: _WatchedObject
 
 
-_lists = msgspec.json.Decoder(_List)
-_events = msgspec.json.Decoder(_Event)
+_lists = msgspec.json.Decoder(_ObjectList)
+_events = msgspec.json.Decoder(_WatchEvent)
 
 
 class Removal(NamedTuple):
-    """A pod that is going away, in `grace` seconds."""
+    """A pod that is removed in `grace` seconds."""
 
     uid: str
     name: str
     grace: float
 
 
-class Watched:
-    """Which removals were announced already: each is once, whatever is seen twice. No I/O."""
+class AnnouncedRemovals:
+    """The removals that were announced, so that each is announced once. No I/O."""
 
     def __init__(self) -> None:
         self._announced: set[str] = set()
 
-    def listed(self, pods: list[Metadata], now: datetime) -> list[Removal]:
-        """All pods that there are."""
+    def listed(self, pods: list[ObjectMetadata], now: datetime) -> list[Removal]:
+        """Return the removals to announce, given all pods of the node."""
         self._announced &= {pod.uid for pod in pods}
         return [removal for pod in pods if (removal := self.changed(pod, now)) is not None]
 
-    def changed(self, pod: Metadata, now: datetime) -> Removal | None:
+    def changed(self, pod: ObjectMetadata, now: datetime) -> Removal | None:
+        """Return the removal to announce, if this pod is being removed and was not announced."""
         if not pod.deletionTimestamp or not pod.uid or pod.uid in self._announced:
             return None
         self._announced.add(pod.uid)
         return Removal(pod.uid, f"{pod.namespace}/{pod.name}", _grace(pod, now))
 
-    def deleted(self, pod: Metadata) -> None:
+    def deleted(self, pod: ObjectMetadata) -> None:
+        """Forget a pod that has gone."""
         self._announced.discard(pod.uid)
 
 
-def _grace(pod: Metadata, now: datetime) -> float:
-    """Seconds until the pod is killed: its grace, or what is left of it by this node's clock."""
+def _grace(pod: ObjectMetadata, now: datetime) -> float:
+    """Return the seconds until the pod is killed: the rest of its grace by this node's clock."""
     grace = _DEFAULT_GRACE if pod.deletionGracePeriodSeconds is None else pod.deletionGracePeriodSeconds
     try:
         ends = datetime.fromisoformat(pod.deletionTimestamp or "")
@@ -114,30 +116,30 @@ def _grace(pod: Metadata, now: datetime) -> float:
     return max(0.0, min(grace, left))
 
 
-class _Expired(Exception):
-    """The version to go on from is no longer known: list again."""
+class _VersionExpired(Exception):
+    """The API server's reply that it has forgotten the version to watch from."""
 
 
-class _Failed(Exception):
-    """The API server cannot be asked now; the text says why."""
+class _ApiFailed(Exception):
+    """The failure to ask the API server; the text says why."""
 
 
 class Witness:
-    """Watches until `close`. `announce(removal)` is called on the witness's own thread, and may raise."""
+    """A watch, from `start` to `close`. `announce(removal)` runs on the witness's own thread, and may raise."""
 
     def __init__(
         self, url: str, node: str, announce: Callable[[Removal], object], account: Path = SERVICE_ACCOUNT
     ) -> None:
-        """`url` of the API server; `account` holds the files `token` and `ca.crt`. Raises `BadConfig`."""
+        """`url` is the API server's; `account` holds the files `token` and `ca.crt`. Raises `BadSetting`."""
         self._api = Api(url, account)
         self._node = node
         self._announce = announce
-        self._watched = Watched()
+        self._announced = AnnouncedRemovals()
         self._version = ""
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._said = ""
+        self._complaint = ""
         self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
 
     def start(self) -> None:
@@ -161,20 +163,20 @@ class Witness:
                     self._list()
                 self._watch()
                 pause = _PAUSES[0]
-            except _Expired:
+            except _VersionExpired:
                 log.debug("the watch's version has expired; listing again")
                 self._version = ""
-            except (_Failed, OSError, HTTPException, msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (_ApiFailed, OSError, HTTPException, msgspec.DecodeError, UnicodeDecodeError) as error:
                 self._complain(f"the Kubernetes API cannot be watched: {error or type(error).__name__}")
             except Exception:
                 log.exception("watching pods failed")
                 self._version = ""
-            self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  all nodes' agents lose it together
+            self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  all agents lose a server together
             pause = min(_PAUSES[1], pause * 2)
 
     def _list(self) -> None:
-        """Announces what is being removed already."""
-        pods: list[Metadata] = []
+        """List all pods, and announce those that are being removed."""
+        pods: list[ObjectMetadata] = []
         token = ""
         while True:
             query = {"fieldSelector": f"spec.nodeName={self._node}", "limit": str(_PAGE)}
@@ -185,12 +187,12 @@ class Witness:
             token = found.metadata.continue_
             if not token:
                 break
-        for removal in self._watched.listed(pods, datetime.now(UTC)):
-            self._tell(removal)
+        for removal in self._announced.listed(pods, datetime.now(UTC)):
+            self._announce_removal(removal)
         self._version = found.metadata.resourceVersion
 
     def _watch(self) -> None:
-        """Announces removals as they come, until the API server ends the watch."""
+        """Announce removals as they come, until the API server ends the watch."""
         query = {
             "fieldSelector": f"spec.nodeName={self._node}",
             "watch": "1",
@@ -199,23 +201,23 @@ class Witness:
             "timeoutSeconds": str(_WATCH_SECONDS),
         }
         with self._ask(query, _PARTIAL.format("")) as response:
-            self._hear()
+            self._recovered()
             while line := response.readline(_LONGEST_LINE):
                 if not line.endswith(b"\n"):
-                    raise _Failed("an event was cut short")
+                    raise _ApiFailed("an event was cut short")
                 event = _events.decode(line)
                 pod = event.object.metadata
                 match event.type:
                     case "ERROR":
                         if event.object.code == 410:
-                            raise _Expired
-                        raise _Failed(event.object.message or f"error {event.object.code}")
+                            raise _VersionExpired
+                        raise _ApiFailed(event.object.message or f"error {event.object.code}")
                     case "ADDED" | "MODIFIED":
-                        removal = self._watched.changed(pod, datetime.now(UTC))
+                        removal = self._announced.changed(pod, datetime.now(UTC))
                         if removal is not None:
-                            self._tell(removal)
+                            self._announce_removal(removal)
                     case "DELETED":
-                        self._watched.deleted(pod)
+                        self._announced.deleted(pod)
                 self._version = pod.resourceVersion or self._version
 
     @contextlib.contextmanager
@@ -227,16 +229,16 @@ class Witness:
             with self._lock:
                 self._socket = connection.sock
             if self._stop.is_set():
-                raise _Failed("the agent stops")
+                raise _ApiFailed("the agent stops")
             connection.sock.settimeout(_SILENCE_SECONDS)
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.request("GET", self._api.path(f"/api/v1/pods?{urlencode(query)}"), headers=headers)
             response = connection.getresponse()
             if response.status == 410:
-                raise _Expired
+                raise _VersionExpired
             if response.status != 200:
                 hint = {401: "; is its token mounted?", 403: "; bind the ClusterRole glowplug-agent"}
-                raise _Failed(f"it answers {response.status} {response.reason}{hint.get(response.status, '')}")
+                raise _ApiFailed(f"it answers {response.status} {response.reason}{hint.get(response.status, '')}")
             with response:
                 yield response
         finally:
@@ -244,19 +246,19 @@ class Witness:
                 self._socket = None
             connection.close()
 
-    def _tell(self, removal: Removal) -> None:
+    def _announce_removal(self, removal: Removal) -> None:
         try:
             self._announce(removal)
         except Exception:
             log.exception("announcing that %s is removed failed", removal.name)
 
     def _complain(self, text: str) -> None:
-        """Once per reason: an API server that is away for an hour is one line of the log."""
-        if text != self._said and not self._stop.is_set():
+        """Log a reason once: an API server that is away for an hour takes one line."""
+        if text != self._complaint and not self._stop.is_set():
             log.warning("%s; functions hear of their end by SIGTERM only", text)
-            self._said = text
+            self._complaint = text
 
-    def _hear(self) -> None:
-        if self._said:
+    def _recovered(self) -> None:
+        if self._complaint:
             log.info("the Kubernetes API is watched again")
-            self._said = ""
+            self._complaint = ""

@@ -1,1 +1,1 @@
-"""The side of the agent that answers: the agent itself, its socket, connections of functions and of other nodes."""
+"""The agent's sockets, connections of functions and of other nodes, and the agent behind them; see README.md."""

@@ -1,4 +1,4 @@
-"""Owns a node's weights: asks `residency` what to do under one lock, has it done outside, and answers who asked."""
+"""Owns a node's weights: lets `residency` decide under one lock, and has its decisions carried out outside the lock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cache_agent.wire.operations import ClusterReply, EstimateReply, EvictReply,
 
 
 class Agent:
-    """One node's weights. Every method may be called from any thread."""
+    """One node's weights. Every method may be called from any thread, and raises any `AgentError`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Agent:
         self.reports = FunctionReports(self.journal)
         self._numbers = count(1)
         self._ledger = ledger = ResidencyLedger(config.capacity, config.revalidate)
-        ssd = Ssd(config.ssd, config.ssd_size, self._tell_image, self._image_evicted) if config.ssd else None
+        ssd = Ssd(config.ssd, config.ssd_size, self._publish_image, self._image_evicted) if config.ssd else None
         self._retention = retention = Retention(ssd, ledger.pinned)
         self._revisions = revisions = Revisions(directory, ssd, self.node, believe=0 if peers else 1)
         self.sharing = Sharing(ledger.memory_of, ledger.lock, retention)
@@ -67,13 +67,16 @@ class Agent:
     # --- what connections ask for ---------------------------------------------------------------------------------
 
     def lease(self, holder: Holder, model: str) -> int:
-        """Begins a lease; what follows comes through `holder.deliver`. Raises `BadModelURI`."""
+        """Begin a lease, and return its number; replies come through `holder.deliver`. Raises `BadModelURI`."""
         uri = parse_uri(model)
         account = _account(holder)
         return self._ask(holder, uri.text, lambda lease: events.LeaseAsked(lease, uri.text, uri.revision, account))
 
     def offer(self, holder: Holder, model: str, source: str, fds: list[int]) -> int:
-        """Begins to examine what a function offers, and takes over `fds`. Raises `BadModelURI`."""
+        """Begin to examine the memory that a function offers, and return the offer's number.
+
+        Takes over `fds`. Replies come through `holder.deliver`. Raises `BadModelURI`.
+        """
         try:
             uri = parse_uri(model)
             account = _account(holder)
@@ -86,11 +89,14 @@ class Agent:
         return number
 
     def release(self, lease: int) -> None:
-        """Ends a lease, or any other request of its holder. Nothing is delivered for it afterwards."""
+        """End a lease, or any other request, by its number. Nothing is delivered for it afterwards."""
         self._handle(events.LeaseClosed(lease), forget=lease)
 
     def evict(self, holder: Holder, model: str, ssd: bool = False) -> int:
-        """From memory, and with `ssd` from there, where it may be alone."""
+        """Begin to evict a model from memory, and with `ssd` from the SSD too, also where only the SSD has it.
+
+        Returns the request's number, 0 where the holder has its reply already.
+        """
         uri = parse_uri(model).text
         if ssd and not self._ledger.is_resident(uri) and (removed := self._retention.evict(uri)):
             holder.deliver(EvictReply(0, removed), [])
@@ -98,12 +104,13 @@ class Agent:
         return self._ask(holder, uri, lambda asker: events.EvictAsked(asker, uri), evict_image=uri if ssd else "")
 
     def pin(self, holder: Holder, model: str, pinned: bool) -> int:
+        """Begin to pin or unpin a model, and return the request's number. Raises `BadModelURI`."""
         uri = parse_uri(model).text
         account = _account(holder)
         return self._ask(holder, uri, lambda asker: events.PinAsked(asker, uri, pinned, account))
 
     def prefetch(self, model: str) -> None:
-        """Begins to bring a model in; nobody holds it afterwards. Raises `BadModelURI`."""
+        """Begin to load a model, without a lease that outlives the load. Raises `BadModelURI`."""
         uri = parse_uri(model)
         holder = PrefetchHolder(uri.text, self._driver.later, self.release)
 
@@ -114,11 +121,11 @@ class Agent:
         self._ask(holder, uri.text, ask)
 
     def describe(self, model: str) -> manifest.Manifest:
-        """The manifest of a model whose weights need not be here. Raises what the origin does."""
+        """Return the manifest of a model from its origin; the weights need not be here. Raises the origin's errors."""
         return describe(self._open_origin(parse_uri(model))).manifest
 
     def estimate(self, model: str) -> EstimateReply:
-        """What a lease would take now. Reads the origin's headers when nothing here knows the model's size."""
+        """Estimate a lease on the model now. Reads the origin's headers when nothing here knows the model's size."""
         uri = parse_uri(model).text
         if (known := self._ledger.estimate(uri)) is not None:
             return known
@@ -129,9 +136,9 @@ class Agent:
         return self._ledger.predict("origin", self.describe(model).nbytes)
 
     def push_drain(self, reason: str, grace: float, model: str = "", pod: str = "") -> int:
-        """Tells the holders of leases on `model`, or those in `pod`, to hand their work over; how many there are.
+        """Ask the holders of leases on `model`, or those in `pod`, to hand their work over; return their number.
 
-        Empty means all of them.
+        An empty `model` or `pod` stands for all.
         """
         uri = parse_uri(model).text if model else ""
         with self._ledger.lock:
@@ -143,34 +150,35 @@ class Agent:
         return len(holders)
 
     def status(self) -> tuple[int, int, list[ModelStatus]]:
-        """(capacity, used, models); bytes."""
+        """Return capacity and use in bytes, and the models."""
         return self._ledger.status()
 
     def answers(self, seconds: float) -> bool:
-        """Whether the agent can decide anything within so many seconds."""
+        """Return whether the agent's lock can be had within so many seconds."""
         return self._ledger.answers(seconds)
 
     def full_status(self) -> StatusReply:
+        """Return everything that the node holds and knows, for administrators."""
         ssd, orphaned, handoffs = self._retention.status(), self._spares.orphaned, self.journal.handoffs()
         tiers, layers = self._ledger.tiers(), self.reports.layers.status()
         return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned, handoffs, layers)
 
     def cluster(self) -> ClusterReply:
-        """What this node's directory knows of all nodes."""
+        """Return the nodes and holdings in this node's directory."""
         return report.cluster(self._directory)
 
     def close(self, deadline: float) -> None:
-        """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
+        """Stop loads and give all memory back; functions keep the segments that they map."""
         self._spares.close()
         self._driver.close(deadline)
         self._retention.close()
 
-    # --- what the SSD tier tells ----------------------------------------------------------------------------------
+    # --- events of the SSD tier ---------------------------------------------------------------------------------------
 
     def _image_evicted(self, uri: str, size: int, why: str) -> None:
         self.journal.evicted(uri, "ssd", size, why)
 
-    def _tell_image(self, source: str, size: int) -> None:
+    def _publish_image(self, source: str, size: int) -> None:
         if size:
             self._directory.publish(source, Holding(self.node, "ssd", size, size))
         else:
@@ -198,7 +206,7 @@ class Agent:
                 self._driver.act(action, resolved)
 
     def _evict_image(self, done: events.EvictDone) -> None:
-        """The memory is given back; now the files."""
+        """Remove the image of a model whose memory has been given back, and reply."""
         with self._ledger.lock:
             asked = self._grants.take(done.asker)
         removed = self._retention.evict(asked.evict_image)

@@ -1,4 +1,4 @@
-"""Owns one client's connection: its thread turns frames into calls of `Agent`, and the agent's answers into frames."""
+"""Owns one client's connection, whose thread turns frames into calls of `Agent` and the agent's replies into frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cache_agent import __version__
 from cache_agent.access.audit import Trail
 from cache_agent.access.control import Access
 from cache_agent.errors import AgentError, InternalError, ProtocolError, VersionMismatch
-from cache_agent.handoff.broker import Asked, Broker
+from cache_agent.handoff.broker import Broker, WorkerRequest
 from cache_agent.loading.loader import ModelLoad
 from cache_agent.model import manifest
 from cache_agent.policy.rights import NOBODY, Permission
@@ -62,29 +62,29 @@ log = logging.getLogger("glowplug.server")
 
 _HELLO_SECONDS = 10.0
 _PROGRESS_SECONDS = 0.02
-_STRANGE = ("new", "greeting", "challenged", "answering")  # states of those who have not shown who they are
+_UNIDENTIFIED = ("new", "greeting", "challenged", "answering")  # states before a client has shown its identity
 
 
 class Connection:
-    """One client. Its thread alone touches the socket; others leave messages in the outbox and wake it."""
+    """One client. Only the connection's thread touches the socket; other threads fill its outbox and wake it."""
 
     channel_type = Channel
 
     def __init__(
-        self, agent: Agent, sock: socket.socket, access: Access, on_end: Callable[[Connection], None], desk: Broker
+        self, agent: Agent, sock: socket.socket, access: Access, on_end: Callable[[Connection], None], broker: Broker
     ) -> None:
         self._agent = agent
         self._channel = self.channel_type(sock, of_agent=True)
         self._access = access
         self._trail = Trail(access, "")
-        self._desk = desk
+        self._broker = broker
         self._on_end = on_end
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
         self._outbox: deque[tuple[Message, list[int], ModelLoad | None]] = deque()
         self._closed = False
         self._stopping = False
-        self._asked = 0
+        self._request = 0
         self.pod = ""
         self.caller = NOBODY
         self._load: ModelLoad | None = None
@@ -99,7 +99,7 @@ class Connection:
         return self._access.grant(self.caller)
 
     def deliver(self, message: Message, fds: list[int], load: ModelLoad | None = None) -> None:
-        """Queues a message; `load` is what its progress reports will be about."""
+        """Queue a message, and take over `fds`. `load` is the load whose progress is reported from then on."""
         with self._lock:
             if not self._closed:
                 self._outbox.append((message, fds, load))
@@ -109,11 +109,13 @@ class Connection:
             os.close(fd)
 
     def wake(self) -> None:
+        """Let the connection's thread look for messages and progress."""
         with self._lock:
             if not self._closed:
                 os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> None:
+        """Let the connection's thread end."""
         self._stopping = True
         self.wake()
 
@@ -127,16 +129,16 @@ class Connection:
         except AgentError as error:
             log.warning("closing a connection: %s", error)
             with contextlib.suppress(Disconnected, ProtocolError):
-                self._say(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
+                self._send(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
         except Exception:
             log.exception("connection failed")
         finally:
             if self._load is not None:
                 self._load.unwatch(self.wake)
             self._trail.gone(self.caller)
-            self._desk.gone(self)
-            if self._asked:
-                self._agent.release(self._asked)
+            self._broker.forget(self)
+            if self._request:
+                self._agent.release(self._request)
             self.close()
             self._on_end(self)
 
@@ -146,10 +148,10 @@ class Connection:
         poller.register(self._wake_fd, select.POLLIN)
         greet_by = time.monotonic() + _HELLO_SECONDS
         while not self._stopping:
-            strange = self._channel.state in _STRANGE
-            timeout = max(0.0, greet_by - time.monotonic()) if strange else self._timeout()
+            unidentified = self._channel.state in _UNIDENTIFIED
+            timeout = max(0.0, greet_by - time.monotonic()) if unidentified else self._timeout()
             events = dict(poller.poll(None if timeout is None else timeout * 1000))
-            if self._channel.state in _STRANGE and time.monotonic() >= greet_by:
+            if self._channel.state in _UNIDENTIFIED and time.monotonic() >= greet_by:
                 raise ProtocolError(f"no hello came within {_HELLO_SECONDS:.0f} s")
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
@@ -166,7 +168,7 @@ class Connection:
                     return
                 message, fds, load = self._outbox.popleft()
             try:
-                self._say(message, fds)
+                self._send(message, fds)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -176,18 +178,18 @@ class Connection:
                 self._load = load
                 load.watch(self.wake)
 
-    def _say(self, message: Message, fds: Sequence[int] = ()) -> None:
-        # First the record: whoever has the answer finds the line.
+    def _send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        # The audit line is written first, so that it is there once the client has its answer.
         self._trail.answered(self.caller, message)
         self._channel.send(message, fds)
 
     def _timeout(self) -> float | None:
-        """Seconds until there may be something to push, though nobody wakes this thread."""
+        """Return the seconds until a push is due that no wake-up announces; None where none is."""
         now = time.monotonic()
         return self._report_at - now if self._load is not None and self._report_at > now else None
 
     def _push(self) -> None:
-        """What is said without being asked for."""
+        """Send what the client gets without a request: progress of its load."""
         if self._load is None or self._channel.state != "loading" or time.monotonic() < self._report_at:
             return
         ready, done = self._load.progress()
@@ -205,35 +207,35 @@ class Connection:
             self._require(message, fds)
             match message:
                 case LeaseRequest(model):
-                    self._asked = self._agent.lease(self, model)
+                    self._request = self._agent.lease(self, model)
                 case Offer(model, source):
-                    self._asked = self._agent.offer(self, model, source, fds)
+                    self._request = self._agent.offer(self, model, source, fds)
                 case EvictRequest(model, from_ssd):
                     self._agent.evict(self, model, from_ssd)
                 case PinRequest(model, pinned):
                     self._agent.pin(self, model, pinned)
                 case PrefetchRequest(model):
                     self._agent.prefetch(model)
-                    self._say(PrefetchReply())
+                    self._send(PrefetchReply())
                 case StatusRequest():
-                    self._say(self._status())
+                    self._send(self._status())
                 case EstimateRequest(model):
-                    self._say(self._agent.estimate(model))
+                    self._send(self._agent.estimate(model))
                 case ManifestRequest(model):
                     self._send_manifest(model)
                 case PushDrain(reason, grace, model):
-                    self._say(PushDrainReply(self._agent.push_drain(reason, grace, model)))
+                    self._send(PushDrainReply(self._agent.push_drain(reason, grace, model)))
                 case Started() | LayersTold():
                     self._agent.reports.add(message)
-                    self._say(StartedReply())
+                    self._send(StartedReply())
                 case EventsRequest(since):
-                    self._say(EventsReply(self._agent.journal.since(since)))
+                    self._send(EventsReply(self._agent.journal.since(since)))
                 case StartsRequest():
-                    self._say(StartsReply(self._starts()))
+                    self._send(StartsReply(self._starts()))
                 case ClusterRequest():
-                    self._say(self._agent.cluster())
-                case _ if isinstance(message, Asked):
-                    self._desk.answer(self, message, fds, self._say)
+                    self._send(self._agent.cluster())
+                case _ if isinstance(message, WorkerRequest):
+                    self._broker.answer(self, message, fds, self._send)
                 case _:
                     raise ProtocolError(f"'{type(message).__name__}' is a message of the agent's side")
         except (ProtocolError, Disconnected):
@@ -245,9 +247,9 @@ class Connection:
             self._refuse(InternalError(f"the agent failed ({error!r}); its log has the traceback, please report it"))
 
     def _require(self, message: AnyMessage, fds: list[int]) -> None:
-        """Before anything else, so that a refusal takes no longer for a model that is here. Closes `fds` then.
+        """Check the caller's rights before anything else: a refusal must not take longer for a resident model.
 
-        Raises `AccessDenied`, or `BadModelURI` for what is none.
+        Raises `AccessDenied` or `BadModelURI`, and closes `fds` then.
         """
         try:
             match message:
@@ -274,7 +276,7 @@ class Connection:
         return report.visible(reply, lambda model: self._access.may_have(self.caller, model))
 
     def _refuse(self, error: AgentError) -> None:
-        self._say(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
+        self._send(ErrorReply(error.code, error.text[:TEXT_LIMIT]))
         if self._channel.state == "closed":
             raise Disconnected("refused")
 
@@ -292,11 +294,12 @@ class Connection:
         data = manifest.encode(self._agent.describe(model))
         fd = sealed_bytes(data, "glowplug:manifest")
         try:
-            self._say(ManifestReply(len(data), 1), [fd])
+            self._send(ManifestReply(len(data), 1), [fd])
         finally:
             os.close(fd)
 
     def close(self) -> None:
+        """Close the socket and all fds that wait to be sent. For the connection's thread, or once it cannot start."""
         with self._lock:
             self._closed = True
             outbox, self._outbox = self._outbox, deque()

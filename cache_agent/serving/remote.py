@@ -1,7 +1,6 @@
-"""Owns a connection over TCP: functions get bytes where they would get fds, and other nodes' agents get chunks.
+"""Owns a connection over TCP: functions get bytes in place of fds, and other nodes' agents get chunks.
 
-Nobody is served before he has shown who he is: an agent by proving that it knows the cluster's key, a function by the
-identity in its hello.
+Both show their identity first: an agent proves that it knows the cluster's key, a function has a token in its hello.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ from cache_agent.wire.peers import DescribeRequest, FetchRequest, FollowRequest,
 from cache_agent.wire.protocol import VERSION
 from cache_agent.wire.requests import HandoffRequest, HostRequest
 
-_IDLE_SECONDS = 60.0  # of an agent that asks for nothing
-_TELL_SECONDS = 0.1  # between two words on the same model, at least
-_BREATH_SECONDS = 1.0  # and at most: whoever is silent is taken for dead
+_IDLE_SECONDS = 60.0  # that an agent may ask for nothing
+_NEWS_SECONDS = 0.1  # at least, between two reports on a followed model
+_SILENCE_SECONDS = 1.0  # at most, between two reports: the follower takes a silent agent for dead
 
 
 class RemoteConnection(Connection):
-    """One client or agent of another machine."""
+    """A connection of a function, or of another node's agent, over TCP."""
 
     channel_type = Link
 
@@ -62,24 +61,24 @@ class RemoteConnection(Connection):
         sock: socket.socket,
         access: Access,
         on_end: Callable[[Connection], None],
-        desk: Broker,
+        broker: Broker,
         key: ClusterKey | None,
     ) -> None:
-        super().__init__(agent, sock, access, on_end, desk)
+        super().__init__(agent, sock, access, on_end, broker)
         self._key = key
         self._nonces = ("", "")
         self._peer = self._address = self._have = ""
         self._heard = time.monotonic()
-        self._stream: _Stream | None = None
+        self._stream: _SegmentStream | None = None
         self._following: Following | None = None
-        self._told_at = -math.inf  # never
+        self._news_at = -math.inf  # never
 
     @property
     def _link(self) -> Link:
         assert isinstance(self._channel, Link), "of its type"
         return self._channel
 
-    # --- who it is ------------------------------------------------------------------------------------------------
+    # --- identity -----------------------------------------------------------------------------------------------------
 
     def _greet(self, hello: Hello) -> None:
         if hello.identity.kind != "cluster":
@@ -118,7 +117,7 @@ class RemoteConnection(Connection):
             case DescribeRequest(source):
                 self._attempt(lambda: self._agent.sharing.describe(self._link, source))
             case FollowRequest(source):
-                self._attempt(lambda: self._begin_to_tell(source))
+                self._attempt(lambda: self._follow(source))
             case LeaseRequest():
                 self._have = message.have
                 super()._answer(message, fds)
@@ -132,20 +131,20 @@ class RemoteConnection(Connection):
                 super()._answer(message, fds)
 
     def _hand_over(self, asked: HandoffRequest) -> None:
-        """For another node's worker; until that one, ours, or this agent ends it."""
+        """Carry a hand-off from another node's worker to one here, until a worker or this agent ends it."""
         assert self._key is not None, "only agents come to this state"
         try:
-            sock, found = self._desk.of_another_node(asked)
+            sock, found = self._broker.match_for_node(asked)
         except NoDestination as error:
             self._refuse(error)
             return
         with sock:
-            self._say(found)
-            crossing = Splice(self._link, sock, self._key, (asked.nonce, found.nonce), "called")
-            crossing.run(lambda: self._stopping)
+            self._send(found)
+            splice = Splice(self._link, sock, self._key, (asked.nonce, found.nonce), "called")
+            splice.run(lambda: self._stopping)
         raise Disconnected("the hand-off has ended")
 
-    def _begin_to_tell(self, source: str) -> None:
+    def _follow(self, source: str) -> None:
         self._following = self._agent.sharing.follow(source)
         self._load = self._following.load
         if self._load is not None:
@@ -159,29 +158,29 @@ class RemoteConnection(Connection):
         except ModelNotFound as error:
             self._refuse(error)
 
-    # --- what goes out --------------------------------------------------------------------------------------------
+    # --- sending ------------------------------------------------------------------------------------------------------
 
-    def _say(self, message: Message, fds: Sequence[int] = ()) -> None:
+    def _send(self, message: Message, fds: Sequence[int] = ()) -> None:
         match message:
             case Granted(source, size, segments):
-                super()._say(Streaming(source, segments, size))
+                super()._send(Streaming(source, segments, size))
                 self._link.send_bytes(os.pread(fds[0], size, 0))
-                self._stream = _Stream([os.dup(fd) for fd in fds[1:]], segments)
+                self._stream = _SegmentStream([os.dup(fd) for fd in fds[1:]], segments)
                 if source == self._have:
                     self._stream.sent = list(segments)
             case ManifestReply(size):
-                super()._say(ManifestInline(size))
+                super()._send(ManifestInline(size))
                 self._link.send_bytes(os.pread(fds[0], size, 0))
             case LeaseReady() | RevisionNotice() if self._stream is not None:
                 self._stream.after.append(message)
             case _:
-                super()._say(message, fds)
+                super()._send(message, fds)
 
     def _timeout(self) -> float | None:
         if self._stream is not None and self._stream.due(self._load) is not None:
             return 0.0
         if self._following is not None:
-            return max(0.0, self._told_at + _BREATH_SECONDS - time.monotonic())
+            return max(0.0, self._news_at + _SILENCE_SECONDS - time.monotonic())
         if self._channel.state == "peer":
             return max(0.0, self._heard + _IDLE_SECONDS - time.monotonic())
         return super()._timeout()
@@ -194,7 +193,7 @@ class RemoteConnection(Connection):
         elif self._channel.state == "peer" and time.monotonic() >= self._heard + _IDLE_SECONDS:
             raise Disconnected("it asked for nothing for a while")
 
-    def _push_piece(self, stream: _Stream) -> None:
+    def _push_piece(self, stream: _SegmentStream) -> None:
         due = stream.due(self._load)
         if due is not None:
             segment, offset, size = due
@@ -205,17 +204,17 @@ class RemoteConnection(Connection):
             self._stream = None
             stream.close()
             for message in stream.after:
-                super()._say(message)
+                super()._send(message)
 
     def _push_news(self, following: Following) -> None:
         now = time.monotonic()
-        if now < self._told_at + _TELL_SECONDS:
+        if now < self._news_at + _NEWS_SECONDS:
             return
         if following.over:
             self._refuse(ModelNotFound("the model has left this node's memory"))
         news = following.news()
-        if news is not None or now >= self._told_at + _BREATH_SECONDS:
-            self._told_at = now
+        if news is not None or now >= self._news_at + _SILENCE_SECONDS:
+            self._news_at = now
             self._channel.send(Holds(*(news or ([], following.reading))))
 
     def close(self) -> None:
@@ -225,14 +224,14 @@ class RemoteConnection(Connection):
             self._stream = None
 
 
-class _Stream:
-    """A model's bytes on their way to a function that has no fds."""
+class _SegmentStream:
+    """A model's segments on their way to a function over TCP."""
 
     def __init__(self, fds: list[int], sizes: Sequence[int]) -> None:
-        """Takes over `fds`."""
+        """`fds` are the segments', `sizes` their bytes. Takes over `fds`."""
         self.fds = fds
         self.sent = [0] * len(sizes)
-        self.after: list[Message] = []  # what is said when all of it is there
+        self.after: list[Message] = []  # sent once all bytes are
         self._sizes = list(sizes)
 
     @property
@@ -240,7 +239,7 @@ class _Stream:
         return self.sent == self._sizes
 
     def due(self, load: ModelLoad | None) -> tuple[int, int, int] | None:
-        """(segment, offset, size) of what can go out next."""
+        """Return segment, offset and size of the next piece that can be sent, or None."""
         there = self._sizes
         if load is not None and not load.finished.is_set():
             there = load.progress()[0]

@@ -1,4 +1,4 @@
-"""Owns the agent's sockets: who may connect, a thread for each connection, and the end of all of them."""
+"""Owns the agent's sockets: it accepts connections, gives each a thread, and ends them all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BACKLOG = 256
 
 
 def listen(path: Path, mode: int) -> socket.socket:
-    """A listening unix socket at `path`, replacing one that nobody serves. Raises `BadSetting`."""
+    """Return a listening unix socket at `path`, in place of one that no agent serves. Raises `BadSetting`."""
     server = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)
@@ -49,7 +49,10 @@ def listen(path: Path, mode: int) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes a socket on which nobody listens. Raises `BadSetting` when somebody does, however busy, or it is none."""
+    """Remove a socket on which no process listens.
+
+    Raises `BadSetting` where one does, however busy, and where the file is no socket.
+    """
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise BadSetting(f"{path} exists and is no socket; choose another --socket")
@@ -60,17 +63,18 @@ def _remove_stale(path: Path) -> None:
             path.unlink()
             return
         except BlockingIOError:
-            pass  # its backlog is full
+            pass  # an agent listens, and its backlog is full
         raise BadSetting(f"an agent already serves {path}; stop it, or choose another --socket")
 
 
-Opener = Callable[[socket.socket], Connection]
+OpenConnection = Callable[[socket.socket], Connection]
 
 
 class Server:
-    """Accepts connections until `stop`; `run` returns once every connection's thread has ended.
+    """The agent's listening sockets and open connections.
 
-    A byte written to `stop_fd` stops it, too: it is made for `signal.set_wakeup_fd`, and knows SIGHUP's.
+    `run` accepts until `stop` is called or a byte comes to `stop_fd`, which fits `signal.set_wakeup_fd`; the byte of
+    SIGHUP reads the rights again instead.
     """
 
     def __init__(
@@ -82,33 +86,34 @@ class Server:
         """
         self._agent = agent
         self._access = access or Access()
-        self._doors: dict[int, tuple[socket.socket, Opener, int]] = {}
+        self._listeners: dict[int, tuple[socket.socket, OpenConnection, int]] = {}
         index, allowed = index or open_index(agent.config, private=True), self._access
-        self.desk = desk = Broker(index, agent.journal, agent.node)
-        self.open_door(
-            sock, lambda sock: Connection(agent, sock, allowed, self.forget, desk), agent.config.max_connections
+        self.broker = broker = Broker(index, agent.journal, agent.node)
+        self.add_listener(
+            sock, lambda sock: Connection(agent, sock, allowed, self.forget, broker), agent.config.max_connections
         )
         self._stop_reader, self.stop_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
 
-    def open_door(self, sock: socket.socket, opener: Opener, most: int) -> None:
-        """Before `run`: connections that come in at `sock` are served by what `opener` makes of them.
+    def add_listener(self, sock: socket.socket, opener: OpenConnection, most: int) -> None:
+        """Have `opener` make connections of what comes in at `sock`; to be called before `run`.
 
-        Refused where `most` connections, of whatever door, are open.
+        A connection is refused while `most` connections of all listeners together are open.
         """
         sock.setblocking(False)
-        self._doors[sock.fileno()] = sock, opener, most
+        self._listeners[sock.fileno()] = sock, opener, most
 
     def run(self) -> None:
+        """Serve until stopped, then wait for the connections' threads, five seconds at most."""
         poller = select.poll()
-        for fd in (*self._doors, self._stop_reader):
+        for fd in (*self._listeners, self._stop_reader):
             poller.register(fd, select.POLLIN)
-        while self._stop_reader not in (ready := [fd for fd, _ in poller.poll()]) or not self._is_told_to_stop():
+        while self._stop_reader not in (ready := [fd for fd, _ in poller.poll()]) or not self._must_stop():
             for fd in ready:
-                if fd in self._doors:
-                    self._accept(*self._doors[fd])
-        for sock, _, _ in self._doors.values():
+                if fd in self._listeners:
+                    self._accept(*self._listeners[fd])
+        for sock, _, _ in self._listeners.values():
             sock.close()
         for connection in self._snapshot():
             connection.stop()
@@ -116,8 +121,8 @@ class Server:
         for connection in self._snapshot():
             connection.thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _is_told_to_stop(self) -> bool:
-        """False when all that came was SIGHUP, which has the rights read again."""
+    def _must_stop(self) -> bool:
+        """Read the rights again and return False when only SIGHUP came, True otherwise."""
         with contextlib.suppress(BlockingIOError):
             if set(os.read(self._stop_reader, 64)) == {signal.SIGHUP}:
                 self._access.reload()
@@ -125,27 +130,27 @@ class Server:
         return True
 
     def stop(self) -> None:
-        """Makes `run` return soon; from any thread, and as often as one likes."""
+        """Make `run` return soon. From any thread, any number of times."""
         with contextlib.suppress(BlockingIOError):
             os.write(self.stop_fd, b".")
 
     def close(self) -> None:
-        """Call it once, after `run`."""
+        """Close the pipe of `stop_fd`; to be called once, after `run`."""
         os.close(self._stop_reader)
         os.close(self.stop_fd)
 
-    def _accept(self, door: socket.socket, opener: Opener, most: int) -> None:
+    def _accept(self, listener: socket.socket, opener: OpenConnection, most: int) -> None:
         try:
-            sock, _ = door.accept()
+            sock, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError as error:  # out of fds: those who are here must go on, and new ones wait in the backlog
+        except OSError as error:  # out of fds: open connections go on, and new ones wait in the backlog
             log.error("cannot accept a connection: %s", error.strerror)
             time.sleep(0.1)
             return
         self._admit(sock, opener, most)
 
-    def _admit(self, sock: socket.socket, opener: Opener, most: int) -> None:
+    def _admit(self, sock: socket.socket, opener: OpenConnection, most: int) -> None:
         with self._lock:
             if len(self._connections) >= most:
                 log.warning("refused a connection: %d are open", len(self._connections))
@@ -153,7 +158,7 @@ class Server:
                 return
         try:
             connection = opener(sock)
-        except OSError as error:  # out of fds: this client must try again
+        except OSError as error:  # out of fds: the client has to try again
             log.error("cannot serve a connection: %s", error)
             sock.close()
             return
@@ -167,6 +172,7 @@ class Server:
             connection.close()
 
     def forget(self, connection: Connection) -> None:
+        """Drop a connection that has ended."""
         with self._lock:
             self._connections.discard(connection)
 

@@ -1,4 +1,4 @@
-"""What this node gives to other nodes' agents: what it says of a model's chunks, and the chunks, from memory or SSD."""
+"""Owns what this node gives to other nodes' agents: a model's description, its chunks, and news of arrivals."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from cache_agent.residency.retention import Retention
 from cache_agent.wire.link import Link
 from cache_agent.wire.peers import Chunk, Described, Said
 
-MOST_SAID = 4096  # chunks in one message
+_MOST_NEWS = 4096  # chunks in one message
 
 
 class Sharing:
-    """Any thread; what is sent is sent in the caller's."""
+    """The models of this node, as other nodes read them. Any thread; the caller's thread sends."""
 
     def __init__(
         self, memory_of: Callable[[str], EntryMemory | None], lock: threading.RLock, retention: Retention
     ) -> None:
-        """`memory_of(source)` is the copy in memory, which nobody closes under `lock`."""
+        """`memory_of(source)` is the copy in memory, which stays open while `lock` is held."""
         self._memory_of, self._lock, self._retention = memory_of, lock, retention
 
     def invite(self, source: str, node: str, address: str) -> None:
-        """Tells the load of a source that a node loads the same."""
+        """Let the load of a source know of a node that loads the same, to take chunks from it."""
         memory = self._memory_of(source)
         if memory is not None and memory.load is not None and memory.load.helper is not None:
             memory.load.helper.invite(node, address)
 
     def send(self, link: Link, source: str, number: int, layout: int) -> None:
-        """Sends a chunk. Raises `ModelNotFound` when it is not here, or `Disconnected`."""
+        """Send a chunk from memory or SSD. Raises `ModelNotFound` when it is not here, or `Disconnected`."""
         if layout != LAYOUT:
             raise ModelNotFound(f"this agent lays models out as version {LAYOUT}, not {layout}")
         borrowed = self._borrow(source, number)
@@ -53,8 +53,8 @@ class Sharing:
             link.send(Chunk(content.chunk_digest(chunk), len(chunk)))
             link.send_bytes(chunk)
 
-    def _borrow(self, source: str, number: int) -> Borrowed | None:
-        """A chunk that is in memory, whole and right."""
+    def _borrow(self, source: str, number: int) -> BorrowedChunk | None:
+        """Return a verified chunk in memory, or None."""
         with self._lock:
             memory = self._memory_of(source)
             place = memory.description.manifest.chunk_place(number) if memory is not None else None
@@ -64,10 +64,10 @@ class Sharing:
                 return None
             segment, start, end = place
             digest = memory.load.said_of(number) if memory.load is not None else ""
-            return Borrowed(os.dup(memory.dram.fds[segment]), start, end - start, digest)
+            return BorrowedChunk(os.dup(memory.dram.fds[segment]), start, end - start, digest)
 
     def describe(self, link: Link, source: str) -> None:
-        """Sends what is needed besides the weights. Raises `ModelNotFound`, `Disconnected`."""
+        """Send the headers and small files of a model. Raises `ModelNotFound`, `Disconnected`."""
         memory = self._memory_of(source)
         if memory is not None:
             data = encode_description(memory.description)
@@ -79,7 +79,7 @@ class Sharing:
         link.send_bytes(data)
 
     def follow(self, source: str) -> Following:
-        """Raises `ModelNotFound` when nothing of it is here."""
+        """Begin to follow which chunks of a source arrive here. Raises `ModelNotFound` when nothing of it is here."""
         memory = self._memory_of(source)
         if memory is not None:
             return Following(source, memory, memory.load, memory.description.manifest.chunk_count, self._memory_of)
@@ -88,7 +88,7 @@ class Sharing:
         return Following(source, None, None, chunks, self._memory_of)
 
 
-class Borrowed(NamedTuple):
+class BorrowedChunk(NamedTuple):
     """A chunk in memory; `fd` is the borrower's to close."""
 
     fd: int
@@ -98,7 +98,7 @@ class Borrowed(NamedTuple):
 
 
 class Following:
-    """What one other node was told of a source. One thread."""
+    """The state of one other node that follows a source: which chunks it knows of. One thread."""
 
     def __init__(
         self,
@@ -111,26 +111,26 @@ class Following:
         self.load = load
         self._source, self._of, self._find = source, memory, find
         self._chunks = chunks
-        self._told = 0
+        self._sent = 0
         self.reading: list[int] = []
 
     @property
     def over(self) -> bool:
-        """The copy that this is about has left the memory, or its load has failed."""
+        """Whether the followed copy has left the memory, or its load has failed."""
         return self._of is not None and self._find(self._source) is not self._of
 
     def news(self) -> tuple[list[Said], list[int]] | None:
-        """What came since, and what is being read from the origin now; None when both are as before."""
+        """Return chunks that have come, and those being read from the origin now; None where nothing has changed."""
         if self.load is not None and self.load.said:
-            said = self.load.said[self._told : self._told + MOST_SAID]
+            said = self.load.said[self._sent : self._sent + _MOST_NEWS]
             reading = self.load.reading()
         elif self.load is not None and not self.load.finished.is_set():
             said, reading = [], self.load.reading()
-        else:  # all of it is here, and its digests were never computed: who takes it proves the whole
-            said = [Said(number) for number in range(self._told, min(self._told + MOST_SAID, self._chunks))]
+        else:  # all chunks are here and have no digests; a receiver verifies the whole model
+            said = [Said(number) for number in range(self._sent, min(self._sent + _MOST_NEWS, self._chunks))]
             reading = []
         if not said and reading == self.reading:
             return None
-        self._told += len(said)
+        self._sent += len(said)
         self.reading = reading
         return said, reading

@@ -1,1 +1,1 @@
-"""What the agent shows over HTTP, and the records that it shows."""
+"""The agent's state, events and metrics over HTTP, and the dashboard; see README.md."""

@@ -1,7 +1,7 @@
-"""What the ledger of a start says: where its time went, which phase was the longest, and what would shorten it. Pure.
+"""The diagnosis of a start from its ledger: where its time went, its longest phase, and what would shorten it. Pure.
 
-Spans of shim and worker follow one another; the agent's run beside them, and show in what the worker waited for.
-At each instant the time belongs to the span of shim or worker that began last and has not ended.
+Spans of shim and worker follow one another. The agent's spans run beside them, and count only as far as the worker
+waited. Each instant belongs to the span of shim or worker that began last and has not ended.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from cache_agent.ledger import Span
 
-_WAIT = "weights"  # what the worker calls its waiting for bytes
+_WAIT = "weights"  # the worker's span of waiting for bytes
 _FIRST = "first token"
 _TRANSFER = "transfer from "
 _NOWHERE = "between the phases"
@@ -20,7 +20,7 @@ _NOWHERE = "between the phases"
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What a diagnosis must know of the node: the model's bytes (0: unknown), and what the agent could do better."""
+    """Facts of the node: the model's bytes (0: unknown), an SSD tier or none, huge pages under the model or not."""
 
     bytes: int = 0
     ssd: bool = False
@@ -29,7 +29,7 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """`seconds` from the first instruction to the last phase; `phases` in seconds of it, the longest first."""
+    """The result: `seconds` from the first span to the end of the last, and `phases` in seconds, the longest first."""
 
     seconds: float
     bottleneck: str
@@ -40,13 +40,13 @@ class Diagnosis:
 
 
 def diagnose(spans: Sequence[Span], tier: str, node: NodeFacts) -> Diagnosis | None:
-    """`tier` is where the bytes came from, "" if that is not known. None where there is nothing to say."""
+    """Diagnose a start whose bytes came from `tier` ("": unknown). None where no time was spent."""
     parts = attribute([span for span in spans if span.owner != "agent"])
     total = sum(parts.values()) / 1e9
     if not total:
         return None
     moved = sum(span.end - span.start for span in spans if (span.owner, span.name) == ("agent", "transfer")) / 1e9
-    source = tier if moved else ""  # what was resident was not moved for this start
+    source = tier if moved else ""  # resident bytes were not transferred for this start
     phases = dict(sorted(((_named(name, source), ns / 1e9) for name, ns in parts.items()), key=lambda part: -part[1]))
     bottleneck = next(iter(phases))
     share = phases[bottleneck] / total
@@ -57,9 +57,9 @@ def diagnose(spans: Sequence[Span], tier: str, node: NodeFacts) -> Diagnosis | N
 
 
 def attribute(spans: Iterable[Span]) -> dict[str, int]:
-    """Nanoseconds by phase ("owner name"), from the first start to the last end.
+    """Return nanoseconds by phase ("owner name"), from the first start to the last end.
 
-    The time in which a function that was ready waited for its first request is nobody's.
+    The time in which a ready function waited for its first request belongs to no phase.
     """
     ordered = sorted(spans, key=lambda span: (span.start, -span.end))
     starting = [span for span in ordered if span.name != _FIRST]

@@ -1,4 +1,4 @@
-"""What Prometheus is told: the journal's counts, and the agent's present state read at the moment of asking."""
+"""The agent's metrics for Prometheus: the journal's counts, and the agent's state at the moment of the scrape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Values = Mapping[str, int] | Mapping[str, float] | Mapping[tuple[str, str], int]
 
 
 class MeasuredAgent(Protocol):
-    """The agent, as far as it is measured."""
+    """The part of an agent that is measured."""
 
     journal: Journal
 
@@ -24,12 +24,13 @@ class MeasuredAgent(Protocol):
 
 
 class Collector:
-    """A collector of prometheus_client's; any thread."""
+    """A collector of prometheus_client. Any thread."""
 
     def __init__(self, node: MeasuredAgent) -> None:
         self._node = node
 
     def collect(self) -> Iterator[Metric]:
+        """Yield all metrics, as they are now."""
         status, counts = self._node.full_status(), self._node.journal.counts()
         yield _gauge(
             "glowplug_info", "Always 1; says who answers.", ["node", "version"], {(status.node, __version__): 1}

@@ -1,15 +1,16 @@
-"""Owns what the agent says of itself over HTTP: metrics, state and events. Made only where the settings ask for it.
+"""Owns the agent's status over HTTP: metrics, state and events. Only agents with `GLOWPLUG_STATUS` import this.
 
-    GET /              what there is
+    GET /              the paths
     GET /healthz       200 while the agent's lock can be had
     GET /metrics       for Prometheus
-    GET /status.json   as `glowplug agent status --json` shows it
-    GET /events        ?since=NUMBER&limit=COUNT: what happened lately, and why
+    GET /status.json   like `glowplug agent status --json`
+    GET /events        ?since=NUMBER&limit=COUNT: the last events, with their reasons
     GET /events/stream server-sent events, from `Last-Event-ID` or `since` on
-    GET /dashboard     a page that shows all this, and what is behind it (see `dashboard`)
+    GET /dashboard     a page that shows all this, with its files and data (see `dashboard`)
 
-Everything but the paths in `open_paths`, and the empty page, takes an operator's token. Where nobody is asked who he
-is, only this machine can connect; a page of another origin in somebody's browser cannot ask under a name of its own.
+All paths but `open_paths` and the dashboard's static files take an operator's token. An agent that asks for no identity
+listens on this machine alone, and answers only requests whose Host is this machine's: a web page of another origin,
+whose name resolves to 127.0.0.1, is refused.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ _LOCK_SECONDS = 5.0
 _JWT_PARTS = 3
 
 
-class Status:
-    """The server, from `start` to `close`."""
+class StatusServer:
+    """The HTTP server of an agent's status, from `start` to `close`."""
 
     def __init__(self, agent: Agent, access: Access, address: str, open_paths: tuple[str, ...]) -> None:
-        """`address` is host:port. Raises `BadSetting`."""
+        """Listen on `address`, host:port. Raises `BadSetting`."""
         host, port = parse_address(address)
         if access.open and not _is_local(host):
             raise BadSetting(
@@ -71,7 +72,7 @@ class Status:
 
 
 class _Pages:
-    """The answers, one method a path; `ending` ends the streams."""
+    """The responses, one method per path; `ending` ends the streams of events."""
 
     def __init__(self, agent: Agent, access: Access, open_paths: tuple[str, ...], ending: threading.Event) -> None:
         self._agent = agent
@@ -83,7 +84,7 @@ class _Pages:
         self._registry.register(Collector(agent))
 
     def app(self) -> Flask:
-        """Return the application that routes to the methods and to the dashboard."""
+        """Return the application with the routes of this class and of the dashboard."""
         app = Flask("glowplug-status", static_folder=None)
         app.before_request(self.admit)
         app.register_blueprint(dashboard.blueprint(self._agent))
@@ -98,7 +99,7 @@ class _Pages:
         return app
 
     def admit(self) -> Response | None:
-        """Return the refusal of a request, or None. Raises `AgentError` for a token that does not do."""
+        """Return the refusal of a request, or None. Raises `AgentError` for a token without the right."""
         if request.path in self._open_paths:
             return None
         if self._access.open:
@@ -155,7 +156,7 @@ def _failed(error: HTTPException) -> Response:
 
 
 def _stream(agent: Agent, since: int, ending: threading.Event) -> Iterator[bytes]:
-    """Events as they happen, the last one included; now and then a comment, which finds out clients that are gone."""
+    """Yield events as they happen, until `ending` is set. Comments between them find out clients that have gone."""
     yield b": events\n\n"
     over = False
     while not over:
@@ -169,7 +170,7 @@ def _stream(agent: Agent, since: int, ending: threading.Event) -> Iterator[bytes
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """(host, port) from "127.0.0.1:9480" or "[::1]:9480". Raises `BadSetting`."""
+    """Return host and port of "127.0.0.1:9480" or "[::1]:9480". Raises `BadSetting`."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:

@@ -1,8 +1,7 @@
 """gunicorn's threaded worker without gunicorn's arbiter: the base of every HTTP server of the project.
 
-`ThreadedServer` serves on the thread that calls it, as a function's worker does; `WsgiServer` on a thread of its own,
-within a process that has other things to do. gunicorn's control socket, pid files, signals and privilege changes stay
-out of both.
+`ThreadedServer` serves on the calling thread, as in a function's worker; `WsgiServer` serves on a thread of its own.
+Neither has gunicorn's control socket, pid files, signal handlers and privilege changes.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ log = logging.getLogger("glowplug.web")
 
 _BACKLOG = 128
 _CONNECTIONS = 64
-_KEPT_SECONDS = 15  # that a connection waits for its next request
-_STOP_SECONDS = 1  # for answers on their way; browsers hold connections open on which they never ask
-_TLS_RECORD = 16 << 10  # bytes at most: what is read of one is read whole, and none of it is out of the poller's sight
+_IDLE_SECONDS = 15  # without a request, until a connection is closed
+_STOP_SECONDS = 1  # for running requests; browsers also hold connections open on which they never ask
+_TLS_RECORD = 16 << 10  # bytes at most; records are read whole, as a poller does not see decrypted bytes
 _NO_CONNECTION = (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK)  # the client went before it was accepted
 
 Secure = Callable[[socket.socket], socket.socket]
 
 
 class Settings:
-    """gunicorn's settings and the logger that they make: 120 objects of 120 classes.
+    """gunicorn's settings and the logger that they make: 120 objects of 120 classes, for one server.
 
-    A server uses them up. A warm layer has them made, and each of its children is the only one that changes its copy.
+    A warm layer makes them ahead; each forked child changes its own copy.
     """
 
     def __init__(self) -> None:
@@ -49,7 +48,7 @@ class Settings:
 
 
 class _App:
-    """What gunicorn asks of an application object."""
+    """The part of a gunicorn application that a worker uses."""
 
     def __init__(self, wsgi: Callable[..., Any]) -> None:
         self._wsgi = wsgi
@@ -59,7 +58,7 @@ class _App:
 
 
 class _Unreader(SocketUnreader):  # type: ignore[misc]
-    """Takes a client that is silent for too long for one that has gone, and reads nothing of it from then on."""
+    """A reader that takes a client's silence beyond the timeout for the end of its stream."""
 
     _gone = False
 
@@ -71,8 +70,8 @@ class _Unreader(SocketUnreader):  # type: ignore[misc]
         return b""
 
 
-class _Connection(TConn):  # type: ignore[misc]
-    """One connection: secured by the thread that reads its first request, and closed once."""
+class _HttpConnection(TConn):  # type: ignore[misc]
+    """One connection: its TLS handshake runs on the thread that reads the first request; `close` runs once."""
 
     sock: socket.socket
 
@@ -85,7 +84,7 @@ class _Connection(TConn):  # type: ignore[misc]
         self.data_ready = secure is not None  # a handshake has a deadline of its own
 
     def init(self) -> None:
-        """Prepare to read a request, on its thread."""
+        """Prepare to read a request, on the request's thread."""
         first = not self.initialized
         if first and self._secure is not None:
             try:
@@ -104,7 +103,7 @@ class _Connection(TConn):  # type: ignore[misc]
 
 
 class ThreadedServer(ThreadWorker):  # type: ignore[misc]
-    """`init_process` serves in the calling thread until `stop`, then lets running requests end."""
+    """A server on the calling thread: `init_process` serves until `stop`, then lets running requests end."""
 
     nr_conns: int  # gunicorn's: open connections
 
@@ -116,7 +115,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
         threads: int,
         connections: int,
         grace: int,
-        kept: int = _KEPT_SECONDS,
+        kept: int = _IDLE_SECONDS,
         patience: float | None = None,
         secure: Secure | None = None,
         parent: int = 0,
@@ -124,9 +123,9 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
     ) -> None:
         """Serve `threads` requests at once, and keep up to `connections` - `threads` connections without one.
 
-        Seconds: `grace` for what runs when it is stopped, `kept` until a connection without a request is closed,
-        `patience` with a client that neither sends nor reads (None: without end). `secure` makes a connection one of
-        TLS; it raises `OSError`. The server ends with the process `parent`, if one is given.
+        In seconds: `grace` for running requests after `stop`, `kept` until a connection without a request is closed,
+        `patience` with a client that neither sends nor reads (None: unlimited). `secure` shakes hands for TLS, and
+        raises `OSError`. The server ends with the process `parent`, if one is given.
         """
         settings = settings or Settings()
         config = settings.config
@@ -134,17 +133,17 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
         config.set("worker_connections", connections)
         config.set("keepalive", kept)
         config.set("graceful_timeout", grace)
-        # gunicorn took these from whoever imported it, which in a forked worker was somebody else.
+        # gunicorn reads both at import, which in a forked worker ran as another user.
         config.set("user", os.geteuid())
         config.set("group", os.getegid())
         super().__init__(0, parent, [sock], _App(wsgi), 0, config, settings.logger)
         self._patience = patience
         self._secure = secure
-        self._busy: set[_Connection] = set()  # those with a thread; only the serving thread changes it
+        self._busy: set[_HttpConnection] = set()  # connections with a thread; only the serving thread changes the set
 
     @property
     def in_hand(self) -> int:
-        """Connections with a thread. For the serving thread, or once it has ended."""
+        """The number of connections with a thread. For the serving thread, or once the server has ended."""
         return len(self._busy)
 
     def accept(self, listener: Any) -> None:
@@ -160,7 +159,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
         """Serve a connection that was accepted, with these addresses. For the serving thread."""
         send_at_once(client)  # a connection may have waited since before its listener had the option
         self.nr_conns += 1
-        self.enqueue_req(_Connection(self.cfg, client, peer, own, patience=self._patience, secure=self._secure))
+        self.enqueue_req(_HttpConnection(self.cfg, client, peer, own, patience=self._patience, secure=self._secure))
 
     def enqueue_req(self, conn: Any) -> None:
         self._busy.add(conn)
@@ -168,7 +167,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Any) -> Any:
         keep = super().handle(conn)
-        if not keep:  # gunicorn would do so on the serving thread, where all wait for a client that does not close
+        if not keep:  # gunicorn closes on the serving thread, where one slow client delays all others
             conn.close(graceful=True)
         return keep
 
@@ -177,7 +176,7 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
         super().finish_request(conn, fs)
 
     def stop(self) -> None:
-        """End, with `grace` for what runs. From any thread, also before the server runs."""
+        """End, with `grace` for running requests. From any thread, also before the server runs."""
         self.alive = False
         with contextlib.suppress(AttributeError, TypeError):  # gunicorn's wake-up pipe exists only once it runs
             self.method_queue.defer(lambda: None)
@@ -186,14 +185,14 @@ class ThreadedServer(ThreadWorker):  # type: ignore[misc]
         return not self.ppid or bool(super().is_parent_alive())
 
     def notify(self) -> None:
-        """Called about every second: gunicorn's heartbeat, for which nobody waits."""
+        """Do nothing: gunicorn's heartbeat to an arbiter, which is absent here."""
 
     def init_signals(self) -> None:
-        """Signals are the process's own, which took them before anything else."""
+        """Do nothing: the process has installed its own handlers before."""
 
 
 class WsgiServer(ThreadedServer):
-    """`start` to `stop`, once; from any thread."""
+    """A server on a thread of its own, from `start` to `stop`, once. Any thread."""
 
     def __init__(self, sock: socket.socket, wsgi: Callable[..., Any], *, threads: int, **options: Any) -> None:
         """`options` are those of `ThreadedServer`."""
@@ -218,7 +217,7 @@ class WsgiServer(ThreadedServer):
 
 
 def listen(host: str, port: int, setting: str) -> socket.socket:
-    """A listening TCP socket. Raises `BadSetting`, which tells to choose another `setting`."""
+    """Return a listening TCP socket. Raises `BadSetting`, whose text names the `setting` to change."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
@@ -231,8 +230,8 @@ def listen(host: str, port: int, setting: str) -> socket.socket:
 def send_at_once(sock: socket.socket) -> None:
     """Set TCP_NODELAY on a connection, or on a listener whose connections inherit it; other sockets stay as they are.
 
-    gunicorn sends the headers of an answer and its body apart. Without the option the body waits on a kept connection
-    until the peer acknowledges the headers, 40 ms later.
+    gunicorn sends the headers and the body of a response apart. Without the option the body waits on a reused
+    connection until the peer acknowledges the headers, 40 ms later.
     """
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

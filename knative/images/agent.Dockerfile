@@ -1,4 +1,4 @@
-# The cache agent, and with other arguments the scheduler's extender or the webhook. No torch.
+# The cache agent, without torch. With other arguments the scheduler's extender or the webhook.
 #   docker build -f knative/images/agent.Dockerfile -t registry.example.com/glowplug/agent:0.1.0 .
 
 ARG PYTHON_VERSION=3.11
@@ -11,7 +11,7 @@ ENV PIP_NO_CACHE_DIR=1 \
 COPY pyproject.toml README.md LICENSE /usr/src/glowplug/
 COPY cache_agent/ /usr/src/glowplug/cache_agent/
 COPY runtime/ /usr/src/glowplug/runtime/
-# The lock is a constraint: of what it pins, only what the agent needs comes in.
+# The lock is a constraint: pip installs only the packages that the agent needs, in the lock's versions.
 RUN python -m venv /opt/glowplug \
     && /opt/glowplug/bin/pip install -c /usr/src/glowplug/runtime/base.lock /usr/src/glowplug[metrics] \
     && /opt/glowplug/bin/python -m compileall -q /opt/glowplug/lib \

@@ -1,12 +1,12 @@
-# What all functions share, for Knative: the locked base set and the runtime, without a watchdog and without a model. By
-# itself it serves the OpenAI routes of the model that GLOWPLUG_MODEL names. With a handler:
+# The packages that all functions share, for Knative: the locked base set and the runtime, without a watchdog and without
+# a model. This image serves the OpenAI routes of the model that GLOWPLUG_MODEL names. With a handler:
 #
 #   FROM registry.example.com/glowplug/function:0.1.0
 #   COPY --chown=root:root function/ /home/app/function/
 #   RUN glowplug base install -r /home/app/function/requirements.txt --target /home/app/packages
 #   ENV GLOWPLUG_HANDLER=/home/app/function
 #
-# and USER 0 before, USER 12000 after the steps that write.
+# with USER 0 before and USER 12000 after the steps that write.
 
 ARG PYTHON_VERSION=3.11
 ARG DEBIAN_OS=slim-bookworm
@@ -21,7 +21,7 @@ ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 
-# The index that torch alone comes from, for CPU builds or those of one CUDA version; empty, pip's own.
+# The index for torch alone, for CPU builds or those of one CUDA version; empty: pip's own.
 ARG TORCH_INDEX=
 COPY runtime/base.lock /usr/src/base.lock
 RUN if [ -n "${TORCH_INDEX}" ]; then \
@@ -38,7 +38,7 @@ RUN pip install --no-deps "/usr/src/glowplug[model]" \
     && chmod -R a+rX /home/app
 
 
-# The entrypoint is a static program, which executes the runtime's own shim wherever it is not all that is needed.
+# The entrypoint is a static program, which executes the runtime's Python shim where it does not suffice.
 FROM build AS shim
 
 RUN apt-get update -qy \

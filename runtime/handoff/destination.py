@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from cache_agent.client.cache_client import CacheClient
-from cache_agent.client.handoff import await_match, offer_to_host
+from cache_agent.client.handoff import await_match, offer_as_destination
 from cache_agent.errors import AgentError
 from cache_agent.wire.channel import Channel, Disconnected
 from runtime.handoff.adopted import AdoptedRequests, Taking, Work
@@ -86,7 +86,7 @@ class Destination:
                 self._channel = channel
             try:
                 while not self._unwilling():
-                    offer_to_host(channel, siblings, self._owner)
+                    offer_as_destination(channel, siblings, self._owner)
                     self._welcome(await_match(channel, self._unwilling), siblings)
             finally:
                 with self._lock:

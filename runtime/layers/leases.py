@@ -64,7 +64,7 @@ class LayerLeases:
         found: Lease | str
         try:
             deadline = time.monotonic() + _SECONDS
-            lease = self.client().lease(uri, deadline=deadline, kept=_leftover(memory))
+            lease = self.client().lease(uri, deadline=deadline, leftover=_leftover(memory))
             try:
                 lease.wait_ready(deadline)
             except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from cache_agent.client.lease import Known, Lease
+    from cache_agent.client.lease import KnownManifest, Lease
     from cache_agent.web.wsgi import Settings
     from runtime.http.application import Prepared
     from runtime.layers.keys import Level
@@ -22,7 +22,7 @@ class WarmLayer(Protocol):
     def http(self) -> tuple[Prepared, Settings] | None: ...
 
     @property
-    def known(self) -> Known | None: ...
+    def known(self) -> KnownManifest | None: ...
 
     @property
     def shared(self) -> bool: ...

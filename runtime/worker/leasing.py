@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cache_agent.client import credentials
 from cache_agent.client.cache_client import CacheClient
-from cache_agent.client.lease import Known, Lease
+from cache_agent.client.lease import KnownManifest, Lease
 from cache_agent.errors import AgentError, AgentTimeout, AgentUnreachable, VersionMismatch
 from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
@@ -41,7 +41,12 @@ class Leasing:
     """The leases of one worker. `private_agent` is for the thread that obeys the shim, `client` for any."""
 
     def __init__(
-        self, config: FunctionConfig, ledger: Ledger, line: WorkerEnd, lifecycle: Lifecycle, known: Known | None = None
+        self,
+        config: FunctionConfig,
+        ledger: Ledger,
+        line: WorkerEnd,
+        lifecycle: Lifecycle,
+        known: KnownManifest | None = None,
     ) -> None:
         """`known` is the manifest of the layer that this worker was forked from."""
         self._config, self._ledger, self._line, self._lifecycle = config, ledger, line, lifecycle
@@ -79,7 +84,7 @@ class Leasing:
                         uri,
                         start_id=self._ledger.start_id,
                         deadline=deadline,
-                        kept=self._memory(),
+                        leftover=self._memory(),
                         known=self._known,
                     )
                     self._ledger.node = client.node

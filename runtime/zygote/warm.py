@@ -18,7 +18,7 @@ from runtime.layers.keys import Level
 from runtime.worker import imports
 
 if TYPE_CHECKING:
-    from cache_agent.client.lease import Known, Lease
+    from cache_agent.client.lease import KnownManifest, Lease
     from cache_agent.model.manifest import Manifest
     from cache_agent.web.wsgi import Settings
     from runtime.http.application import Prepared
@@ -44,7 +44,7 @@ class Warm:
 
     level: Level
     http: tuple[Prepared, Settings] | None = None
-    known: Known | None = None
+    known: KnownManifest | None = None
     weights: Weights | None = None
     loaded: AssembledModel | None = None
     files: tuple[tuple[int, int], ...] = ()
@@ -79,11 +79,11 @@ class Warm:
 
         The fds are closed. The mappings stay, also when the agent ends.
         """
-        from cache_agent.client.lease import Known
+        from cache_agent.client.lease import KnownManifest
         from runtime.worker.weights import Weights, assemble
 
         files = _files(segments)
-        known = Known(manifest, size)
+        known = KnownManifest(manifest, size)
         weights = Weights(_Lent(known.manifest, segments))
         for fd in (manifest, *segments):
             os.close(fd)

@@ -1,4 +1,4 @@
-"""The group `glowplug agent` as people and programs use it: what it prints, and how it fails."""
+"""The group `glowplug agent`: its output for people and programs, and its errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shared_agent(agent_process):
 
 @pytest.fixture
 def invoke():
-    """`invoke(*arguments, env=None)` is the command inside this process: most tests need no other one."""
+    """Give `invoke(*arguments, env=None)`, which runs a command inside this process."""
 
     def run(*arguments: object, env=None) -> SimpleNamespace:
         unset = dict.fromkeys(name for name in os.environ if name.startswith("GLOWPLUG_"))
@@ -40,7 +40,7 @@ def invoke():
 
 @pytest.fixture
 def command(shared_agent, invoke):
-    """Runs a command against the shared agent and expects it to work; its output, parsed with --json."""
+    """Give a function that runs a command on the shared agent, expects success, and returns its parsed output."""
 
     def run(*arguments: str):
         result = invoke(*arguments, env={"GLOWPLUG_SOCKET": str(shared_agent.socket)})
@@ -51,7 +51,7 @@ def command(shared_agent, invoke):
 
 
 def one_sentence(result) -> tuple[int, str]:
-    """(exit code, the sentence on stderr) of a command that failed as it should."""
+    """Return exit code and sentence of a command that has failed with one sentence on stderr."""
     assert result.returncode != 0, result.stdout
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
@@ -62,13 +62,13 @@ def one_sentence(result) -> tuple[int, str]:
 
 @pytest.fixture
 def fails(invoke):
-    """`fails(*arguments, env=…)` expects a command to fail with one sentence; see `one_sentence`."""
+    """Give `fails(*arguments, env=…)`, which expects a command to fail with one sentence; see `one_sentence`."""
     return lambda *arguments, env=None: one_sentence(invoke(*arguments, env=env))
 
 
 @pytest.fixture
 def serve_fails(glowplug_agent):
-    """The same for `serve`, which sets up logging and signals and gets a process of its own."""
+    """Give `fails` for `serve`, in a process of its own, because `serve` sets up logging and signals."""
     return lambda *options, env=None: one_sentence(glowplug_agent("serve", *options, env=env))
 
 

@@ -16,7 +16,7 @@ from leased import FAKE, contents, ready, soon, tensors_of
 from cache_agent.cluster.directory import CLOCKS_APART, Holding, InProcessDirectory, Node
 from cache_agent.cluster.directory_redis import RedisDirectory
 from cache_agent.errors import OriginUnavailable
-from cache_agent.kube.witness import Metadata, Watched
+from cache_agent.kube.witness import AnnouncedRemovals, ObjectMetadata
 from cache_agent.residency.confirmed import Confirmed
 from cache_agent.tiers.fake import FakeOrigin
 
@@ -93,10 +93,10 @@ def test_a_function_is_never_given_more_grace_than_its_pod_has():
     true = datetime(2030, 1, 1, tzinfo=UTC)
     ends = true + timedelta(seconds=20)
     for ahead in [0.0, *jumps(10)]:
-        pod = Metadata(
+        pod = ObjectMetadata(
             name="p", namespace="n", uid="u", deletionTimestamp=ends.isoformat(), deletionGracePeriodSeconds=30.0
         )
-        removal = Watched().changed(pod, true + timedelta(seconds=ahead))
+        removal = AnnouncedRemovals().changed(pod, true + timedelta(seconds=ahead))
         assert removal is not None
         assert 0.0 <= removal.grace <= 30.0
 

@@ -1,4 +1,4 @@
-"""Clients that hold a lease and do not read: they are given up in time, with their lease, and nobody else notices."""
+"""Clients with a lease that do not read lose connection and lease in time; other clients notice nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tensors():
 
 @pytest.fixture
 def agent(start_local_agent, checkpoint_files, tensors, tmp_path, monkeypatch):
-    """An agent of little patience, and more bytes than any socket takes."""
+    """Give an agent of little patience, with more bytes than any socket takes."""
     for kind in (Channel, link.Link):
         monkeypatch.setitem(kind.__init__.__kwdefaults__, "send_timeout", GIVEN_UP)
     (tmp_path / "token").write_text(TOKEN)
@@ -40,7 +40,7 @@ def client(agent, transport: str) -> CacheClient:
 
 
 def narrow(agent) -> Channel:
-    """A connection over TCP that takes little before it is read from."""
+    """Open a connection over TCP with small buffers."""
     channel = client(agent, "tcp").connect()
     channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
     return channel
@@ -74,7 +74,7 @@ def test_over_tcp_a_function_that_takes_none_of_its_bytes(agent, tensors, eventu
 
 
 def test_over_tcp_a_function_that_takes_a_few_bytes_now_and_then(agent, tensors, monkeypatch, eventually):
-    """Each wait is short enough; all of them together are not."""
+    """Each wait is within the patience, and their sum exceeds it."""
     monkeypatch.setattr(link, "SLOWEST", 1 << 40)
     with narrow(agent) as channel:
         channel.send(LeaseRequest(URI))
@@ -101,7 +101,7 @@ def test_over_tcp_a_function_that_takes_a_few_bytes_now_and_then(agent, tensors,
 
 
 def test_over_the_socket_a_function_that_hears_nothing(agent, tensors, eventually):
-    """It has its weights, and never reads what the agent pushes to it: drains, until no socket takes more."""
+    """A function with its weights never reads the drains that are pushed to it, until its socket is full."""
     others = Others(agent, tensors)
     with client(agent, "unix").connect() as deaf:
         deaf.send(LeaseRequest(URI))

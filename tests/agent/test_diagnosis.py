@@ -1,4 +1,4 @@
-"""What a ledger says: where a start's time went, in sentences that can be acted upon."""
+"""The diagnosis of a start from its ledger, in sentences that can be acted upon."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def ledger(*rows: tuple[str, str, float, float]) -> list[Span]:
 
 
 def cold(imports: float, weights: float, first: float = 0.1, waited: float = 0.0) -> list[Span]:
-    """A start in which the transfer begins with the imports."""
+    """Return a start whose transfer begins with the imports."""
     ready = 0.6 + imports + weights
     return ledger(
         ("shim", "python", 0, 0.1),

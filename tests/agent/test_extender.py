@@ -1,4 +1,4 @@
-"""kube-scheduler's extender: recorded requests, hostile ones, and a scheduler's connection over a real socket."""
+"""The scheduler's extender: recorded requests, hostile ones, and a connection over a real socket."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from cache_agent.kube import routes
 from cache_agent.kube.extender import Extender
 from cache_agent.kube.outlook import FileOutlook, NoOutlook, Unavailable
-from cache_agent.kube.routes import MAX_BODY, Refused, RoutesServer
+from cache_agent.kube.routes import MAX_BODY, RequestRefused, RoutesServer
 from cache_agent.policy.placement import PlacementNode, Tier, View
 
 MODEL = "s3://models/a"
@@ -91,7 +91,7 @@ def test_prefers_the_node_that_has_the_model(estimates: Path) -> None:
 
 
 def test_reads_whole_node_objects(estimates: Path) -> None:
-    """A scheduler whose nodeCacheCapable is false sends Node objects, and wants those back that may."""
+    """A scheduler whose nodeCacheCapable is false sends Node objects, and gets back those that may run the pod."""
     items = [{"metadata": {"name": name}, "spec": {"podCIDR": "10.0.0.0/8"}} for name in ("node-2", "node-9")]
     annotations = {"glowplug.dev/model": MODEL, "glowplug.dev/require-agent": "true"}
     sent = request(annotations, None, Nodes={"kind": "NodeList", "items": items})
@@ -167,7 +167,7 @@ def test_no_nodes(estimates: Path, names: Any) -> None:
 def test_what_is_no_request_is_refused(sent: bytes) -> None:
     extender = Extender(NoOutlook())
     for verb in (extender.prioritize, extender.filter):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(RequestRefused) as caught:
             verb(sent)
         assert caught.value.status == 400
 
@@ -210,7 +210,7 @@ def ask(server: RoutesServer, sent: bytes, *, path: str = "/scheduler/prioritize
 
 
 def test_a_kept_connections_next_answer_waits_for_nothing(server: RoutesServer, eventually: Callable[..., Any]) -> None:
-    """Ten answers of 300 nodes within less than half of what ten delayed acknowledgements take, each of them 40 ms."""
+    """Ten answers of 300 nodes take less than half of ten delayed acknowledgements, which take 40 ms each."""
     sent = request({}, [f"node-{number}" for number in range(300)])
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
 
@@ -267,7 +267,7 @@ def test_what_is_no_request_of_http_is_refused_in_json(server: RoutesServer, sen
 
 
 def test_a_client_that_stops_within_a_body_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it sends later is no request of its own."""
+    """Later bytes of the client are not read as a request."""
     monkeypatch.setattr(routes, "_IDLE_SECONDS", 1)
     server = RoutesServer("127.0.0.1", 0, {})
     server.start()
@@ -285,10 +285,10 @@ def test_a_client_that_stops_within_a_body_is_given_up(monkeypatch: pytest.Monke
 
 
 def test_commands(estimates: Path, eventually: Callable[..., Any]) -> None:
-    """`extender` as warm-scheduler's pod runs it: starts, is found alive, answers, ends on SIGTERM."""
+    """The command of warm-scheduler's pod starts, passes its probe, answers, and ends on SIGTERM."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from runtime.cli import main; main()", "agent", "extender", "--port", str(port)]
+    command = [sys.executable, "-m", "runtime", "agent", "extender", "--port", str(port)]
     process = subprocess.Popen([*command, "--estimates", str(estimates)], env=dict(os.environ))
     try:
         eventually(

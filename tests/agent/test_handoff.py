@@ -1,4 +1,4 @@
-"""Workers that drain meet workers that go on: on one node, and across two, whose agents sign every piece."""
+"""Draining workers find destinations on one node, and across two, whose agents sign every piece."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from cache_agent.client.handoff import await_match, find_destination, offer_to_host, report
+from cache_agent.client.handoff import await_match, find_destination, offer_as_destination, report
 from cache_agent.cluster.directory import InProcessDirectory
 from cache_agent.cluster.key import ClusterKey
 from cache_agent.errors import NoDestination, SnapshotForged
 from cache_agent.handoff import splice as crossings
-from cache_agent.handoff.destinations import Destinations, Waiting
+from cache_agent.handoff.destinations import Destinations, WaitingWorker
 from cache_agent.handoff.splice import Splice
 from cache_agent.wire import link
 from cache_agent.wire.channel import Disconnected
@@ -26,12 +26,12 @@ KIN, SOURCE, OTHER = "chat:00ff:plain", "worker-source", "worker-other"
 
 @pytest.fixture
 def host():
-    """`host(agent)` → a list that will hold the end of a pipe once somebody was sent."""
+    """Give `host(agent)`, which waits as a destination; its list gets the end of a socket once a worker is sent."""
     made = []
 
     def begin(agent, owner=OTHER, siblings=KIN):
         channel, ends = agent.client.connect(), []
-        offer_to_host(channel, siblings, owner)
+        offer_as_destination(channel, siblings, owner)
         agent.client.status()  # a later connection's answer: the agent has read the earlier one's question
 
         def wait():
@@ -55,7 +55,7 @@ def host():
 
 
 def found(agent, eventually, siblings=KIN, owner=SOURCE):
-    """A destination, as soon as one waits."""
+    """Return the end of a socket to a destination, as soon as one waits."""
 
     def seek():
         try:
@@ -113,17 +113,17 @@ def test_another_function_or_oneself_is_no_destination(start_local_agent, host, 
 
 
 def test_who_waits_longest_is_next_and_a_namespace_is_among_itself():
-    hosts = Destinations()
+    destinations = Destinations()
     for name in ("a", "b", "c"):
-        hosts.wait(name, Waiting("team", KIN, name))
-    hosts.wait("a", Waiting("team", KIN, "a"))
-    assert hosts.match(Waiting("", KIN, "x")) is None
-    assert hosts.match(Waiting("other", KIN, "x")) is None
-    assert hosts.match(Waiting("team", KIN, "x"))[0] == "b"
-    hosts.gone("c")
-    assert hosts.match(Waiting("team", KIN, "a")) is None
-    assert hosts.match(Waiting("team", KIN, "x"))[0] == "a"
-    assert hosts.match(Waiting("team", KIN, "x")) is None
+        destinations.add(name, WaitingWorker("team", KIN, name))
+    destinations.add("a", WaitingWorker("team", KIN, "a"))
+    assert destinations.take(WaitingWorker("", KIN, "x")) is None
+    assert destinations.take(WaitingWorker("other", KIN, "x")) is None
+    assert destinations.take(WaitingWorker("team", KIN, "x"))[0] == "b"
+    destinations.remove("c")
+    assert destinations.take(WaitingWorker("team", KIN, "a")) is None
+    assert destinations.take(WaitingWorker("team", KIN, "x"))[0] == "a"
+    assert destinations.take(WaitingWorker("team", KIN, "x")) is None
 
 
 def test_what_is_told_is_counted_and_shown(start_local_agent):
@@ -147,8 +147,8 @@ def test_what_is_told_is_counted_and_shown(start_local_agent):
 
 
 @pytest.fixture
-def crossing():
-    """A crossing, the worker's end of its socket, and the link on which another agent is heard."""
+def splice():
+    """Give a splice, the worker's end of its socket, and the link to the other agent."""
     with socket.create_server(("127.0.0.1", 0)) as door:
         mine = link.dial(f"127.0.0.1:{door.getsockname()[1]}", 10)
         theirs = link.Link(door.accept()[0], of_agent=False)
@@ -176,16 +176,16 @@ def about(number, side="called", names=("a" * 32, "b" * 32)):
     return f"piece {number} of the {side} in hand-off {'/'.join(names)}"
 
 
-def test_pieces_that_follow_one_another_come_through(crossing):
-    _, worker, theirs = crossing
+def test_pieces_that_follow_one_another_come_through(splice):
+    _, worker, theirs = splice
     for number in range(3):
         say(theirs, KEY.sign(about(number), b"piece %d" % number))
         assert worker.recv(100) == b"piece %d" % number
 
 
 @pytest.mark.parametrize("attack", ["replayed", "left out", "changed", "unsigned", "foreign", "own", "another's key"])
-def test_what_is_not_the_next_piece_ends_it(crossing, attack):
-    _, worker, theirs = crossing
+def test_what_is_not_the_next_piece_ends_it(splice, attack):
+    _, worker, theirs = splice
     first = KEY.sign(about(0), b"one")
     say(theirs, first)
     assert worker.recv(100) == b"one"
@@ -212,7 +212,7 @@ def test_a_signature_is_for_one_place_only():
         KEY.verified("that", signed)
 
 
-def test_a_piece_is_bounded(crossing):
-    _, worker, theirs = crossing
+def test_a_piece_is_bounded(splice):
+    _, worker, theirs = splice
     theirs.send(RelayedBytes(crossings._MOST + 1))
     assert worker.recv(100) == b""

@@ -1,4 +1,4 @@
-"""Leases opened and dropped by the thousand, over both transports and in every way of dropping one: nothing is left."""
+"""Thousands of leases, opened over both transports and dropped in every way, leave nothing behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKEN = "a secret of these tests"
 
 @pytest.fixture(scope="module")
 def agent(agent_process, tmp_path_factory):
-    """(an agent, its address for TCP)."""
+    """Give an agent and its address for TCP."""
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text(TOKEN)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -32,18 +32,18 @@ def agent(agent_process, tmp_path_factory):
 
 
 def anonymous(pid: int) -> int:
-    """KiB of memory that are the process's own."""
+    """Return the process's private memory in KiB."""
     fields = Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()
     return int(fields[0])
 
 
 def kinds(agent) -> Counter:
-    """How many fds there are of each kind."""
+    """Count the fds of each kind."""
     return Counter(place.partition(":")[0].partition("[")[0] for place in agent.fds().values())
 
 
 def knock(address: str | Path, *data: bytes) -> socket.socket:
-    """A client that says so much, and never listens."""
+    """Send these bytes as a client that never reads."""
     sock = socket.socket(socket.AF_INET if isinstance(address, str) else socket.AF_UNIX)
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "0")
     sock.connect((host, int(port)) if isinstance(address, str) else str(address))

@@ -1,4 +1,4 @@
-"""What the placer makes of a directory: holdings, progress, bandwidths, and nodes that are gone."""
+"""The outlook of a directory: holdings, progress, bandwidths, and nodes that are gone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ URI, SOURCE, SIZE = "s3://models/a", "src-1", 4 * 10**9
 
 @pytest.fixture
 def directory(clock: Any) -> InProcessDirectory:
-    """Three nodes: `whole` has the model in memory, `disk` on SSD, `empty` not at all."""
+    """Return a directory of three nodes: `whole` has the model in memory, `disk` on SSD, `empty` not at all."""
     made = InProcessDirectory(ttl=10.0, clock=clock)
     for name in ("whole", "disk", "empty"):
         made.heartbeat(Node(name, capacity=8 * 10**9))
@@ -31,7 +31,7 @@ def directory(clock: Any) -> InProcessDirectory:
 
 
 def places(directory: InProcessDirectory, model: str = URI) -> dict[str, tuple[str, float]]:
-    """Node → (the tier that most of the time goes to, seconds)."""
+    """Return for each node the tier that most of the time goes to, and the seconds."""
     view = DirectoryOutlook(directory).look(model)
     assert view is not None
     return {found.node: (found.tier, pytest.approx(found.seconds)) for found in placement.rank(view)}
@@ -46,7 +46,7 @@ def test_holdings_and_bandwidths(directory: InProcessDirectory) -> None:
 
 
 def test_progress_counts(directory: InProcessDirectory) -> None:
-    """A node that is loading has part of it already."""
+    """A loading node is scored by the part that it has."""
     directory.publish(SOURCE, Holding("empty", "dram", SIZE // 2, SIZE))
     assert places(directory)["empty"] == ("origin", 4.05)
 
@@ -134,8 +134,11 @@ def test_without_knowledge_scores_are_flat_and_the_log_says_why_once(caplog: pyt
 
 
 def test_three_hundred_nodes_are_scored_within_the_schedulers_patience() -> None:
-    """3 ms on a quiet machine, of the 200 that it waits. Here a bound that a busy one keeps, too, and that what grows
-    with the square of the nodes would not: processor time, the best of some."""
+    """Scoring takes 3 ms on a quiet machine; the scheduler waits 200.
+
+    The bound here is on the least processor time of several runs, which holds on a busy machine too; work that grows
+    with the square of the nodes would exceed it.
+    """
     directory = InProcessDirectory()
     names = [f"node-{number}" for number in range(300)]
     directory.validated(URI, SOURCE, 1000.0)

@@ -1,4 +1,4 @@
-"""The agent's socket under hostile and unlucky clients: nothing leaks, nobody else notices."""
+"""The agent's socket under hostile and unlucky clients: nothing leaks, and other clients notice nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, VERSION, Decoder, 
 
 
 class Raw:
-    """A client that may say anything."""
+    """A client that may send any bytes."""
 
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
@@ -46,7 +46,7 @@ class Raw:
         return self
 
     def receive(self) -> object:
-        """The next message, or None when the agent has closed the connection."""
+        """Return the next message, or None when the agent has closed the connection."""
         while not self.messages:
             try:
                 data, fds, _, _ = socket.recv_fds(self.sock, 65536, 250)
@@ -60,7 +60,7 @@ class Raw:
         return self.messages.pop(0)
 
     def rest(self) -> list[object]:
-        """All messages until the agent closes."""
+        """Return all messages until the agent closes."""
         return list(iter(self.receive, None))
 
     def greeted(self) -> Raw:
@@ -77,13 +77,13 @@ class Raw:
 
 @pytest.fixture(scope="module")
 def shared_agent(agent_process):
-    """One agent for everything that must not harm it; its descriptors and threads are counted."""
+    """One agent for all tests that must not harm it, with its fds and threads counted."""
     with agent_process("--max-connections", "60") as agent:
         yield agent
 
 
 def idle_fds(agent) -> int:
-    """How many fds the agent has when nobody is connected, weights aside; 0 while somebody is."""
+    """Count the agent's fds without its weights; 0 while a client is connected."""
     names = list(agent.fds().values())
     if sum(name.startswith("socket:") for name in names) != 1:
         return 0
@@ -92,7 +92,7 @@ def idle_fds(agent) -> int:
 
 @pytest.fixture
 def unharmed(shared_agent, eventually):
-    """After the test the agent has the fds that it had before, few threads, no leases, and answers."""
+    """Check after the test that the agent answers, with the same fds as before, few threads and no leases."""
     before = eventually(lambda: idle_fds(shared_agent), what="nobody is connected")
     yield shared_agent
     assert not any(model.leases for model in eventually(lambda: shared_agent.client.status()).models)
@@ -200,7 +200,7 @@ def test_fds_without_a_message_are_refused_and_closed(unharmed, rounds):
 
 
 def test_a_client_closes_fds_that_no_message_names():
-    """The other direction: an agent cannot fill a function's fd table either."""
+    """An agent cannot fill a function's fd table."""
     ours, theirs = socket.socketpair()
     before = len(os.listdir("/proc/self/fd"))
     with theirs, Channel(ours, of_agent=False) as channel:
@@ -267,7 +267,7 @@ def test_too_many_connections_are_refused_and_room_is_made_again(start_agent, ev
 
 
 def test_an_agent_that_runs_out_of_fds_recovers(start_agent, tmp_path, write_checkpoint, eventually):
-    """Each connection takes fds; some client finds none left for its grant. No lease may be left over from that."""
+    """A grant for which no fd is left must not leave a lease behind."""
 
     def few() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -502,7 +502,7 @@ def test_a_place_where_no_socket_can_be_is_named(place, tmp_path):
 
 
 def test_an_agent_that_ends_leaves_its_successors_socket_alone(start_agent, agent_process):
-    """A rolling update: the new agent is there before the old one has ended."""
+    """In a rolling update the new agent listens before the old one has ended."""
     old = start_agent()
     old.socket.unlink()
     new = type(old)(old.socket.parent)
@@ -512,7 +512,7 @@ def test_an_agent_that_ends_leaves_its_successors_socket_alone(start_agent, agen
 
 
 def test_a_signal_at_any_moment_ends_the_agent(start_agent, rounds):
-    """Also one that comes while the agent is about to wait for the next connection, when none follows."""
+    """A signal just before the wait for a connection ends the agent, though no connection follows."""
     agent = start_agent()
     for number in range(rounds(6, 300)):
         done = threading.Event()

@@ -1,4 +1,4 @@
-"""What an agent says of itself: events with reasons, metrics that the documentation names, and who may ask."""
+"""The agent's status over HTTP: events with reasons, metrics as documented, and the rights to ask."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cache_agent.journal import journal as journals
 from cache_agent.journal.journal import OTHERS, Journal
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.web import status as statuses
-from cache_agent.web.status import Status, parse_address
+from cache_agent.web.status import StatusServer, parse_address
 from cache_agent.web.wsgi import listen
 
 README = (Path(__file__).parents[2] / "cache_agent" / "web" / "README.md").read_text()
@@ -96,7 +96,7 @@ class Asker:
             connection.close()
 
     def stream(self, token: str = "") -> socket.socket:
-        """A stream of events whose status line was read."""
+        """Open a stream of events, and read its status line."""
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         bearer = f"Authorization: Bearer {token}\r\n" if token else ""
         sock.sendall(f"GET /events/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n{bearer}\r\n".encode())
@@ -106,7 +106,7 @@ class Asker:
 
 @pytest.fixture
 def watched(start_local_agent, checkpoint_files, tmp_path, request) -> Iterator[Any]:
-    """An agent with room for one model of three, and its status server; `request.param` are paths that are open."""
+    """Give an agent with room for one model of three, and its status server; `request.param` are the open paths."""
     (tmp_path / "secrets").mkdir()
     for name in ("operator", "chat"):
         (tmp_path / "secrets" / name).write_text(f"secret of {name}")
@@ -114,7 +114,7 @@ def watched(start_local_agent, checkpoint_files, tmp_path, request) -> Iterator[
     origins = {f"fake://{name}": FakeOrigin(f"fake://{name}", checkpoint_files(seed=n)) for n, name in enumerate("abc")}
     agent = start_local_agent(origins, Access(), dram=3 << 20)
     settings = dataclasses.replace(agent.config, token_file=tmp_path / "secrets", rights=tmp_path / "rights.toml")
-    status = Status(agent.agent, from_config(settings), "127.0.0.1:0", getattr(request, "param", ("/healthz",)))
+    status = StatusServer(agent.agent, from_config(settings), "127.0.0.1:0", getattr(request, "param", ("/healthz",)))
     status.start()
     agent.http = Asker(status.port)
     yield agent
@@ -180,7 +180,7 @@ def test_streams_are_few_and_the_other_paths_still_answer(watched) -> None:
 
 
 def documented() -> dict[str, set[str]]:
-    """The README's table of metrics: their labels by their names."""
+    """Return the labels of each metric in the README's table."""
     found = re.findall(r"^\| `(glowplug_\w+)` \|([^|]*)\|", README, re.MULTILINE)
     return {name: {word for word in re.split(r"[, ]+", labels) if word} for name, labels in found}
 
@@ -221,7 +221,7 @@ def test_who_may_ask(watched) -> None:
 
 
 def test_a_kept_connections_next_answer_waits_for_nothing(watched, eventually) -> None:
-    """Ten answers within less than a quarter of what ten delayed acknowledgements take, each of them 40 ms."""
+    """Ten answers take less than a quarter of ten delayed acknowledgements, which take 40 ms each."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", watched.http.port, timeout=20)) as connection:
 
         def ten() -> float:
@@ -253,8 +253,8 @@ def test_where_nobody_is_asked_only_this_machine_listens_in(start_local_agent) -
     agent = start_local_agent()
     for address in ("0.0.0.0:0", "10.0.0.1:80", "example.com:80"):
         with pytest.raises(BadSetting, match="nobody is asked"):
-            Status(agent.agent, Access(), address, ())
-    status = Status(agent.agent, Access(), "127.0.0.1:0", ())
+            StatusServer(agent.agent, Access(), address, ())
+    status = StatusServer(agent.agent, Access(), "127.0.0.1:0", ())
     status.start()
     try:
         asker = Asker(status.port)

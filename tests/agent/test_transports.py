@@ -1,4 +1,4 @@
-"""One client, two transports: what a function gets over the node's socket it gets over TCP, in memory of its own."""
+"""The transports of a lease: the same over TCP as over the node's socket, in memory of the function's own."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_where_a_file_cannot_feed_a_socket_its_pages_are_sent(client, tensors, m
 
 
 def test_huge_pages_on_both_ends(start_local_agent, checkpoint_files, tensors, huge_pages, tmp_path):
-    """The agent's memory is of 2 MiB pages, and so is the function's own."""
+    """Huge pages in the agent's memory are huge pages in the function's, too."""
     huge_pages(24)
     origins = {URI: FakeOrigin(URI, checkpoint_files(tensors))}
     (tmp_path / "token").write_text(TOKEN)
@@ -141,7 +141,7 @@ def test_a_function_joins_the_agent_again(client, agent, eventually):
 
 
 def test_an_agent_that_ends_while_bytes_are_on_the_way(client, agent):
-    """What is there stays mapped; the rest is an error that says to ask again."""
+    """Bytes that have come stay mapped; the error says to ask again."""
     gate = threading.Event()
     calls = []
 
@@ -172,7 +172,7 @@ def remote(agent):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """The bytes of weights that agents send."""
+    """Count the bytes of weights that agents send."""
     sizes = []
     real = Link.send_file
 
@@ -194,7 +194,7 @@ def test_what_an_earlier_process_fetched_is_not_fetched_again(remote, agent, ten
     sent.clear()
     try:
         for _ in range(2):
-            with remote.lease(URI, deadline=soon(), kept=Leftover.of(fds)) as again:
+            with remote.lease(URI, deadline=soon(), leftover=Leftover.of(fds)) as again:
                 again.wait_ready(soon())
                 assert not again.fetched
                 assert (inodes(again), tensors_of(again)) == (wanted, contents(tensors))
@@ -233,7 +233,7 @@ def test_kept_memory_that_is_not_the_model_is_fetched_anew(
             fds[0] = os.memfd_create("empty")
         case "other layout":
             manifest = msgspec.structs.replace(first.manifest, chunk=first.manifest.chunk // 2)
-            monkeypatch.setattr("cache_agent.client.streamed._kept_manifest", lambda _: manifest)
+            monkeypatch.setattr("cache_agent.client.streamed._leftover_manifest", lambda _: manifest)
         case "sockets":
             sock, other = socket.socketpair()
             for fd in fds:
@@ -243,7 +243,7 @@ def test_kept_memory_that_is_not_the_model_is_fetched_anew(
     sent.clear()
     dropped = []
     try:
-        with remote.lease(URI, deadline=soon(), kept=Leftover.of(fds, lambda: dropped.append(what))) as again:
+        with remote.lease(URI, deadline=soon(), leftover=Leftover.of(fds, lambda: dropped.append(what))) as again:
             assert len(dropped) == 1, "what is of no use makes room first"
             again.wait_ready(soon())
             assert again.fetched
@@ -302,7 +302,7 @@ def test_no_addresses(text):
 
 
 def frames(sock):
-    """Messages that come on a socket, until it ends."""
+    """Yield the messages of a socket until its end."""
     buffer = b""
     while data := sock.recv(65536):
         buffer += data
@@ -322,7 +322,7 @@ def hello(nonce, client="n9"):
 
 
 def knock(agent, *data):
-    """Sends each part after an answer to the one before; all that was answered until the connection ended."""
+    """Send each part after the answer to the one before, and return all answers until the connection ended."""
     with socket.create_connection(parse_address(agent.address), 10) as sock:
         sock.settimeout(10)
         answers = []
@@ -346,14 +346,14 @@ def test_a_peer_with_the_key_is_served_and_one_without_is_not(agent):
 
 
 def test_an_agent_without_the_key_is_not_believed(start_local_agent):
-    """The caller hangs up before it has told anything."""
+    """The caller hangs up before it has sent a proof."""
     other = start_local_agent(key=ClusterKey(b"another key, another cluster!!!!"))
     with pytest.raises(PeerFailed, match="does not know this cluster's key"):
         Peer("n1", other.address, Membership("n2", "", KEY)).describe("src-1")
 
 
 def test_what_was_heard_once_proves_nothing_later(agent):
-    """Another connection has another nonce: the proof of the first does not open the second."""
+    """A proof holds for one connection, whose nonce it signs."""
     nonce = "a" * 32
     heard = []
 
@@ -418,7 +418,7 @@ def test_who_is_slow_to_say_who_it_is_is_sent_away(agent, monkeypatch, eventuall
 
 
 def test_strangers_cannot_take_the_nodes_own_connections(agent):
-    """Half of all connections stay those of the socket."""
+    """Half of all connections are reserved for the socket."""
     held = [socket.create_connection(parse_address(agent.address), 10) for _ in range(40)]
     try:
         assert CacheClient(agent.socket, identity=lambda: Identity("token", TOKEN), timeout=10).status().node == "test"

@@ -19,7 +19,7 @@ import pytest
 from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import BadSetting
 from cache_agent.kube import witness
-from cache_agent.kube.witness import Metadata, Removal, Watched, Witness
+from cache_agent.kube.witness import AnnouncedRemovals, ObjectMetadata, Removal, Witness
 from cache_agent.tiers.fake import FakeOrigin
 from cache_agent.wire.messages import Drain
 
@@ -35,7 +35,7 @@ def pod(uid: str, *, version: int = 1, grace: float | None = None, name: str = "
 
 
 class ApiServer(ThreadingHTTPServer):
-    """Lists `pods`; a watch sends what `send` was given. `asked` are the queries it got, in order."""
+    """An API server that lists `pods` and watches what `send` was given. `asked` are the queries, in order."""
 
     daemon_threads = True
 
@@ -134,7 +134,7 @@ def told() -> list[Removal]:
 
 @pytest.fixture
 def watching(api: ApiServer, told: list[Removal], quick: None, tmp_path: Path) -> Iterator[Callable[..., Witness]]:
-    """`watching()` starts a witness of node-1 whose announcements are in `told`; it must end at once."""
+    """Give `watching()`, which starts a witness of node-1 with announcements in `told`; each must end at once."""
     started: list[Witness] = []
 
     def start(**options: Any) -> Witness:
@@ -161,16 +161,16 @@ def watching(api: ApiServer, told: list[Removal], quick: None, tmp_path: Path) -
     ],
 )
 def test_grace(stamp: str, grace: float | None, expected: float) -> None:
-    seen = Watched()
-    change = Metadata("a", "b", "uid", "1", stamp, grace)
+    seen = AnnouncedRemovals()
+    change = ObjectMetadata("a", "b", "uid", "1", stamp, grace)
     assert seen.changed(change, NOW) == Removal("uid", "b/a", expected)
     assert seen.changed(change, NOW) is None, "once is enough"
 
 
 def test_forgets_who_is_gone() -> None:
-    seen = Watched()
-    going = Metadata("a", "b", "u", "1", "2026-01-01T00:00:20Z", 30)
-    assert seen.listed([going, Metadata("c", "b", "v")], NOW)
+    seen = AnnouncedRemovals()
+    going = ObjectMetadata("a", "b", "u", "1", "2026-01-01T00:00:20Z", 30)
+    assert seen.listed([going, ObjectMetadata("c", "b", "v")], NOW)
     assert not seen.listed([going], NOW)
     seen.deleted(going)
     assert seen.changed(going, NOW)
@@ -217,7 +217,7 @@ def test_asks_for_no_more_than_it_needs(
 def test_goes_on_where_it_was(
     api: ApiServer, told: list[Removal], watching: Callable[..., Witness], eventually: Callable[..., Any]
 ) -> None:
-    """After an end, and after a connection that broke within an event: from the last version, without listing."""
+    """A new watch begins at the last version without listing, also after a break within an event."""
     watching()
     api.send("BOOKMARK", {"metadata": {"resourceVersion": "7"}})
     api.end()
@@ -280,7 +280,7 @@ def test_bears_refusals_and_garbage(
 
 
 def test_ends_while_it_waits(api: ApiServer, watching: Callable[..., Witness], eventually: Callable[..., Any]) -> None:
-    """In a silent watch, before an API server that is not there, and before one that accepts and says nothing."""
+    """The witness ends in a silent watch, without an API server, and before one that accepts and never answers."""
     watching()
     eventually(lambda: api.queries(watch=True), what="a watch")
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -299,7 +299,7 @@ def test_bad_url(url: str) -> None:
 def test_only_the_pods_own_functions_are_told(
     start_local_agent: Callable[..., Any], checkpoint_files: Callable[..., dict[str, bytes]]
 ) -> None:
-    """A lease names its pod; a removal reaches the leases of that pod, and nobody else's."""
+    """A removal reaches the leases of the removed pod, and no others."""
     uri = "s3://models/a"
     local = start_local_agent({uri: FakeOrigin(uri, checkpoint_files())})
     clients = [CacheClient(local.socket, name=name, pod=name, timeout=30) for name in ("one", "two", "")]
@@ -326,7 +326,7 @@ def test_the_agent_witnesses_its_node(
     tmp_path: Path,
     eventually: Callable[..., Any],
 ) -> None:
-    """The whole way: API server → agent process → the function's lease."""
+    """A removal goes from the API server through the agent's process to the function's lease."""
     agent = start_agent("--kubernetes", api.url, "--node", "node-1")
     folder = write_checkpoint(tmp_path / "model")
     with CacheClient(agent.socket, name="w", pod="uid-1", timeout=30).lease(f"file://{folder}") as lease:

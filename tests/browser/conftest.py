@@ -102,7 +102,7 @@ class Page:
         return self._browser.ask(method, self._session, **parameters)
 
     def look(self, width: int, height: int = 900, *, dark: bool = False) -> None:
-        """As on a screen of this size, in this colour scheme, without motion."""
+        """Emulate a screen of this size and colour scheme, without motion."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme, still])
@@ -111,7 +111,7 @@ class Page:
         )
 
     def js(self, expression: str) -> Any:
-        """The value of an expression, of a promise what it comes to."""
+        """Return the value of an expression; a promise is awaited."""
         found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
@@ -132,7 +132,7 @@ class Page:
             self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def picture(self, path: Path | None = None) -> bytes:
-        """The whole page, as it is long."""
+        """Return a picture of the whole page, at its full length."""
         height = self.js("document.documentElement.scrollHeight")
         width = self.js("document.documentElement.clientWidth")
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
@@ -175,5 +175,5 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture
 def opened(browser: Chromium) -> Callable[..., Page]:
-    """`opened(url, width=1440, height=900, dark=False, token="")`: a page in a tab of its own."""
+    """Give `opened(url, width=1440, height=900, dark=False, token="")`: a page in a tab of its own."""
     return browser.page

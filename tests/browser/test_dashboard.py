@@ -1,4 +1,4 @@
-"""The dashboard in a real browser, on a real agent: what it shows, on which screens, and what it never does."""
+"""The dashboard in a real browser, on a real agent: its contents, its screens, and what it must never do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MB = 10**6
 
 
 def layers(since: float) -> list[Layer]:
-    """One that is gone, one that goes, one that stays."""
+    """Return three layers: one gone, one that expires, one without an end."""
     built = {"user": (0.3, 100 * MB), "model": (0.2, 50 * MB), "lang": (3.0, 300 * MB)}
     made = {level: Layer(level, "idle", since=since, seconds=s, bytes=b) for level, (s, b) in built.items()}
     gone = {"state": "absent", "hold": 0.0}
@@ -73,7 +73,7 @@ def node(
     write_checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
-    """An agent that has been busy: two models, one of them pinned, an eviction, three starts."""
+    """Give an agent with a past: two models, one pinned, an eviction, three starts."""
     port = free_port()
     place = tmp_path_factory.mktemp("models")
     with agent_process("--node", "node-a", "--status", f"127.0.0.1:{port}", "--ssd", str(place / "ssd")) as agent:
@@ -95,7 +95,7 @@ def node(
 
 @pytest.fixture
 def fresh(opened: Callable[..., Any], node: Any) -> Any:
-    """A page of its own, for a test that does something to it, or looks at how it came to be."""
+    """Give a new page, for a test that changes it or watches it load."""
     page = opened(node.url)
     page.until(THERE, "the page has its data")
     return page
@@ -103,7 +103,7 @@ def fresh(opened: Callable[..., Any], node: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def page(browser: Any, node: Any) -> Any:
-    """One page, for all who only look at it."""
+    """Give one page, for all tests that only look."""
     page = browser.page(node.url)
     page.until(THERE, "the page has its data")
     page.until("document.querySelectorAll('#events li').length > 2", "events")
@@ -214,7 +214,7 @@ def test_events_can_be_chosen_by_kind(fresh: Any) -> None:
 
 @pytest.fixture
 def looked_at(page: Any) -> Iterator[Callable[..., None]]:
-    """`looked_at(width, dark=False)`: the page on another screen, until the end of the test."""
+    """Give `looked_at(width, dark=False)`: the page on another screen, until the test ends."""
     yield page.look
     page.look(1440)
 
@@ -331,7 +331,7 @@ def test_an_agent_that_is_away_is_missed(
 
 
 def test_an_instant_after_ten_years_has_its_place(opened: Callable[..., Any], start_agent: Callable[..., Any]) -> None:
-    """So many nanoseconds are more than a browser's numbers tell apart one by one."""
+    """Ten years in nanoseconds exceed the integers that a browser's numbers represent exactly."""
     port, at = free_port(), 10 * 365 * 86400 * 10**9
     agent = start_agent("--status", f"127.0.0.1:{port}")
     agent.client.report_start(Started("start-1", "chat", "file:///m", "cold", [Span("shim", "python", at, at)]))

@@ -243,8 +243,8 @@ def test_one_that_is_full_is_not_asked(
 ) -> None:
     full = replica(delay=SLOW, slots=1)
     busy = clients.ask(full, 1, messages=[{"role": "user", "content": FEW}])
-    hosts = agent.server.desk._hosts._waiting
-    eventually(lambda: not hosts, 20, "it waits for nobody while it has no free slot")
+    destinations = agent.server.broker._destinations._waiting
+    eventually(lambda: not destinations, 20, "it waits for nobody while it has no free slot")
     free, first = replica(), replica(delay=SLOW)
     answers = clients.ask(first, 3)
     first.drain()
@@ -254,7 +254,7 @@ def test_one_that_is_full_is_not_asked(
     assert said(busy[0].result(30)) == FEW
     moved = eventually(lambda: len(agent.handoffs()) == 3 and agent.handoffs())
     assert {(item.destination, item.outcome) for item in moved} == {(free.name, "moved")}
-    eventually(lambda: any(waiting.owner == full.name for waiting in hosts.values()), 20, "it has a slot again")
+    eventually(lambda: any(waiting.owner == full.name for waiting in destinations.values()), 20, "it has a slot again")
 
 
 def test_sealed_streams_move_too(replica: Callable[..., Replica], clients: Clients) -> None:
@@ -282,7 +282,7 @@ def test_a_worker_that_ends_waits_until_its_agent_has_heard_of_what_moved(
         handed(*arguments)
 
     monkeypatch.setattr(agent.agent.journal, "handed", busy)
-    monkeypatch.setattr(reports, "_TELL", 0.2)
+    monkeypatch.setattr(reports, "_REPORT_SECONDS", 0.2)
     first, second = replica(delay=SLOW), replica()
     answers = clients.ask(first, 2)
     first.drain()

@@ -29,7 +29,7 @@ _VERBS = {"POST": "application/json", "PATCH": "application/apply-patch+yaml", "
 
 
 class Reply(NamedTuple):
-    """`warnings` are those that kubectl would show."""
+    """A reply of the API server; `warnings` are those that kubectl shows."""
 
     status: int
     json: Any
@@ -43,7 +43,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def path_of(item: Mapping[str, Any], *, of_one: bool = True) -> str:
-    """Where the API has an object, or the objects of its kind."""
+    """Return the API's path of an object, or of the objects of its kind."""
     kind = str(item["kind"]).lower()
     plural = kind[:-1] + "ies" if kind.endswith("y") else kind + ("es" if kind.endswith("s") else "s")
     version, namespace = item["apiVersion"], item["metadata"].get("namespace")
@@ -54,7 +54,7 @@ def path_of(item: Mapping[str, Any], *, of_one: bool = True) -> str:
 
 
 class ControlPlane:
-    """Use as a context manager. Requests are an administrator's unless another token is given."""
+    """The control plane, a context manager. Requests are an administrator's unless another token is given."""
 
     def __init__(self, directory: Path, etcd: str, apiserver: str) -> None:
         self.directory = directory
@@ -86,7 +86,7 @@ class ControlPlane:
 
     @property
     def authority(self) -> Path:
-        """The certificate that the API server signed itself."""
+        """Return the certificate that the API server signed itself."""
         return self.directory / "certificates" / "apiserver.crt"
 
     def __enter__(self) -> ControlPlane:
@@ -106,7 +106,7 @@ class ControlPlane:
         self.until(self._is_ready, "the API server is ready", START_SECONDS)
 
     def run(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        """A part of the control plane, until its end."""
+        """Start a part of the control plane, which `close` ends."""
         with (self.directory / f"{Path(command[0]).name}.log").open("ab") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._processes.append(process)
@@ -164,7 +164,7 @@ class ControlPlane:
         return Reply(response.status, json.loads(data) if is_json else data.decode(), warnings)
 
     def apply(self, item: Mapping[str, Any], *, dry: bool = False) -> Reply:
-        """As `kubectl apply --server-side --validate=strict`."""
+        """Apply an object like `kubectl apply --server-side --validate=strict`."""
         query = "fieldManager=tests&force=true&fieldValidation=Strict" + ("&dryRun=All" if dry else "")
         return self.ask("PATCH", f"{path_of(item)}?{query}", item)
 
@@ -187,7 +187,7 @@ class ControlPlane:
     # --- what a cluster has otherwise ---------------------------------------------------------------------------------
 
     def namespace(self, name: str, **labels: str) -> None:
-        """With the account that a controller, which is not here, makes in each."""
+        """Create a namespace with its default account, for want of the controller that makes accounts."""
         labelled = {label.replace("__", "/").replace("_", "."): value for label, value in labels.items()}
         self.applied(
             {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labelled}},
@@ -195,7 +195,7 @@ class ControlPlane:
         )
 
     def node(self, name: str) -> None:
-        """One that is ready and empty, though nobody runs it."""
+        """Create a node that is ready and empty, without a kubelet."""
         labels = {"kubernetes.io/hostname": name}
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}}
         assert self.create(node).status == 201
@@ -207,7 +207,7 @@ class ControlPlane:
         assert self.ask("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": None}}, kind=patch).status == 200
 
     def token(self, namespace: str, account: str, *audiences: str) -> str:
-        """Of a ServiceAccount, as the kubelet would have it made for a pod."""
+        """Return a token of a ServiceAccount, like the kubelet's for a pod."""
         wanted = {
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenRequest",
@@ -219,7 +219,7 @@ class ControlPlane:
         return str(reply.json["status"]["token"])
 
     def account(self, directory: Path, token: str) -> Path:
-        """The files that a pod finds of its ServiceAccount."""
+        """Write the files that a pod finds of its ServiceAccount."""
         directory.mkdir(exist_ok=True)
         (directory / "token").write_text(token)
         (directory / "ca.crt").write_bytes(self.authority.read_bytes())
@@ -241,7 +241,7 @@ class ControlPlane:
 
 @contextlib.contextmanager
 def control_plane() -> Iterator[ControlPlane]:
-    """Skips where its programs are not there."""
+    """Give a control plane; skip where its programs are missing."""
     etcd, apiserver = program("ETCD"), program("KUBE_APISERVER")
     with tempfile.TemporaryDirectory(prefix="gp-kube-") as place, ControlPlane(Path(place), etcd, apiserver) as made:
         yield made

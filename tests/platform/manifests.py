@@ -1,4 +1,4 @@
-"""What tests of the objects in knative/ share: the files, what kustomize builds of them, and a strict judge.
+"""The common parts of tests of the objects in knative/: files, kustomize's objects, strict validation.
 
 GLOWPLUG_TEST_DATA names the folder with Kubernetes' OpenAPI and Knative's CRD; without it tests that validate skip.
 """
@@ -67,15 +67,15 @@ class Schema:
         self.definitions = definitions
 
     def problems(self, value: object) -> list[str]:
-        """What is wrong with an object, by its place in it; unknown fields are."""
+        """Return the errors of an object with their places; an unknown field is one."""
         return list(self._check(value, self.root, ""))
 
     def flags(self, value: object) -> set[str]:
-        """The Knative feature flags that the fields of a value need, by the fields' own descriptions."""
+        """Return the Knative feature flags that the fields of a value need, by the fields' own descriptions."""
         return set(self._flags(value, self.root))
 
     def along(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
-        """The schemas of a field, and of all that it lies in; a list's items are passed through."""
+        """Return the schemas of a field and of the fields around it, through lists."""
         found, schema = [], self.root
         for name in names:
             schema = self._plain(self._plain(schema)["properties"][name])
@@ -84,7 +84,7 @@ class Schema:
         return found
 
     def _plain(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a schema refers to, with what stands beside the reference."""
+        """Return a schema with its reference resolved, and with the keys beside the reference."""
         name = schema.get("$ref", "").rpartition("/")[2]
         return {**self.definitions[name], **schema} if name else schema
 
@@ -148,7 +148,7 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def schema(data: Path) -> Callable[[str, str], Schema]:
-    """`schema(api_version, kind)`; fails for a kind that the platforms do not have."""
+    """Give `schema(api_version, kind)`, which fails for a kind that the platforms do not have."""
     document = json.loads((data / "kubernetes" / "openapi-v1.36.json").read_text())
     definitions = document["definitions"]
     by_kind = {
@@ -183,7 +183,7 @@ def load(path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
-    """`build(overlay, *components)`: the objects as kustomize puts them together."""
+    """Give `build(overlay, *components)`: the objects as kustomize builds them."""
     if not shutil.which("kubectl"):
         pytest.skip("there is no kubectl on PATH to run kustomize")
     copy = Path(shutil.copytree(KNATIVE, tmp_path_factory.mktemp("knative") / "knative"))

@@ -1,4 +1,4 @@
-"""What a pod is given when it is created: the policies' own CEL, and the webhook for older clusters, do the same."""
+"""The admission of pods: the policies' own CEL and the webhook for older clusters make the same change."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ MOUNTS = [
 
 
 class Policy:
-    """A MutatingAdmissionPolicy, carried out: conditions, variables and its one mutation by a CEL interpreter.
+    """A MutatingAdmissionPolicy whose conditions, variables and one mutation a CEL interpreter carries out.
 
-    What a real API server makes of it is test_kubernetes.py's.
+    test_kubernetes.py tests the policies in a real API server.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,7 @@ class Policy:
 
 
 def _as_maps(expression: str) -> str:
-    """Object literals of the admission library, as the maps that they stand for."""
+    """Replace object literals of the admission library by the maps that they stand for."""
     maps = re.sub(r"\b(JSONPatch|Object(\.\w+)*)\s*\{", "{", expression)
     return re.sub(r"(?<=[{,\s])(\w+):\s", r'"\1": ', maps)
 
@@ -83,7 +83,7 @@ def _program(expression: str) -> Any:
 
 
 def merge(target: dict[str, Any], change: Mapping[str, Any]) -> None:
-    """As the API server merges an apply configuration: maps by field, lists by their key."""
+    """Merge an apply configuration like the API server: maps by field, lists by their key."""
     for name, value in change.items():
         if isinstance(value, dict):
             merge(target.setdefault(name, {}), value)
@@ -100,7 +100,7 @@ def merge(target: dict[str, Any], change: Mapping[str, Any]) -> None:
 
 
 def patched(pod: Mapping[str, Any], scheduler: str = "") -> dict[str, Any]:
-    """The pod as the webhook's answer leaves it."""
+    """Return the pod with the webhook's patch."""
     body = {"request": {"uid": "1", "operation": "CREATE", "object": pod}}
     response = admission.review(body, scheduler)["response"]
     assert (response["uid"], response["allowed"]) == ("1", True)
@@ -110,7 +110,7 @@ def patched(pod: Mapping[str, Any], scheduler: str = "") -> dict[str, Any]:
 
 
 def patch(target: dict[str, Any], operations: list[dict[str, Any]]) -> None:
-    """Carries out a JSON patch that only adds."""
+    """Apply a JSON patch that only adds."""
     for operation in operations:
         assert operation["op"] == "add"
         *parents, last = operation["path"].split("/")[1:]
@@ -220,7 +220,7 @@ def test_what_a_pod_gets(inject: Policy, schedule: Policy) -> None:
     ],
 )
 def test_what_a_pod_calls_its_model_changes_nothing(inject: Policy, schedule: Policy, model: str) -> None:
-    """Whether there is such a model is the function's business; no text of a pod gets into what it is given."""
+    """No text of a pod gets into the patch, whatever model it names."""
     before, usual = pod({"glowplug.dev/model": model}), pod(MODEL)
     assert admission.operations(before, "warm-scheduler") == admission.operations(usual, "warm-scheduler")
     assert schedule.apply(inject.apply(before))["spec"] == schedule.apply(inject.apply(usual))["spec"]
@@ -245,7 +245,7 @@ def test_what_is_no_review_has_no_answer(body: Any) -> None:
     ],
 )
 def test_a_pod_of_another_shape_is_let_through(broken: Any) -> None:
-    """Refusing is Kubernetes' business: what is no pod never becomes one."""
+    """The webhook lets through what is no pod; Kubernetes itself refuses it."""
     body = {"request": {"uid": "u", "operation": "CREATE", "object": broken}}
     response = admission.review(body, "warm-scheduler")["response"]
     assert response["allowed"] is True
@@ -272,7 +272,7 @@ def make_certificate(folder: Path, name: str) -> Certificate:
 
 
 def call(port: int, certificate: Path, name: str, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
-    """Over TLS that trusts this certificate alone, and by this name."""
+    """Send a request over TLS that trusts this certificate alone, under this name."""
     context = ssl.create_default_context(cafile=str(certificate))
     with (
         socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
@@ -286,7 +286,7 @@ def call(port: int, certificate: Path, name: str, method: str, path: str, body: 
 
 
 def test_webhook_command(tmp_path: Path, eventually: Callable[..., Any]) -> None:
-    """As its pod runs it: TLS, a certificate that is renewed under it, and callers that do not speak TLS."""
+    """The pod's command serves TLS, takes a renewed certificate, and survives callers without TLS."""
     name = "glowplug-webhook.glowplug-system.svc"
     pair = make_certificate(tmp_path, name)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -331,7 +331,7 @@ def test_webhook_command(tmp_path: Path, eventually: Callable[..., Any]) -> None
 
 @pytest.fixture
 def secured(tmp_path: Path) -> Iterator[tuple[RoutesServer, ssl.SSLContext]]:
-    """A server with TLS, and what trusts it."""
+    """Give a server with TLS, and a context that trusts it."""
     pair = make_certificate(tmp_path, "localhost")
     server = RoutesServer("127.0.0.1", 0, {}, pair)
     server.start()
@@ -342,7 +342,7 @@ def secured(tmp_path: Path) -> Iterator[tuple[RoutesServer, ssl.SSLContext]]:
 def test_many_answers_on_one_secured_connection(
     secured: tuple[RoutesServer, ssl.SSLContext], eventually: Callable[..., Any]
 ) -> None:
-    """Ten within less than half of what ten delayed acknowledgements take; a body larger than a record of TLS, too."""
+    """Ten answers, one to a body beyond a TLS record, take less than half of ten delayed acknowledgements."""
     server, context = secured
     with contextlib.closing(http.client.HTTPSConnection("localhost", server.port, timeout=10, context=context)) as kept:
 

@@ -1,4 +1,4 @@
-"""The images of knative/images: their Dockerfiles read, the agent's steps carried out, and what they make run."""
+"""The images of knative/images: their Dockerfiles are read, the agent's steps carried out, and the result is run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SECONDS = 300
 
 @pytest.fixture(scope="module")
 def read(dockerfile: Any) -> Callable[[str], Any]:
-    """`read("agent")`: its Dockerfile, as the template's fixture reads one."""
+    """Give `read(name)`: the image's Dockerfile, read like the template's."""
     return lambda name: type(dockerfile)((IMAGES / f"{name}.Dockerfile").read_text())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_contexts_hold_what_is_copied_and_nothing_else(path: Path, read: Callable[[str], Any]) -> None:
-    """The ignore file is a list of what may come: neither .git nor an environment is sent to the builder."""
+    """The ignore file lists the allowed files: neither .git nor an environment goes to the builder."""
     file = read(path.stem)
     rules = path.with_name(path.name + ".dockerignore").read_text().splitlines()
     assert rules[0] == "*"
@@ -84,7 +84,7 @@ def test_image_and_manifests_agree(read: Callable[[str], Any]) -> None:
 
 
 def test_function_image_and_template_share_their_base(read: Callable[[str], Any], dockerfile: Any) -> None:
-    """One base set, installed in the same way: a node keeps it warm for functions of both."""
+    """Both install one base set in the same way, so that a node keeps one set warm for both."""
 
     def steps(file: Any) -> list[str]:
         runs = [re.sub(r"\s+", " ", text) for text in file.all("RUN", "build", "ship")]
@@ -98,7 +98,7 @@ def test_function_image_and_template_share_their_base(read: Callable[[str], Any]
 
 @pytest.fixture(scope="module")
 def built(read: Callable[[str], Any]) -> Iterator[SimpleNamespace]:
-    """`root`, where the build stage's steps have left what they make, and `environment` of the image there."""
+    """Give `root` with the results of the build stage's steps, and `environment` of the image."""
     root = Path(tempfile.mkdtemp(prefix="gp-agent-image-"))
     root.chmod(0o755)
     try:
@@ -150,7 +150,7 @@ def test_the_agents_image_has_what_the_lock_says(built: SimpleNamespace) -> None
 def test_the_agent_runs_as_its_daemonset_says(
     built: SimpleNamespace, write_checkpoint: Callable[..., Path], eventually: Callable[..., Any]
 ) -> None:
-    """Directories of the kubelet's, the init container's script, the agent without a capability, a stranger."""
+    """The init container's script and the agent without a capability work on the kubelet's directories."""
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("becoming the agent's user takes root and setpriv")
     spec = yaml.safe_load((ROOT / "knative/base/agent-daemonset.yaml").read_text())["spec"]["template"]["spec"]

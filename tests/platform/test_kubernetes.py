@@ -43,7 +43,7 @@ _names = (f"pod-{number}" for number in itertools.count())
 
 @pytest.fixture(scope="module")
 def cluster(build: Callable[..., Objects], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """Where somebody has done what knative/README.md says, and then taken more components; `plain` is not labelled."""
+    """Give a cluster on which the pages' commands have run, with more components; `plain` has no label."""
     with control_plane() as made:
         for name in ("worker-1", "worker-2"):
             made.node(name)
@@ -69,7 +69,7 @@ def cluster(build: Callable[..., Objects], tmp_path_factory: pytest.TempPathFact
 
 
 def install(made: ControlPlane, place: Path) -> None:
-    """Runs the document's kubectl commands, in their order, in a checkout whose secrets have been made."""
+    """Run the pages' kubectl commands, in their order, in a checkout with the files of the secrets."""
     kubectl = os.environ.get("KUBECTL") or shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("there is no kubectl on PATH, and KUBECTL does not name one")
@@ -86,7 +86,7 @@ def install(made: ControlPlane, place: Path) -> None:
     (place / "bin" / "kubectl").symlink_to(kubectl)
     path = os.pathsep.join([str(place / "bin"), str(Path(sys.prefix) / "bin"), os.environ["PATH"]])
     env = {**os.environ, "KUBECONFIG": str(made.kubeconfig(place / "kubeconfig")), "HOME": str(place), "PATH": path}
-    for command in commands("knative/README.md"):
+    for command in [*commands("knative/README.md"), *commands("knative/components/README.md")]:
         if "kubectl" not in command or "port-forward" in command:
             continue  # what forwards a port needs a kubelet
         if "kubectl apply -f -" in command and not data:
@@ -105,7 +105,7 @@ def pod(namespace: str = "llm", model: str = MODEL, **spec: Any) -> dict[str, An
 
 
 def mounts(made: Mapping[str, Any], container: int = 0) -> dict[str, str]:
-    """What of ours is mounted where."""
+    """Return our volumes by mount path."""
     found = made["spec"]["containers"][container].get("volumeMounts", ())
     return {each["mountPath"]: each["name"] for each in found if each["name"].startswith("glowplug-")}
 
@@ -120,7 +120,7 @@ INJECTED = {"/run/glowplug": "glowplug-agent", "/var/run/secrets/glowplug": "glo
 def test_every_object_is_taken(
     components: tuple[str, ...], cluster: ControlPlane, build: Callable[..., Objects]
 ) -> None:
-    """Strictly, by the server that would store it: unknown fields, wrong CEL and impossible values are refused."""
+    """The server validates strictly: unknown fields, wrong CEL and impossible values are refused."""
     for item in build("cpu", *components):
         reply = cluster.apply(item, dry=True)
         assert (reply.status in (200, 201), reply.warnings) == (True, []), (item["metadata"]["name"], reply)
@@ -134,7 +134,7 @@ def test_every_overlay_is_taken(overlay: str, cluster: ControlPlane, build: Call
 
 
 def test_what_is_wrong_is_refused(cluster: ControlPlane, build: Callable[..., Objects]) -> None:
-    """The judge of the tests above."""
+    """The validation of the test above refuses wrong objects."""
     (agent,) = [item for item in build("cpu") if item["kind"] == "DaemonSet"]
     unknown, impossible = copy.deepcopy(agent), copy.deepcopy(agent)
     unknown["spec"]["template"]["spec"]["containers"][0]["lifecycles"] = {}
@@ -279,7 +279,7 @@ def test_the_agents_account_may_do_what_it_must_and_no_more(cluster: ControlPlan
 
 
 def test_the_agent_hears_that_a_pod_is_being_removed(cluster: ControlPlane, tmp_path: Path) -> None:
-    """A pod on a node whose kubelet does not confirm its end, as while it is being stopped."""
+    """The kubelet of the pod's node does not confirm its end, as while the pod is being stopped."""
     mine, elsewhere = pod(nodeName="node-w"), pod(nodeName="node-x")
     (uid, other) = (cluster.create(each).json["metadata"]["uid"] for each in (mine, elsewhere))
     heard: queue.Queue[Removal] = queue.Queue()
@@ -354,7 +354,7 @@ class Placement:
             self.extender = None
 
     def put(self, model: str, **annotations: str) -> dict[str, Any]:
-        """A pod that shall be placed, with what Knative gives a revision's replicas: they shun each other's nodes."""
+        """Create a pod to be placed, with the anti-affinity that Knative gives a revision's replicas."""
         term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"app": "chat"}}}
         shun = {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": term}]}
         asked = pod(model=model, affinity={"podAntiAffinity": shun})
@@ -383,7 +383,7 @@ def nodes(cluster: ControlPlane) -> None:
 def placement(
     cluster: ControlPlane, nodes: None, build: Callable[..., Objects], tmp_path: Path
 ) -> Iterator[Callable[..., Placement]]:
-    """`placement(*components)`: the scheduler as these components configure it."""
+    """Give `placement(*components)`: the scheduler as these components configure it."""
     program("KUBE_SCHEDULER")
     with contextlib.ExitStack() as stack:
 

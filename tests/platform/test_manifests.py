@@ -88,7 +88,7 @@ def test_services_are_strictly_valid(path: Path, schema: Callable[[str, str], Sc
 
 
 def test_validation_is_strict(schema: Callable[[str, str], Schema]) -> None:
-    """The judge of the tests above: what Kubernetes refuses, or forgets without a word, is found."""
+    """The validation finds what Kubernetes refuses, and what it silently forgets."""
     service = load(KNATIVE / "examples" / "function.yaml")
     spec = service["spec"]["template"]["spec"]
     spec["containers"][0] |= {"lifecycle": {}, "imagePullPolicy": 3}
@@ -295,7 +295,7 @@ def test_scheduler_asks_the_extender_where_it_listens(build: Callable[..., list[
 
 
 def test_what_is_down_or_slow_holds_no_pod_up(combined: list[dict[str, Any]]) -> None:
-    """Policies and the webhook fail open, the webhook within two seconds, and none of them is asked twice."""
+    """Policies and the webhook fail open, the webhook within two seconds, and neither runs twice."""
     for item in combined:
         if item["kind"] == "MutatingAdmissionPolicy":
             assert item["spec"]["failurePolicy"] == "Ignore"
@@ -306,7 +306,7 @@ def test_what_is_down_or_slow_holds_no_pod_up(combined: list[dict[str, Any]]) ->
 
 
 def test_no_apply_configuration_sets_what_is_atomic(schema: Callable[[str, str], Schema]) -> None:
-    """The API server takes such a policy, and then carries it out for no pod: an error, where failing is ignored."""
+    """The API server accepts such a policy, fails to carry it out for every pod, and ignores the failure."""
     paths = set()
     for policy in [load(path) for path in OBJECTS if path.name in ("policy.yaml", "inject-policy.yaml")]:
         assert policy["kind"] == "MutatingAdmissionPolicy"
@@ -323,7 +323,7 @@ def test_no_apply_configuration_sets_what_is_atomic(schema: Callable[[str, str],
 
 
 def test_the_injection_is_not_one(schema: Callable[[str, str], Schema]) -> None:
-    """The judge of the test above: what a function needs could not be had by an apply configuration."""
+    """An apply configuration could not set what a function needs."""
     pod = schema("v1", "Pod")
     for place in ("spec.volumes.projected.sources", "spec.containers.env.valueFrom.fieldRef"):
         found = pod.along(place.split("."))
@@ -331,13 +331,13 @@ def test_the_injection_is_not_one(schema: Callable[[str, str], Schema]) -> None:
 
 
 def understood(group: click.Group, command: click.Command, arguments: list[str]) -> dict[str, Any]:
-    """As the command line takes them: below its group, whose settings a command keeps from its first use on."""
+    """Parse arguments like the command line: below the command's group."""
     parent = click.Context(group, **group.context_settings)
     return command.make_context(command.name, list(arguments), parent=parent).params
 
 
 def test_commands_take_their_arguments(combined: list[dict[str, Any]]) -> None:
-    """Arguments and probes of our own image, as its command line understands them."""
+    """The command line of our image parses the manifests' arguments and probes."""
     for name, pod in pods(combined):
         for container in pod["spec"]["containers"]:
             lines = (
@@ -362,7 +362,7 @@ def test_names_no_place_of_one_machine() -> None:
 
 
 def test_redis_and_its_clients_agree(build: Callable[..., list[dict[str, Any]]]) -> None:
-    """Each role gets its own URL and the half of the secret that is its own, over TLS."""
+    """Each role gets its own URL, over TLS, and its own password of the secret."""
     objects = build("cpu", "scheduler", "redis")
     found = {name: pod["spec"] for name, pod in pods(objects)}
     (service,) = [item for item in objects if item["kind"] == "Service"]
@@ -394,7 +394,7 @@ def test_redis_and_its_clients_agree(build: Callable[..., list[dict[str, Any]]])
 
 @pytest.fixture
 def roles(redis_roles: Callable[[str], tuple[str, Path]]) -> Iterator[Callable[[str, str], redis.Redis]]:
-    """`roles(user, password)`: a client of a server with the ConfigMap's ACL; the right password by default."""
+    """Give `roles(user, password)`: a client of a server with the ConfigMap's ACL; the right password by default."""
     with contextlib.ExitStack() as stack:
 
         def client(user: str, password: str | None = None) -> redis.Redis:

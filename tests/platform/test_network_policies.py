@@ -1,4 +1,4 @@
-"""Who may connect to the agent's ports, by the network policies as kustomize builds them, and that it listens there."""
+"""The network policies as kustomize builds them: the agent's ports, and the callers that they admit."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ EVERYBODY = {
 
 
 def selects(selector: Mapping[str, Any], labels: Labels) -> bool:
-    """A label selector; an empty one selects everything."""
+    """Return whether a label selector selects; an empty one selects everything."""
     assert selector.keys() <= {"matchLabels"}, "the tests know no other"
     return bool(selector.get("matchLabels", {}).items() <= labels.items())
 
 
 def admitted(rules: list[dict[str, Any]], side: str, who: Who, port: int, names: Mapping[str, int]) -> bool:
-    """Whether rules of a policy in our namespace let traffic from or to (`side`) a pod through, as Kubernetes says.
+    """Return whether rules of a policy in our namespace admit traffic from or to (`side`) a pod, by Kubernetes' rules.
 
     Selectors of one peer must all fit; without a namespace selector it is a pod of the policy's own namespace.
     """
@@ -70,7 +70,7 @@ def admitted(rules: list[dict[str, Any]], side: str, who: Who, port: int, names:
 
 
 class Agent(NamedTuple):
-    """What was built of the agent's objects."""
+    """The agent's objects as kustomize builds them."""
 
     policy: dict[str, Any]
     ports: dict[str, int]
@@ -102,7 +102,7 @@ def read(objects: Objects) -> Agent:
 
 @pytest.fixture
 def agent(build: Callable[..., Objects]) -> Callable[..., Agent]:
-    """`agent(*components)`"""
+    """Give `agent(*components)`: the agent's objects with these components."""
     return lambda *components: read(build("cpu", *components))
 
 

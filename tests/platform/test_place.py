@@ -90,7 +90,7 @@ def cluster(
     write_checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> Iterator[SimpleNamespace]:
-    """Two agents that tell a real Redis what they have, with the rights of the manifests; one has `uri` in memory."""
+    """Give two agents on a real Redis with the rights of the manifests; one has `uri` in memory."""
     url, password = redis_roles("agent")
     tell = {"GLOWPLUG_REDIS_URL": url, "GLOWPLUG_REDIS_PASSWORD_FILE": str(password)}
     first, second = (start_agent(env={**tell, "GLOWPLUG_NODE": name}) for name in ("node-1", "node-2"))
@@ -104,9 +104,9 @@ def cluster(
 
 @contextlib.contextmanager
 def extender(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
-    """As in warm-scheduler's pod: a program of its own, with the right to read and no more. `ask(verb, **annotations)`:
+    """Run the extender like warm-scheduler's pod, as a program with the right to read alone.
 
-    what it says of three nodes, or None while it does not listen.
+    Yields `ask(verb, **annotations)`: the reply about three nodes, or None while the extender does not listen.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -1,5 +1,5 @@
-// Shows one node: asks for its status now and then, follows the events as they happen.
-// Everything that comes from outside goes into the page as text, never as markup.
+// Shows one node: polls its status, and follows its events as they happen.
+// Everything from the agent goes into the page as text, never as markup.
 
 const NOW_AND_THEN = 5000, LOADING = 1000, MOST_EVENTS = 200, MOST_STARTS = 20;
 const here = new URL(".", location.href);
@@ -25,7 +25,7 @@ let timer = 0, due = Infinity;
 
 function plan(pause) {
   const at = performance.now() + pause;
-  if (at >= due) return;  // a stream of events must not put it off for ever
+  if (at >= due) return;  // a stream of events must not postpone the refresh for ever
   clearTimeout(timer);
   due = at;
   timer = setTimeout(refresh, pause);
@@ -70,7 +70,7 @@ async function follow() {
   }
 }
 
-// An agent that was started again counts its events from one; those of its predecessor stay on the page.
+// A restarted agent counts its events from one; the events of its predecessor stay on the page.
 function startedAgain() {
   state.last = 0;
   state.stream?.abort();
@@ -264,7 +264,7 @@ function waterfall(start) {
   const first = Math.min(...start.spans.map((span) => span.start));
   const starting = start.spans.filter((span) => span.name !== "first token");
   const end = Math.max(...starting.map((span) => span.end), first + 1);
-  // The first request may have come long after the start: its token is drawn where it would have been at once.
+  // The first request may come long after the start; its token is drawn as if the request had come at once.
   const shift = (span) => (span.name === "first token" && span.start > end ? span.start - end : 0);
   const last = Math.max(end, ...start.spans.map((span) => span.end - shift(span)));
   const percent = (ns) => `${100 * ns / Math.max(1, last - first)}%`;

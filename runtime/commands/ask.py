@@ -23,7 +23,7 @@ _OPENING_SECONDS = 1.5  # what `glowplug serve` takes, at most, until it has ope
 
 
 @dataclass
-class Answer:
+class ReceivedAnswer:
     """What came back so far; times in seconds of the monotonic clock."""
 
     asked: float
@@ -72,7 +72,7 @@ def ask(
     refused = [name for name, value in options.items() if value not in (None, ())]
     if handler and refused:
         raise click.UsageError(f"--{refused[0].replace('_', '-')} is not for a handler, which reads its request itself")
-    answer = Answer(time.monotonic())
+    answer = ReceivedAnswer(time.monotonic())
     asked = _resumed if resume else _asked
     for piece in asked(answer, url, handler, prompt, timeout, options):
         if not as_json:
@@ -87,7 +87,7 @@ def ask(
 
 
 def _asked(
-    answer: Answer, url: str, handler: bool, prompt: str, timeout: float, options: dict[str, Any]
+    answer: ReceivedAnswer, url: str, handler: bool, prompt: str, timeout: float, options: dict[str, Any]
 ) -> Iterator[str]:
     """The answer's pieces. Raises `ClickException` with what went wrong."""
     path, body, headers = _job(handler, prompt, options)
@@ -114,7 +114,7 @@ def _asked(
 
 
 def _resumed(
-    answer: Answer, url: str, handler: bool, prompt: str, timeout: float, options: dict[str, Any]
+    answer: ReceivedAnswer, url: str, handler: bool, prompt: str, timeout: float, options: dict[str, Any]
 ) -> Iterator[str]:
     """Like `_asked`, over as many connections as it takes."""
     path, body, headers = _job(handler, prompt, options)
@@ -136,7 +136,7 @@ def _job(handler: bool, prompt: str, options: dict[str, Any]) -> tuple[str, byte
     return "/v1/chat/completions", body, headers | {"Content-Type": "application/json"}
 
 
-def _said(answer: Answer, handler: bool, event: ServerEvent) -> str:
+def _said(answer: ReceivedAnswer, handler: bool, event: ServerEvent) -> str:
     return event.data if handler and event.event != "error" else _piece(answer, event.data)
 
 
@@ -186,7 +186,7 @@ def _refusal(url: str, status: int, text: str) -> str:
         return f"{url} answered {status}{f': {first}' if first else ''}; is a function of glowplug's served there?"
 
 
-def _piece(answer: Answer, data: str) -> str:
+def _piece(answer: ReceivedAnswer, data: str) -> str:
     """The text of one event of a chat's stream."""
     try:
         event = json.loads(data)
@@ -219,7 +219,7 @@ def phases(header: str) -> dict[str, float]:
     return found
 
 
-def _figures(answer: Answer) -> dict[str, Any]:
+def _figures(answer: ReceivedAnswer) -> dict[str, Any]:
     first = None if answer.first is None else round((answer.first - answer.asked) * 1e3, 1)
     return {
         "text": answer.text,
@@ -234,7 +234,7 @@ def _figures(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _line(answer: Answer) -> str:
+def _line(answer: ReceivedAnswer) -> str:
     """What it took, in one line."""
     total = answer.end - answer.asked
     parts = []

@@ -13,7 +13,7 @@ from runtime.errors import RequestGone
 from runtime.function.model import Model, TextStream
 from runtime.resume.answer import Answer
 from runtime.resume.record import AnswerContext
-from runtime.resume.resume import ResumeQuery, take_up
+from runtime.resume.resumption import ResumeQuery, resume_request
 from runtime.resume.sessions import Sessions
 
 PREFIX = "gen"
@@ -32,14 +32,16 @@ def keeper(sessions: Sessions, wanted: ResumeQuery) -> Callable[[TextStream], No
 
 
 def resumed(sessions: Sessions, model: Model, wanted: ResumeQuery) -> TextStream | None:
-    """The rest of a stream that a handler returned; None when the handler is to be called. Raises what `take_up` does,
-    and `RequestGone`."""
+    """Return the rest of a stream that a handler returned; None when the handler is to be called.
+
+    Raises what `resume_request` does, and `RequestGone`.
+    """
     if not wanted.id:
         return None
-    found = take_up(sessions, model, wanted, "handler")
+    found = resume_request(sessions, model, wanted, "handler")
     if found is None:
         if wanted.position:
             raise RequestGone("nothing is kept of this request any more; send it anew, without Last-Event-ID")
         return None
     (answer,) = found.answers
-    return TextStream(answer, answer.request, told=found.told[0], kept_as=found.context.id)
+    return TextStream(answer, answer.request, told=found.sent_tokens[0], kept_as=found.context.id)

@@ -24,7 +24,7 @@ from runtime.protocol.requests import Job
 from runtime.resume.answer import Answer
 from runtime.resume.position import written
 from runtime.resume.record import AnswerContext, Route
-from runtime.resume.resume import ResumeQuery, TakenUp, take_up
+from runtime.resume.resumption import ResumedRequest, ResumeQuery, resume_request
 
 TICK = 0.25  # seconds between two looks at whether the client is still there
 
@@ -60,7 +60,7 @@ class Run:
         if wanted.position and model.sessions is None:
             raise NotResumable("this function keeps no requests: set GLOWPLUG_CHECKPOINTS to keep them from now on")
         if wanted.id and model.sessions is not None:
-            if (found := take_up(model.sessions, model, wanted, self._route)) is not None:
+            if (found := resume_request(model.sessions, model, wanted, self._route)) is not None:
                 self._adopt(found)
                 self.model = model
                 return
@@ -73,13 +73,13 @@ class Run:
     def _route(self) -> Route:
         return "chat" if self.job.chat else "completion"
 
-    def _adopt(self, found: TakenUp) -> None:
+    def _adopt(self, found: ResumedRequest) -> None:
         self.created = found.context.created
         self.streams = list(found.answers)
-        self.told, self.said, self.ended = list(found.told), list(found.said), list(found.ended)
+        self.told, self.said, self.ended = list(found.sent_tokens), list(found.sent_characters), list(found.ended)
         self.prompt_tokens = sum(len(answer.request.prompt) for answer in found.answers[:: self.job.n])
-        self.completion_tokens = sum(found.told)
-        self.usage_told = found.usage_told
+        self.completion_tokens = sum(found.sent_tokens)
+        self.usage_told = found.usage_sent
 
     def _submit(self, model: Model) -> None:
         job, stats = self.job, model.engine.stats()

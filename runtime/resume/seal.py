@@ -1,9 +1,9 @@
-"""Owns the encryption of what is kept of requests: AES-256-GCM with the function's own key, or none.
+"""The encryption of recorded pieces and of hand-off messages: AES-256-GCM with the function's own key, or none.
 
-    piece := 0 data                           the function has no key
-           | 1 nonce (12 bytes) ciphertext    it has; `about`, which says which piece of which request, is bound to it
+    piece := 0 data                           without a key
+           | 1 nonce (12 bytes) ciphertext    with a key; `about` names piece and request, and is authenticated with it
 
-Agents and stores see prompts and answers otherwise. A function with a key takes no piece without encryption.
+Without a key, agents and stores can read prompts and answers. A function with a key refuses pieces in plain text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _NONCE = 12
 
 
 class Seal(Protocol):
-    name: str  # the same for those with the same key; tells nothing about it
+    """Encrypts and decrypts pieces. `about` must be the same for both."""
+
+    name: str  # the same for functions with the same key, which cannot be derived from it
 
     def close(self, about: str, data: bytes) -> bytes: ...
 
@@ -31,7 +33,7 @@ class Seal(Protocol):
 
 
 class Plain:
-    """Nothing is hidden."""
+    """No encryption."""
 
     name = "plain"
 
@@ -78,7 +80,7 @@ class Sealed:
 
 
 def seal(key_file: str) -> Seal:
-    """Raises `BadConfig`."""
+    """Return the seal of a function with this key file; "" means no encryption. Raises `BadConfig`."""
     if not key_file:
         return Plain()
     try:

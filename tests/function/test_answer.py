@@ -83,7 +83,7 @@ def test_a_record_and_the_engine_behind_it_tell_each_token_once(engines: list[To
     state = replace(state, generated=tuple(event.token for event in events[:kept] if event.token is not None))
     state = replace(state, emitted=sum(len(event.text) for event in events[:kept]))
     feed = second.admit(state) if kept else second.submit(REQUEST)
-    answer = Answer(REQUEST, feed).resume(events[seen:kept], seen)
+    answer = Answer(REQUEST, feed).replay(events[seen:kept], seen)
     assert list(answer) == events[seen:]
 
 
@@ -91,7 +91,7 @@ def test_a_session_hears_of_what_is_made_again_and_not_told(engines: list[ToyEng
     """What its client saw before a crash is in no record: else nothing after it would be kept, either."""
     events = whole(engines[0])
     session = sessions.open(AnswerContext("chat", REQUEST.id), [REQUEST])
-    answer = Answer(REQUEST, engines[0].submit(REQUEST)).keep(session, 0).resume((), 15)
+    answer = Answer(REQUEST, engines[0].submit(REQUEST)).keep(session, 0).replay((), 15)
     assert list(answer) == events[15:]
     assert session.tokens == [[event.token for event in events]]
     assert session.complete

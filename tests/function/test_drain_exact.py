@@ -45,7 +45,7 @@ class Pair:
         self._departure = Departure(
             self.live, None, lambda: place, self._seek, lambda: self.releasable, self.released.set, self.told.append
         )
-        self._place, self._left = place, [second, *further]
+        self._identity, self._left = place, [second, *further]
         self.pipes: list[Pipe] = []  # the ends of those that go on
 
     def _seek(self) -> Relay | None:
@@ -54,7 +54,7 @@ class Pair:
         here, there = socket.socketpair()
         threading.Thread(target=self._serve, args=(there, self._left.pop(0)), daemon=True).start()
         pipe = Pipe(here, Plain(), source=True)
-        return Relay(pipe, pipe.greet("kin", "first"), self._place)
+        return Relay(pipe, pipe.greet("kin", "first"), self._identity)
 
     def _serve(self, end: socket.socket, engine: BatchedEngine) -> None:
         pipe = Pipe(end, Plain(), source=False)
@@ -65,7 +65,7 @@ class Pair:
                 pass
             pipe.send(Probed())
             return
-        AdoptedRequests(pipe, _Here(engine), lambda: self._place, lambda: False, Lifecycle("second", 64)).run()
+        AdoptedRequests(pipe, _Here(engine), lambda: self._identity, lambda: False, Lifecycle("second", 64)).run()
 
     def drain(self) -> None:
         self._departure.begin()

@@ -196,7 +196,7 @@ def test_no_bytes_are_more_than_refused(data: bytes) -> None:
     ],
 )
 def test_an_event_comes_as_it_went(event: TokenEvent) -> None:
-    message = decode(encode(messages.told(1, 2, event)))
+    message = decode(encode(messages.relayed(1, 2, event)))
     assert isinstance(message, messages.RelayedEvent)
     assert messages.event_of(message) == event
     assert decode(encode(Beat())) == Beat()

@@ -135,7 +135,9 @@ def test_a_key_whose_first_client_left_goes_on_where_it_was(replica: Any, eventu
     connection = first.served.connect()
     connection.request("POST", CHAT, body, {"Idempotency-Key": "k"})
     eventually(lambda: first.model.engine.stats().running == 1)
-    eventually(lambda: any(session.at and sum(session.sent) > 8 for session in first.model.sessions._sessions.values()))
+    eventually(
+        lambda: any(session.at and sum(session.stored) > 8 for session in first.model.sessions._sessions.values())
+    )
     (session,) = first.model.sessions._sessions.values()
     tokens = list(session.tokens[0])
     connection.close()
@@ -218,9 +220,9 @@ def test_a_function_with_a_key_hides_all_and_takes_nothing_else(replica: Any, ag
 
 
 def test_the_slots_are_taken(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.resume import resume
+    from runtime.resume import resumption
 
-    monkeypatch.setattr(resume, "PATIENCE", 0.3)
+    monkeypatch.setattr(resumption, "PATIENCE", 0.3)
     first, full, third = replica(), replica(slots=1, delay=0.05), replica()
     whole = said(parsed(first.post(CHAT, chat())[2]))
     head = first.cut(CHAT, chat(), 9)

@@ -39,9 +39,9 @@ LEASE = 0.8
 
 
 class Line(NamedTuple):
-    """A client was told token number `index` of a choice, `owner`'s under `epoch`, no later than at `time`
+    """A token that a client got: number `index` of a choice, from `owner` under `epoch`, at the latest at `time`.
 
-    (CLOCK_MONOTONIC, the same for all processes).
+    `time` is of CLOCK_MONOTONIC, which is the same for all processes.
     """
 
     time: float
@@ -62,15 +62,15 @@ class Line(NamedTuple):
 
 
 class Watched(Sessions):
-    """Takes down, in a file that outlives this process, what its owner told and when."""
+    """Write each token that goes to a client into a file that outlives this process."""
 
     def __init__(self, told: str, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._told = os.open(told, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._inherited: weakref.WeakSet[Session] = weakref.WeakSet()
 
-    def tell(self, session: Session, choice: int, event: TokenEvent) -> bool:
-        permitted = super().tell(session, choice, event)
+    def record(self, session: Session, choice: int, event: TokenEvent) -> bool:
+        permitted = super().record(session, choice, event)
         if permitted and event.token is not None and session not in self._inherited:
             # It was permitted while the lease ran: a process that was stopped since then must not seem to tell later.
             now = time.monotonic() if session.handed else min(time.monotonic(), session.until)
@@ -92,8 +92,8 @@ class Watched(Sessions):
 class Halting(adopted.AdoptedRequests):
     """Stops its process when a request has been announced, and before a byte of it is read."""
 
-    def _offered(self, offer: Any) -> None:
-        super()._offered(offer)
+    def _accept(self, offer: Any) -> None:
+        super()._accept(offer)
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -105,12 +105,12 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     sessions = Watched(told, client, "chat", Plain(), lambda: here, owner=name, every=8, lease=LEASE)
     model.sessions = None if kind == "unkept" else sessions
     if kind == "halting":
-        destination.Guests = Halting  # type: ignore[misc]
+        destination.AdoptedRequests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)
-    moving = Incoming(
+    incoming = Incoming(
         "chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None
     )
-    signal.signal(signal.SIGUSR1, lambda *_: moving.depart())
+    signal.signal(signal.SIGUSR1, lambda *_: incoming.depart())
     lifecycle.opened(model, None)
     app = Application(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
 

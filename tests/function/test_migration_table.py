@@ -21,7 +21,7 @@ ANSWERS = {
 
 def test_the_table_is_drawn_in_its_module() -> None:
     table = (migration_table.__doc__ or "").replace("\n    ", "\n")
-    assert migration_table.drawn() in table
+    assert migration_table.as_text() in table
 
 
 def test_every_event_that_can_come_has_its_row() -> None:

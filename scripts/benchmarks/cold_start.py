@@ -121,7 +121,7 @@ def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
             raise Unavailable("dropping the page cache takes root")
 
     pods = {
-        layer: lambda layer=layer: functions.parked(uri, agent=running.socket, threads=threads, layer=layer)
+        layer: lambda layer=layer: functions.standby(uri, agent=running.socket, threads=threads, layer=layer)
         for layer in ("lang", "model")
     }
     return [
@@ -167,7 +167,7 @@ def _place(model: str, running: Running, threads: int, layer: nodes.Layer) -> Sa
 def _spare(model: str, running: Running, threads: int) -> Iterator[Function]:
     with (
         nodes.node(model, agent=running.socket, threads=threads, layer="model") as node,
-        node.parked() as function,
+        node.standby() as function,
     ):
         yield function
 

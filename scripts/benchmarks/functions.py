@@ -97,14 +97,14 @@ class Function:
         return answer
 
     def connections(self) -> Sample:
-        """Return the ms until an answer's first byte comes that asks no model.
+        """Return the ms to the first byte of answers that ask no model.
 
         `kept_…` is on one connection, from its second answer on; `fresh_…` with a connection for each.
         """
         found: dict[str, float] = {}
         for name, path in WITHOUT_MODEL.items():
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=_SECONDS)) as kept:
-                _first_byte(kept, path)  # only the next one may have to wait for an acknowledgement
+                _first_byte(kept, path)  # later answers on this connection may wait for an acknowledgement
                 found[f"kept_{name}_ms"] = statistics.median(_first_byte(kept, path) for _ in range(_ANSWERS))
             fresh = []
             for _ in range(_ANSWERS):
@@ -115,14 +115,14 @@ class Function:
 
     def phases(self) -> Sample:
         """Return `<phase>_ms` of the start, as the function itself reports."""
-        told: Any = json.loads(self.request("GET", self.marks))
-        if isinstance(told, dict):
+        marks: Any = json.loads(self.request("GET", self.marks))
+        if isinstance(marks, dict):
             return {
                 f"{span['owner']}: {span['name']} ms": (span["end_ns"] - span["start_ns"]) / 1e6
-                for span in told["spans"]
+                for span in marks["spans"]
             }
         found, last = {}, self.container.started
-        for name, at in told:
+        for name, at in marks:
             found[f"{name} ms"] = (at - last) / 1e6
             last = at
         return found
@@ -213,7 +213,7 @@ def shim_of_nodes() -> str:
 
 
 @contextlib.contextmanager
-def parked(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Function]:
+def standby(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Function]:
     """Start our function in pod mode and let its idle worker go; this layer stays warm."""
     hold = {"GLOWPLUG_LAYERS": layer, "GLOWPLUG_HOLD": "user=1,model=inf,lang=inf"}
     with glowplug(model, agent=agent, threads=threads, settings=hold) as function:

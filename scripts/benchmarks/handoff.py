@@ -1,7 +1,7 @@
 """Hand-off: real functions that end in the middle of their answers; lost tokens and pauses of their clients.
 
 drain       32 streams are read while their replica gets SIGTERM: tokens lost or sent twice, failures, pauses in steps,
-            and the time at which the replica has released the model. Deterministic mode, so that every token can be compared.
+            and the time until the replica has released the model. Deterministic mode makes every token comparable.
 moved       one stream of a 1000-token prompt is handed over: the longest gap between two of its tokens
 recomputed  the same without hand-off: the replica is stopped, and the client asks another one to continue the text
 grace       streams that last four times as long as their replica's grace: read to their end by a client that resumes

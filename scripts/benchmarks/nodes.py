@@ -41,7 +41,7 @@ class Node:
         )
 
     @contextlib.contextmanager
-    def parked(self) -> Iterator[Function]:
+    def standby(self) -> Iterator[Function]:
         """Start a container and let its idle worker go; the next worker waits in it."""
         with self.start(GLOWPLUG_HOLD="user=1") as function:
             _until(lambda: b"parked" in function.request("GET", "/_/ready"), "it was not parked", function)

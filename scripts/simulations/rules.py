@@ -109,7 +109,7 @@ class Histogram(Rule):
 
     Idle times are in bins of a minute up to four hours; unload until the 5th percentile, keep until the 99th, 10 % of
     margin; where the histogram is not decisive (its bins' coefficient of variation below 2, or too many idle times
-    beyond its range) keep for its whole range. Its ARIMA for rare functions is left out: nothing here is called so rarely.
+    beyond its range) keep for its whole range. Its ARIMA for rare functions is left out: here all calls are frequent.
     """
 
     BINS, MARGIN, REPRESENTATIVE, BEYOND = 240, 0.1, 2.0, 0.5

@@ -70,7 +70,7 @@ class MigratingRequest:
 
 
 class Migration:
-    """Carries out the migrations of one worker, on the thread of its `Departure` alone."""
+    """The migrations of one worker, carried out on the thread of its `Departure` alone."""
 
     def __init__(
         self,

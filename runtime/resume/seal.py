@@ -21,14 +21,14 @@ _NONCE = 12
 
 
 class Seal(Protocol):
-    """Encrypts and decrypts pieces. `about` must be the same for both."""
+    """A cipher of pieces. `about` must be the same for encryption and decryption."""
 
     name: str  # the same for functions with the same key, which cannot be derived from it
 
     def close(self, about: str, data: bytes) -> bytes: ...
 
     def open(self, about: str, piece: bytes) -> bytes:
-        """Raises `SnapshotRefused`."""
+        """Decrypt a piece. Raises `SnapshotRefused`."""
         ...
 
 
@@ -50,7 +50,7 @@ class Sealed:
     """AES-256-GCM; `key` is any secret of at least 32 bytes."""
 
     def __init__(self, key: bytes) -> None:
-        """Raises `BadConfig` where the library is missing."""
+        """Derive the cipher's key and name. Raises `BadConfig` where the library is missing."""
         try:
             from cryptography.exceptions import InvalidTag
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM

@@ -79,7 +79,7 @@ class Replica:
 
     @property
     def running(self) -> int:
-        """Generations in its own engine."""
+        """Return the number of generations in this worker's engine."""
         return len(self.model.engine.here()) if self.incoming else self.model.engine.stats().running
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Replica:
             return response.status, dict(response.getheaders()), response.read()
 
     def cut(self, path: str, body: Any, after: int, **headers: str) -> list[Any]:
-        """The first `after` events with an id, then the connection is cut."""
+        """Return the first `after` events with an id, and cut the connection."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         with contextlib.closing(self.served.connect()) as connection:
             connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), names)
@@ -124,7 +124,7 @@ class LocalAgent:
     @classmethod
     @contextlib.contextmanager
     def running(cls) -> Iterator[LocalAgent]:
-        """One until the end of the block, in a directory whose path is short: a socket lies in it."""
+        """Run an agent until the end of the block, in a directory with a short path, as sockets need."""
         with tempfile.TemporaryDirectory(prefix="gp-") as place:
             agent = cls(Path(place))
             yield agent

@@ -1,4 +1,4 @@
-"""`glowplug layers`: what supervisors publish, who is believed, and what people see of it."""
+"""`glowplug layers`: the layers that supervisors publish, the ones that are believed, and the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that outlive their connection: kept, gone on with by the same replica and by others, each token once."""
+"""Answers that outlive their connection: kept, continued by the same replica and by others, each token once."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_keys_belong_to_their_callers_and_to_their_requests(replica: Any) -> Non
 
 
 def test_log_probabilities_of_the_rest_are_made_again(replica: Any) -> None:
-    """The toy makes none, but takes the same way."""
+    """The toy has no log-probabilities, but takes the same path."""
     first, second = replica(), replica()
     whole = said(parsed(first.post(CHAT, chat(logprobs=True))[2]))
     head = first.cut(CHAT, chat(logprobs=True), 23)
@@ -254,7 +254,7 @@ def test_two_connections_at_once_and_the_later_one_has_it(replica: Any, agent: A
 
 
 def test_whoever_was_overtaken_while_it_stood_still_says_nothing_more(replica: Any, agent: Any) -> None:
-    """As after SIGSTOP: its lease is over, another took the request, and then it wakes in the middle of its answer."""
+    """A replica as after SIGSTOP: its lease is over, another took the request, and then it wakes in its answer."""
     first, second = replica(), replica()
     sessions, stopped = first.model.sessions, threading.Event()
     exchange = sessions._client.keep
@@ -316,7 +316,7 @@ def test_a_handler_that_returns_the_stream_as_it_is(replica: Any) -> None:
 
 
 def test_a_handlers_answer_whose_end_its_client_claims_to_have_seen_ends(replica: Any) -> None:
-    """No event of a handler's stream says so: its ids have no end."""
+    """A handler's ids do not state the end of its stream."""
     first = replica(handle=lambda event, context: context.model.generate(WORDS, stream=True, max_tokens=120))
     head = first.cut("/", b"", 5, Accept="text/event-stream")
     status, _, body = first.post("/", b"", Last_Event_ID=f"{head[-1].id}f", Accept="text/event-stream")

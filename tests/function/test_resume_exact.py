@@ -1,4 +1,4 @@
-"""What is gone on with from its tokens alone is what would have come: tiny models, two engines, bytes in between."""
+"""Exactness of resumption from tokens alone: tiny models, two engines, bytes in between."""
 
 from __future__ import annotations
 

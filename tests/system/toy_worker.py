@@ -1,11 +1,11 @@
-"""A function's HTTP side on the toy model, as a process: what kills are aimed at.
+"""A function's HTTP side on the toy model, as a process that tests kill.
 
     python toy_worker.py SOCKET NAME TOLD [halting | unkept]
 
-On SIGUSR1 it drains. Each token that it tells a client is a line of the file TOLD (`Line`), under the epoch and the
-owner that it knows the request to have: that file is what two owners at once would show in. `/_toy/left` says what it
-still has in hand. One that is `halting` stops itself, as SIGSTOP does, in the middle of the first request that is
-copied to it; one whose requests are `unkept` has no store for them.
+On SIGUSR1 it drains. Each token that it sends to a client becomes a line of the file TOLD (`Line`), with the epoch and
+the owner that it knows; two owners at once would show there. `/_toy/left` counts the requests that it still has. A
+`halting` worker stops itself, as SIGSTOP does, in the middle of the first request that is copied to it; an `unkept` one
+has no store for its requests.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Watched(Sessions):
 
 
 class Halting(adopted.AdoptedRequests):
-    """Stops its process when a request has been announced, and before a byte of it is read."""
+    """Stop the process when a request has been announced, and before a byte of it is read."""
 
     def _accept(self, offer: Any) -> None:
         super()._accept(offer)

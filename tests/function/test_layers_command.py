@@ -163,7 +163,7 @@ def test_a_worker_that_a_zygote_takes_with_it_is_refused_with_the_reason() -> No
         pod._lang.zygote = Zygote(Wire(ours), process.pid, os.pidfd_open(process.pid))
         zygote.send({"ready": "lang", "key": "lang", "seconds": 2.0, "bytes": 250_000_000})
         assert pod.step(100.1) == []
-        asked = {"listener": line.fileno(), "line": line.fileno(), "environment": {}, "start_id": "s", "spans": "[]"}
+        asked = {"listener": line.fileno(), "line": line.fileno(), "environment": {}, "start_id": "s", "spans": []}
         number = pod.fork(101.0, **asked)
         received = zygote.receive()
         assert received is not None

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from tiny_model import corpus, tokenizer
 
 VOCABULARY = 1536
-# Padding included, so that every step costs the same.
+# Tokens of a batch, padding included, so that every step costs the same.
 BATCH_TOKENS = 1536
 # Longest row: the longest answer with its question fits, and rows stay cheap.
 ROW_TOKENS = 256

@@ -93,13 +93,13 @@ class AdoptedRequests:
     def __init__(
         self,
         pipe: Pipe,
-        here: ReceivingModel,
+        model: ReceivingModel,
         identity: Callable[[], ReplicaIdentity],
-        left: Callable[[], bool],
+        draining: Callable[[], bool],
         work: WorkCounter,
     ) -> None:
-        """`left` returns whether this worker drains too, and adopts no new requests."""
-        self._pipe, self._here, self._identity, self._left, self._work = pipe, here, identity, left, work
+        """`draining` returns whether this worker drains too, and adopts no new requests."""
+        self._pipe, self._model, self._identity, self._draining, self._work = pipe, model, identity, draining, work
         self._adopted: dict[int, _AdoptedRequest] = {}
         self._lock = threading.Lock()  # guards `_adopted` and how many streams of each request run
 
@@ -161,11 +161,11 @@ class AdoptedRequests:
 
     def _no_room(self, offer: MigrationOffer) -> FunctionError | None:
         """Return why an offer is refused before its bytes come; None when there is room."""
-        stats = self._here.engine.stats()
+        stats = self._model.engine.stats()
         most = min(MAX_OFFER, _ROOM + 2 * stats.memory_limit) if stats.memory_limit else MAX_OFFER
         if sum(offer.sizes) > most:
             return SnapshotRefused(f"the request takes {sum(offer.sizes)} bytes; here is room for {most}")
-        if self._left() and not offer.now:
+        if self._draining() and not offer.now:
             return EngineBusy("this replica drains itself")
         if not offer.now and stats.running + stats.waiting >= stats.slots:
             return EngineBusy("all slots are taken")
@@ -206,7 +206,7 @@ class AdoptedRequests:
         for choice, found in enumerate(adopted.snapshots):
             snapshot.check(found, self._identity())
             if choice not in ended:
-                adopted.answers[choice] = Answer.begun(self._here.engine, found.state)
+                adopted.answers[choice] = Answer.begun(self._model.engine, found.state)
 
     def _refuse(self, number: int, error: FunctionError) -> None:
         self._pipe.send(OfferRefused(number, error.code, error.text[:4096], getattr(error, "retry_after", 0.0)))
@@ -221,7 +221,7 @@ class AdoptedRequests:
 
     def _inherit(self, adopted: _AdoptedRequest, kept: KeptRequest, epoch: int) -> None:
         """Record the answers in a session of this worker, which owns the request now."""
-        sessions = self._here.sessions
+        sessions = self._model.sessions
         if sessions is None:
             raise Broken("the request is kept, and this worker keeps none")
         states = [found.state for found in adopted.snapshots]
@@ -263,7 +263,7 @@ class AdoptedRequests:
     def _embed(self, number: int, prompts: Sequence[Sequence[int]]) -> None:
         try:
             try:
-                self._pipe.send(Vectors(number, self._here.engine.embed(prompts)))
+                self._pipe.send(Vectors(number, self._model.engine.embed(prompts)))
             except (BadRequest, EngineBusy, EngineFailed) as error:
                 self._refuse(number, error)
         except Broken:

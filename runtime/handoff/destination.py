@@ -36,7 +36,7 @@ class Destination:
     def __init__(
         self,
         client: Callable[[], CacheClient],
-        here: ReceivingModel,
+        model: ReceivingModel,
         identity: Callable[[], ReplicaIdentity],
         siblings: Callable[[], str],
         owner: str,
@@ -44,7 +44,7 @@ class Destination:
         work: WorkCounter,
     ) -> None:
         """`siblings` returns the name that both sides of a hand-off have in common, "" while it is not known."""
-        self._client, self._here, self._identity, self._siblings = client, here, identity, siblings
+        self._client, self._model, self._identity, self._siblings = client, model, identity, siblings
         self._owner, self._seal, self._work = owner, seal, work
         self._leaving = threading.Event()
         self._lock = threading.Lock()
@@ -78,7 +78,7 @@ class Destination:
             pause = min(_AGAIN[1], 2 * pause)
 
     def _unwilling(self) -> bool:
-        stats = self._here.engine.stats()
+        stats = self._model.engine.stats()
         return self._leaving.is_set() or stats.running + stats.waiting >= stats.slots
 
     def _wait_at_agent(self, siblings: str) -> None:
@@ -100,11 +100,11 @@ class Destination:
     def _serve(self, sock: socket.socket, siblings: str) -> None:
         pipe = Pipe(sock, self._seal, source=False)
         try:
-            stats = self._here.engine.stats()
+            stats = self._model.engine.stats()
             greeting = pipe.greet(siblings, self._owner, stats.slots, stats.queue)
         except Broken as error:
             log.warning("a hand-off did not begin: %s", error)
             with pipe:
                 return
         log.info("taking what %s hands over", greeting.owner)
-        AdoptedRequests(pipe, self._here, self._identity, self._leaving.is_set, self._work).run()
+        AdoptedRequests(pipe, self._model, self._identity, self._leaving.is_set, self._work).run()

@@ -85,21 +85,21 @@ class Migration:
 
     def migrate(self, request: MigratingRequest, relay: Relay) -> MigrationReport | None:
         """Migrate a request and report the outcome; None where nothing was to be moved after all."""
-        state, event = MigrationState(), MigrationEvent.BEGIN
+        migration, event = MigrationState(), MigrationEvent.BEGIN
         try:
-            while not state.over:
-                for action in state.handle(event):
+            while not migration.over:
+                for action in migration.handle(event):
                     event = self._act(action, request, relay) or event
         except Exception:  # a defect must not leave the request frozen for ever
-            self._resume(request) if state.state in ("freezing", "offered") else self._lose(request)
+            self._resume(request) if migration.state in ("freezing", "offered") else self._lose(request)
             raise
         if not request.snapshots:
             return None
         tokens = sum(len(request.snapshots[choice].state.generated) for choice in request.streams)
         pause = (request.running_at or time.monotonic()) - request.frozen_at
         how = f"{request.how}: {request.why}" if request.why else request.how
-        log.info("%s: %s, to %s, in %.0f ms (%s)", request.id, state.state, relay.owner, pause * 1e3, how)
-        return MigrationReport(request.id, relay.owner, tokens, pause, request.how, state.state, request.why)
+        log.info("%s: %s, to %s, in %.0f ms (%s)", request.id, migration.state, relay.owner, pause * 1e3, how)
+        return MigrationReport(request.id, relay.owner, tokens, pause, request.how, migration.state, request.why)
 
     # --- the table's actions ----------------------------------------------------------------------------------------
 

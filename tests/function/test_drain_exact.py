@@ -54,12 +54,12 @@ class Pair:
         here, there = socket.socketpair()
         threading.Thread(target=self._serve, args=(there, self._left.pop(0)), daemon=True).start()
         pipe = Pipe(here, Plain(), source=True)
-        return Relay(pipe, pipe.greet("kin", "first"), self._identity)
+        return Relay(pipe, pipe.greet("siblings", "first"), self._identity)
 
     def _serve(self, end: socket.socket, engine: BatchedEngine) -> None:
         pipe = Pipe(end, Plain(), source=False)
         self.pipes.append(pipe)
-        pipe.greet("kin", "second", 16, 16)
+        pipe.greet("siblings", "second", 16, 16)
         if self.deaf:
             while not isinstance(pipe.receive(1), Probe):
                 pass

@@ -1,4 +1,4 @@
-"""The agent's settings: one frozen value, the only reader of the environment in this package."""
+"""The agent's settings: one frozen value, and the only reader of the environment in this package."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cache_agent.logs import LogFormat
 DEFAULT_SOCKET = "/run/glowplug/agent.sock"
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):\d{1,5}")
 _ANY = ("0.0.0.0", "[::]")  # noqa: S104  recognised, not bound
-# Former settings, and what holds for all agents now.
+# Former settings, and the rule that replaced each.
 _GONE = {"GLOWPLUG_SNAPSHOT_SIZE": "16 MiB at most are kept of one request"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
-    """Each field is set by `GLOWPLUG_<NAME IN CAPITALS>`; one README.md of this package has its row.
+    """The settings, each set by `GLOWPLUG_<NAME IN CAPITALS>` and explained in one README.md of this package.
 
     `dram` and `ssd_size` in bytes; without `ssd` nothing is kept on disk. `file_roots` are the directories that
     `file://` may name; a socket that other users can reach needs them to be narrower than "/".
@@ -94,7 +94,7 @@ class AgentConfig:
 
     @property
     def advertised(self) -> str:
-        """Where other nodes reach this agent; "" where they cannot."""
+        """The address at which other nodes reach this agent; "" where they cannot."""
         host, _, port = self.agent_listen.rpartition(":")
         if self.agent_address or not port:
             return self.agent_address
@@ -106,7 +106,7 @@ class AgentConfig:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> AgentConfig:
-    """Raises `BadSetting` that names the variable."""
+    """Read the settings from the environment. Raises `BadSetting`, which names the variable."""
     env = os.environ if environment is None else environment
     values: dict[str, object] = {}
     for name, parse in _PARSERS.items():
@@ -129,7 +129,7 @@ def gone(environment: Mapping[str, str]) -> list[str]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from "1536", "800M", "16GiB". Raises `ValueError`."""
+    """Return the bytes of "1536", "800M", "16GiB". Raises `ValueError`."""
     stripped = text.strip().lower().removesuffix("b").removesuffix("i")
     number, unit = (stripped[:-1], stripped[-1:]) if stripped[-1:].isalpha() else (stripped, "")
     if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
@@ -138,14 +138,14 @@ def parse_size(text: str) -> int:
 
 
 def parse_mode(text: str) -> int:
-    """File mode from octal digits. Raises `ValueError`."""
+    """Return the file mode of octal digits. Raises `ValueError`."""
     if not re.fullmatch("[0-7]{3,4}", text) or int(text, 8) > 0o777:
         raise ValueError("use three octal digits, like 660")
     return int(text, 8)
 
 
 def parse_flag(text: str) -> bool:
-    """Raises `ValueError`."""
+    """Return the truth of 1, true, yes, 0, false or no. Raises `ValueError`."""
     try:
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.strip().lower()]
     except KeyError:
@@ -162,6 +162,7 @@ def _roots(text: str) -> tuple[Path, ...]:
 
 
 def parse_words(text: str) -> tuple[str, ...]:
+    """Return the words between commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 

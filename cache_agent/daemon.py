@@ -1,4 +1,4 @@
-"""Builds the agent from its parts and lives its life: startup, run, shutdown. Signals are only recorded."""
+"""Owns the agent's process: builds the agent from its parts, then startup, run, shutdown. Signals are only recorded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
 from cache_agent.serving.remote import RemoteConnection
 from cache_agent.serving.server import Server, listen
-from cache_agent.snapshots.index import cluster_key, shelf
+from cache_agent.snapshots.index import cluster_key, open_index
 from cache_agent.wire import link
 
 if TYPE_CHECKING:
@@ -39,25 +39,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("glowplug.daemon")
 
-BAD_CONFIG = 64  # exit code; the shim of a private agent gives up on it
-_CLOSE_SECONDS = 2.0  # loads end between two reads; one that hangs in its origin is not waited for
+BAD_CONFIG = 64  # exit code after which the shim does not start a private agent again
+_CLOSE_SECONDS = 2.0  # for loads to end between two reads; one that hangs in its origin is left
 _PR_SET_PDEATHSIG = 1
 
 
 class Daemon:
-    """`run()` is the whole life of an agent process."""
+    """An agent's process; `run()` returns when the process is to end."""
 
     def __init__(self, config: AgentConfig, *, listening: socket.socket | None = None) -> None:
-        """`listening` is an inherited socket of a private agent; otherwise `config.socket` is bound."""
+        """Build the agent. A private agent inherits its socket, `listening`; otherwise `config.socket` is bound."""
         self._config = config
         self._private = listening is not None
         self._access = access.from_config(config)
         self._witness: Witness | None = None
         if config.kubernetes and listening is None:
-            from cache_agent.kube.witness import Witness  # not for private agents: a cold start waits for those
+            from cache_agent.kube.witness import Witness  # imported late: a cold start waits for a private agent
 
             self._witness = Witness(config.kubernetes, config.node_name, self._on_removal)
-        # A function's own agent has nobody to tell, and no right to: functions hold no credentials.
+        # A private agent uses no shared directory: functions hold no credentials for one.
         directory = _directory(config) if listening is None else InProcessDirectory()
         self._sock = listening or listen(config.socket, config.socket_mode)
         self._inode = 0 if listening else config.socket.lstat().st_ino
@@ -65,8 +65,8 @@ class Daemon:
         secret = None if self._private else config.cluster_key_file
         key = ClusterKey(cluster_key(secret)) if secret else None
         self._agent = Agent(config, directory, peers=_peers(config, directory, key))
-        self._shelf = shelf(config, private=self._private)
-        self._server = Server(self._agent, self._sock, self._access, shelf=self._shelf)
+        self._index = open_index(config, private=self._private)
+        self._server = Server(self._agent, self._sock, self._access, index=self._index)
         if key is not None:
             me = Membership(config.node_name, config.advertised, key)
             self._server.desk.neighbours = Targets(me, directory)
@@ -91,7 +91,7 @@ class Daemon:
         self._shutdown()
 
     def _startup(self) -> None:
-        # A handler alone could be too late: a signal that comes just before the server's poll would not end it.
+        # The wakeup fd ends the server's poll even for a signal that comes just before that poll.
         signal.set_wakeup_fd(self._server.stop_fd, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, _recorded)
@@ -109,13 +109,13 @@ class Daemon:
         log.info("node %s serves %s, %d MB for weights", self._agent.node, where, self._config.capacity // 10**6)
 
     def _on_removal(self, removal: Removal) -> None:
-        told = self._agent.push_drain(f"the pod {removal.name} is being removed", removal.grace, pod=removal.uid)
-        if told:
-            log.info("%s is being removed; %d functions in it were told", removal.name, told)
+        count = self._agent.push_drain(f"the pod {removal.name} is being removed", removal.grace, pod=removal.uid)
+        if count:
+            log.info("%s is being removed; %d functions in it were told", removal.name, count)
 
     def _shutdown(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # it is ending: asking again would only cut it short
+            signal.signal(number, signal.SIG_IGN)  # a second signal would only cut the shutdown short
         signal.set_wakeup_fd(-1)
         self._server.close()
         if self._status is not None:
@@ -123,13 +123,13 @@ class Daemon:
         if self._witness is not None:
             self._witness.close(1.0)
         with contextlib.suppress(OSError):
-            if self._config.socket.lstat().st_ino == self._inode:  # or it is that of a successor already
+            if self._config.socket.lstat().st_ino == self._inode:  # otherwise it is a newer agent's socket
                 self._config.socket.unlink()
         self._agent.close(time.monotonic() + _CLOSE_SECONDS)
         self._directory.close()
-        self._shelf.close()
+        self._index.close()
         log.info("stopped; functions keep the weights that they map")
-        if threading.active_count() > 1:  # the interpreter would wait for jobs that hang in an origin
+        if threading.active_count() > 1:  # the interpreter would wait for threads that hang in an origin
             logging.shutdown()
             os._exit(0)
 
@@ -146,10 +146,10 @@ def _peers(config: AgentConfig, directory: Directory, key: ClusterKey | None) ->
 
 
 def _directory(config: AgentConfig) -> Directory:
-    """Raises `BadSetting`."""
+    """Return the directory of the settings, with this node in it. Raises `BadSetting`."""
     if not config.redis_url:
         return InProcessDirectory()
-    # Imported here: redis-py is a tenth of a second that few agents need.
+    # Imported here, because redis-py takes a tenth of a second and few agents need it.
     from cache_agent.cluster.directory_redis import RedisDirectory
 
     directory = RedisDirectory(config.redis_url, password_file=config.redis_password_file)
@@ -158,19 +158,19 @@ def _directory(config: AgentConfig) -> Directory:
 
 
 def _recorded(_number: int, _frame: FrameType | None) -> None:
-    """The signal's byte is in the server's pipe already."""
+    """Do nothing: the signal's byte is in the server's wakeup fd already."""
 
 
 def private(fd: int, parent: int) -> None:
-    """The life of an agent that one function keeps for itself: its socket is inherited, its only user is its parent.
+    """Run a private agent, which serves only its parent process, on the inherited socket `fd`.
 
-    Imports neither CLI nor terminal library: a cold start waits for it.
+    Neither CLI nor terminal library is imported, because a cold start waits for this process.
     """
     try:
         os.set_inheritable(fd, False)
         config = from_environment()
         logs.configure("warning", config.log_format)
-        # It shares its memory limit with one function only, whose own needs are small beside the weights.
+        # The memory limit is shared with one function only, which needs little beside the weights.
         config = replace(config, dram=config.dram or limits.memory_limit() * 4 // 5)
         _end_with(parent)
         Daemon(config, listening=socket.socket(fileno=fd)).run()
@@ -180,9 +180,9 @@ def private(fd: int, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A private agent whose shim was killed has nobody left to serve."""
+    """Have the kernel end this process with its parent, which is all that a private agent serves."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:  # it was killed before this process got here
+    if os.getppid() != parent:  # the parent ended before the call above
         raise SystemExit(0)
 
 

@@ -1,4 +1,4 @@
-"""Errors of the cache agent: a stable code on the wire, a sentence that says what to do, and whether to try again."""
+"""The errors of the cache agent: a stable code on the wire, a sentence that says what to do, whether to try again."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import ClassVar
 
 log = logging.getLogger("glowplug.agent")
 
-_NAMED = 5  # models that an error names
+_NAMED = 5  # models that an error names, at most
 
 
 class AgentError(Exception):
     """Root of everything the agent or its client reports.
 
-    `code` never changes once released; `retryable` says whether the same call can succeed later without anyone
-    changing anything.
+    `code` never changes once released; `retryable` says whether the same call can succeed later without any change to
+    model, settings or rights.
     """
 
     code: ClassVar[str] = "internal"
@@ -51,7 +51,7 @@ class AccessDenied(AgentError):
 
 
 class IdentityUnavailable(AgentError):
-    """Nobody can tell now who the caller is: the Kubernetes API does not answer."""
+    """The caller cannot be identified now, because the Kubernetes API does not answer."""
 
     code = "identity_unavailable"
     retryable = True
@@ -95,12 +95,12 @@ class NoCapacity(AgentError):
     code = "no_capacity"
 
     def __init__(self, text: str, holders: Sequence[tuple[str, str]] = (), rest: str = "") -> None:
-        """`holders` are the models that take the room: (URI, a few words); between `text` and `rest`."""
+        """Make a sentence of `text`, the models that take the room as (URI, a few words), and `rest`."""
         self._parts = text, holders, rest
         super().__init__(self.told(lambda _: True))
 
     def told(self, may_have: Callable[[str], bool]) -> str:
-        """The sentence for somebody who may know of some models only."""
+        """Return the sentence for a caller that may know of some models only; the other models are counted."""
         text, holders, rest = self._parts
         words = [words for uri, words in holders if may_have(uri)][:_NAMED]
         if len(holders) > len(words):
@@ -127,7 +127,7 @@ class VersionMismatch(AgentError):
 
 
 class AgentUnreachable(AgentError):
-    """Nobody answers on the agent's socket."""
+    """No agent answers on the socket."""
 
     code = "agent_unreachable"
     retryable = True
@@ -148,14 +148,14 @@ class AgentTimeout(AgentError):
 
 
 class StoreUnavailable(AgentError):
-    """What is kept of running requests cannot be reached now."""
+    """The store of running requests' snapshots cannot be reached now."""
 
     code = "store_unavailable"
     retryable = True
 
 
 class SnapshotTooLarge(AgentError):
-    """More would be kept of a request, or of a function's requests, than may be."""
+    """A request's snapshot, or a function's snapshots together, would be larger than is allowed."""
 
     code = "snapshot_too_large"
 
@@ -209,12 +209,12 @@ BY_CODE: dict[str, type[AgentError]] = {
 
 
 def from_wire(code: str, text: str) -> AgentError:
-    """The exception for an error frame; a code of a newer agent becomes an `AgentError` that keeps its text."""
+    """Return the exception for an error frame; an unknown code becomes an `AgentError` that keeps the text."""
     return BY_CODE.get(code, AgentError)(text)
 
 
 def translated(error: Exception, uri: str) -> AgentError:
-    """What a caller is told of an error with the model at `uri`; one that nobody foresaw goes to the log, too."""
+    """Return an error with the model at `uri` as an `AgentError`; an unexpected one is logged with its traceback."""
     if isinstance(error, AgentError):
         return error
     log.error("unexpected error with %s", uri, exc_info=error)

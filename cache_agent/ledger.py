@@ -11,7 +11,7 @@ from threading import Lock
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What `owner` (`shim`, `worker`, `agent`) did between `start` and `end` (ns of CLOCK_MONOTONIC)."""
+    """One activity of `owner` (`shim`, `worker`, `agent`) from `start` to `end`, in ns of CLOCK_MONOTONIC."""
 
     owner: str
     name: str
@@ -24,7 +24,7 @@ class Span:
 
 
 class Ledger:
-    """Collects the spans of one start; safe to use from several threads. `node` is its node, "" until that is known."""
+    """Collect the spans of one start, from any thread; `node` is the start's node, or "" until that is known."""
 
     def __init__(self, owner: str, start_id: str = "") -> None:
         self.owner = owner
@@ -35,7 +35,7 @@ class Ledger:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Records the body's duration, also when it raises: a start that failed is the one people look at."""
+        """Record the body's duration, also when the body raises: failed starts are the ones that people look at."""
         start = time.monotonic_ns()
         try:
             yield
@@ -43,6 +43,7 @@ class Ledger:
             self.add(name, start)
 
     def add(self, name: str, start: int, end: int | None = None) -> None:
+        """Add a span of this ledger's owner; times in ns of CLOCK_MONOTONIC, `end` by default now."""
         self.extend([Span(self.owner, name, start, time.monotonic_ns() if end is None else end)])
 
     def extend(self, spans: Iterable[Span]) -> None:
@@ -50,11 +51,11 @@ class Ledger:
             self._spans.extend(spans)
 
     def since(self, count: int) -> list[Span]:
-        """The spans after the first `count`, in the order in which they were added."""
+        """Return the spans after the first `count`, in the order in which they were added."""
         with self._lock:
             return self._spans[count:]
 
     def spans(self) -> list[Span]:
-        """A copy, ordered by start."""
+        """Return a copy of all spans, ordered by start."""
         with self._lock:
             return sorted(self._spans, key=lambda span: (span.start, span.end))

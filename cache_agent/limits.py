@@ -1,4 +1,4 @@
-"""What this process may use: huge pages, memory, processors, by cgroup (v1 and v2) and host. Reads /proc and /sys."""
+"""The limits of this process: huge pages, memory, processors, by cgroup (v1 and v2) and host. Reads /proc and /sys."""
 
 from __future__ import annotations
 
@@ -17,38 +17,35 @@ _UNLIMITED = 1 << 60  # v1 writes a number close to 2**63 for "no limit"
 
 
 def free_huge_bytes() -> int:
-    """Bytes of 2 MiB pages that are neither in use nor promised to anyone; 0 where the machine has no pool."""
+    """Return the bytes of 2 MiB pages that are neither used nor reserved; 0 where the machine has no pool."""
     try:
         free = int((_POOL / "free_hugepages").read_text())
         reserved = int((_POOL / "resv_hugepages").read_text())
     except (OSError, ValueError):
         return 0
-    headroom = min(_cgroup_headrooms("hugetlb.2MB.max", "hugetlb.2MB.current", "hugetlb", "hugetlb.2MB"), default=None)
+    headroom = min(_cgroup_headrooms("hugetlb.2MB"), default=None)
     pool = max(0, free - reserved) * HUGE_PAGE
     return pool if headroom is None else min(pool, headroom)
 
 
 def huge_reservations_hold() -> bool:
-    """Whether a reservation of huge pages that the kernel grants is a promise that their first use keeps.
+    """Return whether a granted reservation of huge pages guarantees their first use.
 
-    A cgroup that limits only their use lets a reservation pass and kills the process that takes the page.
+    A cgroup that limits only the use grants the reservation, and kills the process that first uses a page.
     """
-    use = _cgroup_headrooms("hugetlb.2MB.max", "hugetlb.2MB.current", "hugetlb", "hugetlb.2MB")
-    reservation = _cgroup_headrooms("hugetlb.2MB.rsvd.max", "hugetlb.2MB.rsvd.current", "hugetlb", "hugetlb.2MB.rsvd")
     unlimited = 1 << 62
-    return min(use, default=unlimited) >= min(reservation, default=unlimited)
+    use = min(_cgroup_headrooms("hugetlb.2MB"), default=unlimited)
+    return use >= min(_cgroup_headrooms("hugetlb.2MB.rsvd"), default=unlimited)
 
 
 def available_bytes() -> int:
-    """Bytes of ordinary memory that can still be taken, by the tightest of the cgroup's limits and the host."""
-    host = _meminfo("MemAvailable")
-    return min([host, *_cgroup_headrooms("memory.max", "memory.current", "memory", "memory")])
+    """Return the bytes of ordinary memory that are still free, by the tightest of the cgroup's limits and the host."""
+    return min([_meminfo("MemAvailable"), *_cgroup_headrooms("memory")])
 
 
 def memory_limit() -> int:
-    """Bytes this process may use at all: its cgroup's limit, or the host's memory."""
-    limits = [limit for limit, _ in _cgroup_limits("memory.max", "memory.current", "memory", "memory")]
-    return min([_meminfo("MemTotal"), *limits])
+    """Return the bytes that this process may use at all: its cgroup's limit, or the host's memory."""
+    return min([_meminfo("MemTotal"), *(limit for limit, _ in _cgroup_limits("memory"))])
 
 
 def _meminfo(field: str) -> int:
@@ -58,14 +55,19 @@ def _meminfo(field: str) -> int:
     raise OSError(f"/proc/meminfo has no {field}")
 
 
-def _cgroup_headrooms(limit: str, current: str, controller: str, prefix: str) -> Iterator[int]:
-    for most, used in _cgroup_limits(limit, current, controller, prefix):
+def _cgroup_headrooms(resource: str) -> Iterator[int]:
+    for most, used in _cgroup_limits(resource):
         yield max(0, most - used)
 
 
-def _cgroup_limits(limit: str, current: str, controller: str, prefix: str) -> Iterator[tuple[int, int]]:
-    """(limit, usage) of every level from this process's cgroup to the root that has a limit, in both hierarchies."""
-    v1_limit, v1_current = f"{prefix}.limit_in_bytes", f"{prefix}.usage_in_bytes"
+def _cgroup_limits(resource: str) -> Iterator[tuple[int, int]]:
+    """Yield (limit, usage) of each level with a limit, from this process's cgroup to the root, in both hierarchies.
+
+    `resource` is the beginning of the files' names: "memory", "hugetlb.2MB", "hugetlb.2MB.rsvd".
+    """
+    controller = resource.partition(".")[0]
+    limit, current = f"{resource}.max", f"{resource}.current"
+    v1_limit, v1_current = f"{resource}.limit_in_bytes", f"{resource}.usage_in_bytes"
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -86,7 +88,7 @@ def _walk(root: Path, path: str, limit: str, current: str) -> Iterator[tuple[int
 
 
 def _places(root: Path, path: str) -> Iterator[Path]:
-    """A cgroup's directory and those above it, up to the root of the hierarchy that is mounted at `root`."""
+    """Yield a cgroup's directory and those above it, up to the root of the hierarchy that is mounted at `root`."""
     # In a container with its own cgroup namespace the path is "/"; without one the path may not exist below `root`,
     # and the container's own cgroup is mounted there.
     place = root / path.lstrip("/")
@@ -99,7 +101,7 @@ def _places(root: Path, path: str) -> Iterator[Path]:
 
 
 def cpu_quota() -> int:
-    """How many processors this process can really use: affinity and the cgroup's quota, at least 1."""
+    """Return the number of processors that this process can use, by affinity and the cgroup's quota; at least 1."""
     cpus = float(len(os.sched_getaffinity(0)))
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

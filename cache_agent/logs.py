@@ -1,4 +1,4 @@
-"""How the agent's log looks: lines for people, or one JSON object a line; `extra={"fields": {…}}` brings fields."""
+"""The form of the agent's log: lines for people, or one JSON object a line; `extra={"fields": {…}}` adds fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 
 
 class TextFormatter(logging.Formatter):
-    """A sentence, and behind it the fields as name=value; a value that could be taken for something else is quoted."""
+    """A sentence, and behind it the fields as name=value; a value with special characters is quoted."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -26,7 +26,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """`time` (UTC), `level`, `logger`, `message`, the fields, and `traceback` where there is one."""
+    """An object with `time` (UTC), `level`, `logger`, `message`, the fields, and `traceback` where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        # A field never takes the place of what every line has.
+        # A field must not replace a key that every line has.
         line |= {name: value for name, value in _fields(record).items() if name not in line}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -43,7 +43,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, form: LogFormat = "text") -> None:
-    """Sends everything to standard error."""
+    """Send all log records of `level` and above to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper())

@@ -1,4 +1,4 @@
-"""Tells whether a file has to be read again: it is another one by now, or was written to."""
+"""The stamp of a file, which changes when the file is replaced or written to, and has to be read again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ Stamp = tuple[int, int, int]
 
 
 def stamp(path: Path) -> Stamp:
-    """Another one for every content that replaces the file or is written into it. Raises `OSError`."""
+    """Return the file's stamp: inode, size, and time of change in ns. Raises `OSError`."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns

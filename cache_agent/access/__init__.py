@@ -1,1 +1,1 @@
-"""Who asks, what they may, and the record of it."""
+"""Identity and rights of callers, and the record of their requests."""

@@ -1,4 +1,4 @@
-"""The record of what one connection asked for: one line per lease, refusal and command, once its outcome is known."""
+"""Owns the record of one connection's requests: a line per lease, refusal and command, once its outcome is known."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ _NAMES: dict[type[Message], str] = {
 
 
 class Trail:
-    """One connection's; its thread alone."""
+    """The request of one connection whose outcome is to come. The connection's thread alone."""
 
     def __init__(self, access: Access, client: str) -> None:
-        """`client` is the name that it gave itself: it proves nothing, and helps who reads the line."""
+        """`client` is the name that the client gives itself: no proof, but a help to people that read the line."""
         self._access = access
         self._client = client
         self._what = ""
         self._model = ""
 
     def asked(self, message: Message) -> None:
-        """A question arrived; its outcome is to come."""
+        """Note a request that has arrived."""
         kind = type(message)
-        self._what = _NAMES.get(kind, f"?{kind.__struct_config__.tag}")  # of others only refusals are of interest
+        self._what = _NAMES.get(kind, f"?{kind.__struct_config__.tag}")  # with "?": recorded only if it is refused
         if isinstance(message, PinRequest) and not message.pinned:
             self._what = "unpin"
         self._model = str(getattr(message, "model", ""))
 
     def answered(self, caller: Caller, message: Message) -> None:
-        """A message goes out, which may be the outcome."""
+        """Record the outcome, if the message that goes out is one."""
         match message:
             case ErrorReply(code) if self._what:
                 if not self._what.startswith("?") or code == AccessDenied.code:
                     self._record(caller, code)
                 self._what = ""
             case Granted() | Streaming():
-                self._record(caller, "granted")  # and should the load fail, that is a line, too
+                self._record(caller, "granted")  # a load that fails afterwards is a second line
             case LeaseReady():
                 self._what = ""
             case Adopted(revision, shared):
@@ -74,7 +74,7 @@ class Trail:
                 self._what = ""
 
     def gone(self, caller: Caller) -> None:
-        """The connection ended before there was an outcome."""
+        """Record that the connection ended before the outcome."""
         if self._what and not self._what.startswith("?"):
             self._record(caller, "gone")
 

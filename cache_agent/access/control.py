@@ -1,4 +1,4 @@
-"""Owns who may do what at this agent, and the record of it: identity and rights, asked before anything else happens.
+"""Owns the decision whether a caller may do what it asks for, by identity and rights, before anything else happens.
 
 A refusal depends on the caller and on the URI's text alone: it is the same, and takes the same time, whether the model
 exists, is resident, or is pinned. Every lease, refusal and command that changes something has one line on the logger
@@ -26,20 +26,20 @@ log = logging.getLogger("glowplug.audit")
 
 
 class Access:
-    """Any thread."""
+    """The checks of one agent. Any thread."""
 
     def __init__(self, check: Check | None = None, rights: RightsFile | None = None) -> None:
-        """Without a check anybody comes in; without rights whoever is in may do everything."""
+        """Without a check every client is let in; without rights every client may do everything."""
         self._check: Check = check or Anybody()
         self._rights = rights
 
     @property
     def open(self) -> bool:
-        """Nobody is asked who he is."""
+        """Whether clients need no proof of identity."""
         return isinstance(self._check, Anybody) or (isinstance(self._check, Identities) and self._check.anybody)
 
     def identify(self, identity: Identity, client: str = "") -> Caller:
-        """Raises `AccessDenied` or `IdentityUnavailable`; `client` is the name that it gives itself."""
+        """Return the caller; `client` names it in the log. Raises `AccessDenied`, `IdentityUnavailable`."""
         try:
             return self._check.check(identity)
         except AgentError as error:
@@ -50,7 +50,7 @@ class Access:
         return EVERYTHING if self._rights is None else self._rights.current().of(caller)
 
     def may_have(self, caller: Caller, model: str) -> bool:
-        """Whether it may know of the model at this URI."""
+        """Whether the caller may know of the model at this URI."""
         grant = self.grant(caller)
         if grant.admin:
             return True
@@ -60,7 +60,7 @@ class Access:
             return False
 
     def require_model(self, caller: Caller, model: str) -> None:
-        """Raises `BadModelURI` for what is none, `AccessDenied` where the caller has no right to it."""
+        """Raise `AccessDenied` unless the caller has a right to the model, `BadModelURI` where `model` is no URI."""
         grant = self.grant(caller)
         uri = parse_uri(model)
         if not grant.admin and not _covers(grant, uri):
@@ -70,7 +70,7 @@ class Access:
             )
 
     def require_admin(self, caller: Caller, what: str) -> None:
-        """Raises `AccessDenied`."""
+        """Raise `AccessDenied` unless the caller is an administrator; `what` names the command."""
         if not self.grant(caller).admin:
             raise AccessDenied(f"{caller} has no right to {what}: that takes `admin = true` in the agent's rights file")
 
@@ -79,7 +79,7 @@ class Access:
             self._rights.reload()
 
     def record(self, caller: Caller, what: str, model: str, outcome: str, **more: object) -> None:
-        """One line: who did what, and what came of it."""
+        """Write one line of the audit log: caller, command and outcome."""
         fields = {"who": str(caller), "kind": caller.kind, "what": what, "model": model, "outcome": outcome}
         if caller.pod:
             fields["pod"] = caller.pod
@@ -87,12 +87,12 @@ class Access:
 
 
 def _covers(grant: Permission, uri: ModelURI) -> bool:
-    """Looks at the disk only below what was granted: the time that a refusal takes tells nothing."""
+    """Whether the grant covers the URI. Only granted places are looked at on disk: a refusal's time tells nothing."""
     if not grant.covers(uri.scheme, uri.place):
         return False
     if uri.scheme != "file":
         return True
-    # A link out of what was granted is no way around it. Links inside are what model caches are made of.
+    # A link that leads out of the granted places is refused. Links inside are common: model caches consist of them.
     real = pieces("file", os.path.realpath(uri.place))
     return real is not None and any(
         prefix.covers("file", real) or (prefix.scheme == "file" and real[: len(place := _real(prefix.pieces))] == place)
@@ -105,7 +105,7 @@ def _real(parts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def from_config(config: AgentConfig) -> Access:
-    """Raises `BadSetting`."""
+    """Build the checks of an agent's settings. Raises `BadSetting`."""
     check = identities(config.identity, config.token_file, config.kubernetes)
     if config.rights is None:
         return Access(check)

@@ -1,6 +1,6 @@
-"""Owns the question who asks: one interface, and three answers to it.
+"""Finds out the identity of a caller, in one of three ways.
 
-none          whoever can open the socket; only where the settings say so
+none          every client that can open the socket; only where the settings say so
 token         a secret from a file, or from one of the files of a directory, whose names are the callers'
 kubernetes    a ServiceAccount token that the API server reviews (tokenreview.py)
 """
@@ -27,25 +27,25 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 class Check(Protocol):
-    """Any thread."""
+    """One way to prove an identity. Any thread."""
 
     def check(self, identity: Identity) -> Caller:
-        """Raises `AccessDenied`, or `IdentityUnavailable` when nobody can tell now."""
+        """Return the caller. Raises `AccessDenied`, or `IdentityUnavailable` while nothing can be checked."""
         ...
 
 
 class Anybody:
-    """No proof is asked for, and none is looked at."""
+    """Lets every client in, without a proof."""
 
     def check(self, identity: Identity) -> Caller:  # noqa: ARG002
         return NOBODY
 
 
 class Tokens:
-    """Secrets in files, read again when they change."""
+    """Secrets in files, read again when the files change."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `BadSetting`."""
+        """`path` is a file, or a directory of files. Raises `BadSetting`."""
         self._path = path
         self._lock = threading.Lock()
         self._stamps: dict[str, Stamp] = {}
@@ -61,7 +61,7 @@ class Tokens:
             names = list(self._names.items())
         given = digest(identity.token)
         found = ""
-        for secret, name in names:  # all of them, and each in constant time
+        for secret, name in names:  # every one is compared, each in constant time
             if hmac.compare_digest(secret, given):
                 found = name
         if identity.kind != "token" or not found:
@@ -80,7 +80,7 @@ class Tokens:
 
 
 def token_files(path: Path) -> dict[str, Path]:
-    """The files of secrets by their names; a single one's is `token`. Raises `BadSetting`."""
+    """Return the files of secrets by caller; a single file's caller is `token`. Raises `BadSetting`."""
     if not path.is_dir():
         return {"token": path}
     found = {entry.name: entry for entry in sorted(path.iterdir()) if _NAME.fullmatch(entry.name) and entry.is_file()}
@@ -92,7 +92,7 @@ def token_files(path: Path) -> dict[str, Path]:
 
 
 def read_token(path: Path) -> str:
-    """Raises `BadSetting`."""
+    """Return the secret in a file. Raises `BadSetting`."""
     try:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -121,9 +121,9 @@ class Identities:
 
 
 def identities(kind: str, token_file: Path | None, kubernetes: str) -> Identities:
-    """As the settings have it: `kind` is none, token, kubernetes or "", which is a token where there is a file of it.
+    """Build the checks: `kind` is none, token, kubernetes or "", which means token where there is a `token_file`.
 
-    A file of secrets is good beside `kubernetes`, too. Raises `BadSetting`.
+    Secrets are valid beside `kubernetes`, too. Raises `BadSetting`.
     """
     kind = kind or ("token" if token_file else "none")
     checks: dict[str, Check] = {}
@@ -136,7 +136,7 @@ def identities(kind: str, token_file: Path | None, kubernetes: str) -> Identitie
     if kind == "kubernetes":
         if not kubernetes:
             raise BadSetting("GLOWPLUG_IDENTITY=kubernetes needs GLOWPLUG_KUBERNETES, the URL of the Kubernetes API")
-        # Imported here: ssl and http would make a function that starts its own agent wait.
+        # Imported here: ssl and http would delay every function that starts an agent of its own.
         from cache_agent.access.kubernetes import Api
         from cache_agent.access.tokenreview import TokenReview
 

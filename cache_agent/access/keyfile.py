@@ -1,4 +1,4 @@
-"""The reading of keys from files (the cluster's, and in the runtime a function's own), and the digest of a secret."""
+"""Reads keys from files (the cluster's, and in the runtime a function's own), and digests secrets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ LEAST = 32  # bytes
 
 
 def read_key(setting: str, path: Path) -> bytes:
-    """Without white space around it. Raises `ValueError` whose text names the setting; whose mistake that is, and so
+    """Return the key, without white space around it. Raises `ValueError` whose text names the setting.
 
-    which error, the caller knows."""
+    The caller translates the error into that of its own package.
+    """
     try:
         key = path.read_bytes().strip()
     except OSError as error:
@@ -24,5 +25,5 @@ def read_key(setting: str, path: Path) -> bytes:
 
 
 def digest(secret: str) -> str:
-    """A secret as it is remembered and compared: hexadecimal SHA-256."""
+    """Return the hexadecimal SHA-256 of a secret, which is stored and compared in its place."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""How the Kubernetes API is spoken to: its address, its authority, and the pod's own token, read anew each time."""
+"""Owns access to the Kubernetes API: address, certificate authority, and the pod's token, read for each request."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _CONNECT_SECONDS = 5.0
 
 
 class Api:
-    """One API server, as the ServiceAccount whose files `account` holds (`token` and `ca.crt`)."""
+    """One API server, used as the ServiceAccount whose files (`token`, `ca.crt`) are in the directory `account`."""
 
     def __init__(self, url: str, account: Path = SERVICE_ACCOUNT) -> None:
-        """Raises `BadSetting`."""
+        """`url` is the server's root. Raises `BadSetting`."""
         place = urlsplit(url)
         if place.scheme not in ("http", "https") or not place.hostname:
             raise BadSetting(f"GLOWPLUG_KUBERNETES={url!r} is no URL; use https://kubernetes.default.svc")
@@ -28,18 +28,18 @@ class Api:
         self._account = account
 
     def path(self, path: str) -> str:
-        """`path` below the server's root, as it is asked for."""
+        """Return `path` below the server's root."""
         return self._prefix + path
 
     def headers(self, **more: str) -> dict[str, str]:
-        """What every request carries; the kubelet renews the token under us."""
+        """Return every request's headers, with the token as it is now: the kubelet renews its file."""
         headers = {"User-Agent": "glowplug-agent", **more}
         with contextlib.suppress(FileNotFoundError):
             headers["Authorization"] = "Bearer " + (self._account / "token").read_text().strip()
         return headers
 
     def connection(self, seconds: float = _CONNECT_SECONDS) -> HTTPConnection:
-        """Not connected yet; `seconds` is its patience with connecting and with every read."""
+        """Return a connection that is not open yet; `seconds` bounds the connecting and every read."""
         if not self._secure:
             return HTTPConnection(self._host, self._port, timeout=seconds)
         authority = self._account / "ca.crt"

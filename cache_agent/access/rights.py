@@ -1,10 +1,10 @@
-"""Owns the rights file: read at the start, and again whenever it changed; a mistake in it keeps the former one.
+"""Owns the rights file: read at the start, and again when it changes; after a mistake the former rights stay in force.
 
 [namespace.llm]                     # a Kubernetes namespace; "*" is every namespace that is not named
 models = ["s3://models/llm", "hf://org/name@main", "file:///models"]     # these places, and all below; "*" is all
 dram = "40G"                        # memory that its functions may hold for themselves
 
-[account."llm/batch"]               # one ServiceAccount; it goes before its namespace
+[account."llm/batch"]               # one ServiceAccount; counts instead of its namespace
 models = ["s3://models/batch"]
 
 [token.ops]                         # the secret of this name
@@ -44,10 +44,10 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RightsFile:
-    """Any thread."""
+    """The rights in a file. Any thread."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `BadSetting`."""
+        """Read the file. Raises `BadSetting`."""
         self._path = path
         self._lock = threading.Lock()
         self._stamp: Stamp | None = _stamp(path)
@@ -55,12 +55,12 @@ class RightsFile:
         self._said = ""
 
     def current(self) -> Rights:
-        """The rights as they are now. It never raises: who edits them on a live node may make mistakes."""
+        """Return the rights now. A mistake in the file is logged, not raised: people edit it on a live node."""
         with self._lock:
             try:
                 now = _stamp(self._path)
                 if now != self._stamp:
-                    self._stamp = now  # first: a mistake must not be read again for every request
+                    self._stamp = now  # before reading: a mistake must not be read again for every request
                     self._rights = read(self._path)
                     log.info("%s was read again: %d grants", self._path, len(self._rights.grants))
                     self._said = ""
@@ -71,7 +71,7 @@ class RightsFile:
             return self._rights
 
     def reload(self) -> None:
-        """Reads the file whatever its date says."""
+        """Read the file again, changed or not."""
         with self._lock:
             self._stamp = None
         self.current()
@@ -85,7 +85,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def read(path: Path) -> Rights:
-    """Raises `BadSetting` that names the entry."""
+    """Return the rights in a file. Raises `BadSetting`, which names the entry."""
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)

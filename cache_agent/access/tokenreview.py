@@ -1,7 +1,7 @@
-"""Who a ServiceAccount token belongs to, by the API server's word: TokenReview, for the audience `glowplug`.
+"""Finds the owner of a ServiceAccount token by the API server's TokenReview, for the audience `glowplug`.
 
-A review that succeeded is believed for a minute, so for as long a token outlives its pod; one that failed for two
-seconds. While the API server is away nobody new is let in, and whoever is in stays.
+A successful review is believed for a minute, so a token may outlive its pod for as long; a failed one for two seconds.
+While the API server is away no new caller is let in; callers that are in stay.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from cache_agent.wire.messages import Identity
 
 BELIEVED_SECONDS = 60.0
 REFUSED_SECONDS = 2.0
-_REVIEW_SECONDS = 5.0  # patience with the API server's every answer
-_TURN_SECONDS = 10.0  # and with those who were first
+_REVIEW_SECONDS = 5.0  # to wait for one answer of the API server
+_TURN_SECONDS = 10.0  # to wait for a turn behind other reviews
 _REVIEWS_AT_ONCE = 8
 _REMEMBERED = 4096
 _LONGEST_ANSWER = 1 << 20
@@ -50,7 +50,7 @@ class _Review(msgspec.Struct):
 
 
 class _Known(NamedTuple):
-    """`caller` is None for a token that was refused."""
+    """The result of a review; `caller` is None for a token that was refused."""
 
     caller: Caller | None
     until: float
@@ -60,7 +60,7 @@ _decoder = msgspec.json.Decoder(_Review)
 
 
 class TokenReview:
-    """ServiceAccount tokens, by the API server's word."""
+    """A check of ServiceAccount tokens, with the results of former reviews. Any thread."""
 
     def __init__(self, api: Api, clock: Callable[[], float] = time.monotonic) -> None:
         self._api = api

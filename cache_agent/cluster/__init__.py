@@ -1,1 +1,1 @@
-"""What nodes know of each other, and give each other."""
+"""The nodes of a cluster: a directory of them, and transfers between them."""

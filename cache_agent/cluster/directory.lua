@@ -2,7 +2,7 @@
 --
 -- beat      KEYS alive, held, rates, sources; ARGV incarnation, info, ttl ms, memory ms,
 --           n, then n times (which key 2..4, field, value or "" to drop it)
---           -> 1, or 0 when this incarnation was not known: then nothing of it is here, and all must come again
+--           -> 1, or 0 when this incarnation was not known: Redis has nothing of it, and all must be written again
 -- goodbye   KEYS alive, held, rates; ARGV incarnation -> 1, or 0 when a successor has the name already
 -- claim     KEYS claim; ARGV owner, ttl ms -> the owner: the caller, or who was before it
 -- release   KEYS claim; ARGV owner -> 1, or 0 when it is another's by now
@@ -18,7 +18,7 @@ if step == 'beat' then
   local mine, info, ttl, memory, n = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
   local known = incarnation_of(KEYS[1]) == mine
   if not known then
-    -- Whoever had this name before is gone, and so are the bytes that it held; what it learnt of sources is still true.
+    -- The former node of this name is gone, and so are its bytes; the revisions that it found are still true.
     redis.call('DEL', KEYS[2], KEYS[3])
   end
   redis.call('SET', KEYS[1], mine .. ' ' .. info, 'PX', ttl)

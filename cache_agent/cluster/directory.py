@@ -1,4 +1,4 @@
-"""Who holds what, which nodes live, and which source is which revision: the interface, and the one in memory."""
+"""The directory of nodes, holdings and revisions: the interface, and the implementation in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from threading import Lock
 from typing import NamedTuple, Protocol
 
 TTL = 12.0  # seconds after its last sign of life in which a node counts as alive
-CLOCKS_APART = 60.0  # seconds by which nodes' clocks may differ; what is told of a later time is not believed
+CLOCKS_APART = 60.0  # seconds by which nodes' clocks may differ; a date further ahead is not believed
 
 
 class Holding(NamedTuple):
@@ -22,7 +22,7 @@ class Holding(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A node that lives: where its agent can be reached ("" if it cannot), and its budget of memory in bytes."""
+    """A live node: its agent's address ("" if other nodes cannot reach it), and its budget of memory in bytes."""
 
     name: str
     address: str = ""
@@ -31,86 +31,88 @@ class Node(NamedTuple):
 
 
 class Directory(Protocol):
-    """What nodes tell each other. Losing it costs locality, never correctness: no call of it raises, and only
+    """The knowledge that nodes share. Its loss costs locality, never correctness. Any thread.
 
-    `claim` and `release` may take a moment (at most about a second); the others answer from memory at once.
+    No call raises. `claim` and `release` may take about a second; the others answer from memory at once.
     """
 
     def heartbeat(self, node: Node) -> None:
-        """This node lives, and will go on telling so. Publishing for a node is a sign of its life, too."""
+        """Say that this node lives, now and from here on. Publishing for a node is a sign of its life, too."""
         ...
 
     def nodes(self) -> list[Node]:
-        """Those that gave a sign of life lately, ordered by name."""
+        """Return the nodes that gave a sign of life lately, ordered by name."""
         ...
 
     def remember(self, source: str, revision: str, node: str = "") -> None:
-        """The source with this id was admitted as this revision, by this node."""
+        """Share that this node admitted the source with this id as this revision."""
         ...
 
     def revision(self, source: str) -> str:
-        """The revision of a source that some node admitted before, or ""."""
+        """Return the revision of a source that some node admitted before, or ""."""
         ...
 
     def stated(self, source: str) -> dict[str, str]:
-        """What each node, by name, found the source to be. All are right, or some node lies."""
+        """Return the revision that each node, by name, found the source to be; where they differ, some node lies."""
         ...
 
     def validated(self, uri: str, source: str, when: float) -> None:
-        """The origin said at this Unix time that the URI names this source now."""
+        """Share that the origin said at `when` (Unix time) that the URI names this source."""
         ...
 
     def validation(self, uri: str, now: float = math.inf) -> tuple[str, float]:
-        """The source that a URI was last seen to name, by whatever node, and when; ("", 0) where none has told.
+        """Return the source that a URI was last seen to name, by any node, and when; ("", 0) where that is unknown.
 
-        With `now` (Unix time) nothing counts of a node whose clock is far ahead: it would have the last word for ever.
+        With `now` (Unix time) dates far in the future are ignored: a node whose clock is ahead would prevail for ever.
         """
         ...
 
     def lost(self) -> str:
-        """Why what others told cannot be known now, or ""."""
+        """Return why the knowledge of other nodes is missing now, or ""."""
         ...
 
     def publish(self, model: str, holding: Holding) -> None:
-        """`model` is a revision, or a source id while the revision is not known."""
+        """Share a holding; `model` is a revision, or a source id while the revision is not known."""
         ...
 
-    def withdraw(self, model: str, node: str, tier: str) -> None: ...
+    def withdraw(self, model: str, node: str, tier: str) -> None:
+        """Take a holding back."""
+        ...
 
     def holders(self, model: str) -> list[Holding]:
-        """Of nodes that live; ordered by node, then tier."""
+        """Return the holdings of live nodes, ordered by node, then tier."""
         ...
 
     def holdings(self) -> dict[str, list[Holding]]:
-        """Everything that nodes which live hold, by model; each list as `holders` gives it."""
+        """Return all holdings of live nodes by model, each list as `holders` gives it."""
         ...
 
     def measured(self, node: str, tier: str, rate: float) -> None:
-        """So many bytes per second came to this node from this tier, lately."""
+        """Share the rate, in bytes per second, at which a tier gave this node its last load."""
         ...
 
     def bandwidth(self, node: str, tier: str) -> float:
-        """What was measured last, in bytes per second; 0 when nothing was, or the node is gone."""
+        """Return the rate measured last, in bytes per second; 0 without one, or when the node is gone."""
         ...
 
     def claim(self, name: str, owner: str, seconds: float) -> str:
-        """Whose claim it is now: `owner`, who has it for so many seconds from now, or another who was first.
+        """Claim a name for `seconds`, and return its owner: `owner`, or another node that was first.
 
-        "" when nobody can tell; each caller knows best whether it may go on without.
+        "" while the directory cannot be asked: the caller decides whether it goes on without a claim.
         """
         ...
 
     def release(self, name: str, owner: str) -> bool:
-        """Gives a claim back; False when it was not the owner's any more, or nobody can tell."""
+        """Give a claim back; False when it was not the owner's any more, or the directory cannot be asked."""
         ...
 
     def close(self) -> None:
-        """Says goodbye for the nodes that this one spoke for."""
+        """Withdraw the nodes that this process has published for."""
         ...
 
 
 class InProcessDirectory:
-    """A directory of one node, or of several agents inside one process."""
+    """The directory of one node, or of several agents inside one process."""
 
     def __init__(self, ttl: float = TTL, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = Lock()

@@ -1,4 +1,4 @@
-"""The directory that nodes share through Redis. A thread of its own talks to Redis; everybody else reads its mirror.
+"""The directory that nodes share through Redis. One thread talks to Redis; all others read that thread's mirror.
 
     glowplug:node:<node>:alive     string   "<incarnation> <JSON of Node>"                     expires with the node
     glowplug:node:<node>:held      hash     "<tier> <model>" -> "<done> <total>"               expires with the node
@@ -8,10 +8,10 @@
     glowplug:claim:<name>          string   <owner>                                            expires with the claim
 
 A node writes below `glowplug:node:<its name>:` and `glowplug:claim:` only, which is what its ACL allows. Expiry is
-Redis's, so the nodes' clocks do not matter. What a node knows about itself it keeps in memory: changes are told at
-once, that it lives with each beat, and everything again when Redis has lost it. Steps that write are Lua
-(directory.lua), each one atomic. Reading needs no script, and so no right to run one: SCAN finds the keys, so this is
-for one Redis (with replicas or Sentinel), not for a sharded cluster.
+Redis's, so the nodes' clocks do not matter. A node keeps its own facts in memory: changes are written at once, its
+sign of life with each beat, and everything again when Redis has lost it. Steps that write are Lua (directory.lua), each
+one atomic. Reading needs no script, and so no right to run one: SCAN finds the keys, so this is for one Redis (with
+replicas or Sentinel), not for a sharded cluster.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ log = logging.getLogger("glowplug.directory")
 
 _MEMORY = 30 * 86400.0  # seconds that a source's revision is remembered
 _MOST_SOURCES = 4096  # of one node; the oldest go
-_TELL_AGAIN = 60.0  # seconds until it is told again that an origin still says the same
-_BATCH = 500  # changes in one step, so that none keeps Redis from others
+_VALIDATED_AGAIN = 60.0  # seconds until an unchanged validation is written again
+_BATCH = 500  # changes in one step, so that no step blocks Redis for long
 _HELD, _RATES, _SOURCES = 2, 3, 4  # numbers of keys in directory.lua
 _KINDS = ("alive", "held", "rates", "sources")
 
@@ -43,12 +43,12 @@ Change = tuple[str, int, str]  # node, key, field
 
 
 class RedisDirectory:
-    """One agent's view of the shared directory, and its voice in it."""
+    """One agent's mirror of the shared directory, and its writes to it."""
 
     def __init__(
         self, url: str, *, password_file: Path | None = None, beat: float = 3.0, ttl: float = TTL, timeout: float = 0.5
     ) -> None:
-        """`timeout` bounds every exchange with Redis. Raises `BadConfig` when `url` is none; connects later."""
+        """`timeout` (seconds) bounds every exchange with Redis. Raises `BadSetting` for a bad `url`; connects later."""
         self._beat, self._ttl, self._timeout = beat, ttl, timeout
         self._client = connect(url, password_file, timeout)
         self._where = without_password(url)
@@ -56,23 +56,23 @@ class RedisDirectory:
         self._incarnation = secrets.token_hex(8)
         self._lock = threading.Lock()  # guards everything down to _down
         self._mine: dict[str, Node] = {}
-        self._values: dict[Change, str] = {}  # what this agent's nodes have to tell; "" for what is gone
-        self._changed: dict[Change, None] = {}  # what of it Redis does not know; bounded as `_values` is
+        self._values: dict[Change, str] = {}  # all facts of this agent's nodes; "" for a fact that is gone
+        self._changed: dict[Change, None] = {}  # those that Redis does not know; bounded as `_values` is
         self._others: dict[str, tuple[Node | None, dict[str, float]]] = {}
-        self._held: dict[str, list[Holding]] = {}  # of others that live, by model
+        self._held: dict[str, list[Holding]] = {}  # of other live nodes, by model
         self._revisions: dict[str, str] = {}
-        self._sources: dict[str, dict[str, str]] = {}  # what others, by node, found sources to be
-        self._known = False  # what others told
+        self._sources: dict[str, dict[str, str]] = {}  # source -> revision, by other node
+        self._known = False  # whether the mirror has been read
         self._down = ""
         self._lost_at = 0.0
-        self._until = 0.0  # no claim is tried before it
+        self._until = 0.0  # no claim is tried before this time
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._looked = threading.Event()
         self._thread = threading.Thread(target=self._run, name="directory", daemon=True)
         self._thread.start()
 
-    # --- told and asked; from memory ------------------------------------------------------------------------------
+    # --- from memory ----------------------------------------------------------------------------------------------
 
     def heartbeat(self, node: Node) -> None:
         with self._lock:
@@ -86,14 +86,14 @@ class RedisDirectory:
             others = [node for node, _ in self._others.values() if node is not None and node.name not in self._mine]
             return sorted([*self._mine.values(), *others])
 
-    def remember(self, source: str, revision: str, node: str = "") -> None:  # noqa: ARG002  our nodes are known
+    def remember(self, source: str, revision: str, node: str = "") -> None:  # noqa: ARG002  our nodes are in _mine
         with self._lock:
             self._revisions[source] = revision
-            for name in self._mine:  # told by the node itself: nobody may write for all
-                self._tell((name, _SOURCES, source), revision)
+            for name in self._mine:  # the ACL lets a node write below its own name only
+                self._set((name, _SOURCES, source), revision)
                 sources = [change for change, v in self._values.items() if change[:2] == (name, _SOURCES) and v]
                 for change in sources[: max(0, len(sources) - _MOST_SOURCES)]:
-                    self._tell(change, "")
+                    self._set(change, "")
 
     def revision(self, source: str) -> str:
         with self._lock:
@@ -102,23 +102,23 @@ class RedisDirectory:
     def stated(self, source: str) -> dict[str, str]:
         with self._lock:
             others = {node: found[source] for node, found in self._sources.items() if source in found}
-            own = ((node, self._values.get((node, _SOURCES, source), "")) for node in self._mine)
-            return others | {node: revision for node, revision in own if revision}
+            mine = ((node, self._values.get((node, _SOURCES, source), "")) for node in self._mine)
+            return others | {node: revision for node, revision in mine if revision}
 
     def validated(self, uri: str, source: str, when: float) -> None:
         field, value = _uri_field(uri), f"{source} {when:.0f}"
         with self._lock:
             for name in self._mine:
-                known, _, told = self._values.get((name, _SOURCES, field), "").partition(" ")
-                if known != source or abs(when - float(told or 0)) >= _TELL_AGAIN:  # clocks go back, too
-                    self._tell((name, _SOURCES, field), value)
+                known, _, written = self._values.get((name, _SOURCES, field), "").partition(" ")
+                if known != source or abs(when - float(written or 0)) >= _VALIDATED_AGAIN:  # clocks go back, too
+                    self._set((name, _SOURCES, field), value)
 
     def validation(self, uri: str, now: float = math.inf) -> tuple[str, float]:
         field = _uri_field(uri)
         with self._lock:
-            told = [found[field] for found in self._sources.values() if field in found]
-            told += [self._values.get((name, _SOURCES, field), "") for name in self._mine]
-        found = [each for each in map(_validation, told) if each[1] <= now + CLOCKS_APART]
+            values = [found[field] for found in self._sources.values() if field in found]
+            values += [self._values.get((name, _SOURCES, field), "") for name in self._mine]
+        found = [each for each in map(_validation, values) if each[1] <= now + CLOCKS_APART]
         return max(found, key=lambda each: each[1], default=("", 0.0))
 
     def lost(self) -> str:
@@ -129,19 +129,19 @@ class RedisDirectory:
             return f"the directory at {self._where} {why}"
 
     def wait_looked(self, seconds: float) -> None:
-        """Waits until Redis was asked for the first time, whatever came of it."""
+        """Wait until Redis was asked for the first time, with success or not."""
         self._looked.wait(seconds)
 
     def publish(self, model: str, holding: Holding) -> None:
         with self._lock:
             self._mine.setdefault(holding.node, Node(holding.node))
-            self._tell((holding.node, _HELD, f"{holding.tier} {model}"), f"{holding.done} {holding.total}")
+            self._set((holding.node, _HELD, f"{holding.tier} {model}"), f"{holding.done} {holding.total}")
 
     def withdraw(self, model: str, node: str, tier: str) -> None:
         with self._lock:
             change = node, _HELD, f"{tier} {model}"
             if change in self._values:
-                self._tell(change, "")
+                self._set(change, "")
 
     def holders(self, model: str) -> list[Holding]:
         with self._lock:
@@ -167,7 +167,7 @@ class RedisDirectory:
     def measured(self, node: str, tier: str, rate: float) -> None:
         with self._lock:
             self._mine.setdefault(node, Node(node))
-            self._tell((node, _RATES, tier), repr(float(rate)))
+            self._set((node, _RATES, tier), repr(float(rate)))
 
     def bandwidth(self, node: str, tier: str) -> float:
         with self._lock:
@@ -176,13 +176,14 @@ class RedisDirectory:
             lives, rates = self._others.get(node, (None, {}))
             return rates.get(tier, 0.0) if lives else 0.0
 
-    def _tell(self, change: Change, value: str) -> None:
-        self._values.pop(change, None)  # to the end: the dictionary's order is that of the news
+    def _set(self, change: Change, value: str) -> None:
+        """Change a fact of a node of ours, and wake the thread to write it. Under the lock."""
+        self._values.pop(change, None)  # to the end: the oldest fact is always the first
         self._values[change] = value
         self._changed[change] = None
         self._wake.set()
 
-    # --- claims: asked of Redis itself ----------------------------------------------------------------------------
+    # --- claims, from Redis itself --------------------------------------------------------------------------------
 
     def claim(self, name: str, owner: str, seconds: float) -> str:
         reply = self._claims("claim", name, owner, str(max(1, round(seconds * 1000))))
@@ -193,7 +194,7 @@ class RedisDirectory:
 
     def _claims(self, step: str, name: str, *arguments: str) -> Any:
         with self._lock:
-            if time.monotonic() < self._until:  # it did not answer a moment ago: nobody waits for that again
+            if time.monotonic() < self._until:  # Redis did not answer a moment ago: no caller waits for that again
                 return None
         return self._ask(step, [f"glowplug:claim:{name}"], *arguments)
 
@@ -213,15 +214,15 @@ class RedisDirectory:
             due = now >= next_beat or (self._loads() and now - looked >= self._beat / 10)
             try:
                 reached = self._exchange(full=due)
-            except Exception:  # a fault of ours must not end the thread
+            except Exception:  # an unexpected fault must not end the thread
                 log.exception("the directory failed")
                 reached = False
             if due or not reached:
                 looked = now
                 pause = self._beat * (0.9 + 0.2 * secrets.randbelow(1000) / 1000)
-                # Who loads wants to know at once who else does.
+                # A node that loads should learn at once which others load the same.
                 next_beat = time.monotonic() + (pause / 10 if reached and self._loads() else pause)
-            # News wakes it; a load's progress is much news, and one exchange tells what has gathered meanwhile.
+            # Changes wake the thread, and a load makes many: one exchange writes all that have gathered meanwhile.
             self._closing.wait(self._beat / (30 if reached else 4))
         with self._lock:
             mine = list(self._mine)
@@ -231,49 +232,50 @@ class RedisDirectory:
         self._client.close()
 
     def _loads(self) -> bool:
-        """A node of ours has a part of something."""
+        """Whether a node of ours holds a part of a model: its load is under way."""
         with self._lock:
             parts = [value.split() for (_, key, _), value in self._values.items() if key == _HELD and value]
         return any(done != total for done, total in parts)
 
     def _exchange(self, *, full: bool) -> bool:
-        """Tells what is new (and that the nodes live, when `full`) and looks at the others. False: not reached."""
+        """Write changes; when `full`, write signs of life and read other nodes, too. False if Redis was not reached."""
         with self._lock:
             mine = list(self._mine.values())
-            news = {change[0] for change in self._changed}
-        told = all(self._beat_for(node) for node in mine if full or node.name in news)
+            changed = {change[0] for change in self._changed}
+        written = all(self._beat_for(node) for node in mine if full or node.name in changed)
         if not full:
-            return told
-        found = self._translated(self._look)  # also when nothing could be told: a full Redis can still be read
+            return written
+        found = self._translated(self._look)  # also when nothing could be written: a full Redis can still be read
         if found is not None:
             self._mirror(found)
-            if told:
+            if written:
                 self._recovered()
         self._looked.set()
-        return told and found is not None
+        return written and found is not None
 
     def _beat_for(self, node: Node) -> bool:
+        """Write a node's sign of life and its changes, in batches. False when Redis was not reached."""
         while True:
             with self._lock:
                 batch = [change for change in self._changed if change[0] == node.name][:_BATCH]
-                told = {change: self._values.get(change, "") for change in batch}
-            arguments = [part for (_, key, field), value in told.items() for part in (str(key), field, value)]
+                sent = {change: self._values.get(change, "") for change in batch}
+            arguments = [part for (_, key, field), value in sent.items() for part in (str(key), field, value)]
             times = str(round(self._ttl * 1000)), str(round(_MEMORY * 1000))
             info = json.dumps(node)
-            known = self._ask("beat", _keys(node.name), self._incarnation, info, *times, str(len(told)), *arguments)
+            known = self._ask("beat", _keys(node.name), self._incarnation, info, *times, str(len(sent)), *arguments)
             if known is None:
-                # Whether it was carried out, and found this node unknown, nobody heard: so everything is told again.
+                # The step may have found the node unknown, and its answer is lost: write everything again.
                 with self._lock:
                     self._forgotten(node.name)
                 return False
             with self._lock:
-                for change, value in told.items():
-                    if self._values.get(change, "") == value:  # or it changed meanwhile, and is told with the next
+                for change, value in sent.items():
+                    if self._values.get(change, "") == value:  # else the new value goes with the next batch
                         self._changed.pop(change, None)
                         if not value:
                             self._values.pop(change, None)
-                if not known:  # Redis is new, or was emptied: everything that it should know
-                    self._forgotten(node.name, but=told)
+                if not known:  # Redis is new, or was emptied: write everything again
+                    self._forgotten(node.name, but=sent)
                 more = any(change[0] == node.name for change in self._changed)
             if not more:
                 return True
@@ -299,18 +301,18 @@ class RedisDirectory:
                 for model, holding in parsed if node else ():
                     held.setdefault(model, []).append(holding)
             except (ValueError, TypeError, AttributeError, IndexError):
-                continue  # of another version, or broken: that node is not known to this one
+                continue  # of another version, or broken: the node is left out
         with self._lock:
             self._others, self._held, self._sources, self._known = others, held, sources, True
-            own = {change[2]: value for change, value in self._values.items() if change[1] == _SOURCES and value}
-            self._revisions = revisions | own
+            mine = {change[2]: value for change, value in self._values.items() if change[1] == _SOURCES and value}
+            self._revisions = revisions | mine
 
     def _ask(self, step: str, keys: list[str], *arguments: str) -> Any:
-        """A step's reply, or None when there is none."""
+        """Return a step's reply, or None when there is none."""
         return self._translated(lambda: self._step(keys=keys, args=[step, *arguments]))
 
     def _look(self) -> list[Any]:
-        """What every node wrote: (node, what is alive, then held, rates and sources as pairs)."""
+        """Read all nodes: (name, the string `alive`, then the hashes held, rates and sources)."""
         keys = sorted(set(self._client.scan_iter("glowplug:node:*:*", count=1000)))
         kinds = [
             (key, *key.decode(errors="replace").removeprefix("glowplug:node:").rpartition(":")[::2]) for key in keys
@@ -326,7 +328,7 @@ class RedisDirectory:
         return [(node, *(entry.get(kind) for kind in _KINDS)) for node, entry in found.items()]
 
     def _translated(self, exchange: Callable[[], Any]) -> Any:
-        """What Redis says, or None when nothing can be had from it. The only place where its errors are known."""
+        """Return the reply of Redis, or None when it fails. The only place where its errors are known."""
         import redis
 
         try:
@@ -346,7 +348,7 @@ class RedisDirectory:
             first, self._down = not self._down, why
             self._until = time.monotonic() + self._beat
             if first:
-                # What others hold cannot be told any more. Nodes in the mirror would be asked, and most are there.
+                # The mirror ages from here on. Its nodes stay until they would have expired: most still live.
                 self._lost_at = time.monotonic()
             elif time.monotonic() - self._lost_at > self._ttl:
                 self._others, self._held, self._known = {}, {}, False
@@ -357,7 +359,7 @@ class RedisDirectory:
 
 
 def _uri_field(uri: str) -> str:
-    """URIs may be long, and who reads the directory need not know them."""
+    """Return the field of a URI, hashed: URIs may be long, and readers of the directory need not know them."""
     return "uri-" + hashlib.sha256(uri.encode()).hexdigest()[:40]
 
 

@@ -2,9 +2,9 @@
 
     proof(side) := HMAC-SHA256(key, PURPOSE, side, nonce of the caller, nonce of the called, caller's node, called's)
 
-Both nonces are fresh, so that what was heard once proves nothing later, and the side is part of what is proved, so that
-nobody's own proof can be sent back to him. Fields are length-prefixed: no two different lists give the same bytes.
-What follows is not encrypted; what it carries is checked by digest.
+Both nonces are fresh, so that a recorded proof is worth nothing later, and the proof contains the side, so that an
+agent's own proof cannot be sent back to it. Fields are length-prefixed: no two different lists give the same bytes.
+The connection is not encrypted afterwards; the chunks on it are checked by digest.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ Side = Literal["caller", "called"]
 
 
 def nonce() -> str:
+    """Return a fresh nonce of 32 hex digits."""
     return secrets.token_hex(_NONCE // 2)
 
 
 class ClusterKey:
-    """What all agents of a cluster know."""
+    """The secret of a cluster's agents: proves and checks that an agent knows it, and signs data."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
 
     def proof(self, side: Side, callers: str, calleds: str, caller: str, called: str) -> str:
-        """`callers` and `calleds` are the nonces, `caller` and `called` the nodes' names."""
+        """Return one side's proof; `callers` and `calleds` are the nonces, `caller` and `called` the nodes' names."""
         parts = (_PURPOSE, *(part.encode() for part in (side, callers, calleds, caller, called)))
         message = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
         return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
 
     def sign(self, about: str, data: bytes) -> bytes:
-        """As this and nothing else; see `signing`."""
+        """Sign data as that which `about` names, and nothing else; see `signing`."""
         return signing.sign(self._secret, about, data)
 
     def verified(self, about: str, signed: bytes) -> bytes:
-        """Raises `SnapshotForged`."""
+        """Return the data. Raises `SnapshotForged` where it was not signed as that which `about` names."""
         return signing.verified(self._secret, about, signed)
 
     def check(self, proof: str, side: Side, callers: str, calleds: str, caller: str, called: str) -> None:
-        """Raises `AccessDenied` unless the other side knows the key, too."""
+        """Raise `AccessDenied` unless the other side knows the key, too."""
         fresh = len(callers) >= _NONCE and len(calleds) >= _NONCE
         expected = self.proof(side, callers, calleds, caller, called)
         if not fresh or not hmac.compare_digest(proof.encode(), expected.encode()):

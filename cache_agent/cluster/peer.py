@@ -1,4 +1,4 @@
-"""Another node's agent as a place where chunks are: connections kept for reuse, and a thread that hears what it has."""
+"""Owns the connections to one other node's agent: fetching chunks, following a source, reading its description."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from cache_agent.wire.protocol import VERSION
 log = logging.getLogger("glowplug.peers")
 
 _CONNECT_SECONDS = 3.0
-_PATIENCE = 5.0  # seconds without a byte, or a word of a peer that speaks once a second
+_PATIENCE = 5.0  # seconds without a byte, or without a message of a peer that sends one every second
 _IDLE = 4  # connections kept for reuse, to one peer
 
 
 class PeerFailed(Exception):
-    """A peer did not give what it was asked for; the text says how."""
+    """A peer did not give the requested data; the text says why."""
 
 
 class PeerLied(PeerFailed):
-    """What it gave is not what it said, or is no answer at all."""
+    """A peer gave other data than it stated, or an answer against the protocol."""
 
 
 class Membership(NamedTuple):
-    """This node, as it presents itself to the others."""
+    """This node's name and address as other nodes see them, and the cluster's key."""
 
     node: str
     address: str
@@ -44,7 +44,7 @@ class Membership(NamedTuple):
 
 
 class Peer:
-    """One other agent. Any thread; each fetch has a connection to itself meanwhile."""
+    """One other agent. Any thread; each call uses a connection of its own, which is kept for reuse."""
 
     def __init__(self, name: str, address: str, me: Membership) -> None:
         self.name = name
@@ -56,7 +56,7 @@ class Peer:
         self._closed = False
 
     def fetch(self, source: str, number: int, view: memoryview) -> str:
-        """Fills `view` with a chunk; the digest of what came. Raises `PeerFailed`."""
+        """Fill `view` with a chunk, and return the digest of the bytes received. Raises `PeerFailed`."""
         with self._link() as link:
             link.send(FetchRequest(source, number, LAYOUT))
             reply, _ = link.receive(time.monotonic() + _PATIENCE)
@@ -71,7 +71,7 @@ class Peer:
         return digest
 
     def describe(self, source: str) -> Description:
-        """What the peer knows of a source. Raises `PeerFailed`, or `BadCheckpoint`."""
+        """Return the description of a source. Raises `PeerFailed`, or `BadCheckpoint`."""
         with self._link() as link:
             link.send(DescribeRequest(source))
             reply, _ = link.receive(time.monotonic() + _PATIENCE)
@@ -85,8 +85,8 @@ class Peer:
             raise PeerLied("it described another source")
         return found
 
-    def follow(self, source: str, hear: Callable[[Holds], None]) -> None:
-        """Calls `hear` with all that the peer says of a source until it ends, is silent, or `close`.
+    def follow(self, source: str, receive: Callable[[Holds], None]) -> None:
+        """Call `receive` with each message about a source until the peer ends or is silent, or until `close`.
 
         Raises `PeerFailed`.
         """
@@ -103,17 +103,17 @@ class Peer:
                         raise PeerFailed(message.text)
                     if not isinstance(message, Holds):
                         raise PeerLied("it answered out of turn")
-                    hear(message)
+                    receive(message)
             finally:
                 with self._lock:
                     self._following = None
 
     @contextlib.contextmanager
     def _link(self) -> Iterator[Link]:
-        """A connection, kept afterwards if nothing went wrong. All that can go wrong becomes `PeerFailed`."""
+        """Lend a connection, kept for reuse after success. Every failure becomes `PeerFailed`."""
         with self._lock:
             link = self._idle.pop() if self._idle else None
-        if link is not None and not link.is_quiet:  # it was closed meanwhile
+        if link is not None and not link.is_quiet:  # the peer has closed it
             link.close()
             link = None
         try:
@@ -134,7 +134,7 @@ class Peer:
                 link.close()
 
     def close(self) -> None:
-        """Ends what is under way, too: it fails at once."""
+        """Close all connections; a `follow` under way fails at once."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -146,9 +146,9 @@ class Peer:
 
 
 def dial_peer(address: str, key: ClusterKey, node: str, own_address: str, timeout: float) -> Link:
-    """A connection to another node's agent, on which both have proved that they know the cluster's key.
+    """Connect to another node's agent; both sides prove that they know the cluster's key.
 
-    Raises `AgentUnreachable`, or `AccessDenied` when either does not.
+    `timeout` in seconds bounds all of it. Raises `AgentUnreachable`, or `AccessDenied` when a side lacks the key.
     """
     link: Link | None = None
     try:

@@ -1,4 +1,4 @@
-"""What this node knows of the other nodes' agents: who they are, who lied, and our place among those that load."""
+"""Owns this node's dealings with other nodes' agents: which hold a source, which lied, and help for each load."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from cache_agent.policy.fanout import place
 
 log = logging.getLogger("glowplug.peers")
 
-_PLACES = 64  # nodes beyond that begin where one of these did
+_PLACES = 64  # further nodes begin at place 0
 _CLAIM_SECONDS = 10.0
 
 
 class Peers:
-    """Any thread. Without a key or an address of our own there are none."""
+    """The other agents of the cluster. Any thread."""
 
     def __init__(self, me: Membership, directory: Directory, *, readers: int = 16, witnesses: int = 1) -> None:
-        """`readers` transfers at once for each load; `witnesses` as in `Swarm`."""
+        """`me` is this node; `readers` transfers at once for each load; `witnesses` as in `Swarm`."""
         self._me = me
         self._readers, self._witnesses = readers, witnesses
         self._directory = directory
         self._liars = Liars()
 
-    def helper(self, load: ModelLoad, source: str, *, origin_answers: bool) -> Helped:
-        """Takes a place among the nodes that load this source, and helps the load from there."""
-        return Helped(self, load, source, origin_answers=origin_answers)
+    def helper(self, load: ModelLoad, source: str, *, origin_answers: bool) -> LoadHelper:
+        """Return the helper of a load of this source; without `origin_answers` all chunks come from peers."""
+        return LoadHelper(self, load, source, origin_answers=origin_answers)
 
     def describe(self, source: str) -> Description | None:
-        """What any holder of a source knows of it, for a node whose origin does not answer."""
+        """Return a source's description from any holder, in place of an origin that does not answer, or None."""
         for peer in self._holders(source):
             with contextlib.closing(peer):
                 try:
@@ -46,25 +46,25 @@ class Peers:
         return None
 
     def size_elsewhere(self, uri: str) -> int:
-        """Bytes of the model that a URI was last seen to name, where another node has all of it; else 0."""
+        """Return the bytes of the model that a URI was last seen to name, if another node has all of it; else 0."""
         source, _ = self._directory.validation(uri)
         found = self._directory.holders(source) if source else []
         return max((held.total for held in found if held.done == held.total and held.node != self._me.node), default=0)
 
     def peer(self, node: str, address: str) -> Peer | None:
-        """None for those that we do not talk to."""
+        """Return the peer; None for this node itself, a liar, and a node that cannot be reached."""
         return None if not address or node == self._me.node or node in self._liars else Peer(node, address, self._me)
 
     def _holders(self, source: str, others: tuple[str, ...] = ()) -> Iterator[Peer]:
-        """Those of whom the directory says that they have the source, or a part of it, and the nodes named."""
+        """Yield the nodes that hold the source or a part of it by the directory, and those named."""
         names = {holding.node for holding in self._directory.holders(source)} | set(others)
         for node in self._directory.nodes():
             if node.name in names and (peer := self.peer(node.name, node.address)) is not None:
                 yield peer
 
 
-class Helped:
-    """One load's helper: holds its place while it runs."""
+class LoadHelper:
+    """Fetches one load's chunks from other nodes, and holds a place among the nodes that load the source."""
 
     def __init__(self, peers: Peers, load: ModelLoad, source: str, *, origin_answers: bool) -> None:
         self._peers, self._load, self._source = peers, load, source
@@ -99,16 +99,17 @@ class Helped:
         return self._swarm.reading() if self._swarm is not None else []
 
     def blame(self, peer: str, why: str) -> None:
+        """Take nothing from a peer for an hour."""
         self._peers._liars.add(peer)
         log.warning("taking nothing from node %s for a while: %s", peer, why)
 
     def invite(self, node: str, address: str) -> None:
-        """A node that loads the same."""
+        """Take in a node that loads the same source."""
         if self._swarm is not None and (peer := self._peers.peer(node, address)) is not None:
             self._swarm.invite(peer)
 
     def _take_place(self) -> int:
-        """The first number that nobody has. Who has the others loads the same, which is worth knowing at once."""
+        """Claim the first free number; the owners of lower numbers load the same source, so they are peers."""
         directory, node = self._peers._directory, self._peers._me.node
         for number in range(_PLACES):
             name = f"load:{self._source}:{number}"

@@ -1,4 +1,4 @@
-"""Owns the way to Redis: URL, TLS, a password from a file that may change, and a deadline for every exchange."""
+"""Owns connections to Redis: URL, TLS, a password from a file that may change, and a deadline for every exchange."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from cache_agent.errors import BadSetting
 
 
 def connect(url: str, password_file: Path | None, timeout: float) -> Any:
+    """Return a client that connects later; `timeout` (seconds) bounds each exchange. Raises `BadSetting`."""
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
@@ -29,7 +30,7 @@ def connect(url: str, password_file: Path | None, timeout: float) -> Any:
             "socket_timeout": timeout,
             "socket_connect_timeout": timeout,
             "protocol": 2,
-            "retry": Retry(NoBackoff(), 1),  # for a connection that went stale
+            "retry": Retry(NoBackoff(), 1),  # a pooled connection may have gone stale
             **options,
         },
     )
@@ -37,7 +38,7 @@ def connect(url: str, password_file: Path | None, timeout: float) -> Any:
 
 
 class _FilePassword:
-    """Reads the file for every new connection, so that a password can be rotated under a running agent."""
+    """Credentials read anew for every connection, so that a password can be rotated under a running agent."""
 
     def __init__(self, path: Path, user: str | None) -> None:
         self._path, self._user = path, user
@@ -61,12 +62,13 @@ def _read_password(path: Path) -> str:
 
 
 def without_password(url: str) -> str:
+    """Return the URL for logs: scheme, host, port and path."""
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def version(url: str, password_file: Path | None = None, timeout: float = 2.0) -> str:
-    """The version of the Redis there, "" if it does not tell. Raises `BadSetting`, or `OSError` with what is wrong."""
+    """Return the version of Redis, "" without the right to ask. Raises `BadSetting`, or `OSError` with the fault."""
     import redis
 
     client = connect(url, password_file, timeout)
@@ -74,7 +76,7 @@ def version(url: str, password_file: Path | None = None, timeout: float = 2.0) -
         client.ping()
         try:
             return str(client.info("server").get("redis_version", ""))
-        except redis.ResponseError:  # no right to ask
+        except redis.ResponseError:
             return ""
     except redis.RedisError as error:
         raise OSError(str(error) or type(error).__name__) from error

@@ -1,15 +1,15 @@
-"""Owns one load's dealings with other nodes: who has which chunk, what is believed of it, and who fetches what now.
+"""Owns one load's exchange with other nodes: which peer has which chunk, its believed digest, and all transfers.
 
     scout       (one thread)      finds nodes that have the model or load it, keeps our place among them
-    follower    (one per peer)    hears what the peer has and what it is reading
-    dispatcher  (`run`)           asks policy.fanout what to do next, under the lock
-    transfer    (a pool)          does it, outside
+    follower    (one per peer)    receives which chunks the peer has and which it is reading
+    dispatcher  (`run`)           asks policy.fanout for the next transfer, under the lock
+    transfer    (a pool)          fetches one chunk from a peer, or reads it from the origin, outside the lock
 
-A chunk from a peer is believed when a node that read it from the origin says so itself (or as many as are asked for),
-or one more says the same, and nobody says otherwise; then the bytes' digest must be the one that is believed. Where the
-source's revision is known, whoever gives a chunk may vouch for it: the whole is proved before `ready`. In both cases a
-few bytes of each chunk, at a place that nobody can foresee, are compared with the origin's while it answers. Who gave
-something else is left for an hour.
+A digest is believed when `witnesses` nodes that read the chunk from the origin state it, or `witnesses` + 1 nodes do
+that have the chunk from anywhere, and no node states another; a chunk from a peer must have the believed digest. Where
+the source's revision is known, one peer's statement is enough: the whole is proved before `ready`. In both cases a few
+bytes of each chunk, at a random place, are compared with the origin while the origin answers. Nothing is taken for an
+hour from a peer that gave other bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _AGAIN_SECONDS = 0.2  # for a peer that has nothing of the model yet
 
 
 class Liars:
-    """Peers that gave something else than they said, for all loads of this node. Any thread."""
+    """Peers that gave other bytes than they stated, for all loads of this node. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class Liars:
 
 
 class Swarm:
-    """Helps one load. `invite` may be called from any thread, `run` once."""
+    """Other nodes' part in one load. `invite` may be called from any thread, `run` once."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class Swarm:
         witnesses: int = 1,
         origin_answers: bool = True,
     ) -> None:
-        """`scout()` gives peers that may have the model, and may take a moment; `start` is our place.
+        """`scout()` finds peers that may have the model, and may take a moment; `start` is our place, from 0 to 1.
 
         `proved`: the load proves the whole before it is ready. Otherwise `witnesses` nodes that read a chunk from the
-        origin must say the same of it.
+        origin must state the same digest.
         """
         self._load = load
         self._source = source
@@ -97,8 +97,8 @@ class Swarm:
         self._disputed: set[int] = set()  # chunks for which only the origin is asked
         self._reading: set[int] = set()
         self._origin_down = not origin_answers
-        self._unheard: dict[str, float] = {}  # peers that may have everything already, and until when they may say so
-        self._hope_until = 0.0  # peers that nobody has heard of yet may still turn up
+        self._unheard: dict[str, float] = {}  # peers without a message; until then the origin is not read
+        self._hope_until = 0.0  # until then a peer may still turn up
         self._failure: AgentError | None = None
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -106,7 +106,7 @@ class Swarm:
     # --- for other threads ----------------------------------------------------------------------------------------
 
     def invite(self, peer: Peer) -> None:
-        """A peer that may have the model; one that is known already is closed."""
+        """Take in a peer that may have the model; a known one is closed."""
         now = time.monotonic()
         with self._lock:
             welcome = (
@@ -132,7 +132,7 @@ class Swarm:
     # --- the dispatcher -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Returns when all is here, or peers cannot help any more. Raises an origin's error that nobody can cure."""
+        """Fetch until all chunks are here, or peers cannot help. Raises an origin's error that peers cannot cure."""
         self._hope_until = time.monotonic() + _HOPE_SECONDS
         for peer in self._scout():
             self.invite(peer)
@@ -163,7 +163,7 @@ class Swarm:
                     return
                 unheard = any(until > now for until in self._unheard.values())
                 limit = self._parallelism.observe(self._load.reader.arrived, now)
-                # What others begin is heard of a moment later: in a small model all would soon read the same chunks.
+                # Other nodes' reads are known a moment later: in a small model all nodes would read the same chunks.
                 limit = min(limit, max(1, self._fanout.chunks // (2 + 2 * len(self._peers))))
                 limit = 0 if self._origin_down or unheard else limit
                 while not ending and (step := self._fanout.next(now, limit)) is not None:
@@ -187,7 +187,7 @@ class Swarm:
                 self._parallelism.trouble()
         except AgentError as error:
             self._failure = self._failure or error
-        except Exception as error:  # a fault of ours must end the load, not a thread that nobody waits for
+        except Exception as error:  # an unexpected fault must end the load, not only this thread
             log.exception("loading %s failed", self._source)
             self._failure = self._failure or AgentError(f"loading failed inside the agent: {error!r}")
         finally:
@@ -217,7 +217,7 @@ class Swarm:
             self._drop(step.peer, str(error), _SHUN_SECONDS)
         else:
             if believed is None:
-                pass  # it became disputed meanwhile
+                pass  # the chunk became disputed meanwhile
             elif believed not in ("", digest):
                 self._lied(step.peer, f"chunk {step.chunk} is not what it is known to be")
             elif not self._load.fits(step.chunk) or not self._sampled(step.chunk):
@@ -238,12 +238,12 @@ class Swarm:
             self._origin_answers = False
             return True
 
-    # --- what peers say -------------------------------------------------------------------------------------------
+    # --- peers' statements -----------------------------------------------------------------------------------------
 
     def _follow(self, peer: Peer) -> None:
         why = "it ended"
         try:
-            peer.follow(self._source, lambda message: self._hear(peer.name, message))
+            peer.follow(self._source, lambda message: self._take_in(peer.name, message))
         except PeerLied as error:
             self._lied(peer.name, str(error))
             return
@@ -253,10 +253,10 @@ class Swarm:
             log.exception("following %s failed", peer.name)
             why = repr(error)
         with self._lock:
-            spoke = peer.name not in self._unheard
-        self._drop(peer.name, why, _SHUN_SECONDS if spoke else _AGAIN_SECONDS)
+            answered = peer.name not in self._unheard
+        self._drop(peer.name, why, _SHUN_SECONDS if answered else _AGAIN_SECONDS)
 
-    def _hear(self, peer: str, message: Holds) -> None:
+    def _take_in(self, peer: str, message: Holds) -> None:
         doubted = []
         with self._lock:
             self._unheard.pop(peer, None)
@@ -276,7 +276,7 @@ class Swarm:
             self._doubt(chunk)
 
     def _believed(self, chunk: int) -> str | None:
-        """The digest that a peer's chunk must have; "" where the whole is proved, None where nothing is believed."""
+        """Return the digest that a peer's chunk must have; "" for any digest, None to take the chunk from no peer."""
         if chunk in self._disputed:
             return None
         statements = [said for said in self._statements[chunk].values() if said.digest]
@@ -288,7 +288,7 @@ class Swarm:
         return "" if self._proved and self._statements[chunk] else None
 
     def _weigh(self, chunk: int) -> None:
-        """Under the lock: whoever has a chunk that can be checked has it for us."""
+        """Offer a chunk's holders to the fan-out if the chunk can be checked, else take them back. Under the lock."""
         takeable = self._believed(chunk) is not None
         for peer in self._statements[chunk]:
             if takeable:
@@ -297,7 +297,7 @@ class Swarm:
                 self._fanout.has_not(peer, chunk)
 
     def _doubt(self, chunk: int) -> None:
-        """A peer says something else of a chunk than what is here: if that came from a peer, the origin decides."""
+        """Settle a statement that differs from our chunk: one that came from a peer is read again from the origin."""
         with self._lock:
             self._disputed.add(chunk)
             self._weigh(chunk)
@@ -312,7 +312,7 @@ class Swarm:
             self._judge(chunk)
 
     def _judge(self, chunk: int) -> None:
-        """The origin's bytes are here: who said otherwise is no one to take anything from."""
+        """Shun the peers that stated another digest than that of the origin's bytes, which are here."""
         truth = self._load.said_of(chunk)
         with self._lock:
             others = [peer for peer, said in self._statements[chunk].items() if said.digest not in ("", truth)]

@@ -50,9 +50,9 @@ Say = Callable[[Message, Sequence[int]], None]  # answers the worker that asks, 
 class Broker:
     """Any thread."""
 
-    def __init__(self, shelf: SnapshotIndex, journal: Journal, node: str) -> None:
+    def __init__(self, index: SnapshotIndex, journal: Journal, node: str) -> None:
         self.neighbours: Targets | None = None  # where other nodes are to be asked, too
-        self._shelf, self._journal, self._node = shelf, journal, node
+        self._index, self._journal, self._node = index, journal, node
         self._hosts: Destinations[Visitor] = Destinations()
 
     def answer(self, visitor: Visitor, message: Asked, fds: Sequence[int], say: Say) -> None:
@@ -64,7 +64,7 @@ class Broker:
             case ClaimRequest():
                 self._claim(message, within, say)
             case TransferRequest():
-                say(TransferReply(self._shelf.transfer(message, within)), ())
+                say(TransferReply(self._index.transfer(message, within)), ())
             case HostRequest(siblings, owner):
                 self._hosts.wait(visitor, _waiting(within, siblings, owner))
             case HandoffRequest(siblings, owner):
@@ -89,10 +89,10 @@ class Broker:
         finally:
             for fd in fds:
                 os.close(fd)
-        say(self._shelf.keep(message, pieces, within), ())
+        say(self._index.keep(message, pieces, within), ())
 
     def _claim(self, message: ClaimRequest, within: str, say: Say) -> None:
-        found = self._shelf.claim(message, within)
+        found = self._index.claim(message, within)
         lengths, data, fds = blobs.pack(found.pieces)
         try:
             say(ClaimReply(found.outcome, found.epoch, found.wait, lengths, data, len(fds)), fds)

@@ -1,1 +1,1 @@
-"""What the agent remembers of its node: events, starts, layers."""
+"""The agent's memory of its node: events, starts, layers."""

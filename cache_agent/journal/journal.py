@@ -1,7 +1,7 @@
-"""Owns what happened on this node since the agent's start: a bounded ring of events with their reasons, and counts.
+"""Owns the events of this node since the agent's start, in a bounded ring with their reasons, and their counts.
 
-Counts are by tier and model; a node sees few models, and from the hundredth on they are counted together, so that
-nobody can make the agent's memory, or that of who watches it, grow by asking for more.
+Counts are by tier and model. From the hundredth model on all are counted together: clients must not be able to make
+the memory of the agent, or of the metrics' collector, grow by asking for more models.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ERROR_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)  # of |predicted − took|
 _KEPT = 1000
 _MODELS = 100
 _HANDED = 64
-_REPORTED = 1024  # hand-offs by which a second report is known: more than one report has
+_REPORTED = 1024  # hand-offs that a repeated report is recognised by: more than one report has
 
 
 @dataclass(slots=True)
 class Counts:
-    """Since the start; keys are (model, tier), or what their name says."""
+    """Counts since the agent's start; keys are (model, tier) where nothing else is said."""
 
     leases: Counter[tuple[str, str]] = field(default_factory=Counter)  # by where the bytes came from
     loads: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -51,7 +51,7 @@ class Counts:
 
 
 class Journal:
-    """Any thread; nothing blocks."""
+    """The ring and the counts. Any thread; only `wait` blocks."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         """`clock` is the time of day, for people."""
@@ -65,10 +65,10 @@ class Journal:
         self._ending = False
         self._reported: deque[HandoffOutcome] = deque(maxlen=_REPORTED)
 
-    # --- what is told ---------------------------------------------------------------------------------------------
+    # --- recording ------------------------------------------------------------------------------------------------
 
     def record(self, kind: str, model: str, text: str, *, level: int = logging.INFO) -> None:
-        """An event, in the ring and in the log."""
+        """Record an event, in the ring and in the log."""
         log.log(level, "%s", text, extra={"fields": {"event": kind}})
         with self._changed:
             self._number += 1
@@ -76,14 +76,14 @@ class Journal:
             self._changed.notify_all()
 
     def leased(self, model: str, tier: str) -> None:
-        """A function has its weights; `tier` is where they came from."""
+        """Count a lease whose weights are complete; `tier` is where they came from."""
         with self._changed:
             self._counts.leases[self._label(model), tier] += 1
 
     def loaded(
         self, model: str, tier: str, size: int, seconds: float, expected: float, *, guess: bool, page: int
     ) -> None:
-        """A load of `size` bytes; `expected` is what the estimate said, `guess` where it had nothing to go by."""
+        """Record a load of `size` bytes; `expected` seconds were estimated, `guess` without an earlier load."""
         with self._changed:
             key = self._label(model), tier
             counts = self._counts
@@ -121,9 +121,9 @@ class Journal:
         self.record("refused", model, f"refused {model}: {text} [{code}]")
 
     def handed(self, node: str, items: Sequence[HandoffOutcome]) -> None:
-        """Requests that a worker of this node has handed over, or tried to.
+        """Record requests that a worker of this node has handed over, or tried to.
 
-        A worker that got no answer in time reports again: an item that is known already is passed over.
+        A worker that got no answer in time reports again: known items are passed over.
         """
         for item in items:
             with self._changed:
@@ -145,37 +145,37 @@ class Journal:
                 f"({item.how}, {item.pause * 1e3:.0f} ms){why}",
             )
 
-    # --- what is asked --------------------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------------------------
 
     def since(self, number: int = 0, limit: int = _KEPT) -> list[EventRecord]:
-        """The last `limit` of the events after the one with this number."""
+        """Return the last `limit` of the events after the one with this number."""
         with self._changed:
             return [event for event in self._ring if event.number > number][-limit:]
 
     def wait(self, number: int, seconds: float) -> list[EventRecord]:
-        """Like `since`, once there is one, after so many seconds, or at once when the agent ends."""
+        """Return as `since` does, once there is an event, after `seconds`, or at once when the agent ends."""
         with self._changed:
             self._changed.wait_for(lambda: self._ending or self._number > number, seconds)
         return self.since(number)
 
     def handoffs(self) -> list[HandoffRecord]:
-        """The last ones, the newest first."""
+        """Return the last hand-offs, the newest first."""
         with self._changed:
             return list(reversed(self._handed))
 
     def end(self) -> None:
-        """From here on `wait` returns at once: the agent ends."""
+        """Make `wait` return at once from here on: the agent ends."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
 
     def counts(self) -> Counts:
-        """A copy."""
+        """Return a copy of the counts."""
         with self._changed:
             return deepcopy(self._counts)
 
     def labels(self, models: Iterable[str]) -> list[str]:
-        """What each model is counted as."""
+        """Return the label under which each model is counted."""
         with self._changed:
             return [self._label(model) for model in models]
 

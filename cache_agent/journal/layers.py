@@ -1,4 +1,4 @@
-"""Owns what the supervisors of this node's functions last told of their layers, as far as they still live."""
+"""Owns the last report of each supervisor on this node about its function's layers, while the supervisor lives."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from cache_agent.policy import keepalive
 from cache_agent.wire.layers import FunctionLayers, Layer, LayerStatus, LayersTold
 
 KEPT = 256  # supervisors
-SILENT_SECONDS = 100.0  # after which one is taken to have ended; each speaks every thirty
+SILENT_SECONDS = 100.0  # after which a supervisor counts as ended; each reports every thirty
 
 
-class _Word(NamedTuple):
-    told: LayersTold
+class _Report(NamedTuple):
+    content: LayersTold
     at: float
 
 
 class Layers:
-    """Every method may be called from any thread. `clock` is CLOCK_MONOTONIC, which the functions of a node share."""
+    """The layers of this node's functions. Any thread. `clock` is CLOCK_MONOTONIC, which the functions share."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = Lock()
-        self._words: OrderedDict[str, _Word] = OrderedDict()
+        self._reports: OrderedDict[str, _Report] = OrderedDict()  # by supervisor
 
-    def tell(self, told: LayersTold) -> None:
+    def add(self, report: LayersTold) -> None:
+        """Replace the supervisor's former report; one without layers says that the supervisor ends."""
         with self._lock:
-            self._words.pop(told.id, None)
-            if told.layers:
-                self._words[told.id] = _Word(told, self._clock())
-            if len(self._words) > KEPT:
-                self._words.popitem(last=False)
+            self._reports.pop(report.id, None)
+            if report.layers:
+                self._reports[report.id] = _Report(report, self._clock())
+            if len(self._reports) > KEPT:
+                self._reports.popitem(last=False)
 
     def status(self) -> list[FunctionLayers]:
-        """By the functions' names."""
+        """The layers of each function, ordered by the functions' names."""
         now = self._clock()
         with self._lock:
-            words = [word.told for word in self._words.values() if now - word.at <= SILENT_SECONDS]
+            reports = [report.content for report in self._reports.values() if now - report.at <= SILENT_SECONDS]
+        reports.sort(key=lambda report: (report.function, report.id))
         return [
-            FunctionLayers(
-                told.function, told.mode, told.price, [_status(layer, told.price, now) for layer in told.layers]
-            )
-            for told in sorted(words, key=lambda told: (told.function, told.id))
+            FunctionLayers(r.function, r.mode, r.price, [_status(layer, r.price, now) for layer in r.layers])
+            for r in reports
         ]
 
 
 def _status(layer: Layer, price: float, now: float) -> LayerStatus:
-    kept = keepalive.LayerCost(layer.level, layer.seconds, layer.bytes)
-    worth = keepalive.beta(kept, price)
+    cost = keepalive.LayerCost(layer.level, layer.seconds, layer.bytes)
+    worth = keepalive.beta(cost, price)
     idle = None if layer.since is None else max(0.0, now - layer.since)
     left = None
     if idle is not None and layer.state == "idle" and layer.hold is not None:
-        left = keepalive.HoldDecision(kept, price, layer.hold).changes_in(idle)
+        left = keepalive.HoldDecision(cost, price, layer.hold).changes_in(idle)
     return LayerStatus(
         level=layer.level,
         state=layer.state,

@@ -1,1 +1,1 @@
-"""How a model's bytes come: which files, which ranges, by how many readers, checked and written down."""
+"""The loading of a model's bytes: which ranges, by how many readers, checked, and written to SSD."""

@@ -1,4 +1,7 @@
-"""Owns the bytes of one model on their way into memory: from where each chunk comes, checksums, proof, progress."""
+"""Owns the loading of one model into memory: the source of each chunk, checksums, proof, progress.
+
+`ModelLoad.run` takes chunks from an image on SSD, then from a helper (other nodes), then the rest from the origin.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +27,27 @@ log = logging.getLogger("glowplug.loader")
 
 
 class Helper(Protocol):
-    """Fills chunks of a load from elsewhere than its origin, for as long as that helps; then the rest is read there."""
+    """The filling of a load's chunks from other nodes, for as long as those have some; the origin has the rest."""
 
     def run(self) -> None:
-        """Raises the `AgentError` of an origin that will not deliver."""
+        """Fill chunks. Raises the `AgentError` of an origin that does not deliver."""
         ...
 
     def reading(self) -> list[int]:
-        """Chunks that are being read from the origin now."""
+        """Return the chunks that are being read from the origin now."""
         ...
 
     def invite(self, node: str, address: str) -> None:
-        """Another node loads the same."""
+        """Take note of another node that loads the same model."""
         ...
 
     def blame(self, peer: str, why: str) -> None:
-        """What a peer gave turned out to be wrong."""
+        """Take note that a peer gave wrong bytes."""
         ...
 
 
 class ModelLoad:
-    """The bytes of one model on their way. Progress may be read, and watched, from any thread."""
+    """One load. Progress may be read, and watched, from any thread."""
 
     def __init__(
         self,
@@ -54,14 +57,14 @@ class ModelLoad:
         *,
         readers: int = 4,
         image: Reading | None = None,
-        speaks: bool = False,
+        with_digests: bool = False,
         known: str = "",
     ) -> None:
-        """`readers` is the largest number of parallel reads; how many there are depends on what the origin yields.
+        """Prepare a load with at most `readers` parallel reads; how many there are depends on what the origin yields.
 
-        With an `image` the bytes come from there, and only chunks that are damaged in it from the origin. A load that
-        `speaks` computes what other nodes need to check its chunks. `known` is the revision that the bytes have to be
-        when peers gave some of them.
+        With an `image` the bytes come from there, and only its damaged chunks from the origin. With `with_digests` the
+        digest of every chunk is computed for other nodes. `known` is the revision that the bytes must have when peers
+        gave some of them, or "".
         """
         self.description = description
         self.manifest = description.manifest
@@ -69,13 +72,13 @@ class ModelLoad:
         self.total = self.manifest.nbytes
         self.image = image
         self.helper: Helper | None = None
-        self.proved = ""  # the revision that the bytes were shown to be
-        self.given: dict[int, str] = {}  # chunks that came from peers, and from whom
-        self.said: list[Said] = []  # of every chunk, in the order in which they came; only ever longer
+        self.proved = ""  # the revision that the bytes were shown to have
+        self.given: dict[int, str] = {}  # chunk -> the peer that gave it
+        self.said: list[Said] = []  # of every chunk, in the order of arrival
         self._digests: dict[int, str] = {}
-        self._settled = False  # nothing that peers gave can turn out to be wrong any more
-        self._speaks = speaks
-        self.damaged: list[int] = []  # chunks that the image had wrong
+        self._settled = False  # whether no chunk of a peer can turn out to be wrong any more
+        self._with_digests = with_digests
+        self.damaged: list[int] = []  # chunks that are wrong in the image
         self.tee: Tee | None = None
         self._most = readers
         self._origin = origin
@@ -94,15 +97,15 @@ class ModelLoad:
         self.finished = threading.Event()
         self.reader = OriginReader(description, origin, dram, self._finish, self._stopped, readers)
         self._watchers: list[Callable[[], None]] = []
-        self.observer: Callable[[], None] | None = None  # the agent's own; like a watcher, for the whole load
+        self.observer: Callable[[], None] | None = None  # the agent's watcher, for the whole load
 
     def progress(self) -> tuple[list[int], int]:
-        """(verified bytes from the start of each segment without a hole, all verified bytes)."""
+        """Return (verified bytes from the start of each segment without a hole, all verified bytes)."""
         with self._lock:
             return list(self._ready), self._done
 
     def watch(self, wake: Callable[[], None]) -> None:
-        """Calls `wake` after every chunk, from a reader's thread: it must neither block nor raise."""
+        """Call `wake` after every chunk, from a reader's thread; `wake` must neither block nor raise."""
         with self._lock:
             self._watchers.append(wake)
 
@@ -112,11 +115,11 @@ class ModelLoad:
                 self._watchers.remove(wake)
 
     def stop(self) -> None:
-        """Makes `run` give up soon."""
+        """Make `run` give up soon."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Fills the segments and gives up writing to them. Raises the first `AgentError` that retries did not cure."""
+        """Fill the segments, and freeze them. Raises the first `AgentError` that retries did not cure."""
         try:
             if self.image is not None:
                 self._read_image(self.image)
@@ -130,13 +133,13 @@ class ModelLoad:
                 for segment in range(len(self._ready)):
                     self._advance(segment)
             self.dram.freeze()
-            if self.tee is None:  # otherwise the tee does it at its end
+            if self.tee is None:  # the end of a tee seals the memory otherwise
                 self.dram.seal()
         finally:
             self.finished.set()
 
     def _prove(self) -> None:
-        """What peers gave has to be the revision that this source is said to be, or comes from the origin after all."""
+        """Check that the bytes have the known revision, and read the peers' chunks from the origin if they have not."""
         for _ in range(2):
             maps = self.dram.map()
             try:
@@ -149,7 +152,7 @@ class ModelLoad:
             if right:
                 self.proved = self.known
                 return
-            if not self.given:  # all is the origin's now: what was said of it is wrong, and admission will tell
+            if not self.given:  # all bytes are the origin's: the known revision is wrong, as admission will find
                 log.warning("%s was said to be %s and is not", self._origin.uri, self.known)
                 return
             log.warning("%s: what peers gave is not %s; reading the origin", self._origin.uri, self.known)
@@ -168,7 +171,7 @@ class ModelLoad:
             return [number for number, finished in enumerate(self._finished) if not finished]
 
     def reading(self) -> list[int]:
-        """Chunks that are being read from the origin now."""
+        """Return the chunks that are being read from the origin now, for other nodes."""
         return self.helper.reading() if self.helper is not None else []
 
     @property
@@ -176,14 +179,11 @@ class ModelLoad:
         return self._stopped.is_set()
 
     def view(self, number: int) -> memoryview:
-        """The memory of a chunk, which the caller alone fills; the caller releases it."""
-        segment, start, end = self._chunks[number]
-        view = self.dram.segments[segment].view
-        assert view is not None, "segments are sealed only after all readers are done"
-        return view[start:end]
+        """Return the memory of a chunk, which only the caller fills, and releases."""
+        return self.dram.view(*self._chunks[number])
 
     def accept(self, number: int, digest: str, peer: str) -> None:
-        """A chunk's memory was filled by a peer, and its digest is the one that is believed."""
+        """Count a chunk as complete that `peer` gave; `digest` is that of a node which read it from the origin."""
         with self.view(number) as chunk:
             self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
         with self._lock:
@@ -191,27 +191,26 @@ class ModelLoad:
         self._complete(number, digest)
 
     def fits(self, number: int) -> bool:
-        """Whether a chunk's memory is what a damaged image on SSD once had there; True where there is none."""
+        """Return whether a chunk's memory fits the image's checksum; True for a load without an image."""
         if self.image is None:
             return True
         with self.view(number) as chunk:
             return self.image.proves(number, chunk)
 
     def has(self, number: int) -> bool:
-        """A chunk is here, whole and right."""
+        """Return whether a chunk is complete."""
         with self._lock:
             return self._finished[number]
 
     def said_of(self, number: int) -> str:
-        """The digest of a chunk that is here, or ""."""
+        """Return the digest of a complete chunk, or ""."""
         with self._lock:
             return self._digests.get(number, "") if self._finished[number] else ""
 
     def reopen(self, number: int) -> None:
-        """What is in a chunk's memory is not to be believed any more."""
+        """Count a chunk as missing again, because its bytes are wrong."""
         segment, start, end = self._chunks[number]
-        with self.view(number) as chunk:
-            chunk[:] = bytes(len(chunk))  # the origin has nothing for the gaps between tensors, which are zero
+        self._clear(number)
         with self._lock:
             self.given.pop(number, None)
             if not self._finished[number]:
@@ -220,13 +219,13 @@ class ModelLoad:
             self._done -= end - start
             if self._prefix[segment] > number:
                 self._prefix[segment], self._ready[segment] = number, start
-        if self.tee is not None:  # it may have written the chunk already
+        if self.tee is not None:  # the tee may have written the chunk already
             self.tee.cancel()
 
     # --- reading --------------------------------------------------------------------------------------------------
 
     def _read_image(self, image: Reading) -> None:
-        """Takes every chunk that is right in the image; the others are in `damaged` afterwards."""
+        """Take every chunk that is right in the image; the others are in `damaged` afterwards."""
         with ThreadPoolExecutor(min(self._most, len(self._chunks)), thread_name_prefix="image") as pool:
             for _ in pool.map(lambda number: self._from_image(image, number), range(len(self._chunks))):
                 pass
@@ -234,40 +233,39 @@ class ModelLoad:
     def _from_image(self, image: Reading, number: int) -> None:
         if self._stopped.is_set():
             return
-        segment, start, end = self._chunks[number]
-        view = self.dram.segments[segment].view
-        assert view is not None, "segments are sealed only after all readers are done"
-        with view[start:end] as chunk:
+        segment, start, _ = self._chunks[number]
+        with self.view(number) as chunk:
             try:
                 right, why = image.read(number, segment, start, chunk), "its checksum does not fit"
             except OSError as error:
                 right, why = False, error.strerror or str(error)
-            if not right:
-                chunk[:] = bytes(len(chunk))  # the origin has nothing for the gaps between tensors, which are zero
         if right:
             self.checksums[number] = image.index.checksums[number]
-            self._complete(number, self._spoken(number))
+            self._complete(number, self._digest_for_peers(number))
             return
+        self._clear(number)
         log.warning("chunk %d of %s on SSD is damaged (%s); reading the origin", number, self._origin.uri, why)
         with self._lock:
             self.damaged.append(number)
 
+    def _clear(self, number: int) -> None:
+        """Zero a chunk's memory: an origin brings only tensors, and the gaps between them must be zero."""
+        with self.view(number) as chunk:
+            chunk[:] = bytes(len(chunk))
+
     def _finish(self, number: int) -> None:
-        """All bytes of a chunk are there."""
-        segment, start, end = self._chunks[number]
-        view = self.dram.segments[segment].view
-        assert view is not None, "segments are sealed only after all readers are done"
-        with view[start:end] as chunk:
+        """Check a chunk whose bytes all came from the origin, and count it as complete."""
+        with self.view(number) as chunk:
             self.checksums[number] = xxhash.xxh3_64_intdigest(chunk)
         if self.image is not None and self.checksums[number] != self.image.index.checksums[number]:
             raise OriginChanged(f"{self._origin.uri}: a file was overwritten without a new date or ETag")
-        self._complete(number, self._spoken(number), own=True)
+        self._complete(number, self._digest_for_peers(number), own=True)
 
     def _advance(self, segment: int) -> None:
-        """Counts on from the start of a segment, under the lock.
+        """Count the bytes that are complete from the start of a segment; the caller holds the lock.
 
-        What peers gave counts when the load is over: until then it may turn out to be wrong, and somebody may be
-        running the model's first layers already.
+        Chunks from peers count only at the end of the load: until then they may turn out to be wrong, and functions may
+        run the model's first layers as soon as those are counted.
         """
         position = self._prefix[segment]
         while position < len(self._chunks) and self._chunks[position][0] == segment and self._finished[position]:
@@ -277,17 +275,18 @@ class ModelLoad:
             position += 1
         self._prefix[segment] = position
 
-    def _spoken(self, number: int) -> str:
-        if not self._speaks:
+    def _digest_for_peers(self, number: int) -> str:
+        """Return the digest of a chunk for other nodes, or "" where there are none."""
+        if not self._with_digests:
             return ""
         with self.view(number) as chunk:
             return content.chunk_digest(chunk)
 
     def _complete(self, number: int, digest: str, *, own: bool = False) -> None:
-        """A chunk's bytes are final: counts it, and tells those who wait for it."""
+        """Count a chunk whose bytes are final, and wake the watchers."""
         segment, start, end = self._chunks[number]
         with self._lock:
-            if self._speaks:
+            if self._with_digests:
                 self.said.append(Said(number, digest, own))
                 self._digests[number] = digest
             self._finished[number] = True

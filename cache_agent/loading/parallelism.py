@@ -1,33 +1,33 @@
-"""How many ranges to read at once, from what they yield. Pure: byte counts and times in, a number out.
+"""The number of ranges to read at once, from what they yield. Pure: byte counts and times in, a number out.
 
 The yield of n connections grows with n until something is full (the link, the store's share for this client, a
-processor), and beyond that more connections only cost. So the number doubles as long as a doubling pays, goes back
-when it did not, stays, and tries again after a while, because the others on the link come and go. Trouble (an error, a
-request to slow down) halves it at once, as TCP does.
+processor); more connections then only cost. So the number doubles as long as a doubling pays, and goes back when one
+did not. After a while a doubling is tried again, because other traffic on the link comes and goes. Trouble (an error, a
+request to slow down) halves the number at once, as in TCP.
 """
 
 from __future__ import annotations
 
-WINDOW = 0.25  # seconds that a number of readers is watched before it is judged
+WINDOW = 0.25  # seconds for which a number of readers is measured before it is judged
 PAYS = 1.10  # a doubling that brings less than 10 % more is not worth its connections
-HOLD = 16  # windows until a number that was found good is questioned again
+HOLD = 16  # windows until the next doubling after one that did not pay
 START = 4
 
 
 class Parallelism:
-    """`limit` is the number of reads that may run now: between 1 and `most`."""
+    """The number of reads that may run now, `limit`: between 1 and `most`."""
 
     def __init__(self, most: int, start: int = START) -> None:
         self.limit = max(1, min(most, start))
         self._most = max(1, most)
         self._since: float | None = None
         self._bytes = 0
-        self._before = 0  # the number from which a doubling was tried, while it is on trial
-        self._rate = 0.0  # what that one yielded
+        self._before = 0  # the number before the doubling that is on trial; 0 while none is
+        self._rate = 0.0  # bytes per second with that number
         self._hold = 0
 
     def observe(self, total: int, now: float) -> int:
-        """`total` bytes have arrived until `now` (seconds on any clock that does not go back); the new limit."""
+        """Take in that `total` bytes have arrived until `now` (seconds of a monotonic clock); return the new limit."""
         if self._since is None:
             self._restart(total, now)
             return self.limit
@@ -45,7 +45,7 @@ class Parallelism:
         return self.limit
 
     def trouble(self) -> int:
-        """A read failed in a way that fewer reads may cure; the new limit."""
+        """Take in that a read failed in a way that fewer reads may cure; return the new limit."""
         self.limit = max(1, self.limit // 2)
         self._before = 0
         self._hold = HOLD

@@ -1,6 +1,6 @@
 """Owns the reading of chunks from a model's origin: which ranges are on their way, by how many readers, and retries.
 
-Bytes go straight to their places in memory; whoever has asked hears of every chunk that is whole.
+Bytes go straight to their places in memory; a callback is called for every chunk that is whole.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cache_agent.tiers.dram import Dram
 
 log = logging.getLogger("glowplug.loader")
 
-_ATTEMPTS = 5  # of one range, in a row, that brought less than the next
+_ATTEMPTS = 5  # at one range in a row that may bring fewer than _WORTHWHILE bytes
 _WORTHWHILE = 1 << 20  # bytes
 _BETWEEN_ROUNDS = 1.0  # seconds, at most
-_TICK = 0.05  # seconds between looks at what the readers yield
+_TICK = 0.05  # seconds between measurements of what the readers yield
 
 
 @dataclass(slots=True)
@@ -51,18 +51,19 @@ class OriginReader:
         stopped: threading.Event,
         readers: int,
     ) -> None:
-        """`finish(chunk)` is called when all bytes of a chunk are there, by whoever read the last of them; may raise.
+        """Prepare to read with at most `readers` parallel reads, until `stopped` is set.
 
-        `stopped`: no more is to be begun. `readers` is the largest number of parallel reads.
+        `finish(chunk)` is called when all bytes of a chunk are there, by the thread that read the last of them; it may
+        raise an `AgentError`.
         """
         self._manifest = description.manifest
         self._origin, self._dram, self._finish, self._stopped = origin, dram, finish, stopped
         self._files = [description.source.file(file.name) for file in self._manifest.weight_files]
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards all attributes below
         self._changed = threading.Condition(self._lock)
         self._transfers: list[_Transfer] = []
         self._by_chunk: dict[int, list[Range]] | None = None
-        self._pieces = [0] * self._manifest.chunk_count  # how many each chunk still waits for
+        self._pieces = [0] * self._manifest.chunk_count  # pieces that each chunk still waits for
         self._work: deque[_Transfer] = deque()
         self._arrived = 0
         self._readers = 0
@@ -72,14 +73,14 @@ class OriginReader:
 
     @property
     def arrived(self) -> int:
-        """Bytes that came."""
+        """The number of bytes that the origin has delivered."""
         return self._arrived
 
     def read(self, missing: Collection[int]) -> None:
-        """Reads these chunks, with as many parallel reads as pay. Raises the first error that retries did not cure.
+        """Read these chunks, with as many parallel reads as pay. Raises the first error that retries did not cure.
 
-        While the origin comes and goes, a further round asks for what is missing, and only for that: it ends when a
-        whole round has brought nothing.
+        A round that an unavailable origin ended is followed by another one for the missing bytes, unless it brought
+        next to none.
         """
         wanted = ranges.plan(self._manifest)
         if len(missing) < self._manifest.chunk_count:
@@ -101,7 +102,7 @@ class OriginReader:
                 self._stopped.wait(random.uniform(0, _BETWEEN_ROUNDS))  # noqa: S311  jitter, not a secret
 
     def read_chunk(self, number: int) -> None:
-        """Reads one chunk, now, and finishes it. Raises what the origin does."""
+        """Read one chunk in this thread, and finish it. Raises the origin's error."""
         wanted = self._plan().get(number, [])
         with self._lock:
             self._pieces[number] = len(wanted)
@@ -111,7 +112,7 @@ class OriginReader:
             self._finish(number)
 
     def sample(self, number: int, size: int, choose: random.Random) -> bool:
-        """Whether some bytes of a chunk are the origin's, at a place that nobody can foresee. Raises what that does."""
+        """Return whether `size` bytes of a chunk, at a random place, are the origin's. Raises the origin's error."""
         wanted = self._plan().get(number)
         if not wanted:
             return True
@@ -121,13 +122,12 @@ class OriginReader:
         file = self._files[each.file]
         assert file is not None, "a manifest names only files of its source"
         found = self._origin.read(file, each.start + skip, min(size, piece.size))
-        view = self._dram.segments[piece.segment].view
-        assert view is not None, "segments are sealed only after all readers are done"
-        with view[piece.offset + skip : piece.offset + skip + len(found)] as here:
+        start = piece.offset + skip
+        with self._dram.view(piece.segment, start, start + len(found)) as here:
             return here == found
 
     def _plan(self) -> dict[int, list[Range]]:
-        """What to read from the origin for each chunk."""
+        """Return the ranges to read from the origin for each chunk."""
         with self._lock:
             if self._by_chunk is None:
                 self._by_chunk = {}
@@ -145,7 +145,7 @@ class OriginReader:
                 self._pieces[piece.chunk] += 1
 
     def _round(self) -> None:
-        """One attempt at everything that is missing, with as many readers as pay."""
+        """Try once to read everything that is missing, with as many readers as pay."""
         with self._lock:
             self._failure = None
             self._work = deque(transfer for transfer in self._transfers if transfer.done < transfer.range.size)
@@ -172,7 +172,7 @@ class OriginReader:
                 self._fetch(transfer)
         except AgentError as error:
             self._fail(error)
-        except Exception as error:  # a fault of ours must end the load, not a thread that nobody waits for
+        except Exception as error:  # a fault of this program must end the load, and not only this thread
             log.exception("loading %s failed", self._origin.uri)
             self._fail(AgentError(f"loading {self._origin.uri} failed inside the agent: {error!r}"))
         finally:
@@ -198,7 +198,7 @@ class OriginReader:
             try:
                 self._read(transfer)
             except OriginUnavailable as error:
-                # Bytes that came are kept. Only a try that brought next to none counts: a bad link is no dead one.
+                # Bytes that came are kept. Only a try that brought next to none counts: a slow link is not a dead one.
                 attempt = 1 if transfer.done - before >= _WORTHWHILE else attempt + 1
                 with self._lock:
                     self._parallelism.trouble()
@@ -215,10 +215,10 @@ class OriginReader:
         assert file is not None, "a manifest names only files of its source"
         views: list[memoryview] = []
         try:
-            for piece in wanted.after(transfer.done):
-                view = self._dram.segments[piece.segment].view
-                assert view is not None, "segments are sealed only after all readers are done"
-                views.append(view[piece.offset : piece.offset + piece.size])
+            views.extend(
+                self._dram.view(piece.segment, piece.offset, piece.offset + piece.size)
+                for piece in wanted.after(transfer.done)
+            )
             start = wanted.start + transfer.done
             self._origin.read_scattered(file, start, views, lambda count: self._take_in(transfer, count))
         finally:
@@ -226,7 +226,7 @@ class OriginReader:
                 view.release()
 
     def _take_in(self, transfer: _Transfer, count: int) -> None:
-        """So many more bytes of a range are there; what they complete is finished."""
+        """Count `count` more bytes of a range, and finish the chunks that they complete."""
         complete = []
         with self._lock:
             self._arrived += count

@@ -1,8 +1,8 @@
 """Owns the writing of a model's image to SSD while its bytes still arrive: a thread that follows a load, or memory.
 
-It reads the segments through read-only mappings, so that `ready` does not wait for the disk, and queues numbers of
-chunks, never bytes. The segments' last seal follows the tee: the kernel refuses it while a page is being written out.
-Whatever goes wrong here costs the image and nothing else.
+The thread reads the segments through read-only mappings, so that `ready` does not wait for the disk. Its queue holds
+numbers of chunks, never bytes. The segments are sealed after the tee, because the kernel refuses a seal while a page is
+being written out. An error here costs the image and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger("glowplug.ssd")
 
 
 class Tee:
-    """Writes chunks as they finish, until `complete` or `cancel`; `ended` is set when files and maps are closed."""
+    """Write chunks as they finish, until `complete` or `cancel`; `ended` is set when files and maps are closed."""
 
     def __init__(
         self,
@@ -31,9 +31,10 @@ class Tee:
         maps: list[mmap.mmap],
         on_end: Callable[[], None],
     ) -> None:
-        """Takes over `maps`. `begin` (may block; None: not to be kept) and `on_end` run in the tee's thread.
+        """Take over `maps`, and start the thread, in which `begin` and `on_end` are called.
 
-        `on_end` is called once, after `complete` or `cancel`, however the writing went.
+        `begin` returns the image to write, or None where none is wanted; it may block. `on_end` is called once, after
+        `complete` or `cancel`, whether the image was written or not.
         """
         self._chunks = list(plan.chunks())
         self._begin = begin
@@ -41,20 +42,20 @@ class Tee:
         self._on_end = on_end
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
-        self._over = False  # the last word was taken from the queue
+        self._over = False  # whether the end was taken from the queue
         self._checksums: Sequence[int] = ()
         self._seconds = 0.0
         self.ended = threading.Event()
         threading.Thread(target=self._run, name="tee", daemon=True).start()
 
     def add(self, chunk: int) -> None:
-        """The chunk's bytes are final."""
+        """Queue a chunk, whose bytes are final."""
         self._queue.put(chunk)
 
     def follow_memory(self, maps: list[mmap.mmap], seconds: float) -> None:
-        """Adds all chunks of what is whole in memory already, as fast as their checksums are known; closes `maps`.
+        """Add all chunks of a model that is complete in memory, while computing their checksums; closes `maps`.
 
-        `seconds` is what it would take to load it.
+        `seconds` is the time that loading the model would take.
         """
         checksums = []
         try:
@@ -70,12 +71,12 @@ class Tee:
                 mapping.close()
 
     def complete(self, checksums: Sequence[int], seconds: float) -> None:
-        """All chunks were added; `seconds` is what the load took."""
+        """End the image after all chunks were added; the load took `seconds`."""
         self._checksums, self._seconds = checksums, seconds
         self._queue.put(None)
 
     def cancel(self) -> None:
-        """Gives up after the chunk that is being written."""
+        """Give up after the chunk that is being written."""
         self._cancelled.set()
         self._queue.put(None)
 
@@ -104,6 +105,7 @@ class Tee:
                 writing.abandon()
 
     def _write(self, writing: Writing) -> bool:
+        """Write chunks until the end of the queue; return whether the image is whole, and committed."""
         written = 0
         while (number := self._next()) is not None:
             if self._cancelled.is_set():

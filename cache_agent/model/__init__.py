@@ -1,1 +1,1 @@
-"""What a model is: its URI, its files, their layout in memory, its revision. No I/O but through an `Origin`."""
+"""The description of a model: URI, files, layout in memory, revision. No I/O but through an `Origin`."""

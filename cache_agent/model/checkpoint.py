@@ -1,4 +1,8 @@
-"""Turns an origin's files into a manifest: which files are weights, their headers, and the small files inline."""
+"""Owns the reading of a checkpoint's description: which files are weights, their headers, the small files inline.
+
+`describe` asks an origin for headers and small files; `encode_description` and `decode_description` carry the result to
+other nodes and to SSD.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ R = TypeVar("R")
 
 
 class Description(NamedTuple):
-    """A checkpoint before its weights are read; `headers` has the raw bytes that precede each weight file's data."""
+    """A checkpoint before its weights are read. `headers` has, by file name, the raw bytes that precede the tensors."""
 
     source: Source
     manifest: Manifest
@@ -44,7 +48,7 @@ class _Encoded(msgspec.Struct, frozen=True):
 
 
 def encode_description(description: Description) -> bytes:
-    """Without the manifest's layout: whoever reads it lays the tensors out himself."""
+    """Return the description as JSON, without the layout: `decode_description` lays the tensors out again."""
     return msgspec.json.encode(_Encoded(description.source, description.headers, description.manifest.files))
 
 
@@ -52,7 +56,7 @@ _decoder = msgspec.json.Decoder(_Encoded)
 
 
 def decode_description(data: bytes) -> Description:
-    """What another node, or an earlier agent, wrote. Raises `BadCheckpoint` for what describes no checkpoint."""
+    """Read the JSON that another node or an earlier agent wrote. Raises `BadCheckpoint` unless it is sound."""
     try:
         source, headers, files = msgspec.structs.astuple(_decoder.decode(data))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -68,7 +72,7 @@ def decode_description(data: bytes) -> Description:
 
 
 def _parsed(name: str, size: int, header: bytes) -> tuple[WeightFile, Iterable[safetensors.RawTensor]]:
-    """Raises `BadCheckpoint`."""
+    """Return a weight file and its tensors, from its size and raw header. Raises `BadCheckpoint`."""
     length = safetensors.LENGTH.size
     if len(header) < length or length + safetensors.header_length(header[:length], size, name) != len(header):
         raise BadCheckpoint(f"{name}: a header that is cut off")
@@ -76,7 +80,10 @@ def _parsed(name: str, size: int, header: bytes) -> tuple[WeightFile, Iterable[s
 
 
 def describe(origin: Origin) -> Description:
-    """Reads headers and small files only. Raises `BadCheckpoint`, `UnsafeCheckpoint`, or what the origin does."""
+    """Read an origin's headers and small files, and lay the tensors out; no weights are read.
+
+    Raises `BadCheckpoint`, `UnsafeCheckpoint`, or the origin's own error.
+    """
     listed = {file.name: file for file in origin.files()}
     weights = _weight_files(origin, listed)
     small = [
@@ -91,14 +98,14 @@ def describe(origin: Origin) -> Description:
     source = Source(origin.uri, tuple(listed[name] for name in sorted({*weights, *(file.name for file in small)})))
     headers = _parallel(lambda name: _header(origin, listed[name]), weights)
     parsed = [_parsed(name, listed[name].size, data) for name, data in zip(weights, headers, strict=True)]
-    contents = _parallel(lambda file: read_patiently(origin, file, 0, file.size), small)
+    contents = _parallel(lambda file: _read_patiently(origin, file, 0, file.size), small)
     files = {file.name: data for file, data in zip(small, contents, strict=True)}
     manifest.model_config(files)
     return Description(source, manifest.lay_out(source.id, parsed, files), dict(zip(weights, headers, strict=True)))
 
 
 def _weight_files(origin: Origin, listed: dict[str, SourceFile]) -> list[str]:
-    """Names of the safetensors files, in the precedence of transformers: a single file, then the index's shards."""
+    """Return the names of the safetensors files as transformers chooses them: one file, else the index's shards."""
     if _SINGLE in listed:
         return [_SINGLE]
     if _INDEX not in listed:
@@ -112,7 +119,7 @@ def _weight_files(origin: Origin, listed: dict[str, SourceFile]) -> list[str]:
     if index.size > _MAX_SMALL_FILE:
         raise BadCheckpoint(f"{origin.uri}: {_INDEX} has {index.size} bytes; is it an index?")
     try:
-        weight_map = msgspec.json.decode(read_patiently(origin, index, 0, index.size), type=dict[str, Any])[
+        weight_map = msgspec.json.decode(_read_patiently(origin, index, 0, index.size), type=dict[str, Any])[
             "weight_map"
         ]
         shards = sorted(set(msgspec.convert(weight_map, dict[str, str]).values()))
@@ -127,14 +134,14 @@ def _weight_files(origin: Origin, listed: dict[str, SourceFile]) -> list[str]:
 
 
 def _header(origin: Origin, file: SourceFile) -> bytes:
-    """Everything before the tensor bytes: length and JSON."""
-    data = read_patiently(origin, file, 0, min(file.size, _FIRST_READ))
+    """Read all bytes before the tensors: the length field and the JSON."""
+    data = _read_patiently(origin, file, 0, min(file.size, _FIRST_READ))
     end = safetensors.LENGTH.size + safetensors.header_length(data[: safetensors.LENGTH.size], file.size, file.name)
-    return data[:end] if end <= len(data) else data + read_patiently(origin, file, len(data), end - len(data))
+    return data[:end] if end <= len(data) else data + _read_patiently(origin, file, len(data), end - len(data))
 
 
-def read_patiently(origin: Origin, file: SourceFile, start: int, size: int) -> bytes:
-    """`origin.read`, which a store that hiccups is asked again."""
+def _read_patiently(origin: Origin, file: SourceFile, start: int, size: int) -> bytes:
+    """Read `size` bytes from `start` of a file; an origin that does not answer is tried again after a short wait."""
     for attempt in range(_ATTEMPTS - 1):
         try:
             return origin.read(file, start, size)
@@ -144,6 +151,7 @@ def read_patiently(origin: Origin, file: SourceFile, start: int, size: int) -> b
 
 
 def _parallel(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return the results of `work` in the order of `items`."""
     items = list(items)
     if len(items) < 2:
         return [work(item) for item in items]

@@ -1,4 +1,4 @@
-"""What bytes in memory are: the revision of a model, the digest of a chunk. Reads mappings, and nothing else."""
+"""Digests of bytes in memory: the revision of a model, the digest of a chunk. Reads mappings, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from cache_agent.model.checkpoint import Description
 from cache_agent.model.manifest import Manifest, Tensor
 
 _HASH_STEP = 8 << 20
-_DIGEST = 32  # hex digits: 128 bits of SHA-256, which nobody can aim at
+_DIGEST = 32  # hex digits: 128 bits of SHA-256, too many to find other bytes with the same digest
 
 
 def chunk_digest(chunk: memoryview) -> str:
-    """What agents tell each other of a chunk's bytes (about 2 GB/s, without the interpreter's lock)."""
+    """Return the digest by which agents compare a chunk's bytes (about 2 GB/s, without the interpreter's lock)."""
     return hashlib.sha256(chunk).hexdigest()[:_DIGEST]
 
 
 def digest(description: Description, maps: Sequence[mmap.mmap]) -> str:
-    """The revision: hashes the loaded bytes in the order of the files they came from (about 2 GB/s).
+    """Return the revision of a loaded model, by hashing its bytes in the order of their files (about 2 GB/s).
 
-    `maps` are the segments, in order.
+    `maps` are mappings of the segments, in order.
     """
     contents = {
         name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in description.manifest.files.items()
@@ -47,7 +47,7 @@ def _file_digest(header: bytes, tensors: list[Tensor], maps: Sequence[mmap.mmap]
 
 
 def gaps_are_zero(plan: Manifest, maps: Sequence[mmap.mmap]) -> bool:
-    """Whether there is nothing between the tensors: a revision does not cover it."""
+    """Return whether all bytes between the tensors are zero; a revision does not cover those bytes."""
     ends = [0] * len(plan.segments)
     gaps = []
     for tensor in plan.tensors:  # in the order of their places

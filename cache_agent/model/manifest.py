@@ -1,13 +1,13 @@
-"""What a revision consists of: tensors laid out in segments, small files inline. Pure: bytes and names in, values out.
+"""The manifest of a revision: its tensors laid out in segments, its small files inline. Pure.
 
-    source    what the origin says now: URI, and each file's name, size, ETag        ──digest──► source id
-    revision  SHA-256 over the sorted lines "name NUL size NUL sha256(content) LF"    ──known once all bytes were read
+    source    URI, and each file's name, size and ETag as the origin lists them; its digest is the source id
+    revision  SHA-256 over the sorted lines "name NUL size NUL sha256(content) LF"; known once all bytes were read
     segment   ┌─ tensor ─┬pad┬─ tensor ─┬pad┬ … ┐  execution order: embedding, layer 0 … n, head
               0          └ every tensor starts at a multiple of ALIGNMENT; the rest is zeros up to a multiple of PAGE
     chunk     CHUNK bytes of a segment: the unit of transfer and checksum
 
-The manifest travels and is stored as JSON; FORMAT and LAYOUT change when an old reader would misread it.
-Tensor bytes are those of the safetensors files, untouched; `file` and `file_offset` say where they came from.
+A manifest travels and is stored as JSON; FORMAT and LAYOUT change when an old reader would misread a new manifest.
+Tensor bytes are those of the safetensors files, untouched; `file` and `file_offset` name their place there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALIGNMENT = 64  # below 64 bytes a bf16 product is slower, and torch may round d
 PAGE = 2 << 20  # segments are multiples of a huge page, so that both page kinds have the same layout
 CHUNK = 8 << 20
 MAX_SEGMENT = 2 << 30
-MOST_SEGMENTS = 200  # every one is an fd in one message, and a frame carries at most 250
+MOST_SEGMENTS = 200  # each segment is an fd of one message, and a message carries at most 250 fds
 MAX_TENSORS = 1_000_000
 MAX_MANIFEST = 512 << 20
 
@@ -37,13 +37,15 @@ Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class SourceFile(msgspec.Struct, frozen=True):
+    """One file as its origin lists it; `size` in bytes, `etag` changes whenever the content does."""
+
     name: str
     size: Size
     etag: str
 
 
 class Source(msgspec.Struct, frozen=True):
-    """The files of a model as the origin lists them; an alias for a revision until somebody overwrites one."""
+    """The files of a model as the origin lists them; stands for one revision until a file is overwritten."""
 
     uri: str
     files: tuple[SourceFile, ...]
@@ -58,7 +60,10 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """`dtype` as safetensors spells it; `size` bytes at `offset` of segment number `segment`."""
+    """A tensor's place: `size` bytes at `offset` of segment number `segment`; `dtype` as safetensors spells it.
+
+    The same bytes stand at `file_offset` of weight file number `file`.
+    """
 
     name: str
     dtype: str
@@ -71,7 +76,7 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class WeightFile(msgspec.Struct, frozen=True):
-    """`header` is the length of what precedes the tensor bytes."""
+    """A safetensors file; `header` is the number of bytes before the tensors."""
 
     name: str
     size: Size
@@ -79,6 +84,8 @@ class WeightFile(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
+    """The layout of a model: `segments` and `chunk` are sizes in bytes, `files` the small files' content by name."""
+
     source: str
     tensors: tuple[Tensor, ...]
     segments: tuple[Size, ...]
@@ -90,7 +97,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the segments take."""
+        """The memory that the segments take, in bytes."""
         return sum(self.segments)
 
     @property
@@ -98,11 +105,11 @@ class Manifest(msgspec.Struct, frozen=True):
         return sum(-(-size // self.chunk) for size in self.segments)
 
     def chunk_place(self, number: int) -> tuple[int, int, int] | None:
-        """(segment, start, end) of one chunk; None where there is no such one."""
+        """Return (segment, start, end) of a chunk; None where no chunk has this number."""
         return chunk_place(self.segments, self.chunk, number)
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """(segment, start, end) of every chunk, in execution order."""
+        """Yield (segment, start, end) of every chunk, in execution order."""
         for number, size in enumerate(self.segments):
             for start in range(0, size, self.chunk):
                 yield number, start, min(start + self.chunk, size)
@@ -112,7 +119,7 @@ _decoder = msgspec.json.Decoder(Manifest)
 
 
 def chunk_place(segments: Sequence[int], chunk: int, number: int) -> tuple[int, int, int] | None:
-    """(segment, start, end) of chunk `number`, counted through the segments."""
+    """Return (segment, start, end) of chunk `number`, counted through all segments; None beyond the last."""
     for segment, size in enumerate(segments):
         count = -(-size // chunk)
         if number < count:
@@ -122,7 +129,7 @@ def chunk_place(segments: Sequence[int], chunk: int, number: int) -> tuple[int, 
 
 
 class Read(msgspec.Struct, frozen=True):
-    """One contiguous range of an origin file and where in a segment it belongs."""
+    """`size` bytes from `file_offset` of weight file number `file`, which belong at `offset` of a segment."""
 
     file: int
     file_offset: int
@@ -137,31 +144,21 @@ def lay_out(
     *,
     max_segment: int = MAX_SEGMENT,
 ) -> Manifest:
-    """The manifest of a checkpoint whose headers were parsed. Raises `BadCheckpoint` for a tensor named twice."""
-    weight_files: list[WeightFile] = []
-    found: list[tuple[tuple[int, int], int, RawTensor]] = []
-    seen: set[str] = set()
-    for number, (file, tensors) in enumerate(weights):
-        weight_files.append(file)
-        for raw in tensors:
-            if raw.name in seen:
-                raise BadCheckpoint(f"tensor '{raw.name}' is in two of the weight files ({file.name} is the second)")
-            seen.add(raw.name)
-            found.append((_stage(raw.name), number, raw))
-    if not found:
-        raise BadCheckpoint("the checkpoint holds no tensor")
-    if len(found) > MAX_TENSORS:
-        raise BadCheckpoint(f"the checkpoint holds {len(found)} tensors; at most {MAX_TENSORS} are supported")
-    # Within a stage the file's own order is kept: neighbours in the file stay neighbours, and are read in one go.
-    found.sort(key=lambda item: (item[0], item[1], item[2].start))
+    """Return the manifest of a checkpoint whose headers were parsed. Raises `BadCheckpoint` for a tensor named twice.
 
-    # Two neighbouring segments together exceed `max_segment`, or the second one's first tensor would be in the first.
-    total = sum(_round_up(raw.size, ALIGNMENT) for _, _, raw in found)
+    Segments end at `max_segment` bytes, or at more where that would take more than MOST_SEGMENTS of them.
+    """
+    weights = list(weights)
+    weight_files = [file for file, _ in weights]
+    found = _in_execution_order(weights)
+    # Two neighbouring segments together exceed `max_segment`: otherwise the second one's first tensor would be in the
+    # first. So twice the mean size of MOST_SEGMENTS segments is enough.
+    total = sum(_round_up(raw.size, ALIGNMENT) for _, raw in found)
     max_segment = max(max_segment, 2 * total // MOST_SEGMENTS)
     placed: list[Tensor] = []
     segments: list[int] = []
     used = 0
-    for _, number, raw in found:
+    for number, raw in found:
         start = _round_up(used, ALIGNMENT)
         if segments and start + raw.size > max_segment and used:
             segments[-1] = _round_up(used, PAGE)
@@ -192,8 +189,29 @@ def lay_out(
     )
 
 
+def _in_execution_order(weights: Iterable[tuple[WeightFile, Iterable[RawTensor]]]) -> list[tuple[int, RawTensor]]:
+    """Return (number of the weight file, tensor) of all tensors in the order in which the model runs.
+
+    Raises `BadCheckpoint` for a tensor named twice, for none, and for too many.
+    """
+    found: list[tuple[int, RawTensor]] = []
+    seen: set[str] = set()
+    for number, (file, tensors) in enumerate(weights):
+        for raw in tensors:
+            if raw.name in seen:
+                raise BadCheckpoint(f"tensor '{raw.name}' is in two of the weight files ({file.name} is the second)")
+            seen.add(raw.name)
+            found.append((number, raw))
+    if not found:
+        raise BadCheckpoint("the checkpoint holds no tensor")
+    if len(found) > MAX_TENSORS:
+        raise BadCheckpoint(f"the checkpoint holds {len(found)} tensors; at most {MAX_TENSORS} are supported")
+    # Within a stage the order of the file stays: neighbours in the file are read by one request.
+    return sorted(found, key=lambda item: (_stage(item[1].name), item[0], item[1].start))
+
+
 def reads(manifest: Manifest) -> list[list[Read]]:
-    """What to read for each chunk of `manifest.chunks()`, neighbours joined. Bytes no read covers are zero."""
+    """Return the reads of each chunk of `manifest.chunks()`, neighbours joined. Bytes that no read covers are zero."""
     firsts: dict[tuple[int, int], int] = {}
     plan: list[list[Read]] = []
     for number, start, _ in manifest.chunks():
@@ -221,7 +239,7 @@ def reads(manifest: Manifest) -> list[list[Read]]:
 
 
 def revision(contents: Mapping[str, tuple[int, str]]) -> str:
-    """The revision of files given as name → (size, SHA-256 in hex): anyone can recompute it with `sha256sum`."""
+    """Return the revision of files given as name → (size, SHA-256 in hex); `sha256sum` is enough to recompute one."""
     lines = (f"{name}\0{size}\0{digest}\n" for name, (size, digest) in sorted(contents.items()))
     return "rev-" + hashlib.sha256("".join(lines).encode()).hexdigest()[:40]
 
@@ -231,7 +249,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes | memoryview) -> Manifest:
-    """A manifest that is safe to use: every tensor has its shape's size and lies inside its segment.
+    """Read a manifest, and check that every tensor has its shape's size and lies inside its segment and its file.
 
     Raises `BadCheckpoint` otherwise.
     """
@@ -261,7 +279,7 @@ def decode(data: bytes | memoryview) -> Manifest:
 
 
 def model_config(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """config.json, parsed. Raises `BadCheckpoint` when it is missing or no JSON object."""
+    """Return config.json, parsed. Raises `BadCheckpoint` when the file is missing or no JSON object."""
     if "config.json" not in files:
         raise BadCheckpoint("there is no config.json: the URI must name a Hugging Face model directory")
     try:
@@ -277,7 +295,7 @@ _BEFORE, _LAYERS, _AFTER = 0, 1, 2
 
 
 def _stage(name: str) -> tuple[int, int]:
-    """(stage, layer): embeddings first, then layers by number, then whatever is needed last (norm, head)."""
+    """Return (stage, layer) to sort by: embeddings first, then layers by number, then the rest (norm, head)."""
     if match := _LAYER.search(name):
         return _LAYERS, int(match.group(1))
     return (_BEFORE, 0) if _FIRST.search(name) else (_AFTER, 0)

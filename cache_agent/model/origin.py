@@ -9,28 +9,28 @@ from cache_agent.model.manifest import SourceFile
 
 
 class Origin(Protocol):
-    """One model's place. Errors of the medium surface as `AgentError`s; reads may run in many threads at once."""
+    """One model's place. Every error of the medium is raised as an `AgentError`; reads may run in many threads."""
 
     uri: str
 
     def files(self) -> list[SourceFile]:
-        """The files directly in the model's directory. Raises `ModelNotFound` when there are none."""
+        """Return the files directly in the model's directory. Raises `ModelNotFound` when there are none."""
         ...
 
     def read(self, file: SourceFile, start: int, size: int) -> bytes:
-        """Exactly `size` bytes of the file as it was listed; raises `OriginChanged` when it is another by now."""
+        """Return exactly `size` bytes from `start` of the listed file. Raises `OriginChanged` when the file changed."""
         ...
 
     def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
-        """Fills `view`; otherwise like `read`."""
+        """Fill `view` from `start` of the listed file; otherwise like `read`."""
         ...
 
     def read_scattered(
         self, file: SourceFile, start: int, views: Sequence[memoryview], arrived: Callable[[int], None]
     ) -> None:
-        """Fills `views`, one after the other, from neighbouring bytes of the file, in one request where that counts.
+        """Fill `views`, one after the other, from the bytes behind `start`; by one request where requests cost time.
 
-        `arrived(count)` tells that so many more bytes, in order, are there and are the file's, also when an error
-        follows: they need not be read again.
+        `arrived(count)` is called whenever `count` more bytes are in place, in order. They are the file's even if an
+        error follows, and need not be read again.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which ranges of which files to ask an origin for, and where their bytes go. Pure.
+"""The plan of a load: which ranges of which files to ask an origin for, and where their bytes go. Pure.
 
     file    ───┬───────── range ─────────┬───      one request, `size` bytes from `start`
                │ piece │ piece  │ piece  │
@@ -16,9 +16,9 @@ from typing import NamedTuple
 from cache_agent.model import manifest as manifests
 from cache_agent.model.manifest import Manifest
 
-LARGEST = 16 << 20  # beyond it, a store's round trip is no longer seen
+LARGEST = 16 << 20  # bytes; longer ranges hide a store's round trip no better
 SMALLEST = 4 << 20
-_SPREAD = 8  # a small model is cut into about so many ranges: one reader alone is slow
+_SPREAD = 8  # ranges that a small model is cut into, about: one reader alone is slow
 
 
 class Piece(NamedTuple):
@@ -31,13 +31,15 @@ class Piece(NamedTuple):
 
 
 class Range(NamedTuple):
+    """`size` bytes from `start` of weight file number `file`, and the pieces of memory that they fill, in order."""
+
     file: int
     start: int
     size: int
     pieces: tuple[Piece, ...]
 
     def after(self, done: int) -> tuple[Piece, ...]:
-        """What of the pieces is left when the first `done` bytes are there."""
+        """Return the pieces, or the rests of pieces, that are missing when the first `done` bytes are there."""
         left = []
         for piece in self.pieces:
             skipped = min(done, piece.size)
@@ -48,7 +50,10 @@ class Range(NamedTuple):
 
 
 def plan(manifest: Manifest, target: int = 0) -> list[Range]:
-    """Every byte of every tensor once. A range ends as soon as it has `target` bytes (by default after the size)."""
+    """Return ranges that have every byte of every tensor once, in execution order.
+
+    A range ends as soon as it has `target` bytes; 0 chooses the target by the model's size.
+    """
     target = target or min(LARGEST, max(SMALLEST, manifest.nbytes // _SPREAD))
     found: list[Range] = []
     pieces: list[Piece] = []
@@ -72,7 +77,7 @@ def plan(manifest: Manifest, target: int = 0) -> list[Range]:
 
 
 def only(plan: Iterable[Range], chunks: Collection[int]) -> list[Range]:
-    """What of the plan belongs to these chunks, a range for each piece."""
+    """Return the part of the plan that fills these chunks, a range for each piece."""
     found = []
     for wanted in plan:
         start = wanted.start

@@ -1,9 +1,10 @@
-"""Reads safetensors headers, trusting nothing in them. Pure; the format's own library would map or copy the data.
+"""The header of a safetensors file, parsed and checked: hostile files are refused. Pure.
 
     file := length (8 bytes, little endian) header (JSON, `length` bytes) data
     header := {"name": {"dtype": …, "shape": […], "data_offsets": [begin, end]}, …, "__metadata__": {…}}
 
-Offsets count from the start of `data`; tensors fill it without overlap and without a hole.
+Offsets count from the start of `data`; tensors fill `data` without overlap and without a hole. The format's own library
+is not used, because it maps or copies the data.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class RawTensor(NamedTuple):
 
 
 def header_length(prefix: bytes, file_size: int, file: str) -> int:
-    """Length of the JSON header, from the file's first 8 bytes. Raises `BadCheckpoint`."""
+    """Return the length of the JSON header in bytes, from the file's first 8 bytes. Raises `BadCheckpoint`."""
     if file_size < LENGTH.size or len(prefix) < LENGTH.size:
         raise BadCheckpoint(f"{file}: {file_size} bytes are too few for a safetensors file; was the upload cut short?")
     (length,) = LENGTH.unpack_from(prefix)
@@ -69,7 +70,7 @@ def header_length(prefix: bytes, file_size: int, file: str) -> int:
 
 
 def parse_header(header: bytes, file_size: int, file: str) -> list[RawTensor]:
-    """The tensors of a file in the order of their data. Raises `BadCheckpoint` for everything out of line."""
+    """Return the tensors of a file in the order of their data. Raises `BadCheckpoint` for any invalid entry."""
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:

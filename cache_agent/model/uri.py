@@ -1,4 +1,4 @@
-"""The name of a model: its place, and the revision that is insisted on. Pure."""
+"""The URI of a model: its place, and the revision that it is pinned to. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
 class ModelURI(NamedTuple):
-    """`text` without the pin, `scheme`, what follows `scheme://`, and the pinned revision or ""."""
+    """A model's URI in parts: `text` without the pin, `scheme`, the `place` behind `scheme://`, `revision` or ""."""
 
     text: str
     scheme: str
@@ -22,7 +22,7 @@ class ModelURI(NamedTuple):
 
 
 def parse_uri(uri: str) -> ModelURI:
-    """Raises `BadModelURI` with the forms that are understood."""
+    """Split a model's URI. Raises `BadModelURI`, which names the forms that are understood."""
     match = _PIN.match(uri)
     base, revision = (match["base"], match["revision"]) if match else (uri, "")
     if not _SCHEME.match(base) or any(ord(character) < 32 for character in base):

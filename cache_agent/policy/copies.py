@@ -1,4 +1,4 @@
-"""What the rules know of one copy of a model in memory, and the words that name copies in errors. Pure."""
+"""One copy of a model in memory, as the rules see it, and the words that name copies in errors. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ C = TypeVar("C", bound=Copy)
 
 
 def listed(copies: Iterable[C], why: Callable[[C], str]) -> list[tuple[str, str]]:
-    """(URI, a few words on the copy), the largest first."""
+    """Return (URI, a few words on the copy) of each copy, the largest first."""
     largest = sorted(copies, key=lambda copy: -copy.bytes)
     return [(copy.uri, f"{short(copy.uri)} {mb(copy.bytes)}, {why(copy)}") for copy in largest]
 

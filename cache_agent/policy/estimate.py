@@ -1,10 +1,10 @@
-"""How long a model will take to be ready, from what earlier ones took. Pure.
+"""The estimate of how long a model will take to be ready, from the loads before. Pure.
 
     seconds = (bytes + Σ min(bytes, rest of each load under way on that tier)) / rate
+    rate    = bytes of past loads / their seconds, both decayed: large loads count for more, old ones fade
+    error   = decayed mean of |predicted − took| / took
 
-which is the time that a load takes when all share the tier's rate fairly. `rate` is bytes over seconds of past loads,
-both decayed, so that large loads count for more and old ones fade. What was predicted is compared with what happened:
-`error` is the decayed mean of |predicted − took| / took.
+The formula is the time of a load when all loads share the tier's rate fairly.
 """
 
 from __future__ import annotations
@@ -14,15 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _DECAY = 0.7
-_PRIOR = {
-    "ssd": 1e9,
-    "peer": 4e8,
-    "origin": 2e8,
-}  # bytes/s before anything was measured; such an estimate has confidence 0
+_PRIOR = {"ssd": 1e9, "peer": 4e8, "origin": 2e8}  # bytes/s before the first load; such an estimate has confidence 0
 
 
 class Estimate(NamedTuple):
-    """`confidence` from 0 (a guess) to 1 (it is there already)."""
+    """The expected `seconds` of a load from `tier`; `confidence` from 0 (a guess) to 1 (the bytes are there)."""
 
     seconds: float
     tier: str
@@ -31,7 +27,7 @@ class Estimate(NamedTuple):
 
 @dataclass(slots=True)
 class Measured:
-    """What is known of one tier; `predicted` and `took` are of the last load, in seconds."""
+    """The measurements of one tier; `predicted` and `took` are of the last load, in seconds."""
 
     loads: int = 0
     error: float = 0.0
@@ -42,7 +38,7 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Bytes per second; 0 while nothing was measured."""
+        """The tier's speed in bytes per second; 0 before the first load."""
         return self._bytes / self._seconds if self._seconds else 0.0
 
 
@@ -53,14 +49,14 @@ class Estimator:
         self.tiers: dict[str, Measured] = {}
 
     def predict(self, tier: str, work: int) -> Estimate:
-        """`work` in bytes, see `shared`."""
+        """Return the estimate for `work` bytes from a tier; `shared` says how many bytes those are."""
         known = self.tiers.get(tier)
         if known is None or not known.rate:
             return Estimate(work / _PRIOR.get(tier, _PRIOR["origin"]), tier, 0.0)
         return Estimate(work / known.rate, tier, known.loads / (known.loads + 1) / (1 + known.error))
 
     def learn(self, tier: str, work: int, predicted: Estimate, took: float) -> None:
-        """A load of `work` bytes took so many seconds. A guess is no prediction, and counts for no error."""
+        """Record that a load of `work` bytes took `took` seconds; a guess (confidence 0) counts for no error."""
         known = self.tiers.setdefault(tier, Measured())
         took = max(took, 1e-6)
         if predicted.confidence > 0:
@@ -74,5 +70,5 @@ class Estimator:
 
 
 def shared(size: int, rests: Iterable[int]) -> int:
-    """The bytes that pass before a load of `size` bytes is over, beside loads that have `rests` left."""
+    """Return the bytes that a tier moves before a load of `size` bytes ends, beside loads that have `rests` left."""
     return size + sum(min(size, rest) for rest in rests)

@@ -1,11 +1,11 @@
-"""Which idle models go when another needs room: GreedyDual-Size-Frequency, for memory and SSD alike. Pure.
+"""The choice of idle models to evict when another needs room: GreedyDual-Size-Frequency, for memory and SSD. Pure.
 
     priority = clock + uses × seconds / bytes
 
-`seconds` is what bringing the model back was measured to take: a small model that is dear to rebuild and often used
-stays, a large cheap one goes. When a model goes, the clock rises to its priority, so that what was used long ago ages
-without anybody touching it. L. Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching
-Policy", HP Laboratories, HPL-98-69R1, 1998.
+`seconds` is the measured time of loading the model: a small model that loads slowly and is used often stays, a large
+one that loads fast goes. An eviction raises the clock to the evicted model's priority, so that models ages in which
+nothing was used need no update. L. Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency
+Caching Policy", HP Laboratories, HPL-98-69R1, 1998.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Candidate(NamedTuple):
-    """A model that nobody holds: `bytes` it takes, its `priority`, `last_used` on the caller's clock in seconds."""
+    """A model without a lease: its size in bytes, its `priority`, `last_used` on the caller's clock in seconds."""
 
     key: int | str
     bytes: int
@@ -31,15 +31,14 @@ class Choice(NamedTuple):
 
 
 def priority(clock: float, uses: int, seconds: float, size: int) -> float:
-    """What a model is worth from now on, having been used `uses` times; `seconds` to rebuild it, `size` in bytes."""
+    """Return the priority of a model that was used `uses` times, takes `seconds` to load and has `size` bytes."""
     return clock + uses * seconds / max(1, size)
 
 
 def cheapest(candidates: Iterable[Candidate], needed: int, clock: float = 0.0) -> Choice | None:
-    """Whom to evict so that at least `needed` bytes become free; None if all together are too few.
+    """Choose the models to evict so that at least `needed` bytes become free; None if all together are too few.
 
-    Equal priorities go by age. A candidate that turns out to be superfluous once a later, larger one is taken is
-    spared.
+    Of equal priorities the least recently used goes first. A candidate stays if the others free enough without it.
     """
     chosen: list[Candidate] = []
     freed = 0

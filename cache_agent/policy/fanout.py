@@ -1,12 +1,12 @@
-"""Which chunk of a model to take next, and from whom, when many nodes load it at once. Pure.
+"""The choice of the next chunk, and of its source, when many nodes load one model at once. Pure.
 
-The origin is to be read about once, whatever the number of nodes. Each reads there only what nobody has and nobody is
-reading, from a place of its own onwards; all the rest comes from those who have it, the rarest chunks first. This is
-λScale's multicast without a tree: nobody depends on a certain other one, and whoever dies leaves only what he was
-reading, which others take over after `patience`.
+The origin is to be read about once, whatever the number of nodes. Each node reads there only chunks that no node has or
+is reading, from a place of its own onwards, and takes all others from the nodes that have them, the rarest chunks
+first. This is λScale's multicast without a tree: no node depends on a certain other one. A node that dies leaves only
+the chunks that it was reading, which others take over after `patience`.
 
-Places are fractions of the model in van der Corput's order (0, 1/2, 1/4, 3/4, 1/8, …): they are far apart however many
-there are. Who is alone starts at 0 and so reads in the order in which the model runs.
+Places are fractions of the model in van der Corput's order (0, 1/2, 1/4, 3/4, 1/8, …), which are far apart for any
+number of nodes. A node alone starts at 0, and so reads in the order in which the model runs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ORIGIN = ""
 
 
 class Step(NamedTuple):
-    """Take `chunk` from `peer`, or from the origin."""
+    """One transfer: `chunk` from `peer`, or from the origin where `peer` is ORIGIN."""
 
     chunk: int
     peer: str
 
 
 def place(slot: int) -> float:
-    """Where the node with this number begins: a fraction of the model."""
+    """Return the fraction of the model at which the node with number `slot` begins."""
     result, scale = 0.0, 0.5
     while slot:
         result += scale * (slot & 1)
@@ -35,7 +35,7 @@ def place(slot: int) -> float:
 
 
 class Fanout:
-    """What one load knows of its chunks and of its peers. One caller at a time."""
+    """One load's view of its chunks and of its peers. One caller at a time."""
 
     def __init__(
         self,
@@ -46,15 +46,18 @@ class Fanout:
         per_peer: int = 2,
         patience: float = 10.0,
     ) -> None:
-        """`per_peer` transfers at once from each; what a peer reads counts for `patience` seconds as on its way."""
+        """Begin at the fraction `start` of the model, with at most `per_peer` transfers at once from each peer.
+
+        A chunk that a peer reads from the origin is left to that peer for `patience` seconds.
+        """
         self.chunks = chunks
         self._start = int(start * chunks)
         self._per_peer = per_peer
         self._patience = patience
-        self._missing = set(range(chunks)) - set(finished)  # not here, and not on the way
+        self._missing = set(range(chunks)) - set(finished)  # neither here nor on their way
         self._busy: dict[int, str] = {}
         self._transfers: dict[str, int] = {}
-        self._read_here: set[int] = set()  # from the origin
+        self._read_here: set[int] = set()  # chunks that this node read from the origin
         self._has: dict[str, set[int]] = {}
         self._holders = [0] * chunks
         self._reading: dict[str, dict[int, float]] = {}
@@ -63,29 +66,30 @@ class Fanout:
     # --- what became known ----------------------------------------------------------------------------------------
 
     def has(self, peer: str, chunk: int) -> None:
-        """A peer has a chunk whose bytes can be checked."""
+        """Take note that a peer has a chunk whose bytes can be checked."""
         if self._shunned.get(peer) is None and chunk not in self._has.setdefault(peer, set()):
             self._has[peer].add(chunk)
             self._holders[chunk] += 1
 
     def has_not(self, peer: str, chunk: int) -> None:
+        """Take note that a peer does not have a chunk any more."""
         if chunk in self._has.get(peer, ()):
             self._has[peer].discard(chunk)
             self._holders[chunk] -= 1
 
     def reads(self, peer: str, chunks: Iterable[int], now: float) -> None:
-        """All that a peer is reading from the origin now."""
+        """Replace the chunks that a peer is reading from the origin; `now` in seconds of the caller's clock."""
         before = self._reading.get(peer, {})
         self._reading[peer] = {chunk: before.get(chunk, now) for chunk in chunks}
 
     def gone(self, peer: str) -> None:
-        """A peer ended or is out of reach."""
+        """Forget a peer that ended or is out of reach."""
         for chunk in self._has.pop(peer, ()):
             self._holders[chunk] -= 1
         self._reading.pop(peer, None)
 
     def shun(self, peer: str, until: float) -> None:
-        """Takes nothing from a peer for a while, and does not wait for what it reads."""
+        """Take nothing from a peer until `until`, and wait for none of the chunks that it reads."""
         self.gone(peer)
         self._shunned[peer] = until
 
@@ -96,18 +100,18 @@ class Fanout:
         return True
 
     def finished(self, step: Step) -> None:
-        """The chunk is here, and right."""
+        """Take note that a step's chunk is here, and right."""
         self._over(step)
         if step.peer == ORIGIN:
             self._read_here.add(step.chunk)
 
     def failed(self, step: Step) -> None:
-        """The chunk is still missing; what is to become of the peer is said apart."""
+        """Take note that a step brought nothing; `shun` or `gone` says what becomes of its peer."""
         self._over(step)
         self._missing.add(step.chunk)
 
     def reopen(self, chunk: int) -> None:
-        """What was here is not to be believed any more."""
+        """Count a chunk as missing again, because its bytes turned out to be wrong."""
         if chunk not in self._busy:
             self._missing.add(chunk)
 
@@ -123,16 +127,16 @@ class Fanout:
 
     @property
     def idle(self) -> bool:
-        """Nothing is on its way to here."""
+        """Whether no transfer is under way."""
         return not self._busy
 
     def hopeful(self, now: float) -> bool:
-        """Peers have something that is missing, or are reading it."""
+        """Return whether peers have, or are reading, any chunk that is missing here."""
         claimed = self._claimed(now)
         return any(self._holders[chunk] or chunk in claimed for chunk in self._missing)
 
     def next(self, now: float, origin_reads: int) -> Step | None:
-        """The next transfer to begin, or None while there is none; at most `origin_reads` at once from the origin."""
+        """Return the next transfer, now begun, or None while there is none; at most `origin_reads` from the origin."""
         step = None
         if self._transfers.get(ORIGIN, 0) < origin_reads and (chunk := self._unclaimed(now)) is not None:
             step = Step(chunk, ORIGIN)
@@ -153,9 +157,9 @@ class Fanout:
         }
 
     def _unclaimed(self, now: float) -> int | None:
-        """What nobody has and nobody reads: the next one of our own run, or the far end of a run of others.
+        """Return a chunk that no node has or reads: the next of this node's own run, else the end of another's run.
 
-        The far end, because the near one is what whoever is reading there will take next.
+        The end, because the node that reads that run from its beginning takes the near chunks next.
         """
         claimed = self._claimed(now)
         free = {chunk for chunk in self._missing if not self._holders[chunk] and chunk not in claimed}
@@ -171,6 +175,7 @@ class Fanout:
         return last
 
     def _rarest(self) -> Step | None:
+        """Return the transfer of the missing chunk that the fewest peers have."""
         open_peers = [peer for peer in self._has if self._transfers.get(peer, 0) < self._per_peer]
         best: tuple[int, int, int, str] | None = None
         for peer in sorted(open_peers):

@@ -1,24 +1,23 @@
-"""How long an idle layer is held: by price. Pure.
+"""The time for which an idle layer is held, by price. Pure.
 
-An idle layer costs memory while it is held, and a start while it is not. One exchange rate makes the two comparable:
-ρ, the GB·s of idle memory that a second of start is worth. A layer of m unique GB that takes t seconds to build may
-then be held for β = ρ·t/m seconds before that has cost as much as one start. Of its last 64 idle times it follows for
-how long it should have been held:
+Holding an idle layer costs memory, dropping the layer costs a start. One exchange rate makes the two comparable: ρ, the
+GB·s of idle memory that a second of start is worth. A layer of m unique GB that takes t seconds to build can be held
+for β = ρ·t/m seconds at the cost of one start. The best holding time T follows from the layer's last 64 gaps, which are
+its times without use:
 
     T = argmin_T  Σ min(gap, T) / β + [gap > T]
 
-which is looked for among 0 and the gaps themselves, because between two of them only the cost of holding grows. Of
-equal ones the shortest is taken. Until eight are known T = β, which never costs more than twice what knowing the future
-would (Karlin et al., "Competitive snoopy caching", Algorithmica 3, 1988): one long gap is no reason to give a layer up.
+Candidates for T are 0 and the gaps themselves, because between two gaps only the cost of holding grows; of equally good
+ones the shortest is taken. Until eight gaps are known T = β, which never costs more than twice the best choice (Karlin
+et al., "Competitive snoopy caching", Algorithmica 3, 1988): one long gap is no reason to give a layer up.
 
-Which gaps: those that reached the layer. A layer is idle from when the last process that was forked from it is gone
-(until then its pages are in use and dropping it would free nothing) to the next request that it could serve. A request
-that finds a deeper layer does not reach it. `History` notes them; all times are seconds of the caller's clock. Which
-size: what is freed when the layer goes.
+A gap begins when the last process that was forked from the layer is gone, because until then dropping the layer would
+free nothing. A gap ends with the next request that the layer could serve, but not with one that finds a deeper layer.
+`History` records the gaps, in seconds of the caller's clock. The layer's size is the memory that dropping it frees.
 
-Example. torch and transformers, imported: 0.3 GB, 3 s. At ρ = 60 holding it for β = 600 s costs as much as importing
-again. If requests come every minute or two, and sometimes not for a night, T is two minutes: nights are not held
-through. At ρ = 3 β is 30 s and T = 0: calls that far apart pay for their imports.
+Example. torch and transformers, imported: 0.3 GB, 3 s. At ρ = 60 holding them for β = 600 s costs as much as importing
+them again. If requests come every minute or two, and none at night, T is two minutes, and the layer is dropped for the
+night. At ρ = 3 β is 30 s and T = 0: requests a minute apart pay for their imports.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from typing import NamedTuple
 
 GB = 1e9
 HISTORY = 64
-_ENOUGH = 8  # gaps, from which on they say more than the price alone does
+_ENOUGH = 8  # gaps; fewer say less than the price alone
 
 
 class LayerCost(NamedTuple):
-    """`seconds` to build it on top of the layer below, as measured; `bytes` that are freed when it goes."""
+    """The measured cost of a layer: `seconds` to build it on top of the layer below, `bytes` that dropping it frees."""
 
     name: str
     seconds: float
@@ -43,9 +42,10 @@ class LayerCost(NamedTuple):
 
 
 class HoldDecision(NamedTuple):
-    """The seconds of idleness up to and including which a layer is held, and what that is based on.
+    """The seconds for which a layer is held while idle (`hold`), and the history that this is based on.
 
-    `hits` of the `known` gaps would have found the layer, which would have been held for `held` seconds of them.
+    With this `hold`, `hits` of the `known` gaps would have ended with the layer still there, after `held` seconds of
+    holding in all gaps together.
     """
 
     layer: LayerCost
@@ -56,16 +56,16 @@ class HoldDecision(NamedTuple):
     held: float = 0.0
 
     def wanted(self, idle: float) -> bool:
-        """Whether the layer should be there after so many seconds of idleness."""
+        """Return whether the layer should be there after `idle` seconds without use."""
         return idle <= self.hold
 
     def changes_in(self, idle: float) -> float:
-        """Seconds until `wanted` has another answer; infinite if it never has. What is due now says 0."""
+        """Return the seconds until `wanted` changes its answer, 0 if that is due now; infinite if it never does."""
         return self.hold - idle if self.hold >= idle else math.inf
 
     @property
     def why(self) -> str:
-        """The reason, in one sentence."""
+        """The reason for this decision, in one sentence."""
         size, price = f"{self.layer.bytes / GB:.3g} GB", f"{self.rho:g} GB·s a second"
         seconds = _span(self.layer.seconds)
         gaps = f"of its last {self.known} idle times {self.hits} were"
@@ -92,17 +92,17 @@ class HoldDecision(NamedTuple):
 
 
 class History:
-    """The last idle times of a layer, and since when it is idle. One caller at a time.
+    """The last gaps of a layer, and since when the layer is idle. One caller at a time.
 
-        history.idle(now)          # nothing uses it any more
-        history.used(now)          # a request reaches it, whether it is still there or had been dropped
+        history.idle(now)          # nothing uses the layer any more
+        history.used(now)          # a request reaches the layer, whether held or dropped before
 
-    Neither does anything when it has been said before. A clock that went back gives no gap.
+    A call that repeats the one before does nothing. A clock that went back gives no gap.
     """
 
     def __init__(self, gaps: Iterable[float] = ()) -> None:
         self.gaps: deque[float] = deque(gaps, HISTORY)
-        self.since: float | None = None  # when it became idle; None while it is in use
+        self.since: float | None = None  # when the layer became idle; None while it is in use
 
     def idle(self, now: float) -> None:
         if self.since is None:
@@ -114,12 +114,12 @@ class History:
         self.since = None
 
     def age(self, now: float) -> float | None:
-        """Seconds of idleness; None while it is in use."""
+        """Return the seconds for which the layer has been idle; None while it is in use."""
         return None if self.since is None else max(0.0, now - self.since)
 
 
 def beta(layer: LayerCost, rho: float) -> float:
-    """The seconds for which holding a layer costs as much as building it once."""
+    """Return the seconds for which holding a layer costs as much as building it once. Raises `ValueError`."""
     if not (rho >= 0 and layer.seconds >= 0 and layer.bytes >= 0):
         raise ValueError(f"a price cannot be negative: ρ is {rho}, the layer {layer}")
     worth = rho * layer.seconds
@@ -131,13 +131,13 @@ def beta(layer: LayerCost, rho: float) -> float:
 def keep(layer: LayerCost, gaps: Iterable[float], rho: float) -> HoldDecision:
     """Return how long an idle layer is held at the exchange rate `rho` (GB·s per s).
 
-    `gaps` are the idle times that ended, in order; the last 64 count. Raises `ValueError` for a negative price.
+    `gaps` are the gaps that ended, in seconds, in order; the last 64 count. Raises `ValueError` for a negative price.
     """
     limit = beta(layer, rho)
     known = sorted(gap for gap in deque(gaps, HISTORY) if 0.0 <= gap < math.inf)
     if limit in (0.0, math.inf) or len(known) < _ENOUGH:
         return HoldDecision(layer, rho, limit, known=len(known), hits=len(known), held=sum(known))
-    # Costs are in seconds of holding: one start counts for β of them. `sums[k]` is that of the k shortest gaps.
+    # Costs are in seconds of holding; a start costs β seconds. `sums[k]` is the sum of the k shortest gaps.
     sums = [0.0, *accumulate(known)]
     count = len(known)
     costs = [

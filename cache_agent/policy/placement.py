@@ -1,17 +1,17 @@
-"""Where a model starts soonest: the expected seconds on each node, by which way, and why. Pure.
+"""The nodes where a model would start soonest: expected seconds on each node, the way to get there, the reason. Pure.
 
-Three ways lead to a model that runs, and a node offers the quickest of its own:
+A model can be made to run on a node in three ways, of which the node offers the quickest:
 
     load    queue + Σ missing bytes / bandwidth of the tier they lie in + attach
-    wait    until what runs there ends, and then load
-    move    what runs there goes elsewhere, and then load
+    wait    until a running model ends, and then load
+    move    a running model to another node, and then load
 
 This is the trade of ServerlessLLM (Fu et al., OSDI 2024, section 6): its loading time is q + n / b, with n bytes and
-bandwidth b, and its migration time a · (t_in + t_out) + b, in tokens. `move_seconds` arrives here computed, by whoever
-runs the generation. Unlike there, tiers add up: a node that has half of a model in memory reads the other half only.
+bandwidth b, and its migration time a · (t_in + t_out) + b, in tokens; the caller computes the latter (`move_seconds`).
+Unlike there, tiers add up: a node that has half of a model in memory reads the other half only.
 
-No agent tells what runs on its node: `wait` and `move` are ways of the simulator, and of files that `glowplug place
---estimates` reads.
+Agents do not report what runs on their node: only the simulator, and files for `glowplug place --estimates`, have
+running models, and so the ways `wait` and `move`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=253)]
 
-# Bytes per second where nobody has measured yet: what a plain cloud disk and an object store in its region give.
+# Bytes per second of tiers that were not measured yet: those of a plain cloud disk, and of a store in its region.
 ASSUMED: Mapping[str, float] = {"dram": math.inf, "ssd": 1.0e9, "peer": 0.8e9, "origin": 0.25e9}
 TOP = 10  # kube-scheduler's extenders score from 0 to 10
-_NOTICED = 0.1  # seconds; of less nobody takes note, and no placement should turn on it
+_NOTICED = 0.1  # seconds; a smaller difference should decide no placement
 _MEANINGFUL = math.log(4.0)  # scores use their whole range when the worst start takes four times the best
 
 
 class Tier(msgspec.Struct, frozen=True):
-    """A tier of a node has the model's first `bytes`; `bandwidth` is measured, in bytes per second, 0 if nobody has."""
+    """A tier of a node that has the model's first `bytes`; `bandwidth` as measured in bytes per second, or 0."""
 
     name: Name
     bytes: Bytes
@@ -46,17 +46,18 @@ class Tier(msgspec.Struct, frozen=True):
 
 
 class RunningModel(msgspec.Struct, frozen=True):
-    """What takes a place that the model needs. `move_seconds` None: it cannot be moved."""
+    """A running model in a place that the new one needs; with `move_seconds` None it cannot be moved."""
 
     ends_in: Seconds
     move_seconds: Seconds | None = None
 
 
 class PlacementNode(msgspec.Struct, frozen=True):
-    """What is known of one node. `queue` is the loading that is before us, in seconds; `places` are free ones.
+    """One node as its agent reported it; `alive` while reports come.
 
-    `alive`: its agent was heard of lately. Without one the function reads the origin by itself, for itself. `capacity`
-    is what its agent has for weights, in bytes; 0 if nobody said.
+    `queue` is the loading that comes first, in seconds, `attach` the seconds from loaded to ready, `places` the number
+    of free places, `capacity` the agent's memory for weights in bytes, 0 where unknown. Without a living agent a
+    function reads the origin itself.
     """
 
     name: Name
@@ -71,14 +72,14 @@ class PlacementNode(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True):
-    """A model of so many bytes, as the nodes see it."""
+    """A model of `bytes` bytes, and the nodes with their parts of the model."""
 
     bytes: Bytes
     nodes: tuple[PlacementNode, ...] = ()
 
 
 class PlacementDecision(NamedTuple):
-    """The quickest way to the model on a node. `measured`: which share of the loading time rests on measurements."""
+    """The quickest way to the model on a node; `measured` is the measured share (0 to 1) of its loading time."""
 
     node: str
     way: str
@@ -89,7 +90,7 @@ class PlacementDecision(NamedTuple):
 
 
 def decide(size: int, node: PlacementNode) -> PlacementDecision:
-    """What a node offers for a model of `size` bytes."""
+    """Return the quickest way of one node to a model of `size` bytes."""
     load, tier, measured, steps = _loading(size, node)
     if node.alive and 0 < node.capacity < size:
         why = f"its agent has {node.capacity / 1e6:.0f} MB for weights in all, and refuses {size / 1e6:.0f} MB"
@@ -110,21 +111,21 @@ def decide(size: int, node: PlacementNode) -> PlacementDecision:
 
 
 def rank(view: View) -> list[PlacementDecision]:
-    """All nodes, the soonest first."""
+    """Return the decisions of all nodes, the soonest first."""
     return sorted((decide(view.bytes, node) for node in view.nodes), key=lambda found: (found.seconds, found.node))
 
 
 def covering(view: View, names: Iterable[str]) -> View:
-    """The view with a node for each name: of one that nothing is known of, that it has no agent."""
+    """Return the view with a node for each name; a node that is not in the view is added without an agent."""
     known = {node.name for node in view.nodes}
     return View(view.bytes, (*view.nodes, *(PlacementNode(name, alive=False) for name in names if name not in known)))
 
 
 def scores(decisions: Iterable[PlacementDecision], names: Sequence[str]) -> dict[str, int]:
-    """0 … 10 for each name; one without a decision gets 0, as the slowest one does.
+    """Return a score from 0 to 10 for each name; the slowest node, and a name without a decision, get 0.
 
-    The scale is logarithmic, because 0.1 s against 1 s matters as much as 1 s against 10 s; and it shrinks where all
-    nodes are about equally good, so that the scheduler's other reasons decide there.
+    The scale is logarithmic, because 0.1 s against 1 s matters as much as 1 s against 10 s. Scores lie closer together
+    where all nodes are about equally good, so that the scheduler's other reasons decide there.
     """
     known = {found.node: max(found.seconds, _NOTICED) for found in decisions if math.isfinite(found.seconds)}
     seconds = [known[name] for name in names if name in known]
@@ -142,7 +143,10 @@ def from_holdings(
     bandwidths: Mapping[tuple[str, str], float] | None = None,
     capacities: Mapping[str, int] | None = None,
 ) -> View:
-    """A view of what a directory holds: rows of (node, tier, bytes there, bytes in all), and (node, tier) → bytes/s."""
+    """Return a view of a directory's content: rows of (node, tier, bytes there, bytes in all).
+
+    `bandwidths` are bytes per second by (node, tier), `capacities` bytes by node.
+    """
     measured, room = bandwidths or {}, capacities or {}
     tiers: dict[str, list[Tier]] = {name: [] for name in alive}
     for node, tier, done, _ in holdings:
@@ -163,7 +167,7 @@ def from_holdings(
 
 
 def _loading(size: int, node: PlacementNode) -> tuple[float, str, float, str]:
-    """(seconds, the tier that most of them go to, share of them that was measured, the sum in words)."""
+    """Return (seconds, the tier that takes most of them, the measured share of them, the sum in words)."""
     origin = Tier("origin", size, node.origin)
     tiers = sorted(node.tiers, key=lambda tier: -tier.rate) if node.alive else []
     covered, parts = 0, []
@@ -177,7 +181,7 @@ def _loading(size: int, node: PlacementNode) -> tuple[float, str, float, str]:
     measured = sum(seconds for seconds, _, tier in parts if tier.bandwidth) / transfer if transfer else 1.0
     words = [f"{part / 1e6:.0f} MB from {tier.name} in {seconds:.2f} s" for seconds, part, tier in parts if seconds]
     words = words or ["all of it is in memory"]
-    # A queue of loads delays nobody whose bytes are there.
+    # A queue of loads does not delay a model whose bytes are there.
     queue = node.queue if transfer else 0.0
     if queue:
         words.insert(0, f"{queue:.2f} s of loading come first")

@@ -1,8 +1,8 @@
-"""Who may have which model: callers, the prefixes that they were granted, and how a URI matches one. Pure.
+"""The right to a model: callers, the prefixes that they were granted, and how a URI matches a prefix. Pure.
 
 A URI is compared piece by piece, never as text: `s3://models/llm` grants `s3://models/llm/a` and not `s3://models/llm2`.
-Whatever could mean another place to whoever reads it later (dot segments, in any encoding, empty segments, backslashes)
-is granted to nobody but an administrator. What is not listed is not granted.
+A URI that another program could read as another place (dot segments, in any encoding, empty segments, backslashes) is
+granted to administrators only. A place that is not listed is not granted.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-_ENCODED = re.compile(r"%(2e|2f|5c|25|00)", re.IGNORECASE)  # . / \ % NUL, as somebody might decode them once more
+_ENCODED = re.compile(r"%(2e|2f|5c|25|00)", re.IGNORECASE)  # . / \ % NUL, which a store might decode once more
 _DEFAULT_BRANCH = "main"
 ANY = "*"
-AUDIENCE = "glowplug"  # of the token that proves to the agent, and to nobody else, whose pod this is
+AUDIENCE = "glowplug"  # of the token that proves a pod's identity to agents only
 
 
 class Caller(NamedTuple):
-    """Who asks, as far as it was proved: `kind` names the proof (`none`, `token`, `kubernetes`).
+    """The proved identity of a caller; `kind` names the proof (`none`, `token`, `kubernetes`).
 
     `namespace` and `name` are those of a ServiceAccount; a token has a name only. `pod` is the proved UID of the
     caller's pod, or "".
@@ -35,7 +35,7 @@ class Caller(NamedTuple):
 
     @property
     def account(self) -> str:
-        """On whose account its leases are: a namespace's pods share one."""
+        """The name of the account that its leases count for; the pods of a namespace share one."""
         return f"namespace {self.namespace}" if self.namespace else f"token {self.name}" if self.name else ""
 
 
@@ -43,7 +43,7 @@ NOBODY = Caller("", "", "none")
 
 
 class Prefix(NamedTuple):
-    """Everything at or below a place; `scheme` "*" is everywhere."""
+    """All URIs at or below a place; the scheme "*" covers every URI."""
 
     scheme: str
     pieces: tuple[str, ...]
@@ -56,7 +56,7 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """What a caller was given. `dram` is how many bytes of memory it may hold for itself, None for any number."""
+    """The grant of a caller; `dram` is the memory in bytes that the caller may hold alone, None for no limit."""
 
     models: tuple[Prefix, ...] = ()
     admin: bool = False
@@ -80,7 +80,7 @@ class Rights:
     grants: Mapping[tuple[str, str], Permission]
 
     def of(self, caller: Caller) -> Permission:
-        """The closest grant alone counts: an account's, else its namespace's, else that of all namespaces."""
+        """Return the closest grant, which alone counts: the account's, else its namespace's, else every namespace's."""
         keys: Iterable[tuple[str, str]] = ()
         if caller.kind == "kubernetes":
             account = f"{caller.namespace}/{caller.name}"
@@ -91,9 +91,9 @@ class Rights:
 
 
 def pieces(scheme: str, place: str) -> tuple[str, ...] | None:
-    """A model's place in pieces, the largest first; None where it is not plain which place that is.
+    """Return a model's place in pieces, the largest first; None where the place could be read in two ways.
 
-    `place` is what follows `scheme://`, decoded where the scheme's reader decodes it. A hub's branch is a piece.
+    `place` is the text behind `scheme://`, decoded where the scheme's reader decodes it. A hub's branch is a piece.
     """
     branch = ""
     if scheme == "hf":

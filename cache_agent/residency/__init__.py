@@ -1,1 +1,1 @@
-"""What is in this node's memory, for whom, and what happens to it next."""
+"""The models in this node's memory: which, for which leases, and what happens to them next."""

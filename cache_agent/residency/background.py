@@ -1,8 +1,8 @@
-"""Owns the threads in which a node's work waits for origins: each origin has its own, and a part of it only some.
+"""Owns the threads in which a node's work waits for origins, so that a hanging origin delays its own work only.
 
-An origin that accepts and never answers holds whoever asks it until his deadlines have passed. Nobody else's work may
-wait behind that: so it stands in lanes, by what fails together (an endpoint, a tree of files) and by what may fail
-alone in there (a bucket, a directory).
+An origin that accepts and never answers blocks a thread until the request's deadline has passed. Each origin (an
+endpoint, a tree of files) therefore has threads of its own, and each place in it that may fail alone (a bucket, a
+directory) can use only some of them.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _REMOTE = ("s3", "hf")
 
 
 class Lane(NamedTuple):
-    """`origin` fails as a whole; `place`, in it, may fail alone."""
+    """Work that waits for one `place` in one `origin`: an origin fails as a whole, a place may fail alone."""
 
     origin: str
     place: str = ""
 
 
-HERE = Lane("here")  # work that asks no origin
+HERE = Lane("here")  # for work that asks no origin
 
 
 def here(lane: Lane) -> Lane:
-    """For work that asks its origin only if something is wrong here."""
+    """Return the lane for work that asks its origin only where this node's own copy is damaged."""
     return Lane(HERE.origin, lane.origin)
 
 
 def lane_of(uri: ModelURI, roots: Sequence[Path]) -> Lane:
-    """Where work on a model waits. There are only so many origins, whatever URIs are asked for. No I/O."""
+    """Return the lane of a model; the number of origins is bounded, whatever URIs clients ask for. No I/O."""
     if uri.scheme in _REMOTE:
         return Lane(uri.scheme, uri.place.strip("/").partition("/")[0])
     if uri.scheme != "file":
@@ -58,19 +58,19 @@ class _Job(NamedTuple):
 
 
 class Background:
-    """Every method may be called from any thread, and none blocks."""
+    """A pool of threads for each origin. Any thread; nothing blocks."""
 
     def __init__(self, name: str, *, of_origin: int, of_place: int) -> None:
-        """At most so many run at once; what comes then waits, in the order of its coming."""
+        """At most `of_origin` jobs of an origin run at once, and `of_place` of a place; others wait in a queue."""
         self._name, self._of_origin, self._of_place = name, of_origin, of_place
         self._lock = threading.Lock()  # guards what follows
         self._pools: dict[str, ThreadPoolExecutor] = {}
-        self._running: Counter[Lane] = Counter()  # or in their pool's queue
+        self._running: Counter[Lane] = Counter()  # jobs that run or are in their pool's queue
         self._waiting: dict[Lane, deque[_Job]] = {}
         self._closed = False
 
     def submit(self, lane: Lane, work: Callable[..., None], *arguments: object) -> None:
-        """What `work` raises is a fault of ours, and logged. Raises `RuntimeError` after `close`."""
+        """Run `work` when its lane has room; an exception of `work` is logged. Raises `RuntimeError` after `close`."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("the agent is being closed")
@@ -81,7 +81,7 @@ class Background:
                 self._waiting.setdefault(lane, deque()).append(_Job(work, arguments))
 
     def close(self) -> None:
-        """Nothing is begun any more; what runs is not waited for."""
+        """Begin no further job, and do not wait for those that run."""
         with self._lock:
             self._closed = True
             self._waiting.clear()
@@ -89,13 +89,13 @@ class Background:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, lane: Lane, job: _Job) -> None:
-        """Under the lock."""
+        """Give a job to its origin's pool. Under the lock."""
         pool = self._pools.get(lane.origin)
         if pool is None:
             pool = self._pools[lane.origin] = ThreadPoolExecutor(self._of_origin, thread_name_prefix=self._name)
         try:
             pool.submit(self._run, lane, job)
-        except RuntimeError:  # no thread could be started; it is in the queue all the same, for one that there is
+        except RuntimeError:  # no thread could be started; the job is queued all the same, for the pool's other threads
             log.exception("a job has to wait")
 
     def _run(self, lane: Lane, job: _Job) -> None:
@@ -106,7 +106,7 @@ class Background:
         with self._lock:
             waiting = self._waiting.get(lane)
             if waiting and not self._closed:
-                self._start(lane, waiting.popleft())  # behind those of other places that wait for a thread
+                self._start(lane, waiting.popleft())  # at the end of the queue, behind jobs of other places
                 if not waiting:
                     del self._waiting[lane]
             elif self._running[lane] > 1:

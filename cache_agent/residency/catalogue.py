@@ -1,4 +1,7 @@
-"""Owns which copy a source or a revision names: several may name one, and of equal copies the first is it. Pure."""
+"""Owns the index from sources and revisions to copies. Pure.
+
+Several sources may name one copy; of copies with the same revision the first one is leased.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from cache_agent.residency.entry import Entry
 
 
 class Catalogue:
-    """An index of `entries`, which are its owner's; one caller at a time."""
+    """An index over `entries`, which the caller owns; one caller at a time."""
 
     def __init__(self, entries: Mapping[int, Entry]) -> None:
         self._entries = entries
@@ -29,28 +32,28 @@ class Catalogue:
         return self._by_source.get(source) == entry.number
 
     def first(self, entry: Entry) -> Entry:
-        """Of the copies of its revision the one that leases get."""
+        """Return the copy that leases on the entry's revision get."""
         return self._entries[self._by_revision.get(entry.revision, entry.number)]
 
     def add(self, entry: Entry) -> None:
-        """A copy that nobody else has."""
+        """Add a copy whose source and revision have none yet."""
         self._by_source[entry.manifest.source] = entry.number
         if entry.revision:
             self._by_revision[entry.revision] = entry.number
 
     def same(self, source: str, revision: str) -> None:
-        """The source is this revision; if that is here, it names the copy."""
+        """Let the source name the copy of this revision, if there is one."""
         if revision in self._by_revision:
             self._by_source[source] = self._by_revision[revision]
 
     def admitted(self, entry: Entry) -> None:
-        """The copy's revision is known now."""
+        """Add the copy's revision, which has become known; the source now names the first copy with that revision."""
         first = self._by_revision.setdefault(entry.revision, entry.number)
         if first != entry.number:
             self._by_source[entry.manifest.source] = first
 
     def drop(self, entry: Entry) -> None:
-        """No later lease finds the entry; another copy of its revision, if there is one, takes its place."""
+        """Remove the entry; another copy of its revision, if there is one, takes its place."""
         copies = (e.number for e in self._entries.values() if e.revision == entry.revision and e.state != "evicting")
         successor = next((number for number in copies if number != entry.number), None) if entry.revision else None
         for index in (self._by_source, self._by_revision):

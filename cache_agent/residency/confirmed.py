@@ -1,7 +1,7 @@
-"""Owns the memory of when origins last said what a URI names, on a clock that does not jump.
+"""Owns the times at which origins last confirmed what a URI names, on a clock that does not jump.
 
-What is remembered on disk, or told by other nodes, has only the time of day: a clock that was set meanwhile, or is
-wrong elsewhere, makes it look older or younger than it is. It is never taken for younger than its own date allows.
+A confirmation from disk or from another node has only a time of day, and either clock may have been wrong. Its age is
+then counted from that date; a date in the future counts as infinitely old.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _MOST = 4096  # URIs that are remembered; the oldest go
 
 
 class Confirmed:
-    """Any thread."""
+    """The last confirmation of each URI's source. Any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.time, ticks: Callable[[], float] = time.monotonic) -> None:
-        """`clock` is the time of day, and may jump; `ticks` never does. Both in seconds."""
+        """`clock` is the time of day, which may jump; `ticks` never jumps. Both in seconds."""
         self._clock, self._ticks = clock, ticks
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[str, float]] = {}
 
     def now(self) -> float:
-        """The time of day, for those that have no other clock in common with us."""
+        """Return the time of day: the only clock that nodes have in common."""
         return self._clock()
 
     def say(self, uri: str, source: str) -> None:
-        """The origin said just now that the URI names this source."""
+        """Note that the origin has said just now that the URI names this source."""
         with self._lock:
             self._seen.pop(uri, None)
             self._seen[uri] = source, self._ticks()
@@ -38,9 +38,10 @@ class Confirmed:
                 del self._seen[next(iter(self._seen))]
 
     def age(self, uri: str, source: str, when: float) -> float:
-        """Seconds since an origin said so; `when` is the time of day of which somebody else remembers it.
+        """Return the seconds since an origin said that the URI names this source.
 
-        Infinite where that is yet to come: nobody knows how old it is.
+        `when` is the time of day of that answer as the disk or another node has it, used where this process has not
+        heard the answer itself; infinite where `when` is in the future.
         """
         with self._lock:
             seen = self._seen.get(uri)

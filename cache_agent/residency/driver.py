@@ -1,6 +1,6 @@
-"""Carries out what residency decided: resolves, loads, admits, evicts; outside the books' lock, in threads of its own.
+"""Carries out residency's actions (resolve, load, admit, adopt, evict) and reports the outcome of each as an event.
 
-What came of it goes back as an event.
+Work runs in the driver's own threads, outside the ledger's lock.
 """
 
 from __future__ import annotations
@@ -25,56 +25,56 @@ from cache_agent.policy.estimate import Estimate
 from cache_agent.residency import events
 from cache_agent.residency.background import HERE, Background, Lane, here, lane_of
 from cache_agent.residency.events import Action, Event
-from cache_agent.residency.leases import EntryMemory, Resolution
 from cache_agent.residency.ledger import ResidencyLedger
-from cache_agent.residency.resolving import Resolver
+from cache_agent.residency.memory import EntryMemory
+from cache_agent.residency.resolving import Resolution, Resolver
 from cache_agent.residency.retention import Retention
 from cache_agent.residency.revisions import Revisions
 from cache_agent.tiers.dram import Dram
 
 log = logging.getLogger("glowplug.agent")
 
-_OF_ORIGIN, _OF_PLACE = 16, 8  # resolved at once, and loaded at once
+_OF_ORIGIN, _OF_PLACE = 16, 8  # resolutions at once, and as many loads
 
 
-class Tell(Protocol):
-    """Takes an event to residency; `resolved` is what a `ModelLoad` that follows from it is to read."""
+class EventHandler(Protocol):
+    """Passes an event to residency; `resolved` is what a load that follows from the event is to read."""
 
     def __call__(self, event: Event, *, resolved: Resolution | None = None) -> None: ...
 
 
 class Driver:
-    """Every method may be called from any thread."""
+    """The threads that carry residency's actions out. Any thread."""
 
     def __init__(
         self,
         config: AgentConfig,
-        books: ResidencyLedger,
+        ledger: ResidencyLedger,
         directory: Directory,
         journal: Journal,
-        keeping: Retention,
+        retention: Retention,
         revisions: Revisions,
         resolver: Resolver,
         peers: Peers | None,
-        tell: Tell,
+        handle: EventHandler,
     ) -> None:
-        self._config, self._books, self._directory, self._journal = config, books, directory, journal
-        self._keeping, self._revisions, self._resolver, self._peers = keeping, revisions, resolver, peers
-        self._tell = tell
+        self._config, self._ledger, self._directory, self._journal = config, ledger, directory, journal
+        self._retention, self._revisions, self._resolver, self._peers = retention, revisions, resolver, peers
+        self._handle = handle
         self._resolves = Background("resolve", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
         self._loads = Background("load", of_origin=_OF_ORIGIN, of_place=_OF_PLACE)
         self._admissions = ThreadPoolExecutor(1, thread_name_prefix="admission")
 
     def act(self, action: Action, resolved: Resolution | None) -> None:
-        """Begins what an action stands for; an eviction is over when this returns."""
-        with contextlib.suppress(RuntimeError):  # the pools are shut down: so are all who would hear of the result
+        """Begin an action; an eviction is over when `act` returns."""
+        with contextlib.suppress(RuntimeError):  # the pools are shut down, and so is every holder
             match action:
                 case events.Resolve(uri):
                     self._resolves.submit(self._lane(uri), self._resolve, uri)
                 case events.Load(entry, plan, uri):
                     assert resolved is not None, "a load follows from a resolution"
                     lane = self._lane(uri)
-                    if self._keeping.chunks(plan.source):  # only damaged chunks make it ask the origin
+                    if self._retention.chunks(plan.source):  # only damaged chunks are read from the origin
                         lane = here(lane)
                     self._loads.submit(lane, self._load, entry, resolved)
                 case events.Admit(entry):
@@ -85,16 +85,19 @@ class Driver:
                     self._evict(entry, why)
 
     def later(self, work: Callable[[], None]) -> None:
-        """Runs this when whoever calls is done with deciding."""
+        """Run `work` in a thread of ours: the caller may hold the ledger's lock, which `work` needs."""
         with contextlib.suppress(RuntimeError):  # the pool is shut down, and with it all leases
             self._resolves.submit(HERE, work)
 
     def close(self, deadline: float) -> None:
-        """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
-        books = self._books
-        with books.lock:
-            books.closing = True
-            loads = [held.load for held in books.held.values() if held.load is not None]
+        """Stop loads and give all memory back; mapped segments live on in the functions that map them.
+
+        A load that does not end until `deadline` (time.monotonic) keeps its memory.
+        """
+        ledger = self._ledger
+        with ledger.lock:
+            ledger.closing = True
+            loads = [memory.load for memory in ledger.memories.values() if memory.load is not None]
         for load in loads:
             load.stop()
         self._resolves.close()
@@ -102,14 +105,14 @@ class Driver:
         self._admissions.shutdown(wait=False, cancel_futures=True)
         for load in loads:
             load.finished.wait(max(0.0, deadline - time.monotonic()))
-        with books.lock:
-            helds = list(books.held.values())
-        for held in helds:
-            held.end_tee(max(0.0, deadline - time.monotonic()))
-        with books.lock:
-            for held in helds:
-                if held.load is None or held.load.finished.is_set():
-                    held.close()
+        with ledger.lock:
+            memories = list(ledger.memories.values())
+        for memory in memories:
+            memory.end_tee(max(0.0, deadline - time.monotonic()))
+        with ledger.lock:
+            for memory in memories:
+                if memory.load is None or memory.load.finished.is_set():
+                    memory.close()
 
     def _lane(self, uri: str) -> Lane:
         return lane_of(parse_uri(uri), self._config.file_roots)
@@ -120,12 +123,12 @@ class Driver:
         try:
             found = self._resolver.resolve(uri)
         except Exception as error:
-            self._tell(events.ResolveFailed(uri, translated(error, uri)))
+            self._handle(events.ResolveFailed(uri, translated(error, uri)))
             return
-        self._tell(events.Resolved(uri, found.description.manifest, found.revision), resolved=found)
+        self._handle(events.Resolved(uri, found.description.manifest, found.revision), resolved=found)
 
     def _load(self, entry: int, resolution: Resolution) -> None:
-        memory = EntryMemory(resolution.description, resolution.ledger)
+        memory = EntryMemory(resolution.description, resolution.phases)
         start = time.monotonic()
         with ExitStack() as opened:
             try:
@@ -139,14 +142,14 @@ class Driver:
 
     def _prepared(self, entry: int, memory: EntryMemory, resolution: Resolution, opened: ExitStack) -> ModelLoad:
         """Reserve memory, and choose between the image on SSD, which `opened` closes, and the origin."""
-        description, origin, ledger, known, _ = resolution
+        description, origin, phases, known, _ = resolution
         plan = description.manifest
-        if self._peers is not None and not known:  # what others found it to be is proved before anything is ready
+        if self._peers is not None and not known:  # a stated revision is proved before the model is ready
             known = self._revisions.stated(description.source.id, self._config.peer_witnesses)
-        with ledger.span("reserve"):
+        with phases.span("reserve"):
             memory.dram = Dram(plan.segments, huge_pages=self._config.huge_pages, name=f"glowplug:{entry}")
             memory.keep_manifest()
-        image = self._keeping.open(plan)
+        image = self._retention.open(plan)
         if image is not None:
             opened.callback(image.close)
         memory.load = load = ModelLoad(
@@ -155,33 +158,33 @@ class Driver:
             memory.dram,
             readers=self._config.readers,
             image=image,
-            speaks=self._peers is not None,
+            with_digests=self._peers is not None,
             known=known,
         )
         if image is not None:
             memory.tier = "ssd"
         else:
-            memory.tee = load.tee = self._keeping.follow(memory.dram, description, origin.uri, resolution.revision)
+            memory.tee = load.tee = self._retention.follow(memory.dram, description, origin.uri, resolution.revision)
         return load
 
     def _entered(self, entry: int, memory: EntryMemory, load: ModelLoad) -> Estimate:
-        """Tell residency, which may lend the memory from here on, and the directory; how long the load should take."""
-        with self._books.lock:
-            expected = self._books.expect(memory)
-            self._books.held[entry] = memory
-            if self._books.closing:
+        """Enter the memory in ledger and directory, after which it may be lent; return the load's estimate."""
+        with self._ledger.lock:
+            expected = self._ledger.expect(memory)
+            self._ledger.memories[entry] = memory
+            if self._ledger.closing:
                 load.stop()
-        self._tell(events.Reserved(entry))
+        self._handle(events.Reserved(entry))
         self._publish(load)
         return expected
 
     def _transferred(self, memory: EntryMemory, load: ModelLoad, resolution: Resolution) -> None:
         """Read every byte, and measure how fast the tier was."""
-        if self._peers is not None:  # others may ask us about it from here on
+        if self._peers is not None:  # other nodes may fetch from the load from here on
             load.helper = self._peers.helper(load, load.manifest.source, origin_answers=resolution.answers)
         load.observer = lambda: self._publish(load)
         began = time.monotonic()
-        with resolution.ledger.span("transfer"):
+        with resolution.phases.span("transfer"):
             load.run()
         if len(load.given) * 2 > memory.description.manifest.chunk_count:
             memory.tier = "peer"
@@ -193,32 +196,32 @@ class Driver:
         self._journal.failed(uri, memory.tier, str(error))
         self._directory.withdraw(source, self._config.node_name, "dram")
         if memory.load and memory.load.damaged and isinstance(error, OriginChanged):
-            self._keeping.discard(source)
+            self._retention.discard(source)
         memory.end_tee()
-        with self._books.lock:  # a function that hears of it and asks again finds the memory free
-            self._books.held.pop(entry, None)
+        with self._ledger.lock:  # a function that is refused and asks again finds the memory free
+            self._ledger.memories.pop(entry, None)
             memory.close()
-            self._tell(events.LoadFailed(entry, translated(error, uri)))
+            self._handle(events.LoadFailed(entry, translated(error, uri)))
 
     def _complete(
         self, entry: int, memory: EntryMemory, uri: str, load: ModelLoad, expected: Estimate, seconds: float
     ) -> None:
-        """Tell that the bytes are there; then the SSD tier gets them, or what it had damaged."""
+        """Report the load's end; then complete its image on SSD, or repair what the image had damaged."""
         guess = expected.confidence == 0
         assert memory.dram is not None, "closed by an eviction only, which follows from `Loaded`"
         self._journal.loaded(
             uri, memory.tier, load.total, seconds, expected.seconds, guess=guess, page=memory.dram.page
         )
-        self._books.learn(memory, expected, seconds)
+        self._ledger.learn(memory, expected, seconds)
         self._publish(load)
-        self._tell(events.Loaded(entry, seconds))
+        self._handle(events.Loaded(entry, seconds))
         if load.tee is not None:
             load.tee.complete(load.checksums, seconds)
         elif load.damaged:
-            with self._books.lock:
+            with self._ledger.lock:
                 maps = memory.dram.map() if memory.dram is not None else []
             if maps:
-                self._keeping.repair(load, maps)
+                self._retention.repair(load, maps)
 
     def _publish(self, load: ModelLoad) -> None:
         self._directory.publish(load.manifest.source, self._holding(load))
@@ -227,53 +230,53 @@ class Driver:
         return Holding(self._config.node_name, "dram", load.progress()[1], load.total)
 
     def _admit(self, entry: int) -> None:
-        with self._books.lock:
-            held = self._books.held.get(entry)
-            if held is None or held.dram is None:
+        with self._ledger.lock:
+            memory = self._ledger.memories.get(entry)
+            if memory is None or memory.dram is None:
                 return
-            maps = held.dram.map()
+            maps = memory.dram.map()
         try:
-            proved = held.load.proved if held.load is not None else ""
-            revision = proved or content.digest(held.description, maps)
+            proved = memory.load.proved if memory.load is not None else ""
+            revision = proved or content.digest(memory.description, maps)
         finally:
             for mapping in maps:
                 mapping.close()
-        if held.tee is None:  # otherwise the tee does it at its end
-            with self._books.lock:
-                if held.dram is not None:
-                    held.dram.seal()
-        self._revisions.remember(held.description.source.id, revision)
-        self._tell(events.Admitted(entry, revision))
+        if memory.tee is None:  # otherwise the tee seals it at its end
+            with self._ledger.lock:
+                if memory.dram is not None:
+                    memory.dram.seal()
+        self._revisions.remember(memory.description.source.id, revision)
+        self._handle(events.Admitted(entry, revision))
 
     def _adopted(self, entry: int) -> None:
-        """Memory of an earlier agent is ours now: other nodes hear of it, and the SSD tier gets what it lacks."""
-        with self._books.lock:
-            held = self._books.held.get(entry)
-            if held is None or held.dram is None or self._books.closing:
+        """Publish adopted memory to other nodes, and write it to SSD where the image is missing."""
+        with self._ledger.lock:
+            memory = self._ledger.memories.get(entry)
+            if memory is None or memory.dram is None or self._ledger.closing:
                 return
-            plan, uri = held.description.manifest, held.description.source.uri
+            plan, uri = memory.description.manifest, memory.description.source.uri
             self._directory.publish(plan.source, Holding(self._config.node_name, "dram", plan.nbytes, plan.nbytes))
-            if self._keeping.chunks(plan.source):
+            if self._retention.chunks(plan.source):
                 return
-            revision = self._books.residency.entries[entry].revision
-            held.tee = tee = self._keeping.follow(held.dram, held.description, uri, revision)
-            maps = held.dram.map() if tee is not None else []
+            revision = self._ledger.residency.entries[entry].revision
+            memory.tee = tee = self._retention.follow(memory.dram, memory.description, uri, revision)
+            maps = memory.dram.map() if tee is not None else []
         if tee is not None:
-            tee.follow_memory(maps, self._books.predict("origin", plan.nbytes).seconds)
+            tee.follow_memory(maps, self._ledger.predict("origin", plan.nbytes).seconds)
 
     def _evict(self, entry: int, why: str) -> None:
-        with self._books.lock:
-            held = self._books.held.pop(entry)
-        self._journal.evicted(held.description.source.uri, "dram", held.description.manifest.nbytes, why)
-        self._directory.withdraw(held.description.source.id, self._config.node_name, "dram")
-        held.end_tee()
-        with self._books.lock:
-            held.close()
-        self._tell(events.Evicted(entry))
+        with self._ledger.lock:
+            memory = self._ledger.memories.pop(entry)
+        self._journal.evicted(memory.description.source.uri, "dram", memory.description.manifest.nbytes, why)
+        self._directory.withdraw(memory.description.source.id, self._config.node_name, "dram")
+        memory.end_tee()
+        with self._ledger.lock:
+            memory.close()
+        self._handle(events.Evicted(entry))
 
 
 def _logged(work: Callable[..., None], *arguments: object) -> None:
-    """Runs a job; what it raises is a fault of ours and must not vanish in a future that nobody reads."""
+    """Run `work`, and log what it raises: an unexpected fault must not vanish in a future that nobody reads."""
     try:
         work(*arguments)
     except Exception:

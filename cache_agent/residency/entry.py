@@ -1,4 +1,4 @@
-"""What residency knows of one copy in memory, and of one URI; the sentences that name them in errors. Pure."""
+"""Owns the state of one copy in memory (`Entry`) and of one URI (`Alias`), and the errors that name them. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Entry:
     uses: int = 0
     seconds: float = 1.0
     priority: float = 0.0
-    doomed: bool = False  # it goes as soon as nobody holds it
+    doomed: bool = False  # evicted with its last lease
     leases: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -38,15 +38,17 @@ class Entry:
 
 @dataclass(slots=True)
 class Alias:
+    """The source that a URI was last seen to name, and the leases that wait for an answer."""
+
     source: str = ""
     checked: float = -math.inf  # never
     resolving: bool = False
-    offers: int = 0  # being examined; whoever asks meanwhile waits, or there would be a second copy
+    offers: int = 0  # being examined; leases that are asked for meanwhile wait, or there would be a second copy
     waiting: dict[int, str] = field(default_factory=dict)
 
 
 def no_capacity(needed: int, capacity: int, stays: list[Entry], goes: int, why: Callable[[Entry], str]) -> NoCapacity:
-    """Says who holds what, the largest first; `goes` are the bytes that could be evicted."""
+    """Build the error that lists what stays and why, the largest first; `goes` are the bytes that could be evicted."""
     return NoCapacity(
         f"the model needs {mb(needed)}; the agent's budget is {mb(capacity)}, of which "
         f"{mb(sum(entry.bytes for entry in stays))} are in use",

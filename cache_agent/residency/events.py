@@ -1,6 +1,6 @@
-"""What happens to a node's residency (events) and what it decides (actions). Pure values.
+"""The events that residency handles and the actions that it decides on. Pure values.
 
-`lease` and `asker` are the driver's handles of whoever asked; `entry` is the number of one copy in memory.
+`lease` and `asker` are the numbers of requests; `entry` is the number of one copy in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cache_agent.policy.quota import NO_ACCOUNT, Account
 
 @dataclass(frozen=True, slots=True)
 class LeaseAsked:
-    """`lease` is the caller's handle; `revision` is set where it insists on one."""
+    """A function asks for a model; `revision` is set where the function insists on one."""
 
     lease: int
     uri: str
@@ -31,7 +31,7 @@ class LeaseClosed:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The origin's answer; `revision` where this source was admitted before."""
+    """The origin has answered; `revision` is set where this source was admitted before."""
 
     uri: str
     manifest: Manifest
@@ -46,14 +46,14 @@ class ResolveFailed:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Memory for every segment is there: fds can be handed out."""
+    """Memory for every segment is reserved: fds can be handed out."""
 
     entry: int
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`seconds` is what it took, and would take again."""
+    """All bytes are in memory, after `seconds`; loading them again would take as long."""
 
     entry: int
     seconds: float = 1.0

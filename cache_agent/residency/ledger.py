@@ -1,6 +1,6 @@
-"""Owns a node's books: residency's machine and the memory behind each of its entries, under one lock.
+"""Owns the ledger of a node's residency: the state machine and the memory behind each of its entries, under one lock.
 
-Whoever decides or looks does so under `lock`; whoever acts does it outside.
+Decisions and looks are taken under `lock`; work is done outside.
 """
 
 from __future__ import annotations
@@ -9,64 +9,64 @@ import threading
 import time
 
 from cache_agent.policy.estimate import Estimate, Estimator, shared
-from cache_agent.residency import adoption, report
-from cache_agent.residency.leases import EntryMemory, Resident
+from cache_agent.residency import report
 from cache_agent.residency.machine import Residency
+from cache_agent.residency.memory import EntryMemory, Resident, inodes
 from cache_agent.wire.operations import EstimateReply, ModelStatus, TierStatus
 
 
 class ResidencyLedger:
-    """Every method may be called from any thread; the fields are for who holds `lock`."""
+    """The state of a node's DRAM tier. Methods: any thread; fields: under `lock`."""
 
     def __init__(self, capacity: int, revalidate: float) -> None:
-        """As `Residency`."""
+        """`capacity` in bytes; `revalidate` in seconds, as in `Residency`."""
         self.lock = threading.RLock()  # guards everything below
         self.residency = Residency(capacity, revalidate)
-        self.held: dict[int, EntryMemory] = {}
+        self.memories: dict[int, EntryMemory] = {}
         self.closing = False
         self._estimator = Estimator()
 
-    def held_of(self, source: str) -> EntryMemory | None:
-        """The copy in memory, or on its way there."""
+    def memory_of(self, source: str) -> EntryMemory | None:
+        """Return the memory of a source's copy, whole or still loading, or None."""
         with self.lock:
             entry = self.residency.entry_with(source)
-            return self.held.get(entry.number) if entry is not None else None
+            return self.memories.get(entry.number) if entry is not None else None
 
-    def resident(self, inodes: list[tuple[int, int]]) -> Resident | None:
-        """The entry whose memory this is."""
+    def resident(self, wanted: list[tuple[int, int]]) -> Resident | None:
+        """Return the entry whose segments have these inodes, or None."""
         with self.lock:
-            for number, held in self.held.items():
-                if held.dram is not None and adoption.inodes(held.dram.fds) == inodes:
+            for number, memory in self.memories.items():
+                if memory.dram is not None and inodes(memory.dram.fds) == wanted:
                     return Resident(number, self.residency.entries[number].revision)
         return None
 
     def is_resident(self, uri: str) -> bool:
-        """In memory, or on its way there."""
+        """Whether the model at `uri` is in memory, or loading."""
         with self.lock:
             return self.residency.entry_of(uri) is not None
 
     def pinned(self) -> set[str]:
-        """Sources of the models that are kept."""
+        """Return the sources of the pinned models."""
         with self.lock:
             return self.residency.pinned
 
     def answers(self, seconds: float) -> bool:
-        """Whether anything can be decided within so many seconds."""
+        """Whether the lock can be had within so many seconds, so that anything can be decided."""
         if not self.lock.acquire(timeout=seconds):
             return False
         self.lock.release()
         return True
 
     def status(self) -> tuple[int, int, list[ModelStatus]]:
-        """(capacity, used, models); bytes."""
+        """Return (capacity, used, models), the first two in bytes."""
         now = time.monotonic()
         with self.lock:
-            books = self.residency
+            machine = self.residency
             models = [
-                report.model(entry, self.held.get(entry.number), books.is_pinned(entry), now)
-                for entry in books.entries.values()
+                report.model(entry, self.memories.get(entry.number), machine.is_pinned(entry), now)
+                for entry in machine.entries.values()
             ]
-            return books.capacity, books.used, models
+            return machine.capacity, machine.used, models
 
     # --- how long things take -------------------------------------------------------------------------------------
 
@@ -75,32 +75,34 @@ class ResidencyLedger:
             return report.tiers(self._estimator.tiers)
 
     def estimate(self, uri: str) -> EstimateReply | None:
-        """What a lease on a model that is here, or on its way, would take now."""
+        """Estimate a lease on a model that is in memory or loading; None for another model."""
         with self.lock:
             entry = self.residency.entry_of(uri)
             if entry is None:
                 return None
-            held = self.held.get(entry.number)
-            if entry.state == "ready" or held is None:
+            memory = self.memories.get(entry.number)
+            if entry.state == "ready" or memory is None:
                 return EstimateReply(0.0, "dram", 1.0, entry.bytes)
-            return EstimateReply(*self._estimator.predict(held.tier, self._work(held.tier, held.rest())), entry.bytes)
+            return EstimateReply(
+                *self._estimator.predict(memory.tier, self._work(memory.tier, memory.rest())), entry.bytes
+            )
 
     def predict(self, tier: str, size: int) -> EstimateReply:
-        """What a load of so many bytes from this tier would take now."""
+        """Estimate a load of `size` bytes from `tier` that would begin now."""
         with self.lock:
             return EstimateReply(*self._estimator.predict(tier, self._work(tier, size)), size)
 
-    def expect(self, held: EntryMemory) -> Estimate:
-        """What a load that begins now will take; it notes its work."""
+    def expect(self, memory: EntryMemory) -> Estimate:
+        """Estimate the load that begins now, and note its work for `learn`."""
         with self.lock:
-            held.work = self._work(held.tier, held.description.manifest.nbytes)
-            return self._estimator.predict(held.tier, held.work)
+            memory.work = self._work(memory.tier, memory.description.manifest.nbytes)
+            return self._estimator.predict(memory.tier, memory.work)
 
-    def learn(self, held: EntryMemory, expected: Estimate, seconds: float) -> None:
-        """What it took."""
+    def learn(self, memory: EntryMemory, expected: Estimate, seconds: float) -> None:
+        """Correct the estimates of the tier by the seconds that the load took."""
         with self.lock:
-            self._estimator.learn(held.tier, held.work, expected, seconds)
+            self._estimator.learn(memory.tier, memory.work, expected, seconds)
 
     def _work(self, tier: str, size: int) -> int:
-        """Bytes that pass on the tier until `size` of a load are through; under the lock."""
-        return shared(size, (held.rest() for held in self.held.values() if held.tier == tier))
+        """Return the bytes that pass on the tier until `size` of one load are through. Under the lock."""
+        return shared(size, (memory.rest() for memory in self.memories.values() if memory.tier == tier))

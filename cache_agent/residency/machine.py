@@ -1,4 +1,4 @@
-"""Owns what is where, who leases it and what happens next: handle(event, now) -> [Action]. Pure: no I/O, no clock.
+"""Owns a node's entries, their leases and what happens next: handle(event, now) -> [Action]. Pure: no I/O, no clock.
 
     absent ──LeaseAsked──► (resolving) ──Resolved──► loading ──Loaded──► ready ──no room──► evicting ──► absent
                                 │                       │                  ▲
@@ -77,13 +77,17 @@ class Residency:
         return sum(entry.bytes for entry in self.entries.values())
 
     def entry_of(self, uri: str) -> Entry | None:
-        """The entry that a lease on `uri` would get now, if it is resident or on its way."""
+        """Return the entry that a lease on `uri` would get now, whole or still loading, or None."""
         alias = self._aliases.get(uri)
         return self._catalogue.find(alias.source) if alias else None
 
+    def entry_with(self, source: str) -> Entry | None:
+        """Return the copy of a source's bytes, whole or still loading, or None."""
+        return self._catalogue.find(source)
+
     @property
     def pinned(self) -> set[str]:
-        """Sources of the models that are kept: those that pinned URIs name now."""
+        """The sources that pinned URIs name now."""
         return {self._aliases[uri].source for uri in self._accounts.pins if uri in self._aliases}
 
     @property
@@ -95,14 +99,14 @@ class Residency:
         return any(self._catalogue.names(source, entry) for source in self.pinned)
 
     def holders(self, uri: str = "") -> list[int]:
-        """Leases on the model at `uri`, those on bytes that it had before included, or all of them."""
+        """Return the leases on the model at `uri`, on its former bytes, too; without a URI all leases."""
         if not uri:
             return list(self._holds)
         current = self.entry_of(uri)
         return [lease for e in self.entries.values() if e is current or e.uri == uri for lease in e.leases]
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """`now` in seconds on any clock that does not go back."""
+        """Take in an event and decide; `now` in seconds on any clock that does not go back."""
         match event:
             case LeaseAsked(lease, uri, revision, account):
                 self._accounts.leases[lease] = account
@@ -160,10 +164,10 @@ class Residency:
         return [Resolve(uri)]
 
     def _known_at(self, uri: str, revision: str) -> Entry | None:
-        """The copy with a revision that was read from this URI, or is what the URI was last seen to be.
+        """Return the copy with this revision that was read from the URI, or that the URI was last seen to name.
 
-        Bytes that came from elsewhere are not had by asking for their revision under a URI of one's own: it is looked
-        up first. For older bytes of the URI the origin has no word any more.
+        A copy that came from another URI is not given out by its revision alone: the URI is resolved first. Older
+        bytes of the URI itself are: its origin does not have them any more.
         """
         current = self.entry_of(uri)
         if current is not None and current.revision == revision:
@@ -184,18 +188,18 @@ class Residency:
         return actions
 
     def _attach(self, entry: Entry, lease: int, pinned: str, now: float) -> list[Action]:
-        entry.leases[lease] = pinned
-        entry.last_used = now
-        entry.uses += 1
-        self._price(entry)
-        self._holds[lease] = entry.number
-        actions: list[Action] = []
-        if entry.reserved:
-            actions.append(Grant(lease, entry.number))
+        self._hold(entry, lease, pinned, now)
+        actions: list[Action] = [Grant(lease, entry.number)] if entry.reserved else []
         # A pinned lease is complete only once the digest proves that these bytes are the revision asked for.
         if entry.state == "ready" and (entry.revision or not pinned):
             actions.append(Complete(lease, entry.number, True, entry.revision))
         return actions
+
+    def _hold(self, entry: Entry, lease: int, pinned: str, now: float) -> None:
+        entry.leases[lease], entry.last_used = pinned, now
+        entry.uses += 1
+        self._price(entry)
+        self._holds[lease] = entry.number
 
     def _lease_closed(self, lease: int, now: float) -> list[Action]:
         number = self._holds.pop(lease, None)
@@ -261,14 +265,11 @@ class Residency:
             entry = Entry(next(self._numbers), uri, manifest, "ready", reserved=True, revision=revision)
             self.entries[entry.number] = entry
             self._catalogue.add(entry)
-        entry.leases[lease], entry.last_used = "", now
-        entry.uses += 1
-        self._price(entry)
-        self._holds[lease] = entry.number
+        self._hold(entry, lease, "", now)
         return self._offer_over(lease, uri, [Adopt(lease, entry.number, fresh)], now)
 
     def _offer_over(self, lease: int, uri: str, actions: list[Action], now: float) -> list[Action]:
-        """Answers the offer if its lease is still there, and lets those go on who waited for it."""
+        """Answer the offer if its lease is still open, and continue the leases that waited for the offer."""
         alias = self._aliases[uri]
         alias.offers -= 1
         actions = actions if lease in self._offering else []
@@ -312,13 +313,9 @@ class Residency:
     def _loaded(self, entry: Entry, seconds: float, now: float) -> list[Action]:
         entry.state, entry.last_used, entry.seconds = "ready", now, seconds
         self._price(entry)
-        actions: list[Action] = [
-            Complete(lease, entry.number, False, entry.revision)
-            for lease, pinned in entry.leases.items()
-            if entry.revision or not pinned
-        ]
-        actions += [] if entry.revision else [Admit(entry.number)]
-        return actions
+        complete = [lease for lease, pinned in entry.leases.items() if entry.revision or not pinned]
+        actions: list[Action] = [Complete(lease, entry.number, False, entry.revision) for lease in complete]
+        return actions if entry.revision else [*actions, Admit(entry.number)]
 
     def _load_failed(self, entry: Entry, error: AgentError) -> list[Action]:
         self._unlink(entry)
@@ -355,7 +352,7 @@ class Residency:
         return [] if first is entry else [self._evict(entry, f"its bytes are resident as {first.uri}, too")]
 
     def _evict_asked(self, asker: int, uri: str) -> list[Action]:
-        """All copies of the URI's bytes, those from before it changed included; what is held of those goes later."""
+        """Evict all copies of the URI's bytes; a copy from before the URI changed goes when its last lease ends."""
         current = self.entry_of(uri)
         copies = [e for e in self.entries.values() if e.state != "evicting" and (e is current or e.uri == uri)]
         if not copies:
@@ -394,12 +391,8 @@ class Residency:
         return Evict(entry.number, why)
 
     def _unlink(self, entry: Entry) -> None:
-        """No later lease finds the entry, and aliases that name nothing any more are forgotten."""
+        """Hide the entry from later leases, and forget aliases that name nothing any more."""
         self._catalogue.drop(entry)
         for uri, alias in list(self._aliases.items()):
             if alias.source not in self._catalogue and not alias.resolving and not alias.offers:
                 del self._aliases[uri]
-
-    def entry_with(self, source: str) -> Entry | None:
-        """The copy of a source's bytes that is here or on its way."""
-        return self._catalogue.find(source)

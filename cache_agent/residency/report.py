@@ -1,4 +1,4 @@
-"""What `status` says of residency entries and images. Pure: values in, messages out."""
+"""Builds the parts of a status reply: entries, images, tiers, the cluster. Pure: values in, messages out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from cache_agent.cluster.directory import Directory
 from cache_agent.policy.estimate import Measured
 from cache_agent.residency.entry import Entry
-from cache_agent.residency.leases import EntryMemory
+from cache_agent.residency.memory import EntryMemory
 from cache_agent.tiers.quarantine import Quarantined
 from cache_agent.tiers.ssd import Stored
 from cache_agent.wire.operations import (
@@ -26,8 +26,8 @@ from cache_agent.wire.operations import (
 _TIERS = ("origin", "peer", "ssd", "dram")
 
 
-def model(entry: Entry, held: EntryMemory | None, pinned: bool, now: float) -> ModelStatus:
-    load = held.load if held else None
+def model(entry: Entry, memory: EntryMemory | None, pinned: bool, now: float) -> ModelStatus:
+    load = memory.load if memory else None
     return ModelStatus(
         model=entry.uri,
         source=entry.manifest.source,
@@ -36,11 +36,11 @@ def model(entry: Entry, held: EntryMemory | None, pinned: bool, now: float) -> M
         tier="dram",
         bytes=entry.bytes,
         done=entry.bytes if entry.state != "loading" else load.progress()[1] if load else 0,
-        page=held.dram.page if held and held.dram else 0,
+        page=memory.dram.page if memory and memory.dram else 0,
         leases=len(entry.leases),
         idle_seconds=0.0 if entry.leases else max(0.0, now - entry.last_used),
         pinned=pinned,
-        age_seconds=max(0.0, now - held.began) if held else 0.0,
+        age_seconds=max(0.0, now - memory.began) if memory else 0.0,
     )
 
 
@@ -57,7 +57,7 @@ def ssd(
 
 
 def cluster(directory: Directory) -> ClusterReply:
-    """What the directory says, from its memory."""
+    """Build the reply about all nodes, from the directory's mirror."""
     nodes = []
     for node in directory.nodes():
         rates = {tier: directory.bandwidth(node.name, tier) for tier in _TIERS}
@@ -73,6 +73,6 @@ def tiers(measured: Mapping[str, Measured]) -> list[TierStatus]:
 
 
 def visible(status: StatusReply, may_have: Callable[[str], bool]) -> StatusReply:
-    """What a caller may see who has a right to some models only: those, and nothing that tells of others."""
+    """Reduce a status to the models that a caller may have: it says nothing that depends on other models."""
     models = [model for model in status.models if may_have(model.model)]
     return StatusReply(status.node, status.pid, status.capacity, sum(model.bytes for model in models), models)

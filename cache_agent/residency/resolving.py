@@ -1,7 +1,7 @@
-"""What a URI names now: asked of its origin, and of what is remembered while that does not answer.
+"""Resolves a URI to the source that it names now, by its origin or, while the origin does not answer, by memory.
 
-An alias that its origin confirmed a while ago is better than no answer, for as long as the operator finds it so: the
-model is then taken from this node's SSD, or from another node, and ledger and log say since when nobody looked.
+The last answer of an origin stands in for the origin for `GLOWPLUG_STALE` seconds: the model is then taken from this
+node's SSD, or from another node, and the start's ledger and the log say since when the origin could not be asked.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cache_agent.cluster.directory import Directory
 from cache_agent.cluster.peers import Peers
@@ -19,21 +20,30 @@ from cache_agent.model.checkpoint import Description, describe
 from cache_agent.model.origin import Origin
 from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.residency.confirmed import Confirmed
-from cache_agent.residency.leases import Resolution
 from cache_agent.residency.retention import Retention
 from cache_agent.residency.revisions import Revisions
 
 log = logging.getLogger("glowplug.agent")
 
 
+class Resolution(NamedTuple):
+    """A source, with its origin; `phases` are the spans so far of the load that may follow."""
+
+    description: Description
+    origin: Origin
+    phases: Ledger
+    revision: str = ""
+    answers: bool = True  # the origin, when it was asked
+
+
 class Resolver:
-    """Any thread."""
+    """The agent's answers to the question which source a URI names. Any thread."""
 
     def __init__(
         self,
         open_origin: Callable[[ModelURI], Origin],
         revisions: Revisions,
-        keeping: Retention,
+        retention: Retention,
         directory: Directory,
         peers: Peers | None,
         config: AgentConfig,
@@ -41,17 +51,16 @@ class Resolver:
     ) -> None:
         """With `config.stale` 0 only the origin is believed.
 
-        What another node describes counts only where as many as `config.peer_witnesses` said which revision has to
-        come out.
+        Another node's description of a source is used only where `config.peer_witnesses` nodes state the revision.
         """
         self._stale, self._witnesses = config.stale, config.peer_witnesses
-        self._open_origin, self._revisions, self._keeping = open_origin, revisions, keeping
+        self._open_origin, self._revisions, self._retention = open_origin, revisions, retention
         self._directory, self._peers = directory, peers
         self._confirmed = confirmed or Confirmed()
 
     def resolve(self, uri: str) -> Resolution:
-        """Raises what the origin does, when nothing stands in for it."""
-        ledger = Ledger("agent")
+        """Ask the origin, or take its last answer. Raises what the origin does, where no last answer is usable."""
+        phases = Ledger("agent")
         start = time.monotonic_ns()
         origin = self._open_origin(parse_uri(uri))
         answers = True
@@ -64,20 +73,20 @@ class Resolver:
             description, answers = found[0], False
             since = f"nobody could ask for {found[1]:.0f} s"
             log.warning("%s; going on with what it had: %s", error, since)
-            ledger.add(f"resolve, its origin does not answer: {since}", start)
+            phases.add(f"resolve, its origin does not answer: {since}", start)
         else:
-            ledger.add("resolve", start)
+            phases.add("resolve", start)
             self._confirmed.say(uri, description.source.id)
             self._directory.validated(uri, description.source.id, self._confirmed.now())
-            self._keeping.validated(description.source.id)
-        return Resolution(description, origin, ledger, self._revisions.of(description.source.id), answers)
+            self._retention.validated(description.source.id)
+        return Resolution(description, origin, phases, self._revisions.of(description.source.id), answers)
 
     def _remembered(self, uri: str) -> tuple[Description, float] | None:
-        """What the origin said last, and how many seconds ago."""
+        """Return the last answer of the origin and its age in seconds, or None where that is unknown or too old."""
         if not self._stale:
             return None
-        stored = self._keeping.find(uri)
-        if stored is not None and (found := self._keeping.description(stored.index.source)) is not None:
+        stored = self._retention.find(uri)
+        if stored is not None and (found := self._retention.description(stored.index.source)) is not None:
             description, when = found
             if (age := self._confirmed.age(uri, stored.index.source, when)) <= self._stale:
                 return description, age
@@ -86,5 +95,5 @@ class Resolver:
             return None
         if not self._revisions.of(source) and not self._revisions.stated(source, self._witnesses):
             return None
-        told = self._peers.describe(source)
-        return None if told is None or told.source.uri != uri else (told, age)
+        described = self._peers.describe(source)
+        return None if described is None or described.source.uri != uri else (described, age)

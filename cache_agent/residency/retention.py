@@ -1,4 +1,4 @@
-"""What ties a node's loads to its SSD tier, where it has one: images read and written, repaired, given up, evicted."""
+"""Ties a node's loads to its SSD tier, if there is one: images are read, written, repaired, discarded, evicted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _chunk(ssd: Ssd | None, source: str, number: int) -> Iterator[memoryview | N
             yield None
             return
         segment, start, end = place
-        # Pages of its own, because O_DIRECT asks for aligned memory.
+        # A mapping of its own, because O_DIRECT needs aligned memory.
         with mmap.mmap(-1, end - start) as pages, memoryview(pages) as view:
             try:
                 right = reading.read(number, segment, start, view)
@@ -44,31 +44,31 @@ def _chunk(ssd: Ssd | None, source: str, number: int) -> Iterator[memoryview | N
 
 
 class Retention:
-    """Any thread. Without an SSD there is nothing to find and nothing is kept."""
+    """The images on a node's SSD. Any thread. Without an SSD there are none, and none is written."""
 
     def __init__(self, ssd: Ssd | None, pinned: Callable[[], Collection[str]]) -> None:
-        """`pinned()` are the sources whose images must stay."""
+        """`pinned()` returns the sources whose images must stay."""
         self._ssd = ssd
         self._pinned = pinned
 
     def find(self, uri: str) -> Stored | None:
-        """The image of the model at `uri` that was used last."""
+        """Return the image of the model at `uri` that was used last, or None."""
         return self._ssd.find(uri) if self._ssd else None
 
     def open(self, plan: Manifest) -> Reading | None:
         return self._ssd.open(plan) if self._ssd else None
 
     def read(self, source: str, number: int) -> AbstractContextManager[memoryview | None]:
-        """One chunk of an image, or None where it is not there, or damaged."""
+        """Lend one chunk of an image, or None where the chunk is missing or damaged."""
         return _chunk(self._ssd, source, number)
 
     def chunks(self, source: str) -> int:
-        """How many a source's image has; 0 where there is none."""
+        """Return the number of chunks of a source's image; 0 where there is no image."""
         stored = self._ssd.stored(source) if self._ssd else None
         return len(stored.index.checksums) if stored else 0
 
     def description(self, source: str) -> tuple[Description, float] | None:
-        """What is known of a source whose image is here, and when its origin last said so (Unix time)."""
+        """Return the description kept with a source's image, and when the origin last confirmed it (Unix time)."""
         data, validated = self._ssd.description(source) if self._ssd else (b"", 0.0)
         if not data:
             return None
@@ -80,12 +80,12 @@ class Retention:
         return (found, validated) if found.source.id == source else None
 
     def validated(self, source: str) -> None:
-        """The origin said just now that this is what it has."""
+        """Note with the image that the origin has confirmed its source just now."""
         if self._ssd is not None:
             self._ssd.validated(source)
 
     def follow(self, dram: Dram, description: Description, uri: str, revision: str) -> Tee | None:
-        """A tee that writes the model in `dram` to SSD and seals it in the end."""
+        """Return a tee that writes the model in `dram` to SSD and seals the memory at its end."""
         if self._ssd is None:
             return None
         ssd, plan = self._ssd, description.manifest
@@ -99,12 +99,12 @@ class Retention:
         return Tee(plan, begin, dram.map(), dram.seal)
 
     def discard(self, source: str) -> None:
-        """Gives an image up whose damage cannot be mended any more."""
+        """Remove an image whose damaged chunks the origin does not have any more."""
         if self._ssd is not None:
             self._ssd.discard(source, "damaged, and the origin has other bytes now")
 
     def repair(self, load: ModelLoad, maps: list[mmap.mmap]) -> None:
-        """Writes the chunks that the load found damaged anew, from memory; closes `maps`."""
+        """Rewrite the chunks that the load found damaged, from memory; closes `maps`."""
         chunks = list(load.manifest.chunks())
         try:
             with contextlib.ExitStack() as views:
@@ -119,7 +119,7 @@ class Retention:
                 mapping.close()
 
     def evict(self, uri: str) -> int:
-        """Bytes given back; 0 where there is no image, or loads read it."""
+        """Remove the images of the model at `uri`; return the bytes freed, 0 where loads read them."""
         return self._ssd.evict(uri) if self._ssd else 0
 
     def status(self) -> SsdStatus | None:

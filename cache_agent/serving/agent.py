@@ -11,22 +11,21 @@ from cache_agent.cluster.directory import Directory, Holding
 from cache_agent.cluster.peers import Peers
 from cache_agent.config import AgentConfig
 from cache_agent.journal.journal import Journal
-from cache_agent.journal.reported import FunctionReports
+from cache_agent.journal.reports import FunctionReports
 from cache_agent.model import manifest
 from cache_agent.model.checkpoint import describe
 from cache_agent.model.origin import Origin
 from cache_agent.model.uri import ModelURI, parse_uri
 from cache_agent.policy.quota import Account
 from cache_agent.residency import events, report
+from cache_agent.residency.adoption import Spares
 from cache_agent.residency.driver import Driver
 from cache_agent.residency.events import Event
-from cache_agent.residency.grants import Grants
-from cache_agent.residency.leases import Errand, Holder, PendingRequest, Resolution
+from cache_agent.residency.leases import Grants, Holder, PendingRequest, PrefetchHolder
 from cache_agent.residency.ledger import ResidencyLedger
-from cache_agent.residency.resolving import Resolver
+from cache_agent.residency.resolving import Resolution, Resolver
 from cache_agent.residency.retention import Retention
 from cache_agent.residency.revisions import Revisions
-from cache_agent.residency.spares import Spares
 from cache_agent.serving.sharing import Sharing
 from cache_agent.tiers.origins import Origins
 from cache_agent.tiers.ssd import Ssd
@@ -51,17 +50,19 @@ class Agent:
         self._open_origin = open_origin or Origins(config).open
         self._peers = peers
         self.journal = Journal()
-        self.told = FunctionReports(self.journal)
+        self.reports = FunctionReports(self.journal)
         self._numbers = count(1)
-        self._books = books = ResidencyLedger(config.capacity, config.revalidate)
+        self._ledger = ledger = ResidencyLedger(config.capacity, config.revalidate)
         ssd = Ssd(config.ssd, config.ssd_size, self._tell_image, self._image_evicted) if config.ssd else None
-        self._keeping = keeping = Retention(ssd, books.pinned)
+        self._retention = retention = Retention(ssd, ledger.pinned)
         self._revisions = revisions = Revisions(directory, ssd, self.node, believe=0 if peers else 1)
-        self.sharing = Sharing(books.held_of, books.lock, keeping)
-        resolver = Resolver(self._open_origin, revisions, keeping, directory, peers, config)
-        self._driver = Driver(config, books, directory, self.journal, keeping, revisions, resolver, peers, self._handle)
-        self._offers = Spares(self._open_origin, revisions, books.resident, self._handle, config.file_roots)
-        self._answers = Grants(books, self._offers, self.journal)
+        self.sharing = Sharing(ledger.memory_of, ledger.lock, retention)
+        resolver = Resolver(self._open_origin, revisions, retention, directory, peers, config)
+        self._driver = Driver(
+            config, ledger, directory, self.journal, retention, revisions, resolver, peers, self._handle
+        )
+        self._spares = Spares(self._open_origin, revisions, ledger.resident, self._handle, config.file_roots)
+        self._grants = Grants(ledger, self._spares, self.journal)
 
     # --- what connections ask for ---------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ class Agent:
             uri = parse_uri(model)
             account = _account(holder)
             number = self._ask(holder, uri.text, lambda lease: events.OfferAsked(lease, uri.text, account))
-            self._offers.examine(number, uri, source, fds)
+            self._spares.examine(number, uri, source, fds)
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -91,7 +92,7 @@ class Agent:
     def evict(self, holder: Holder, model: str, ssd: bool = False) -> int:
         """From memory, and with `ssd` from there, where it may be alone."""
         uri = parse_uri(model).text
-        if ssd and not self._books.is_resident(uri) and (removed := self._keeping.evict(uri)):
+        if ssd and not self._ledger.is_resident(uri) and (removed := self._retention.evict(uri)):
             holder.deliver(EvictReply(0, removed), [])
             return 0
         return self._ask(holder, uri, lambda asker: events.EvictAsked(asker, uri), evict_image=uri if ssd else "")
@@ -104,13 +105,13 @@ class Agent:
     def prefetch(self, model: str) -> None:
         """Begins to bring a model in; nobody holds it afterwards. Raises `BadModelURI`."""
         uri = parse_uri(model)
-        errand = Errand(uri.text, self._driver.later, self.release)
+        holder = PrefetchHolder(uri.text, self._driver.later, self.release)
 
         def ask(lease: int) -> Event:
-            errand.lease = lease
+            holder.lease = lease
             return events.LeaseAsked(lease, uri.text, uri.revision)
 
-        self._ask(errand, uri.text, ask)
+        self._ask(holder, uri.text, ask)
 
     def describe(self, model: str) -> manifest.Manifest:
         """The manifest of a model whose weights need not be here. Raises what the origin does."""
@@ -119,13 +120,13 @@ class Agent:
     def estimate(self, model: str) -> EstimateReply:
         """What a lease would take now. Reads the origin's headers when nothing here knows the model's size."""
         uri = parse_uri(model).text
-        if (known := self._books.estimate(uri)) is not None:
+        if (known := self._ledger.estimate(uri)) is not None:
             return known
-        if (stored := self._keeping.find(uri)) is not None:
-            return self._books.predict("ssd", stored.index.bytes)
+        if (stored := self._retention.find(uri)) is not None:
+            return self._ledger.predict("ssd", stored.index.bytes)
         if self._peers is not None and (size := self._peers.size_elsewhere(uri)):
-            return self._books.predict("peer", size)
-        return self._books.predict("origin", self.describe(model).nbytes)
+            return self._ledger.predict("peer", size)
+        return self._ledger.predict("origin", self.describe(model).nbytes)
 
     def push_drain(self, reason: str, grace: float, model: str = "", pod: str = "") -> int:
         """Tells the holders of leases on `model`, or those in `pod`, to hand their work over; how many there are.
@@ -133,9 +134,9 @@ class Agent:
         Empty means all of them.
         """
         uri = parse_uri(model).text if model else ""
-        with self._books.lock:
-            leases = [*self._books.residency.holders(uri), *self._offers.orphans(uri)]
-            holders = [self._answers.holder(lease) for lease in leases]
+        with self._ledger.lock:
+            leases = [*self._ledger.residency.holders(uri), *self._spares.orphans(uri)]
+            holders = [self._grants.holder(lease) for lease in leases]
             holders = [holder for holder in holders if not pod or holder.pod == pod]
             for holder in holders:
                 holder.deliver(Drain(reason, grace), [])
@@ -143,15 +144,15 @@ class Agent:
 
     def status(self) -> tuple[int, int, list[ModelStatus]]:
         """(capacity, used, models); bytes."""
-        return self._books.status()
+        return self._ledger.status()
 
     def answers(self, seconds: float) -> bool:
         """Whether the agent can decide anything within so many seconds."""
-        return self._books.answers(seconds)
+        return self._ledger.answers(seconds)
 
     def full_status(self) -> StatusReply:
-        ssd, orphaned, handoffs = self._keeping.status(), self._offers.orphaned, self.journal.handoffs()
-        tiers, layers = self._books.tiers(), self.told.layers.status()
+        ssd, orphaned, handoffs = self._retention.status(), self._spares.orphaned, self.journal.handoffs()
+        tiers, layers = self._ledger.tiers(), self.reports.layers.status()
         return StatusReply(self.node, os.getpid(), *self.status(), ssd, tiers, orphaned, handoffs, layers)
 
     def cluster(self) -> ClusterReply:
@@ -160,9 +161,9 @@ class Agent:
 
     def close(self, deadline: float) -> None:
         """Stops loads and gives all memory back; mapped segments live on in the functions that map them."""
-        self._offers.close()
+        self._spares.close()
         self._driver.close(deadline)
-        self._keeping.close()
+        self._retention.close()
 
     # --- what the SSD tier tells ----------------------------------------------------------------------------------
 
@@ -179,17 +180,17 @@ class Agent:
 
     def _ask(self, holder: Holder, model: str, event: Callable[[int], Event], *, evict_image: str = "") -> int:
         number = next(self._numbers)
-        with self._books.lock:
-            self._answers.expect(number, PendingRequest(holder, model, evict_image=evict_image))
+        with self._ledger.lock:
+            self._grants.expect(number, PendingRequest(holder, model, evict_image=evict_image))
         self._handle(event(number))
         return number
 
     def _handle(self, event: Event, *, forget: int = 0, resolved: Resolution | None = None) -> None:
-        with self._books.lock:
-            actions = self._books.residency.handle(event, time.monotonic())
-            work = [action for action in actions if not self._answers.give(action)]
-            self._answers.forget(forget)
-            self._offers.forget(forget)
+        with self._ledger.lock:
+            actions = self._ledger.residency.handle(event, time.monotonic())
+            work = [action for action in actions if not self._grants.give(action)]
+            self._grants.forget(forget)
+            self._spares.forget(forget)
         for action in work:
             if isinstance(action, events.EvictDone):
                 self._evict_image(action)
@@ -198,9 +199,9 @@ class Agent:
 
     def _evict_image(self, done: events.EvictDone) -> None:
         """The memory is given back; now the files."""
-        with self._books.lock:
-            asked = self._answers.take(done.asker)
-        removed = self._keeping.evict(asked.evict_image)
+        with self._ledger.lock:
+            asked = self._grants.take(done.asker)
+        removed = self._retention.evict(asked.evict_image)
         asked.holder.deliver(EvictReply(done.bytes, removed, done.stays[:TEXT_LIMIT]), [])
 
 

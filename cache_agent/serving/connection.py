@@ -224,7 +224,7 @@ class Connection:
                 case PushDrain(reason, grace, model):
                     self._say(PushDrainReply(self._agent.push_drain(reason, grace, model)))
                 case Started() | LayersTold():
-                    self._agent.told.hear(message)
+                    self._agent.reports.add(message)
                     self._say(StartedReply())
                 case EventsRequest(since):
                     self._say(EventsReply(self._agent.journal.since(since)))
@@ -263,7 +263,9 @@ class Connection:
             raise
 
     def _starts(self) -> list[Start]:
-        return [start for start in self._agent.told.starts.recent() if self._access.may_have(self.caller, start.model)]
+        return [
+            start for start in self._agent.reports.starts.recent() if self._access.may_have(self.caller, start.model)
+        ]
 
     def _status(self) -> StatusReply:
         reply = self._agent.full_status()

@@ -19,8 +19,7 @@ from cache_agent.errors import BadSetting
 from cache_agent.handoff.broker import Broker
 from cache_agent.serving.agent import Agent
 from cache_agent.serving.connection import Connection
-from cache_agent.snapshots import index as shelves
-from cache_agent.snapshots.index import SnapshotIndex
+from cache_agent.snapshots.index import SnapshotIndex, open_index
 
 log = logging.getLogger("glowplug.server")
 
@@ -75,17 +74,17 @@ class Server:
     """
 
     def __init__(
-        self, agent: Agent, sock: socket.socket, access: Access | None = None, *, shelf: SnapshotIndex | None = None
+        self, agent: Agent, sock: socket.socket, access: Access | None = None, *, index: SnapshotIndex | None = None
     ) -> None:
-        """Without `access` whoever can open the socket may do everything; without a `shelf` requests are kept in this
+        """Without `access` every client that can open the socket may do everything.
 
-        process.
+        Without an `index` requests are kept in this process.
         """
         self._agent = agent
         self._access = access or Access()
         self._doors: dict[int, tuple[socket.socket, Opener, int]] = {}
-        kept, allowed = shelf or shelves.shelf(agent.config, private=True), self._access
-        self.desk = desk = Broker(kept, agent.journal, agent.node)
+        index, allowed = index or open_index(agent.config, private=True), self._access
+        self.desk = desk = Broker(index, agent.journal, agent.node)
         self.open_door(
             sock, lambda sock: Connection(agent, sock, allowed, self.forget, desk), agent.config.max_connections
         )

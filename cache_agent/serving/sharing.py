@@ -12,7 +12,7 @@ from cache_agent.loading.loader import ModelLoad
 from cache_agent.model import content
 from cache_agent.model.checkpoint import encode_description
 from cache_agent.model.manifest import LAYOUT
-from cache_agent.residency.leases import EntryMemory
+from cache_agent.residency.memory import EntryMemory
 from cache_agent.residency.retention import Retention
 from cache_agent.wire.link import Link
 from cache_agent.wire.peers import Chunk, Described, Said
@@ -23,15 +23,17 @@ MOST_SAID = 4096  # chunks in one message
 class Sharing:
     """Any thread; what is sent is sent in the caller's."""
 
-    def __init__(self, held: Callable[[str], EntryMemory | None], lock: threading.RLock, keeping: Retention) -> None:
-        """`held(source)` is the copy in memory, which nobody closes under `lock`."""
-        self._held, self._lock, self._keeping = held, lock, keeping
+    def __init__(
+        self, memory_of: Callable[[str], EntryMemory | None], lock: threading.RLock, retention: Retention
+    ) -> None:
+        """`memory_of(source)` is the copy in memory, which nobody closes under `lock`."""
+        self._memory_of, self._lock, self._retention = memory_of, lock, retention
 
     def invite(self, source: str, node: str, address: str) -> None:
         """Tells the load of a source that a node loads the same."""
-        held = self._held(source)
-        if held is not None and held.load is not None and held.load.helper is not None:
-            held.load.helper.invite(node, address)
+        memory = self._memory_of(source)
+        if memory is not None and memory.load is not None and memory.load.helper is not None:
+            memory.load.helper.invite(node, address)
 
     def send(self, link: Link, source: str, number: int, layout: int) -> None:
         """Sends a chunk. Raises `ModelNotFound` when it is not here, or `Disconnected`."""
@@ -45,7 +47,7 @@ class Sharing:
             finally:
                 os.close(borrowed.fd)
             return
-        with self._keeping.read(source, number) as chunk:
+        with self._retention.read(source, number) as chunk:
             if chunk is None:
                 raise ModelNotFound(f"chunk {number} of {source} is not on this node now")
             link.send(Chunk(content.chunk_digest(chunk), len(chunk)))
@@ -54,22 +56,22 @@ class Sharing:
     def _borrow(self, source: str, number: int) -> Borrowed | None:
         """A chunk that is in memory, whole and right."""
         with self._lock:
-            held = self._held(source)
-            place = held.description.manifest.chunk_place(number) if held is not None else None
-            if held is None or held.dram is None or place is None:
+            memory = self._memory_of(source)
+            place = memory.description.manifest.chunk_place(number) if memory is not None else None
+            if memory is None or memory.dram is None or place is None:
                 return None
-            if held.load is not None and not held.load.has(number):
+            if memory.load is not None and not memory.load.has(number):
                 return None
             segment, start, end = place
-            digest = held.load.said_of(number) if held.load is not None else ""
-            return Borrowed(os.dup(held.dram.fds[segment]), start, end - start, digest)
+            digest = memory.load.said_of(number) if memory.load is not None else ""
+            return Borrowed(os.dup(memory.dram.fds[segment]), start, end - start, digest)
 
     def describe(self, link: Link, source: str) -> None:
         """Sends what is needed besides the weights. Raises `ModelNotFound`, `Disconnected`."""
-        held = self._held(source)
-        if held is not None:
-            data = encode_description(held.description)
-        elif (found := self._keeping.description(source)) is not None:
+        memory = self._memory_of(source)
+        if memory is not None:
+            data = encode_description(memory.description)
+        elif (found := self._retention.description(source)) is not None:
             data = encode_description(found[0])
         else:
             raise ModelNotFound(f"{source} is not on this node now")
@@ -78,12 +80,12 @@ class Sharing:
 
     def follow(self, source: str) -> Following:
         """Raises `ModelNotFound` when nothing of it is here."""
-        held = self._held(source)
-        if held is not None:
-            return Following(source, held, held.load, held.description.manifest.chunk_count, self._held)
-        if (chunks := self._keeping.chunks(source)) == 0:
+        memory = self._memory_of(source)
+        if memory is not None:
+            return Following(source, memory, memory.load, memory.description.manifest.chunk_count, self._memory_of)
+        if (chunks := self._retention.chunks(source)) == 0:
             raise ModelNotFound(f"{source} is not on this node now")
-        return Following(source, None, None, chunks, self._held)
+        return Following(source, None, None, chunks, self._memory_of)
 
 
 class Borrowed(NamedTuple):
@@ -101,13 +103,13 @@ class Following:
     def __init__(
         self,
         source: str,
-        held: EntryMemory | None,
+        memory: EntryMemory | None,
         load: ModelLoad | None,
         chunks: int,
         find: Callable[[str], EntryMemory | None],
     ) -> None:
         self.load = load
-        self._source, self._of, self._find = source, held, find
+        self._source, self._of, self._find = source, memory, find
         self._chunks = chunks
         self._told = 0
         self.reading: list[int] = []

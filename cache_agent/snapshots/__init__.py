@@ -1,1 +1,1 @@
-"""What is kept of running requests, so that another replica can go on."""
+"""Snapshots of running requests, from which another replica can go on."""

@@ -1,7 +1,7 @@
-"""Owns what an agent does for the requests of its functions: it checks names, signs every piece, and asks the store.
+"""Owns an agent's access to the store of snapshots: checks names, signs every piece, and asks the store.
 
-Functions hold no key of the cluster's and no credentials of the store's. What comes back from a store that many can
-write to was signed by an agent of this cluster, as exactly this piece of this request, or it is refused.
+Functions have neither the cluster's key nor the store's credentials. Many agents can write to the store, so a piece
+that comes back is refused unless an agent of this cluster signed it, as exactly this piece of this request.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ _MOST_LEASE = 60.0
 
 
 class SnapshotIndex:
-    """Every method may be called from any thread. `within` is the namespace that the caller proved, or "": it keeps
-    functions of other namespaces out."""
+    """The snapshots of one agent's functions. Any thread.
+
+    `within` is the namespace that the caller proved, or "": functions of other namespaces have other records.
+    """
 
     def __init__(self, store: Snapshots, key: bytes) -> None:
         self._store = store
         self._key = key
 
     def keep(self, asked: Checkpoint, pieces: Sequence[bytes], within: str = "") -> Checkpointed:
-        """`pieces` of all items, one after the other. Raises `StoreUnavailable`."""
+        """Add `pieces`, those of all items one after the other, to their records. Raises `StoreUnavailable`."""
         results, rest = [], list(pieces)
         for item in asked.items:
-            own, rest = rest[: len(item.lengths)], rest[len(item.lengths) :]
+            taken, rest = rest[: len(item.lengths)], rest[len(item.lengths) :]
             key = _key(within, item.space, item.id)
-            signed = [sign(self._key, _about(key, item.at + n), piece) for n, piece in enumerate(own)]
+            signed = [sign(self._key, _about(key, item.at + n), piece) for n, piece in enumerate(taken)]
             lease = _lease(item.lease)
             step = Keep(key, _owner(item.owner), item.epoch, item.at, tuple(signed), lease, item.done)
             try:
@@ -49,26 +51,27 @@ class SnapshotIndex:
         return Checkpointed(results)
 
     def claim(self, asked: ClaimRequest, within: str = "") -> Claimed:
-        """Raises `StoreUnavailable`, `SnapshotForged`."""
+        """Claim a record for an owner. Raises `StoreUnavailable`, `SnapshotForged`."""
         key = _key(within, asked.space, asked.id)
         found = self._store.claim(key, _owner(asked.owner), _lease(asked.lease))
         pieces = tuple(verified(self._key, _about(key, n), piece) for n, piece in enumerate(found.pieces))
         return found._replace(pieces=pieces)
 
     def transfer(self, asked: TransferRequest, within: str = "") -> bool:
-        """Raises `StoreUnavailable`."""
+        """Give a record to a successor; False where it is not the owner's any more. Raises `StoreUnavailable`."""
         key, owner, successor = _key(within, asked.space, asked.id), _owner(asked.owner), _owner(asked.successor)
         return self._store.transfer(key, owner, asked.epoch, successor, _lease(asked.lease))
 
-    def history(self, space: str, id: str, within: str = "") -> list[Change]:  # noqa: A002  it is one
+    def history(self, space: str, id: str, within: str = "") -> list[Change]:  # noqa: A002  an id
+        """Return the owners of a record, the first one first. Raises `StoreUnavailable`."""
         return self._store.history(_key(within, space, id))
 
     def close(self) -> None:
         self._store.close()
 
 
-def shelf(config: AgentConfig, *, private: bool) -> SnapshotIndex:
-    """As the settings have it; a `private` agent, and one without a key or a Redis, keeps all to itself.
+def open_index(config: AgentConfig, *, private: bool) -> SnapshotIndex:
+    """Open the store of the settings: in memory for a `private` agent, and without a key or a Redis.
 
     Raises `BadSetting`.
     """
@@ -76,13 +79,14 @@ def shelf(config: AgentConfig, *, private: bool) -> SnapshotIndex:
     limits = config.snapshot_ttl, MOST, config.snapshot_space
     if private or not (key and config.redis_url):
         return SnapshotIndex(InProcessSnapshots(*limits), secrets.token_bytes(keyfile.LEAST))
-    from cache_agent.snapshots.store_redis import RedisSnapshots  # redis-py is a tenth of a second that few agents need
+    # Imported here: redis-py takes 0.1 s, and few agents need it.
+    from cache_agent.snapshots.store_redis import RedisSnapshots
 
     return SnapshotIndex(RedisSnapshots(config.redis_url, *limits, password_file=config.redis_password_file), key)
 
 
 def cluster_key(path: Path | None) -> bytes:
-    """The secret that all agents of the cluster share, or b"". Raises `BadSetting`."""
+    """Return the secret that all agents of the cluster share, or b"". Raises `BadSetting`."""
     if path is None:
         return b""
     try:
@@ -94,7 +98,7 @@ def cluster_key(path: Path | None) -> bytes:
 def _key(within: str, space: str, id: str) -> Key:  # noqa: A002
     if not _SPACE.fullmatch(space) or not _ID.fullmatch(id):
         raise ProtocolError("a request that is kept has a function's name and an id of 16 to 121 letters and digits")
-    return Key(f"@{within}/{space}" if within else space, id)  # which no space can spell
+    return Key(f"@{within}/{space}" if within else space, id)  # no space can begin with "@"
 
 
 def _owner(name: str) -> str:

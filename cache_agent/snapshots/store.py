@@ -1,13 +1,13 @@
-"""What is kept of running requests, and who owns each: the interface, and the store of one node in memory.
+"""The store of running requests' records and of their owners: the interface, and the implementation in memory.
 
     absent ──keep(at 0)──► held by an owner, epoch 1 ──keep…──► done            any state ──expiry──► absent
                              │  ▲
                released, or its lease over ──claim by another──► held by that one, epoch + 1
 
-A record belongs to one owner under one epoch, and only that pair may add to it: whoever was overtaken hears `fenced`.
-An owner holds a lease, which each `keep` renews; while it runs nobody else gets the record, so an owner that knows its
-lease to run may speak to its client without asking. A claim meanwhile leaves a note, which the owner hears with its
-next `keep`: it may let go at once. Pieces are opaque, numbered, and only added at the end.
+A record belongs to one owner under one epoch, and only that pair may add to it: a former owner's `keep` is answered
+`fenced`. An owner holds a lease, which each `keep` renews. While the lease runs no other claim succeeds, so the owner
+may answer its client without asking the store. A claim in the meantime leaves a note, which the next `keep` returns as
+`wanted`: the owner may let go at once. Pieces are opaque, numbered, and only added at the end.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Literal, NamedTuple, Protocol
 
 from cache_agent.errors import SnapshotTooLarge
 
-MOST_CHANGES = 64  # of owner that a record remembers
+MOST_CHANGES = 64  # changes of owner that a record remembers
 
 
 class Key(NamedTuple):
-    """`space` is the function's, `id` the request's."""
+    """The name of a record: `space` is the function's, `id` the request's."""
 
     space: str
     id: str
 
 
 class Keep(NamedTuple):
-    """Pieces from number `at` on; `lease` in seconds, 0 lets go; `done`: nothing more comes."""
+    """A step that adds pieces from number `at` on; `lease` in seconds, 0 lets go; `done`: the record is complete."""
 
     key: Key
     owner: str
@@ -46,9 +46,10 @@ Outcome = Literal["kept", "fenced", "gap"]
 
 
 class KeepResult(NamedTuple):
-    """`fenced`: another owns it by now. `gap`: pieces before `at` are not there, tell all of them again from 0.
+    """The answer to a `Keep`.
 
-    `wanted`: somebody else claims it and waits.
+    `fenced`: another owner has the record by now. `gap`: pieces before `at` are missing, send all again from 0.
+    `wanted`: another owner claims the record and waits.
     """
 
     outcome: Outcome
@@ -59,7 +60,10 @@ Claim = Literal["taken", "done", "held", "absent"]
 
 
 class Claimed(NamedTuple):
-    """`taken`: the caller owns it under `epoch`. `held`: not before `wait` seconds have passed. `done`: complete."""
+    """The answer to a claim.
+
+    `taken`: the caller owns the record under `epoch`. `held`: claim again after `wait` seconds. `done`: complete.
+    """
 
     outcome: Claim
     epoch: int = 0
@@ -68,33 +72,33 @@ class Claimed(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Of a record's owner."""
+    """A change of a record's owner."""
 
     epoch: int
     owner: str
 
 
 class Snapshots(Protocol):
-    """Each call is one atomic step. Raises `StoreUnavailable` when nothing can be said, `SnapshotTooLarge`."""
+    """A store of records; each call is one atomic step. Raises `StoreUnavailable`, `keep` also `SnapshotTooLarge`."""
 
     def keep(self, keep: Keep) -> KeepResult: ...
 
     def claim(self, key: Key, owner: str, lease: float) -> Claimed: ...
 
     def transfer(self, key: Key, owner: str, epoch: int, successor: str, lease: float) -> bool:
-        """Compare and set: makes `successor` the owner under `epoch` + 1; False unless it was `owner`'s under `epoch`.
+        """Make `successor` the owner under `epoch` + 1; False unless the record was `owner`'s under `epoch`.
 
-        Saying it twice is saying it once. A record that is not there is made, without a piece; one that was complete
-        is not any more.
+        The second of two equal calls changes nothing and returns True. A missing record is made, without a piece; a
+        complete one is open again.
         """
         ...
 
     def drop(self, key: Key, owner: str, epoch: int) -> None:
-        """Forgets a record that is still this owner's."""
+        """Forget a record that is still this owner's."""
         ...
 
     def history(self, key: Key) -> list[Change]:
-        """Who has owned it, the first one first."""
+        """Return the owners of a record, the first one first."""
         ...
 
     def close(self) -> None: ...
@@ -117,12 +121,12 @@ class _Record:
 
 
 class InProcessSnapshots:
-    """The store of a node that has no other, with the agent's memory for its only place."""
+    """The store of one node, in the agent's memory: its records survive a worker, not the agent."""
 
     def __init__(
         self, ttl: float, most_bytes: int, space_bytes: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`ttl` seconds after it was last kept a record goes; `most_bytes` of one, `space_bytes` of a function's."""
+        """A record expires `ttl` seconds after its last change. `most_bytes` bounds one, `space_bytes` a function's."""
         self._ttl, self._most, self._space = ttl, most_bytes, space_bytes
         self._clock = clock
         self._lock = Lock()
@@ -138,7 +142,7 @@ class InProcessSnapshots:
                 if keep.at:
                     return KeepResult("gap")
                 record = _Record(keep.owner, keep.epoch, 0.0, 0.0, changes=[Change(keep.epoch, keep.owner)])
-            if keep.epoch > record.epoch:  # the store forgot the last change of owner; its outcome is told again
+            if keep.epoch > record.epoch:  # the store lost the last change of owner, which the new owner makes known
                 if keep.at:
                     return KeepResult("gap")
                 record.owner, record.epoch = keep.owner, keep.epoch
@@ -188,7 +192,7 @@ class InProcessSnapshots:
             if (record.owner, record.epoch) != (owner, epoch):
                 return False
             self._change(record, successor, now + lease)
-            record.done = False  # its last tokens were told to nobody: the successor makes them again
+            record.done = False  # its last tokens reached no client: the successor makes them again
             self._touch(key, record, now)
             return True
 
@@ -214,7 +218,7 @@ class InProcessSnapshots:
 
     def _touch(self, key: Key, record: _Record, now: float) -> None:
         record.expires = now + self._ttl
-        self._records.pop(key, None)  # to the end: the first to expire is always the first
+        self._records.pop(key, None)  # to the end: records stay in the order of expiry
         self._records[key] = record
 
     def _expire(self, now: float) -> None:
@@ -229,7 +233,7 @@ class InProcessSnapshots:
 
 
 def too_large(key: Key, size: int, most: int, in_space: int, space: int) -> None:
-    """Raises `SnapshotTooLarge` where one of the limits is passed."""
+    """Raise `SnapshotTooLarge` where one of the limits is passed; all sizes in bytes."""
     if size > most:
         raise SnapshotTooLarge(f"{key.id} of {key.space} takes {size} bytes, and {most} may be kept of one request")
     if in_space > space:

@@ -6,8 +6,8 @@
     glowplug:snapshot:<space>:               zset    id -> when it expires (ms)
     glowplug:snapshot:<space>:sizes          hash    id -> bytes, and their sum as " total"
 
-All of it expires. Every step is one script (snapshots.lua), so it happens wholly or not at all, by Redis' clock alone.
-A request's id has at least 16 characters, so none is called `sizes`.
+All keys expire. Every step is one script (snapshots.lua), so atomic, and timed by Redis' clock alone. A request's id
+has at least 16 characters, so none is called `sizes`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cache_agent.snapshots.store import Change, Claimed, Keep, KeepResult, Key, 
 
 
 class RedisSnapshots:
-    """See `Snapshots`."""
+    """The store of a cluster; see `Snapshots`."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class RedisSnapshots:
         password_file: Path | None = None,
         timeout: float = 2.0,
     ) -> None:
-        """Limits as in `InProcessSnapshots`; `timeout` bounds every exchange. Raises `BadConfig`; connects later."""
+        """Limits as in `InProcessSnapshots`; `timeout` bounds every exchange. Raises `BadSetting`; connects later."""
         self._ttl, self._most, self._space = ttl, most_bytes, space_bytes
         self._client = connect(url, password_file, timeout)
         self._step = self._client.register_script(Path(__file__).with_name("snapshots.lua").read_text())
@@ -58,8 +58,8 @@ class RedisSnapshots:
         self._ask("drop", key, owner, epoch)
 
     def history(self, key: Key) -> list[Change]:
-        told = self._translated(lambda: self._client.lrange(_keys(key)[2], 0, -1))
-        pairs = [line.decode().partition(" ") for line in told]
+        lines = self._translated(lambda: self._client.lrange(_keys(key)[2], 0, -1))
+        pairs = [line.decode().partition(" ") for line in lines]
         return [Change(int(epoch), owner) for epoch, _, owner in pairs]
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class RedisSnapshots:
         return self._translated(lambda: self._step(keys=_keys(key), args=[step, key.id, ttl, *arguments]))
 
     def _translated(self, exchange: Callable[[], Any]) -> Any:
-        """The only place where Redis' errors are known here."""
+        """Return the reply. Raises `StoreUnavailable`: the only place where Redis' errors are known."""
         import redis
 
         try:

@@ -1,1 +1,1 @@
-"""Where bytes can be: this node's memory, and the origins they come from."""
+"""The places of a model's bytes: this node's memory, its SSD, and the origins that models come from."""

@@ -1,4 +1,4 @@
-"""Owns the way of an HTTP response's body into memory: no copy on the way, no patience with one that stalls."""
+"""Owns the reading of an HTTP response's body into memory: without a copy, and not for long where the server stalls."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 from cache_agent.errors import OriginUnavailable
 
-SLOWEST = 64 << 10  # bytes that must arrive within `patience` seconds; a server below that is as good as dead
+SLOWEST = 64 << 10  # bytes that must arrive within `patience` seconds, or the server is given up
 
 
 def fill(
     response: Any, views: Sequence[memoryview], arrived: Callable[[int], None], *, patience: float, what: str
 ) -> None:
-    """Fills `views` in order and reports bytes as they come. Raises `OriginUnavailable`, or what the socket raises.
+    """Fill `views` in order from a response's body. Raises `OriginUnavailable`, or the socket's error.
 
-    `response` is an `http.client.HTTPResponse` whose socket has a timeout. What the server sends must be as long as
-    `views` together: the caller has compared Content-Length.
+    `arrived(count)` is called whenever `count` more bytes are in place. `response` is an `http.client.HTTPResponse`
+    whose socket has a timeout, and whose Content-Length the caller has found to be the length of all `views`. `what`
+    names the body in errors.
     """
     total, done = sum(len(view) for view in views), 0
     since, mark = time.monotonic(), 0
     for view in views:
         position = 0
         while position < len(view):
-            with view[position:] as rest:  # or a traceback that holds it would keep the segment mapped
+            with view[position:] as rest:  # released even if a traceback holds it, which would keep the segment mapped
                 count = _receive(response, rest)
             if not count:
                 raise OriginUnavailable(f"{what} broke off after {done} of {total} bytes")
@@ -37,11 +38,11 @@ def fill(
                     raise OriginUnavailable(f"{what} stalls: {done - mark} bytes came in {now - since:.0f} s")
                 since, mark = now, done
     if response.length == 0:
-        response.read()  # lets go of the socket, so that the connection serves the next range
+        response.read()  # gives the socket back, so that the connection serves the next range
 
 
 def _receive(response: Any, view: memoryview) -> int:
-    """One receive. `HTTPResponse.readinto` would wait for the whole view, byte by byte for ever if it came so."""
+    """Receive some bytes, and return how many; `HTTPResponse.readinto` would wait until the whole view is full."""
     stream = response.fp
     if stream is None or response.chunked or response.length is None:
         return int(response.readinto(view))

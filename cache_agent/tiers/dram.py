@@ -1,7 +1,7 @@
 """Owns the memory of one revision: a memfd per segment, reserved before the first byte, sealed when it is complete.
 
-While it loads, the agent's mapping is the only writable one: `F_SEAL_FUTURE_WRITE` refuses every other, also through
-/proc/<pid>/fd. After `seal` nobody can write, grow or shrink the bytes for as long as anyone maps them.
+During the load the agent's mapping is the only writable one: `F_SEAL_FUTURE_WRITE` refuses every other, also through
+/proc/<pid>/fd. After `seal` no process can write, grow or shrink the memory for as long as any process maps it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cache_agent.errors import NoCapacity
 from cache_agent.limits import HugePages
 
 _SMALL_PAGE = mmap.PAGESIZE
-_SPARE = 20  # one part in so many of the memory limit is never taken
+_SPARE = 20  # 1/20 of the memory limit is never taken
 _reserving = threading.Lock()  # two loads must not count on the same free memory
 _F_SEAL_FUTURE_WRITE = 0x0010  # fcntl has no name for it before Python 3.12
 _WHILE_LOADING = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
@@ -27,22 +27,22 @@ _COMPLETE = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
 class Segment:
-    """One memfd. `fd` is a read-only description, fit to be handed out; `view` is writable until `seal`."""
+    """One memfd; `fd` is read-only and can be lent, `view` is writable until `freeze` or `seal`."""
 
     def __init__(self, size: int, *, huge: bool, name: str) -> None:
-        """Raises `OSError` when the memory cannot be reserved."""
+        """Reserve `size` bytes, of huge pages with `huge`. Raises `OSError` when they cannot be had."""
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if huge else 0)
         self.size = size
         owner = os.memfd_create(name, flags)
         try:
             os.ftruncate(owner, size)
-            # A shared mapping of huge pages reserves them all, and its readers clear each as they fill it, in parallel:
-            # clearing 2.2 GB ahead of them took 0.2 s of 1.0 s from a fast disk.
+            # A shared mapping of huge pages reserves them all, and the loader's threads clear each page as they fill
+            # it: clearing 2.2 GB beforehand took 0.2 s of 1.0 s from a fast disk.
             if not (huge and limits.huge_reservations_hold()):
                 os.posix_fallocate(owner, 0, size)
             self._map: mmap.mmap | None = mmap.mmap(owner, size, mmap.MAP_SHARED)
             fcntl.fcntl(owner, fcntl.F_ADD_SEALS, _WHILE_LOADING)
-            os.fchmod(owner, 0o444)  # a memfd is born 0777: any user could reopen it writable and add seals
+            os.fchmod(owner, 0o444)  # a new memfd has 0777: any user could reopen it writable and add seals
             self.fd = os.open(f"/proc/self/fd/{owner}", os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
             os.close(owner)
@@ -52,26 +52,27 @@ class Segment:
 
     @classmethod
     def adopted(cls, fd: int) -> Segment:
-        """A segment that is sealed already; takes over `fd`."""
+        """Return a segment of memory that is sealed already; takes over `fd`."""
         segment = cls.__new__(cls)
         segment.fd, segment.size = fd, os.fstat(fd).st_size
         segment._owner, segment._map, segment.view = -1, None, None
         return segment
 
     def freeze(self) -> None:
-        """Gives up the writable mapping: nobody can write from here on. No reader of `view` may be left."""
+        """Give up the writable mapping, so that no process can write any more. No slice of `view` may be left."""
         self._unmap()
 
     def seal(self) -> None:
-        """Makes the bytes immutable for all to see; the kernel refuses it while a page is being written out."""
+        """Make the bytes immutable, as every process can check. The kernel refuses that while a page is written out."""
         self.freeze()
         if self._owner >= 0:
             try:
                 fcntl.fcntl(self._owner, fcntl.F_ADD_SEALS, _COMPLETE)
             except OSError as error:
-                # A client can hold these seals back, with F_SEAL_SEAL (EPERM) or a reference to a page, say in a pipe
-                # (EBUSY). Nobody can write all the same: the only writable mapping is gone, and no other can be made.
-                if error.errno == errno.EBUSY:  # another node may just be given some pages: it is tried again
+                # A client can prevent these seals, by F_SEAL_SEAL (EPERM) or by a reference to a page, say in a pipe
+                # (EBUSY). The bytes are immutable all the same: the only writable mapping is gone, and no other can be
+                # made. EBUSY also occurs while pages are sent to another node, so that the next call tries again.
+                if error.errno == errno.EBUSY:
                     return
                 if error.errno != errno.EPERM:
                     raise
@@ -79,7 +80,7 @@ class Segment:
             self._owner = -1
 
     def close(self) -> None:
-        """Drops this process's hold; the memory is freed once no client maps it."""
+        """Close this process's fds and mapping; the memory is freed once no client maps it."""
         self._unmap()
         for fd in (self._owner, self.fd):
             if fd >= 0:
@@ -99,7 +100,7 @@ class Dram:
     """All segments of one revision, of one page kind."""
 
     def __init__(self, sizes: Sequence[int], *, huge_pages: HugePages = "auto", name: str = "glowplug") -> None:
-        """Reserves `sizes` bytes each. Raises `NoCapacity` at once when they cannot be had, and takes nothing."""
+        """Reserve a segment of each size, in bytes. Raises `NoCapacity`, and then keeps none of them."""
         self.segments: list[Segment] = []
         self.page = _SMALL_PAGE
         with _reserving:
@@ -120,7 +121,7 @@ class Dram:
             else:
                 self.page = limits.HUGE_PAGE
                 return
-        # Memory that is reserved to the last byte kills processes, ours or others', instead of failing here.
+        # Where all memory is reserved, the kernel kills processes later instead of refusing the reservation here.
         available = max(0, limits.available_bytes() - limits.memory_limit() // _SPARE)
         if total > available:
             raise NoCapacity(
@@ -142,12 +143,12 @@ class Dram:
 
     @classmethod
     def adopted(cls, fds: Sequence[int]) -> Dram:
-        """Memory of an earlier agent, proved to be a model's. The fds stay the caller's; raises `OSError`."""
+        """Take over a model's memory from the fds that a client offers; those stay the caller's. Raises `OSError`."""
         dram = cls.__new__(cls)
         dram.segments = []
         dram.page = limits.HUGE_PAGE if os.fstat(fds[0]).st_blksize == limits.HUGE_PAGE else _SMALL_PAGE
         try:
-            for fd in fds:  # a description of our own, read-only: what the client does with its own is its affair
+            for fd in fds:  # opened anew, read-only: the client keeps control of its own description
                 dram.segments.append(Segment.adopted(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)))
         except BaseException:
             dram.close()
@@ -159,8 +160,14 @@ class Dram:
         return [segment.fd for segment in self.segments]
 
     def map(self) -> list[mmap.mmap]:
-        """Read-only mappings of all segments; they outlive this object, and are the caller's to close."""
+        """Return read-only mappings of all segments; they outlive this object, and the caller closes them."""
         return [mmap.mmap(s.fd, s.size, mmap.MAP_SHARED, mmap.PROT_READ) for s in self.segments]
+
+    def view(self, segment: int, start: int, end: int) -> memoryview:
+        """Return writable memory of a segment that is not frozen yet; the caller releases the view."""
+        view = self.segments[segment].view
+        assert view is not None, "segments are frozen only after all readers are done"
+        return view[start:end]
 
     def freeze(self) -> None:
         for segment in self.segments:

@@ -12,7 +12,7 @@ from cache_agent.tiers.origin import ReadOneByOne
 
 
 class FakeOrigin(ReadOneByOne):
-    """Keeps the contract of `origin.Origin`. `before_read(name, start, size)` may sleep, block or raise."""
+    """An `Origin` in memory; `before_read(name, start, size)` may sleep, block or raise."""
 
     def __init__(
         self,

@@ -1,10 +1,10 @@
-"""Reads models from a Hugging Face hub, or anything that speaks its API: `hf://org/name@revision`.
+"""Owns the reading of models from a Hugging Face hub, or a server with its API: `hf://org/name@revision`.
 
     GET <endpoint>/api/models/<org/name>/revision/<revision>?blobs=true    commit, and each file's size and hash
-    GET <endpoint>/<org/name>/resolve/<commit>/<file>                      the file, or a redirect to where it lies
+    GET <endpoint>/<org/name>/resolve/<commit>/<file>                      the file, or a redirect to its server
 
-Two requests are all, so they are spoken here: the hub's own client downloads into files of its cache, and offers no
-ranged read into memory. A branch is resolved to a commit once per load, so what is read afterwards cannot change.
+These two requests are made here, because the hub's own client downloads into files and cannot read a range into memory.
+A branch is resolved to a commit once per load, so that all files are of one commit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
 _CONNECT_SECONDS = 5.0
 _HOPS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_STALE = (401, 403, 404, 410)  # a signed address that has expired answers one of these
+_STALE = (401, 403, 404, 410)  # answers of a signed address that has expired
 
 
 class _Lfs(msgspec.Struct):
@@ -59,12 +59,12 @@ _decoder = msgspec.json.Decoder(_Info)
 
 
 class Hub:
-    """One connection pool and the token, shared by all models of an agent; made on first use."""
+    """The connection pool and the token that all models of an agent share; connected on first use."""
 
     def __init__(
         self, *, endpoint: str = "", token: str = "", connections: int = 64, patience: float = PATIENCE
     ) -> None:
-        """Endpoint and token default to the hub client's own variables, HF_ENDPOINT and HF_TOKEN."""
+        """Take endpoint and token, by default, from the variables HF_ENDPOINT and HF_TOKEN; `patience` in seconds."""
         self.patience = patience
         self._given = endpoint
         self._token = token or os.environ.get("HF_TOKEN", "").strip()
@@ -74,7 +74,7 @@ class Hub:
 
     @property
     def endpoint(self) -> str:
-        """Without a slash at its end. Raises `BadSetting`."""
+        """The hub's address, without a slash at its end. Raises `BadSetting`."""
         if given := self._given or os.environ.get("HF_ENDPOINT", "").strip():
             return given.rstrip("/")
         try:
@@ -84,7 +84,7 @@ class Hub:
         return str(ENDPOINT).rstrip("/")
 
     def get(self, url: str, **headers: str) -> Any:
-        """One request; redirects are the caller's. The token goes to the endpoint and to nobody else."""
+        """Send a GET, and return the response; redirects are the caller's. Only the endpoint gets the token."""
         with self._lock:
             if self._session is None:
                 import requests
@@ -127,7 +127,7 @@ class HubOrigin(ReadScattered):
         self.patience = hub.patience
         self._endpoint = hub.endpoint
         self._commit = ""
-        self._places: dict[str, str] = {}  # file -> where the hub sent us for it
+        self._places: dict[str, str] = {}  # file -> the address that the hub redirected to
 
     def files(self) -> list[SourceFile]:
         url = f"{self._endpoint}/api/models/{self._name}/revision/{quote(self._revision, safe='')}?blobs=true"
@@ -159,9 +159,9 @@ class HubOrigin(ReadScattered):
         return response, response.raw
 
     def _open(self, file: SourceFile, bytes_range: str) -> Any:
-        """The answer of the server that has the file. Hubs limit how often they may be asked where a file is,
+        """Return the answer of the server that has the file, which every range but the first asks directly.
 
-        and where it is stays true for a while: so every range but the first goes there directly.
+        Hubs limit the number of requests to them, and the address of a redirect stays good for a while.
         """
         if place := self._places.get(file.name):
             response = self._hub.get(place, Range=bytes_range)
@@ -177,7 +177,7 @@ class HubOrigin(ReadScattered):
             self._compare(response.headers.get("X-Linked-Etag", ""), file)
             if response.status_code not in _REDIRECTS:
                 if url.startswith(self._endpoint + "/"):
-                    # Of a file that the hub sends itself this is its hash; an error has none worth comparing.
+                    # The ETag of a file that the hub itself sends is the file's hash; an error's ETag is not.
                     self._compare(
                         response.headers.get("ETag", "")
                         if response.ok and "X-Linked-Etag" not in response.headers
@@ -192,6 +192,7 @@ class HubOrigin(ReadScattered):
         raise OriginUnavailable(f"{self.uri}: {file.name} is redirected more than {_HOPS} times")
 
     def _compare(self, etag: str, file: SourceFile) -> None:
+        """Raise `OriginChanged` where an ETag, if there is one, is not the listed one."""
         if etag and etag.removeprefix("W/").strip('"') != file.etag:
             raise OriginChanged(f"{self.uri}: {file.name} is another one than was listed")
 
@@ -199,11 +200,11 @@ class HubOrigin(ReadScattered):
         self._expect(response, f"reading {file.name}", 200, 206)
         whole = start == 0 and end + 1 == file.size
         expected = f"bytes {start}-{end}/{file.size}"
-        told = response.headers.get("Content-Range", expected if whole and response.status_code == 200 else "")
-        if told != expected or response.headers.get("Content-Length") != str(end - start + 1):
+        found = response.headers.get("Content-Range", expected if whole and response.status_code == 200 else "")
+        if found != expected or response.headers.get("Content-Length") != str(end - start + 1):
             raise OriginUnavailable(
                 f"{self.uri}: the server answered another range of {file.name} than the one asked for "
-                f"({told or 'all of it'} instead of {expected}); it must support ranged GET"
+                f"({found or 'all of it'} instead of {expected}); it must support ranged GET"
             )
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise OriginUnavailable(f"{self.uri}: the server compressed a range of {file.name}")
@@ -212,17 +213,17 @@ class HubOrigin(ReadScattered):
         status = response.status_code
         if status in statuses:
             return
-        told = response.headers.get("X-Error-Message", "") or f"HTTP {status}"
+        reason = response.headers.get("X-Error-Message", "") or f"HTTP {status}"
         if status in (401, 403):
             raise AccessDenied(
-                f"{self.uri}: the hub refuses {what} ({told}): there is no such repository, or it is private or gated; "
-                "check the name, and give the agent HF_TOKEN of an account that may read it"
+                f"{self.uri}: the hub refuses {what} ({reason}): there is no such repository, or it is private or "
+                "gated; check the name, and give the agent HF_TOKEN of an account that may read it"
             )
         if status == 404:
-            raise ModelNotFound(f"{self.uri}: {what} found nothing ({told}); check repository and revision")
+            raise ModelNotFound(f"{self.uri}: {what} found nothing ({reason}); check repository and revision")
         if status == 416:
             raise OriginChanged(f"{self.uri}: {what}: the file is shorter than it was listed")
-        raise OriginUnavailable(f"{self.uri}: {what} failed ({told})")
+        raise OriginUnavailable(f"{self.uri}: {what} failed ({reason})")
 
     def _translate(self, error: Exception, what: str) -> AgentError:
         if isinstance(error, AgentError):
@@ -231,5 +232,5 @@ class HubOrigin(ReadScattered):
 
 
 def _no_netrc(request: Any) -> Any:
-    """Keeps a password that lies in the home directory for this host from taking the token's place."""
+    """Return the request as it is: without this, a password in ~/.netrc for the host would replace the token."""
     return request

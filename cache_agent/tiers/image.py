@@ -1,16 +1,16 @@
-"""The format of a model on SSD, and its files: written once, each chunk checked when it is read back.
+"""The format of an image, which is a model on SSD, and its files: written once, each chunk checked when read back.
 
     <source id>.<LAYOUT>/
         0.seg 1.seg …    the segments, byte for byte as in memory
         manifest.json    as functions get it
-        description      what the origin said of the source, without the weights; its time is when it last said so
-        image.json       written last: what the image is, its segments' sizes, the xxh3-64 of every chunk
-        revision         once admission knows it
-    image.json, revision, description := xxh3-64 of what follows (16 hex digits) LF body
+        description      the source's description; the file's time is when the origin last confirmed it
+        image.json       written last: source and URI, the segments' sizes, the xxh3-64 of every chunk
+        revision         once the digest is known
+    image.json, revision, description := xxh3-64 of the body (16 hex digits) LF body
 
 A directory without a sound image.json is no image. Segments are multiples of 2 MiB and chunks lie on such multiples,
-so that every transfer is fit for O_DIRECT, from and into the segments' own memory. A filesystem that refuses O_DIRECT
-gets buffered transfers whose pages are dropped behind.
+so that every transfer is fit for O_DIRECT, from and into the segments' own memory. On a filesystem that refuses
+O_DIRECT transfers are buffered, and their pages are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ Checksum = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class BadImage(Exception):
-    """A directory that is no image of ours, or no whole one; the text is the reason."""
+    """A directory that is no image of this program, or no whole one; the text is the reason."""
 
 
 class Index(msgspec.Struct, frozen=True):
-    """The content of image.json. `seconds` is what loading the model from its origin took."""
+    """The content of image.json; loading the model from its origin took `seconds`."""
 
     source: str
     uri: str
@@ -70,11 +70,12 @@ _decoder = msgspec.json.Decoder(Index)
 
 
 def key(source: str, layout: int = LAYOUT) -> str:
-    """The name of an image's directory."""
+    """Return the name of an image's directory."""
     return f"{source}.{layout}"
 
 
 def index(plan: Manifest, uri: str, checksums: Sequence[int], seconds: float) -> Index:
+    """Return the index of an image; `checksums` are the xxh3-64 of all chunks, in order."""
     return Index(
         source=plan.source,
         uri=uri,
@@ -87,11 +88,12 @@ def index(plan: Manifest, uri: str, checksums: Sequence[int], seconds: float) ->
 
 
 def seal(body: bytes) -> bytes:
+    """Return a body with its checksum in front."""
     return b"%016x\n" % xxhash.xxh3_64_intdigest(body) + body
 
 
 def unseal(data: bytes) -> bytes:
-    """Raises `BadImage` when the checksum is not that of the body."""
+    """Return the body behind a checksum. Raises `BadImage` when the checksum is another one's."""
     body = data[17:]
     if data[:17] != b"%016x\n" % xxhash.xxh3_64_intdigest(body):
         raise BadImage("flipped: its own checksum does not fit")
@@ -99,7 +101,7 @@ def unseal(data: bytes) -> bytes:
 
 
 def read_index(directory: Path) -> Index:
-    """The index of a whole image. Raises `BadImage` with what is wrong."""
+    """Return the index of a whole image. Raises `BadImage` with the defect."""
     try:
         found = _decoder.decode(unseal(_small(directory / IMAGE, _MAX_INDEX)))
     except FileNotFoundError:
@@ -131,7 +133,7 @@ def read_index(directory: Path) -> Index:
 
 
 def read_revision(directory: Path) -> str:
-    """The image's revision, or "" where it is not known or not to be trusted: it is computed again then."""
+    """Return the image's revision; "" where none is known or the file is damaged, and it is to be computed again."""
     with contextlib.suppress(OSError, BadImage, UnicodeDecodeError):
         text = unseal(_small(directory / REVISION, 100)).decode().strip()
         if _REVISION.fullmatch(text):
@@ -140,7 +142,7 @@ def read_revision(directory: Path) -> str:
 
 
 def read_description(directory: Path) -> tuple[bytes, float]:
-    """The description and its time; nothing where there is none, or none to be trusted."""
+    """Return the description and its time (seconds since 1970); (b"", 0) where there is none, or a damaged one."""
     path = directory / DESCRIPTION
     with contextlib.suppress(OSError, BadImage):
         return unseal(_small(path, MAX_MANIFEST)), path.stat().st_mtime
@@ -148,7 +150,7 @@ def read_description(directory: Path) -> tuple[bytes, float]:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replaces a small file in one step: a reader, or a crash, finds the old content or the new one."""
+    """Replace a small file in one step: a reader, or a crash, finds the old content or the new one."""
     fresh = path.with_name(path.name + ".new")
     with fresh.open("wb") as file:
         file.write(data)
@@ -176,10 +178,10 @@ def _small(path: Path, most: int) -> bytes:
 
 
 class Segments:
-    """The segment files of one image, open. Reads and writes may run in many threads."""
+    """The open segment files of one image. Reads and writes may run in many threads."""
 
     def __init__(self, directory: Path, count: int, *, create: bool = False, write: bool = False) -> None:
-        """Raises `OSError`."""
+        """Open `count` files; with `create` they must be new. Raises `OSError`."""
         flags = (os.O_RDWR if write or create else os.O_RDONLY) | (os.O_CREAT | os.O_EXCL if create else 0)
         self.directory = directory
         self._fds: list[int] = []
@@ -191,11 +193,11 @@ class Segments:
             raise
 
     def read(self, segment: int, start: int, view: memoryview) -> None:
-        """Fills `view` from `start`. Raises `OSError`, also where the file ends early."""
+        """Fill `view` from `start` of a segment. Raises `OSError`, also where the file ends early."""
         self._transfer(os.preadv, segment, start, view)
 
     def write(self, segment: int, start: int, view: memoryview) -> None:
-        """Raises `OSError`."""
+        """Write `view` at `start` of a segment. Raises `OSError`."""
         self._transfer(os.pwritev, segment, start, view)
 
     def _transfer(self, call: object, segment: int, start: int, view: memoryview) -> None:
@@ -234,14 +236,14 @@ def _open_direct(path: Path, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    # Some kernels create the file before they find that its filesystem cannot do this.
+    # Some kernels create the file before they find that its filesystem refuses O_DIRECT.
     fd = os.open(path, flags & ~os.O_EXCL, 0o600)
     log.info("%s: this filesystem refuses O_DIRECT; going through the page cache", path.parent)
     return fd
 
 
 def _without_direct(fd: int) -> bool:
-    """Switches a file to buffered transfers; False when it was already."""
+    """Switch a file to buffered transfers; False when its transfers were buffered already."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if not flags & os.O_DIRECT:
         return False

@@ -1,4 +1,4 @@
-"""Reading of ranges, as media do it, and the origin of directories (`file://`)."""
+"""Two ways of reading ranges that origins inherit, and the origin of directories (`file://`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READ_ONLY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # opening
 
 
 class ReadOneByOne:
-    """`read` and `read_scattered` for a medium where a read of its own for each view costs nothing."""
+    """`read` and `read_scattered` of an origin where a read of its own for each view costs next to nothing."""
 
     def read_into(self, file: SourceFile, start: int, view: memoryview) -> None:
         raise NotImplementedError
@@ -37,23 +37,24 @@ class ReadOneByOne:
 
 
 class ReadScattered:
-    """`read`, `read_into` and `read_scattered` for a medium where every read is a request: they are one of them.
+    """`read`, `read_into` and `read_scattered` of an origin where every read is one HTTP request.
 
-    Whoever inherits makes the request, checks what is said of the answer, and translates what goes wrong.
+    A subclass makes the request, checks the answer's headers, and translates errors.
     """
 
     uri: str
-    patience: float  # seconds with next to no byte, after which a server is given up
+    patience: float  # seconds with fewer than `body.SLOWEST` bytes after which a server is given up
 
     def _fetch(self, file: SourceFile, start: int, end: int) -> tuple[Any, Any]:
-        """Asks for these bytes, `end` included: (the answer, as `_check` takes it; its body, a urllib3 response)."""
+        """Ask for bytes `start` to `end`, which is included. Return the answer for `_check`, and a urllib3 response."""
         raise NotImplementedError
 
     def _check(self, answer: Any, file: SourceFile, start: int, end: int) -> None:
-        """Raises an `AgentError` unless the answer's body is these bytes of the file as it was listed."""
+        """Raise an `AgentError` unless the answer's body is the bytes `start` to `end` of the listed file."""
         raise NotImplementedError
 
     def _translate(self, error: Exception, what: str) -> AgentError:
+        """Return the `AgentError` for an error while doing `what`."""
         raise NotImplementedError
 
     def read_scattered(
@@ -66,10 +67,10 @@ class ReadScattered:
             answer, body = self._fetch(file, start, end)
             try:
                 self._check(answer, file, start, end)
-                # The http.client response below reads into our memory; the layers above it would copy.
+                # The http.client response inside reads into the views; the layers around it would copy.
                 fill(body._fp, views, arrived, patience=self.patience, what=f"{self.uri}: {file.name}")
             except BaseException:
-                body.close()  # and the connection with it: the next try is another one's
+                body.close()  # closes the connection, too: the next try takes another one
                 raise
             body.release_conn()
         except Exception as error:
@@ -88,7 +89,7 @@ class FileOrigin(ReadOneByOne):
     """A directory of this machine, below one of `roots`."""
 
     def __init__(self, uri: ModelURI, roots: Sequence[Path]) -> None:
-        """Raises `BadModelURI` for a URI with a host or a relative path."""
+        """Name the directory of a URI. Raises `BadModelURI` for a host or a relative path, and `AccessDenied`."""
         if not uri.place.startswith("/"):
             raise BadModelURI(f"{uri.text}: a file URI has three slashes and an absolute path, like file:///models/m")
         self.uri = uri.text
@@ -113,8 +114,8 @@ class FileOrigin(ReadOneByOne):
             try:
                 status = os.stat(self._directory / name)
             except OSError:
-                continue  # a dangling link, or removed since: what matters is missed by name later
-            # A name that is no UTF-8, or has control characters, is no checkpoint's, and no message could carry it.
+                continue  # a dangling link, or removed meanwhile; a file that a checkpoint needs is missed later
+            # A name that is not UTF-8, or has control characters, is no checkpoint's, and no message could carry it.
             if stat.S_ISREG(status.st_mode) and name.isprintable():
                 found.append(SourceFile(name, status.st_size, _etag(status)))
         if not found:
@@ -129,7 +130,7 @@ class FileOrigin(ReadOneByOne):
         except OSError as error:
             raise OriginChanged(f"{self.uri}: {file.name} is gone ({error.strerror})") from error
         try:
-            # Links are followed as model caches use them, and the file that was really opened is what is checked.
+            # Links are followed, because model caches use them; the file that was really opened is checked.
             if not self._allowed(Path(os.readlink(f"/proc/self/fd/{fd}"))):
                 raise AccessDenied(f"{self.uri}: {file.name} links to a place this agent may not read")
             done = 0

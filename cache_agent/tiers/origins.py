@@ -1,4 +1,4 @@
-"""Opens the origin that a model's URI names, with the agent's rights and its shared connections."""
+"""The choice of the origin that a model's URI names, with the agent's rights and its shared connections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cache_agent.tiers.s3 import S3, S3Origin
 
 
 class Origins:
-    """Opens origins by scheme, with the agent's rights."""
+    """The origins that an agent can read, by scheme."""
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
@@ -20,7 +20,7 @@ class Origins:
         self._hub = Hub()
 
     def open(self, uri: ModelURI) -> Origin:
-        """Raises `BadModelURI`, `AccessDenied`."""
+        """Return the origin of a model. Raises `BadModelURI`, `AccessDenied`, `BadSetting`."""
         match uri.scheme:
             case "file":
                 return FileOrigin(uri, self._config.file_roots)

@@ -1,6 +1,6 @@
-"""Owns what is left of images that were found damaged: a bounded number, each with its reason, for who wants to know.
+"""Owns the quarantine: the remains of a bounded number of damaged images, each with the reason.
 
-DIR/<image>-<when, ns>/    its small files, and `reason`; the segments are deleted
+DIR/<image>-<time, ns>/    the image's small files, and `reason`; its segments are deleted
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from typing import NamedTuple
 log = logging.getLogger("glowplug.ssd")
 
 _MOST = 32
-_WHEN = 19  # digits
+_WHEN = 19  # digits of a time in ns
 
 
 class Quarantined(NamedTuple):
+    """An image or file that was set aside, and why."""
+
     name: str
     reason: str
 
 
 class Quarantine:
-    """Any thread. What it lists is of this agent's life; what is on disk outlives it."""
+    """The quarantine of one SSD directory; any thread. `found` lists this agent's finds, the disk has older ones."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -36,12 +38,12 @@ class Quarantine:
             return list(self._found)
 
     def note(self, name: str, reason: str) -> None:
-        """Something of which nothing is left."""
+        """List a find of which no file is left."""
         with self._lock:
             self._found = [*self._found, Quarantined(name, reason)][-_MOST:]
 
     def put(self, place: Path, reason: str) -> None:
-        """Moves an image out of the way."""
+        """Move a damaged image here."""
         log.warning("%s is quarantined: %s", place, reason)
         self.note(place.name, reason)
         target = self.directory / f"{place.name}-{time.time_ns()}"

@@ -1,6 +1,6 @@
-"""Reads models from S3-compatible stores: boto3 signs and retries requests, bodies are read straight into the segment.
+"""Owns the reading of models from S3-compatible stores: boto3 signs and retries, bodies go straight into the segments.
 
-boto3 is imported with the first S3 model: an agent that only reads directories never pays for it.
+boto3 is imported with the first S3 model, so that an agent without one starts sooner.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PATIENCE = 10.0
 
 
 class S3:
-    """One connection pool and its credentials, shared by all models of an agent; made on first use."""
+    """The connection pool and the credentials that all models of an agent share; made on first use."""
 
     def __init__(
         self, *, endpoint: str = "", anonymous: bool = False, connections: int = 64, patience: float = PATIENCE
     ) -> None:
-        """A server that is silent, or as good as, for `patience` seconds is given up and asked again."""
+        """Give up, and ask again, a server that sends next to nothing for `patience` seconds."""
         self.patience = patience
         self._endpoint = endpoint
         self._anonymous = anonymous
@@ -53,7 +53,7 @@ class S3:
                         retries={"mode": "standard", "total_max_attempts": 3},
                         # A checksum of the whole object says nothing about a range, and would buffer the body.
                         response_checksum_validation="when_required",
-                        # Of what is sent, every S3-compatible store knows Content-MD5; not all know trailing checksums.
+                        # Every S3-compatible store knows Content-MD5 of uploads; not all know trailing checksums.
                         request_checksum_calculation="when_required",
                         **settings,
                     ),
@@ -96,18 +96,18 @@ class S3Origin(ReadScattered):
         return response, response["Body"]._raw_stream
 
     def key(self, name: str) -> str:
-        """The object's key in the bucket."""
+        """Return the key, in the bucket, of a file of the model."""
         return self._prefix + name
 
     def call(self, operation: str, what: str, **arguments: Any) -> Any:
-        """Any other operation on the bucket, for those who write; `what` is for the error's sentence."""
+        """Call another operation on the bucket, like a write; `what` names it in errors. Raises `AgentError`."""
         try:
             return getattr(self._s3.client(), operation)(Bucket=self._bucket, **arguments)
         except Exception as error:
             raise self._translate(error, what) from error
 
     def _check(self, response: dict[str, Any], file: SourceFile, start: int, end: int) -> None:
-        """Some servers answer a range with 200: what counts is which bytes of which object these are."""
+        """Compare ETag, range and length, because some servers answer a range with status 200."""
         if _quoted(response.get("ETag", "")) != file.etag:
             raise OriginChanged(f"{self.uri}: {file.name} was overwritten while it was read")
         whole = start == 0 and end + 1 == file.size
@@ -151,5 +151,5 @@ class S3Origin(ReadScattered):
 
 
 def _quoted(etag: str) -> str:
-    """An ETag as HTTP spells it; some stores leave the quotes out where they list."""
+    """Return an ETag as HTTP spells it; some stores leave the quotes out in lists."""
     return etag if etag.startswith(('"', "W/")) else f'"{etag}"'

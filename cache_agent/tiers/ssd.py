@@ -1,10 +1,10 @@
-"""Owns the SSD tier: a directory of images, what is in it, its capacity, and what was found damaged there.
+"""Owns the SSD tier: a directory of images, its capacity, and the choice of images to evict.
 
-    DIR/lock          held while an agent uses the directory
-    DIR/images/       whole images (`image.py`), each renamed here in one step after everything was synced
-    DIR/partial/      images being written or removed; swept at the start
-    DIR/quarantine/   what is left of damaged ones (`quarantine.py`)
-Files that are none of ours are left alone. Everything here may be lost at any time: the origin has it.
+    DIR/lock          locked while an agent uses the directory
+    DIR/images/       whole images (`image.py`), each renamed into place after all its files were synced
+    DIR/partial/      images being written or removed; emptied at the start
+    DIR/quarantine/   the remains of damaged images (`quarantine.py`)
+Other files are left alone. Every image may be lost at any time: the origin has the model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger("glowplug.ssd")
 
 _NAME = re.compile(r"src-[0-9a-f]{40}\.(\d{1,6})")
 _LOCK_SECONDS = 10.0
-_SPARE = 20  # one part in so many of the filesystem is never filled
+_SPARE = 20  # 1/20 of the filesystem is never filled
 
 
 def _log_eviction(uri: str, size: int, why: str) -> None:
@@ -45,7 +45,7 @@ def _log_eviction(uri: str, size: int, why: str) -> None:
 
 @dataclass(slots=True)
 class Stored:
-    """One image. `users` are loads that read it now."""
+    """One image; `users` is the number of loads that read it now."""
 
     index: Index
     revision: str = ""
@@ -62,15 +62,15 @@ class Ssd:
         self,
         directory: Path,
         capacity: int = 0,
-        tell: Callable[[str, int], None] | None = None,
+        report: Callable[[str, int], None] | None = None,
         on_evicted: Callable[[str, int, str], None] | None = None,
     ) -> None:
-        """`capacity` in bytes; 0 is all that the filesystem can spare. Raises `BadSetting`.
+        """Open the directory; `capacity` in bytes, 0 for all that the filesystem can spare. Raises `BadSetting`.
 
-        `tell(source, bytes)` hears of every image that there is from now on, with 0 bytes when it goes;
-        `on_evicted(uri, bytes, why)` of every one that had to go.
+        `report(source, bytes)` is called for every image that is found or written, and with 0 bytes when it goes;
+        `on_evicted(uri, bytes, why)` for every image that is evicted.
         """
-        self._tell = tell or (lambda _source, _bytes: None)
+        self._report = report or (lambda _source, _bytes: None)
         self._on_evicted = on_evicted or _log_eviction
         self.directory = directory
         self._images = directory / "images"
@@ -97,7 +97,7 @@ class Ssd:
             ) from error
 
     def _take_lock(self) -> None:
-        deadline = time.monotonic() + _LOCK_SECONDS  # an agent that was killed may still be on its way out
+        deadline = time.monotonic() + _LOCK_SECONDS  # a killed agent may need a moment to end
         while True:
             try:
                 fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +131,7 @@ class Ssd:
             except (BadImage, OSError) as error:
                 self.quarantine.put(place, str(error))
                 continue
-            self._tell(found.source, found.bytes)
+            self._report(found.source, found.bytes)
             self._stored[found.source] = Stored(found, image.read_revision(place), last_used=time.monotonic())
         log.info(
             "%s: %d images, %d of %d MB", self.directory, len(self._stored), self._used // 10**6, self.capacity // 10**6
@@ -141,27 +141,27 @@ class Ssd:
 
     @property
     def _used(self) -> int:
-        """Bytes of images, those being written included. Under the lock."""
+        """Bytes of all images, those being written included. The caller holds the lock."""
         return sum(stored.index.bytes for stored in self._stored.values()) + sum(self._writing.values())
 
     def status(self) -> tuple[int, list[Stored], list[Quarantined]]:
-        """(bytes used, images, what was set aside)."""
+        """Return (bytes used, images, quarantine)."""
         with self._lock:
             return self._used, list(self._stored.values()), self.quarantine.found()
 
     def find(self, uri: str) -> Stored | None:
-        """The image of the model at `uri` that was used last."""
+        """Return the image of the model at `uri` that was used last."""
         with self._lock:
             found = [stored for stored in self._stored.values() if stored.index.uri == uri]
         return max(found, key=lambda stored: stored.last_used, default=None)
 
     def revision(self, source: str) -> str:
-        """What an earlier admission found this source to be, or ""."""
+        """Return the revision that a source was found to be, or ""."""
         with self._lock:
             return self._stored[source].revision if source in self._stored else self._revisions.get(source, "")
 
     def remember(self, source: str, revision: str) -> None:
-        """Keeps a source's revision with its image, now or once it is written."""
+        """Keep a source's revision with its image, now or once the image is written."""
         with self._lock:
             stored = self._stored.get(source)
             if stored is None:
@@ -169,7 +169,7 @@ class Ssd:
                     self._revisions[source] = revision
                 return
         self._write_revision(source, revision)
-        with self._lock:  # what status shows survives a restart
+        with self._lock:  # only now, so that a revision that status shows survives a restart
             stored.revision = revision
 
     def _write_revision(self, source: str, revision: str) -> None:
@@ -181,27 +181,21 @@ class Ssd:
     # --- reading --------------------------------------------------------------------------------------------------
 
     def open(self, plan: Manifest) -> Reading | None:
-        """The image of the model that `plan` lays out, if there is one."""
+        """Return the image of the model that `plan` lays out, for a load; None where there is none."""
         with self._lock:
             stored = self._stored.get(plan.source)
             if stored is None:
                 return None
-            stored.users += 1
             stored.uses += 1
             stored.last_used = time.monotonic()
             stored.priority = eviction.priority(self._clock, stored.uses, stored.index.seconds, stored.index.bytes)
-        place = self._images / image.key(plan.source)
-        try:
-            if xxhash.xxh3_64_intdigest(encode(plan)) != stored.index.manifest:
-                raise BadImage("of another version: it is laid out differently from what this agent would do")
-            return Reading(self, stored.index, Segments(place, len(plan.segments)))
-        except (BadImage, OSError) as error:
-            self._close(plan.source)
-            self.discard(plan.source, str(error))
+        if xxhash.xxh3_64_intdigest(encode(plan)) != stored.index.manifest:
+            self.discard(plan.source, "of another version: it is laid out differently from what this agent would do")
             return None
+        return self.borrow(plan.source)
 
     def borrow(self, source: str) -> Reading | None:
-        """A source's image, for somebody who has no plan of it and checks what he gets."""
+        """Return a source's image for a caller without a plan of it; None where there is none."""
         with self._lock:
             stored = self._stored.get(source)
             if stored is None:
@@ -219,14 +213,14 @@ class Ssd:
             return self._stored.get(source)
 
     def description(self, source: str) -> tuple[bytes, float]:
-        """What the agent that wrote the image knew of the source, and when the origin last said the same (Unix time).
+        """Return a source's encoded description, and when the origin last confirmed it (seconds since 1970).
 
-        (b"", 0) where an older agent wrote it.
+        Returns (b"", 0) where the image has none.
         """
         return image.read_description(self._images / image.key(source))
 
     def validated(self, source: str) -> None:
-        """The origin said just now that this is what it has."""
+        """Record that the origin confirmed a source just now."""
         with contextlib.suppress(OSError):
             os.utime(self._images / image.key(source) / image.DESCRIPTION)
 
@@ -236,15 +230,15 @@ class Ssd:
                 self._stored[source].users -= 1
 
     def discard(self, source: str, reason: str) -> None:
-        """Quarantines an image that turned out to be damaged; whoever reads it can go on."""
+        """Quarantine an image that turned out to be damaged; loads that read the image can go on."""
         with self._lock:
             if self._stored.pop(source, None) is None:
                 return
-        self._tell(source, 0)
+        self._report(source, 0)
         self.quarantine.put(self._images / image.key(source), reason)
 
     def repair(self, source: str, chunks: Sequence[tuple[int, int, memoryview]]) -> None:
-        """Writes (segment, start, bytes) anew: chunks whose bytes are proved by the image's own checksums."""
+        """Write chunks anew, given as (segment, start, bytes); the bytes fit the image's own checksums."""
         with self._lock:
             stored = self._stored.get(source)
             if stored is None:
@@ -266,7 +260,7 @@ class Ssd:
     # --- writing --------------------------------------------------------------------------------------------------
 
     def begin(self, plan: Manifest, uri: str, keep: Collection[str] = (), description: bytes = b"") -> Writing | None:
-        """An image to be written, or None where it does not fit; images of the sources in `keep` are not evicted."""
+        """Return a new image to write, or None where none fits; images of the sources in `keep` are not evicted."""
         with self._lock:
             if plan.source in self._stored or plan.source in self._writing:
                 return None
@@ -287,7 +281,7 @@ class Ssd:
             return None
 
     def _make_room(self, needed: int, keep: Collection[str]) -> list[Stored] | None:
-        """Takes the images that have to go off the books; None if it would not fit all the same."""
+        """Choose the images to evict for `needed` bytes, and forget them; None where all would not be enough."""
         filesystem = os.statvfs(self.directory)
         free = filesystem.f_frsize * filesystem.f_bavail - self._spare - sum(self._writing.values())
         missing = max(needed - (self.capacity - self._used), needed - free)
@@ -311,10 +305,10 @@ class Ssd:
             self._revisions.pop(source, None)
 
     def _commit(self, index: Index, place: Path) -> None:
-        """Raises `OSError`."""
-        kept = self.revision(index.source)
-        if kept:
-            image.write_durably(place / image.REVISION, image.seal(kept.encode()))
+        """Move a written image into place and list it. Raises `OSError`."""
+        written = self.revision(index.source)
+        if written:
+            image.write_durably(place / image.REVISION, image.seal(written.encode()))
         with self._lock:
             place.rename(self._images / image.key(index.source))
             self._writing.pop(index.source, None)
@@ -322,14 +316,14 @@ class Ssd:
             worth = eviction.priority(self._clock, 1, index.seconds, index.bytes)
             self._stored[index.source] = Stored(index, revision, 1, worth, time.monotonic())
         image.sync_directory(self._images)
-        self._tell(index.source, index.bytes)
-        if revision != kept:  # admission was over just now
+        self._report(index.source, index.bytes)
+        if revision != written:  # the digest became known meanwhile
             self._write_revision(index.source, revision)
 
     # --- leaving --------------------------------------------------------------------------------------------------
 
     def evict(self, uri: str) -> int:
-        """Removes all images of a model that no load reads; their bytes."""
+        """Remove all images of a model that no load reads, and return their bytes."""
         with self._lock:
             sources = [source for source, s in self._stored.items() if s.index.uri == uri and not s.users]
             removed = [self._stored.pop(source) for source in sources]
@@ -339,7 +333,7 @@ class Ssd:
 
     def _remove(self, stored: Stored, why: str) -> None:
         name = image.key(stored.index.source)
-        self._tell(stored.index.source, 0)
+        self._report(stored.index.source, 0)
         doomed = self._partial / f"{name}-{next(self._numbers)}"
         try:
             (self._images / name).rename(doomed)  # in one step: a crash halfway leaves no image with holes
@@ -355,7 +349,7 @@ class Ssd:
 
 
 class Reading:
-    """An image while a load reads it; it is not evicted meanwhile."""
+    """An image while a load reads it; the image is not evicted meanwhile."""
 
     def __init__(self, ssd: Ssd, index: Index, segments: Segments) -> None:
         self.index = index
@@ -363,11 +357,12 @@ class Reading:
         self._segments = segments
 
     def read(self, number: int, segment: int, start: int, view: memoryview) -> bool:
-        """Fills `view` with chunk `number`; whether the bytes are what was written. Raises `OSError`."""
+        """Fill `view` with chunk `number`; False where the bytes are not those that were written. Raises `OSError`."""
         self._segments.read(segment, start, view)
         return self.proves(number, view)
 
     def proves(self, number: int, view: memoryview) -> bool:
+        """Return whether bytes have the checksum of chunk `number`."""
         return bool(xxhash.xxh3_64_intdigest(view) == self.index.checksums[number])
 
     def close(self) -> None:
@@ -376,18 +371,18 @@ class Reading:
 
 
 class Writing:
-    """An image on its way. Ends with `commit` or `abandon`; one thread."""
+    """An image while it is written, by one thread; ends with `commit` or `abandon`."""
 
     def __init__(self, ssd: Ssd, plan: Manifest, uri: str, place: Path, segments: Segments, description: bytes) -> None:
         self._ssd, self._plan, self.uri, self._place, self._segments = ssd, plan, uri, place, segments
         self._description = description
 
     def write(self, segment: int, start: int, view: memoryview) -> None:
-        """Raises `OSError`."""
+        """Write the bytes of a chunk. Raises `OSError`."""
         self._segments.write(segment, start, view)
 
     def commit(self, checksums: Sequence[int], seconds: float) -> None:
-        """Makes the image durable, then visible. Raises `OSError`; `abandon` is due then."""
+        """Make the image durable, then visible; `seconds` is the load's time. After an `OSError` call `abandon`."""
         self._segments.sync()
         image.write_durably(self._place / image.MANIFEST, encode(self._plan))
         image.write_durably(self._place / image.DESCRIPTION, image.seal(self._description))

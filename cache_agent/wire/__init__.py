@@ -1,1 +1,1 @@
-"""What crosses a connection: messages, frames, fds beside them, bytes between them."""
+"""The content of a connection: messages, frames, fds beside them, bytes between them."""

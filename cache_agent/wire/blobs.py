@@ -1,4 +1,4 @@
-"""Owns the way of byte strings beside a message: few bytes inside it, many in a sealed memfd that rides on it."""
+"""Owns the way of byte strings that travel with a message: few bytes inside it, many in a sealed memfd beside it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections.abc import Sequence
 
 from cache_agent.errors import ProtocolError
 
-INLINE = 16 << 10  # bytes; base64 and the rest of a request stay below its limit
+INLINE = 16 << 10  # bytes; in base64, with the rest of a request, they stay below MAX_REQUEST
 MOST = 4 << 30
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 def pack(pieces: Sequence[bytes]) -> tuple[list[int], bytes, list[int]]:
-    """Their lengths, what goes into the message, and the fd of the rest (none, or one, which is the caller's)."""
+    """Return the pieces' lengths, the bytes for the message, and the fds that go with it: none, or one.
+
+    Either the message or the fd has all bytes. The caller closes the fd.
+    """
     data = b"".join(pieces)
     inline = len(data) <= INLINE
     fds = [] if inline else [sealed_bytes(data, "glowplug:pieces")]
@@ -23,7 +26,7 @@ def pack(pieces: Sequence[bytes]) -> tuple[list[int], bytes, list[int]]:
 
 
 def unpack(lengths: Sequence[int], data: bytes, fds: Sequence[int]) -> list[bytes]:
-    """What `pack` was given; `fds` stay the caller's. Raises `ProtocolError` where the lengths are not its own."""
+    """Return the pieces that `pack` was given; `fds` stay the caller's. Raises `ProtocolError` where lengths differ."""
     size = sum(lengths)
     if fds:
         data = b"".join(_read(fds[0], size))
@@ -37,7 +40,7 @@ def unpack(lengths: Sequence[int], data: bytes, fds: Sequence[int]) -> list[byte
 
 
 def _read(fd: int, size: int) -> list[bytes]:
-    """Of a memfd that nobody can change or cut any more: reading it never waits."""
+    """Read a memfd of `size` bytes that is sealed against every change, so that reading it never waits."""
     try:
         sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
     except OSError:
@@ -52,7 +55,7 @@ def _read(fd: int, size: int) -> list[bytes]:
 
 
 def sealed_bytes(data: bytes, name: str) -> int:
-    """A read-only fd of an immutable memfd that holds `data`; the caller closes it."""
+    """Return a read-only fd of an immutable memfd that holds `data`; the caller closes it."""
     owner = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with contextlib.closing(os.fdopen(os.dup(owner), "wb")) as file:

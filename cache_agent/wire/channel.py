@@ -1,6 +1,7 @@
-"""Owns a unix socket that speaks the protocol; the only place that sends and receives fds.
+"""Owns a unix socket that speaks the protocol; no other module sends or receives fds.
 
-Every fd that arrives is either handed on with the message that names it or closed: a peer cannot fill our fd table.
+Every fd that arrives is either returned with the message that names it or closed: a peer cannot fill the process's
+table of fds.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ _FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 class Disconnected(Exception):
-    """The peer is gone, or nothing could be written to it."""
+    """The peer is gone, or does not read."""
 
 
 class Channel:
     """One connection and its protocol state. One thread at a time."""
 
     def __init__(self, sock: socket.socket, *, of_agent: bool, send_timeout: float = 10.0) -> None:
-        """The agent's side takes short requests, the client's side replies; `send_timeout` in seconds.
+        """Take over a connected socket; `send_timeout` in seconds.
 
-        To the agent fds come only with an offer, all in one piece: nobody can park them there.
+        With `of_agent` messages of up to MAX_REQUEST bytes are accepted, else of up to MAX_REPLY. The agent's side
+        takes fds in state "open" only, and only with a whole message: a client cannot leave fds there.
         """
         self.sock = sock
         self.state = "new"
@@ -49,7 +51,7 @@ class Channel:
         return self.sock.fileno()
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Raises `Disconnected` when the peer is gone or does not read within the send timeout."""
+        """Send a message. Raises `Disconnected` when the peer is gone or does not read within the send timeout."""
         self.state = advance(self.state, message)
         frame = memoryview(encode(message))
         deadline = time.monotonic() + self._send_timeout
@@ -68,7 +70,7 @@ class Channel:
                 raise Disconnected(error.strerror or str(error)) from error
 
     def receive(self, deadline: float) -> tuple[AnyMessage, list[int]]:
-        """The next message and its fds (the caller's to close). `deadline` on time.monotonic.
+        """Return the next message and its fds, which the caller closes. `deadline` in seconds of time.monotonic.
 
         Raises `AgentTimeout`, `Disconnected`, or `ProtocolError`, after which the channel is of no more use.
         """
@@ -78,7 +80,7 @@ class Channel:
         return received
 
     def poll(self) -> tuple[AnyMessage, list[int]] | None:
-        """Like `receive`, without waiting: None when no whole message is there."""
+        """Return the next message and its fds like `receive`, without waiting: None when no whole message is there."""
         if not self._messages:
             self._read()
         if not self._messages:
@@ -117,6 +119,7 @@ class Channel:
             raise ProtocolError("fds came with half a message")
 
     def _wait(self, events: int, seconds: float) -> bool:
+        """Wait until the socket is ready for `events` (POLLIN, POLLOUT); False when `seconds` ended first."""
         poller = select.poll()
         poller.register(self.sock, events)
         return bool(poller.poll(max(0.0, seconds) * 1000))

@@ -1,4 +1,4 @@
-"""What a function's supervisor tells the node's agent of the layers that it keeps warm. Pure."""
+"""The report of a function's supervisor to the node's agent: which layers it keeps warm. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import msgspec
 
 from cache_agent.wire.message import Count, Message, Short, Text, Uri
 
-MOST = 32  # layers that one supervisor tells of
+MOST = 32  # layers in one report
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Layer(msgspec.Struct, frozen=True):
-    """One layer: idle `since` then, in s of CLOCK_MONOTONIC, to be held for `hold` s of idleness; None: for ever.
+    """One layer: idle since `since` (seconds of CLOCK_MONOTONIC, or None), held for `hold` seconds (None: for ever).
 
-    Functions of an older image send `rebuild` and `until`, too; both are passed over.
+    Functions of an older image also send `rebuild` and `until`; both are ignored.
     """
 
     level: Short
@@ -29,9 +29,10 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 class LayersTold(Message, frozen=True, tag="layers"):
-    """All layers of one supervisor, known by `id`; none: it has ended. Its own word, from which nothing follows.
+    """All layers of the supervisor with this `id`; an empty list when it has ended.
 
-    `price` is in GB·s of idle memory per second of start. The answer is `started_reply`, as to every such word.
+    `price` is in GB·s of idle memory per second of start. The agent shows the report and decides nothing by it. The
+    answer is `started_reply`.
     """
 
     id: Short
@@ -42,9 +43,9 @@ class LayersTold(Message, frozen=True, tag="layers"):
 
 
 class LayerStatus(msgspec.Struct, frozen=True):
-    """`worth_seconds` is how long holding it costs less than one start; None: for ever.
+    """A layer as status shows it; holding it for `worth_seconds` (None: for ever) costs as much as one start.
 
-    While it lies idle it is dropped in `left_seconds`, if ever.
+    An idle layer is dropped in `left_seconds`; None: never, or it is in use.
     """
 
     level: Short
@@ -59,6 +60,8 @@ class LayerStatus(msgspec.Struct, frozen=True):
 
 
 class FunctionLayers(msgspec.Struct, frozen=True):
+    """The layers of one supervisor, as status shows them."""
+
     function: Short
     mode: Short
     price: float

@@ -1,7 +1,7 @@
-"""Owns a TCP connection that speaks the protocol and carries bytes between its frames: straight from a file's pages
+"""Owns a TCP connection that speaks the protocol and carries bytes between its frames.
 
-into the socket, and from the socket into the mapping that they are for. Every wait has a deadline, and a side that
-moves fewer than SLOWEST bytes per second is given up, however regularly it moves some.
+Bytes go straight from a file's pages into the socket, and from the socket into the mapping that they are for. Every
+wait has a deadline. A peer that moves fewer than SLOWEST bytes per second is given up, however regularly some come.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from cache_agent.wire.message import Message
 SLOWEST = 64 << 10  # bytes per second
 _READ = 64 << 10
 _BACKLOG = 256
-_KEEPALIVE = 30  # seconds of silence until it is asked whether the other machine is there
+_KEEPALIVE = 30  # seconds of silence until TCP probes whether the other machine is there
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """(host, port) of "host:port" or "[v6]:port". Raises `ValueError`."""
+    """Return (host, port) of "host:port" or "[v6]:port". Raises `ValueError`."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not port.isdecimal() or not 0 <= int(port) < 1 << 16:
@@ -36,12 +36,12 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def listen(address: str) -> socket.socket:
-    """A listening TCP socket. Raises `BadSetting`."""
+    """Return a listening TCP socket. Raises `BadSetting`."""
     host, port = parse_address(address)
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
-        )  # a `Link` sets TCP_NODELAY on its connection, at either end
+        )
     except OSError as error:
         raise BadSetting(
             f"cannot listen on {address}: {error.strerror or error}; choose another --agent-listen"
@@ -53,22 +53,22 @@ class Link(Channel):
 
     def __init__(self, sock: socket.socket, *, of_agent: bool, send_timeout: float = 10.0) -> None:
         super().__init__(sock, of_agent=of_agent, send_timeout=send_timeout)
-        with contextlib.suppress(OSError):  # it may be gone already, which the first read tells
+        with contextlib.suppress(OSError):  # the peer may be gone already, which the first read finds
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A connection is a lease: a machine that vanished without a word must not hold one for hours.
+            # A connection is a lease: a machine that vanished must not hold a model for hours.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE // 3)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Raises `Disconnected`."""
+        """Send a message without fds. Raises `Disconnected`."""
         if fds:
             raise ProtocolError("fds cannot be passed over TCP")
         super().send(message)
 
     def send_file(self, fd: int, offset: int, size: int) -> None:
-        """Sends bytes of a file, behind the frame that announces them. Raises `Disconnected`."""
+        """Send `size` bytes of a file from `offset`, behind the frame that announces them. Raises `Disconnected`."""
         done = 0
         deadline = time.monotonic() + self._send_timeout + size / SLOWEST
 
@@ -81,7 +81,7 @@ class Link(Channel):
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise Disconnected(error.strerror or str(error)) from error
-                # Some filesystems cannot feed a socket themselves, hugetlbfs of older kernels among them.
+                # Some filesystems cannot feed a socket, hugetlbfs of older kernels among them.
                 start = (offset + done) // PAGE * PAGE
                 with (
                     mmap.mmap(fd, offset + size - start, prot=mmap.PROT_READ, offset=start) as pages,
@@ -92,7 +92,7 @@ class Link(Channel):
                 return
 
     def send_bytes(self, data: memoryview | bytes) -> None:
-        """Sends bytes behind the frame that announces them. Raises `Disconnected`."""
+        """Send bytes behind the frame that announces them. Raises `Disconnected`."""
         with memoryview(data) as view:
             done = 0
             deadline = time.monotonic() + self._send_timeout + len(view) / SLOWEST
@@ -108,9 +108,9 @@ class Link(Channel):
                     raise Disconnected(error.strerror or str(error)) from error
 
     def read_into(self, view: memoryview, patience: float) -> None:
-        """Fills `view` with the bytes behind the frame that was received last.
+        """Fill `view` with the bytes behind the frame that was received last.
 
-        `patience` in seconds without any byte. Raises `Disconnected`, also for who is slower than SLOWEST.
+        Raises `Disconnected` when the peer is gone, sends nothing for `patience` seconds, or is slower than SLOWEST.
         """
         done = 0
         last = time.monotonic()
@@ -132,23 +132,23 @@ class Link(Channel):
 
     @property
     def is_quiet(self) -> bool:
-        """Nothing waits to be read, not even the connection's end."""
+        """Whether nothing waits to be read, not even the connection's end."""
         return not self._wait(select.POLLIN, 0.0)
 
     def interrupt(self) -> None:
-        """From another thread: whoever waits on this connection is told that it has ended."""
+        """End the connection from another thread: a thread that waits on it sees the end."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def read(self, size: int, patience: float) -> bytes:
-        """`size` bytes behind the frame that was received last, which the caller has found to be no absurd number."""
+        """Return the `size` bytes behind the frame that was received last; the caller has checked that size."""
         data = bytearray(size)
         with memoryview(data) as view:
             self.read_into(view, patience)
         return bytes(data)
 
     def _pushed(self, push: Callable[[], int], deadline: float) -> int:
-        """What one try moved, after waiting for room. Raises `Disconnected`, or `OSError` of the try itself."""
+        """Return the bytes that `push` moved, 0 after a wait for room. Raises `Disconnected`, or `push`'s own error."""
         try:
             return push()
         except BlockingIOError:
@@ -169,6 +169,6 @@ class Link(Channel):
 
 
 def dial(address: str, timeout: float) -> Link:
-    """A connection to an agent, before `hello`. Raises `OSError`, `ValueError`."""
+    """Return a connection to an agent, before `hello`; `timeout` in seconds. Raises `OSError`, `ValueError`."""
     sock = socket.create_connection(parse_address(address), timeout)
     return Link(sock, of_agent=False, send_timeout=timeout)

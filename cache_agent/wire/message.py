@@ -1,4 +1,4 @@
-"""What all messages are made of: their root, and the sizes that the fields of any of them may have. Pure."""
+"""The root of all messages, and the bounds of their fields. Pure."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ Digest = Annotated[str, msgspec.Meta(max_length=32)]
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=False):
-    """Root of all messages; the class's tag is its "type"."""
+    """Root of all messages; a class's tag is the "type" in its JSON."""

@@ -1,4 +1,7 @@
-"""What a function and its agent say to each other; `protocol` has the order, and how it becomes bytes. Pure."""
+"""The messages between a function and its agent, and the union of all messages. Pure.
+
+`protocol.py` has their order and their form as bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +10,16 @@ from typing import Annotated
 import msgspec
 
 from cache_agent.ledger import Span
-from cache_agent.wire.layers import LayersTold
+from cache_agent.wire import layers, operations, peers, requests
 from cache_agent.wire.message import MAX_FDS, Body, Count, Message, Short, Text, Uri
-from cache_agent.wire.operations import (
-    ClusterReply,
-    ClusterRequest,
-    EstimateReply,
-    EstimateRequest,
-    EventsReply,
-    EventsRequest,
-    EvictReply,
-    EvictRequest,
-    PinReply,
-    PinRequest,
-    PrefetchReply,
-    PrefetchRequest,
-    PushDrain,
-    PushDrainReply,
-    Started,
-    StartedReply,
-    StartsReply,
-    StartsRequest,
-    StatusReply,
-    StatusRequest,
-)
-from cache_agent.wire.peers import Chunk, Described, DescribeRequest, FetchRequest, FollowRequest, Holds
-from cache_agent.wire.requests import (
-    Checkpoint,
-    Checkpointed,
-    ClaimReply,
-    ClaimRequest,
-    HandedReply,
-    HandedReport,
-    HandoffRequest,
-    HostRequest,
-    Matched,
-    RelayedBytes,
-    TransferReply,
-    TransferRequest,
-)
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """Who asks: `none` on a developer's machine, `token` for a secret both sides were given, `kubernetes` for a
+    """The caller and its proof, by `kind`.
 
-    ServiceAccount's token of audience `glowplug`. `cluster` is another node's agent; its `token` is a fresh nonce, and
-    what it knows of the key is asked next.
+    `none` on a developer's machine; `token`: a secret that both sides were given; `kubernetes`: a ServiceAccount's
+    token of audience `glowplug`; `cluster`: another node's agent, whose `token` is a fresh nonce and whose proof is the
+    answer to a `challenge`.
     """
 
     kind: Short = "none"
@@ -60,20 +27,27 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
+    """The first message of a connection; `pod` is the UID of the client's pod, whose removal becomes a `drain`.
+
+    Nothing is granted for `pod`, which is not proved.
+    """
+
     version: int
     client: Short
     identity: Identity = Identity()
-    pod: Short = ""  # the UID of the client's pod: whose removal it wants to hear of. Nothing is granted for it
+    pod: Short = ""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
+    """The agent accepts the caller; `agent` is its version of the program."""
+
     version: int
     node: Short
     agent: Short
 
 
 class Challenge(Message, frozen=True, tag="challenge"):
-    """The agent knows the cluster's key, and asks whether the caller does; see cluster/key.py."""
+    """The agent proves that it knows the cluster's key, and asks the caller for the same; see cluster/key.py."""
 
     nonce: Short
     node: Short
@@ -81,14 +55,14 @@ class Challenge(Message, frozen=True, tag="challenge"):
 
 
 class ChallengeAnswer(Message, frozen=True, tag="answer"):
-    """`address` is where the caller's own agent listens, as host:port, or "" where nobody can reach it."""
+    """The caller's proof; its own agent listens at `address` (host:port), or "" where no node can reach it."""
 
     proof: Short
     address: Short = ""
 
 
 class LeaseRequest(Message, frozen=True, tag="lease"):
-    """With `have`, the source whose bytes the client has already, over TCP: none of them are sent again."""
+    """Asks for a lease. `have` is the source whose bytes the client has already; over TCP those are not sent again."""
 
     model: Uri
     start_id: Short = ""
@@ -96,7 +70,10 @@ class LeaseRequest(Message, frozen=True, tag="lease"):
 
 
 class Granted(Message, frozen=True, tag="granted"):
-    """Fds: the manifest (JSON in a sealed memfd), then the segments in order. `page` is their page size in bytes."""
+    """The lease, while bytes may still come; `page` is the segments' page size in bytes.
+
+    Fds: the manifest (JSON in a sealed memfd), then the segments in order.
+    """
 
     source: Short
     manifest_bytes: Count
@@ -106,7 +83,7 @@ class Granted(Message, frozen=True, tag="granted"):
 
 
 class Progress(Message, frozen=True, tag="progress"):
-    """Verified bytes counted from the start of each segment without a hole; `done` counts all, in any order."""
+    """Bytes that are verified: `ready` from the start of each segment without a hole, `done` in all, in any order."""
 
     ready: list[Count]
     done: Count
@@ -114,7 +91,7 @@ class Progress(Message, frozen=True, tag="progress"):
 
 
 class LeaseReady(Message, frozen=True, tag="ready"):
-    """All bytes are there. `tier` is where they came from; `revision` is empty until the digest is known."""
+    """All bytes are there, from `tier`; `revision` is empty until the digest is known."""
 
     tier: Short
     revision: Short
@@ -122,7 +99,7 @@ class LeaseReady(Message, frozen=True, tag="ready"):
 
 
 class Streaming(Message, frozen=True, tag="streaming"):
-    """What `granted` is where no fd can be passed: the manifest follows, `body` bytes, and then the segments' bytes."""
+    """The lease over TCP, in place of `granted`: the manifest follows, `body` bytes, and then pieces of segments."""
 
     source: Short
     segments: list[Count]
@@ -130,7 +107,7 @@ class Streaming(Message, frozen=True, tag="streaming"):
 
 
 class StreamedPiece(Message, frozen=True, tag="piece"):
-    """`body` verified bytes follow; they belong at `offset` of a segment. Each segment comes in order, once."""
+    """Announces `body` verified bytes for `offset` of a segment; each segment comes in order, once."""
 
     segment: Count
     offset: Count
@@ -138,11 +115,13 @@ class StreamedPiece(Message, frozen=True, tag="piece"):
 
 
 class RevisionNotice(Message, frozen=True, tag="admitted"):
+    """The digest of the leased model, once it is known."""
+
     revision: Short
 
 
 class Offer(Message, frozen=True, tag="offer"):
-    """A function that outlived its agent has the model mapped. Fds: its segments in order; all else is looked up."""
+    """Offers the memory of a model that a function maps since before the agent began. Fds: the segments in order."""
 
     model: Uri
     source: Short
@@ -150,7 +129,7 @@ class Offer(Message, frozen=True, tag="offer"):
 
 
 class Adopted(Message, frozen=True, tag="adopted"):
-    """The connection is a lease again. Unless `shared`, the bytes stay the function's own; `why` is the reason."""
+    """The offer was accepted as a lease; unless `shared`, the memory is lent to no other, for the reason `why`."""
 
     revision: Short
     shared: bool
@@ -158,32 +137,34 @@ class Adopted(Message, frozen=True, tag="adopted"):
 
 
 class Drain(Message, frozen=True, tag="drain"):
-    """The replica will go away: hand over what runs, within `grace` seconds."""
+    """The replica will be removed: its running requests are to be handed over within `grace` seconds."""
 
     reason: Short
     grace: float
 
 
 class ManifestRequest(Message, frozen=True, tag="manifest"):
-    """Reads headers and small files only; loads no weights."""
+    """Asks for a model's manifest; the agent reads headers and small files, and loads no weights."""
 
     model: Uri
 
 
 class ManifestReply(Message, frozen=True, tag="manifest_reply"):
-    """Fds: the manifest."""
+    """The manifest of a model. Fds: the manifest (JSON in a sealed memfd)."""
 
     manifest_bytes: Count
     fds: Annotated[int, msgspec.Meta(ge=1, le=1)]
 
 
 class ManifestInline(Message, frozen=True, tag="manifest_inline"):
-    """What `manifest_reply` is where no fd can be passed: the manifest follows."""
+    """The manifest of a model over TCP, in place of `manifest_reply`: `body` bytes follow."""
 
     body: Annotated[int, msgspec.Meta(ge=1, lt=1 << 30)]
 
 
 class ErrorReply(Message, frozen=True, tag="error"):
+    """The error in place of a reply: a code of `errors.py`, and its sentence."""
+
     code: Short
     text: Text
 
@@ -199,51 +180,51 @@ AnyMessage = (
     | Offer
     | Adopted
     | Drain
-    | StatusRequest
-    | StatusReply
+    | operations.StatusRequest
+    | operations.StatusReply
     | ManifestRequest
     | ManifestReply
-    | EvictRequest
-    | EvictReply
-    | PinRequest
-    | PinReply
-    | PrefetchRequest
-    | PrefetchReply
-    | EstimateRequest
-    | EstimateReply
-    | PushDrain
-    | PushDrainReply
-    | Started
-    | LayersTold
-    | StartedReply
-    | StartsRequest
-    | StartsReply
-    | ClusterRequest
-    | ClusterReply
-    | EventsRequest
-    | EventsReply
-    | Checkpoint
-    | Checkpointed
-    | ClaimRequest
-    | ClaimReply
-    | TransferRequest
-    | TransferReply
-    | HostRequest
-    | HandoffRequest
-    | Matched
-    | HandedReport
-    | HandedReply
-    | RelayedBytes
+    | operations.EvictRequest
+    | operations.EvictReply
+    | operations.PinRequest
+    | operations.PinReply
+    | operations.PrefetchRequest
+    | operations.PrefetchReply
+    | operations.EstimateRequest
+    | operations.EstimateReply
+    | operations.PushDrain
+    | operations.PushDrainReply
+    | operations.Started
+    | layers.LayersTold
+    | operations.StartedReply
+    | operations.StartsRequest
+    | operations.StartsReply
+    | operations.ClusterRequest
+    | operations.ClusterReply
+    | operations.EventsRequest
+    | operations.EventsReply
+    | requests.Checkpoint
+    | requests.Checkpointed
+    | requests.ClaimRequest
+    | requests.ClaimReply
+    | requests.TransferRequest
+    | requests.TransferReply
+    | requests.HostRequest
+    | requests.HandoffRequest
+    | requests.Matched
+    | requests.HandedReport
+    | requests.HandedReply
+    | requests.RelayedBytes
     | Challenge
     | ChallengeAnswer
     | Streaming
     | StreamedPiece
     | ManifestInline
-    | FollowRequest
-    | Holds
-    | FetchRequest
-    | Chunk
-    | DescribeRequest
-    | Described
+    | peers.FollowRequest
+    | peers.Holds
+    | peers.FetchRequest
+    | peers.Chunk
+    | peers.DescribeRequest
+    | peers.Described
     | ErrorReply
 )

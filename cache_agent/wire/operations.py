@@ -1,4 +1,4 @@
-"""What those who look after a node ask its agent: what it has, what happened there, and what it shall keep. Pure."""
+"""The messages of operating a node: status, events, starts, evicting, pinning, prefetching, estimates. Pure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from cache_agent.wire.requests import HandoffRecord
 
 
 class StatusRequest(Message, frozen=True, tag="status"):
-    pass
+    """Asks for the node's state."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
+    """A model in memory; `done` of its `bytes` are there, in pages of `page` bytes."""
+
     model: Uri
     source: Short
     revision: Short
@@ -28,11 +30,11 @@ class ModelStatus(msgspec.Struct, frozen=True):
     leases: Count
     idle_seconds: float
     pinned: bool = False
-    age_seconds: float = 0.0  # since its load began, or it was adopted
+    age_seconds: float = 0.0  # since the load or the adoption began
 
 
 class ImageStatus(msgspec.Struct, frozen=True):
-    """A model on SSD; `users` loads read it now."""
+    """A model on SSD; `users` is the number of loads that read it now."""
 
     model: Uri
     source: Short
@@ -49,6 +51,8 @@ class QuarantineStatus(msgspec.Struct, frozen=True):
 
 
 class SsdStatus(msgspec.Struct, frozen=True):
+    """The SSD tier; `capacity` and `used` in bytes."""
+
     directory: Uri
     capacity: Count
     used: Count
@@ -57,7 +61,7 @@ class SsdStatus(msgspec.Struct, frozen=True):
 
 
 class TierStatus(msgspec.Struct, frozen=True):
-    """What was measured of a tier: bytes per second, the estimates' mean relative error, the last load in seconds."""
+    """The measurements of a tier: bytes per second, the estimates' mean relative error, the last load in seconds."""
 
     tier: Short
     loads: Count
@@ -68,6 +72,8 @@ class TierStatus(msgspec.Struct, frozen=True):
 
 
 class StatusReply(Message, frozen=True, tag="status_reply"):
+    """The node's state; `orphaned` bytes are mapped by functions and cannot be lent to others."""
+
     node: Short
     pid: int
     capacity: Count
@@ -81,14 +87,14 @@ class StatusReply(Message, frozen=True, tag="status_reply"):
 
 
 class EvictRequest(Message, frozen=True, tag="evict"):
-    """From memory; with `ssd` from there, too."""
+    """Asks to evict a model from memory, and with `ssd` from SSD as well."""
 
     model: Uri
     ssd: bool = False
 
 
 class EvictReply(Message, frozen=True, tag="evict_reply"):
-    """Bytes of memory, and of SSD, given back. `stays` says which copies are held, and go once they are free."""
+    """Bytes of memory and of SSD that became free; `stays` names the copies that go once their leases end."""
 
     bytes: Count
     ssd: Count = 0
@@ -96,34 +102,36 @@ class EvictReply(Message, frozen=True, tag="evict_reply"):
 
 
 class PinRequest(Message, frozen=True, tag="pin"):
-    """Keeps a resident model, in memory and on SSD, until it is asked for with `pinned` false or the agent ends."""
+    """Asks to keep a resident model, in memory and on SSD, until a request with `pinned` false or the agent's end."""
 
     model: Uri
     pinned: bool = True
 
 
 class PinReply(Message, frozen=True, tag="pin_reply"):
+    """The pin is set or taken away; `bytes` of memory are concerned."""
+
     bytes: Count
 
 
 class PrefetchRequest(Message, frozen=True, tag="prefetch"):
-    """Brings a model into memory in the background, for whoever comes."""
+    """Asks to bring a model into memory in the background, without a lease."""
 
     model: Uri
 
 
 class PrefetchReply(Message, frozen=True, tag="prefetch_reply"):
-    """It was begun; how it goes is in `status` and the agent's log."""
+    """The load has begun; `status` and the agent's log show how it goes."""
 
 
 class EstimateRequest(Message, frozen=True, tag="estimate"):
-    """How long a lease on the model would take to be ready; loads nothing."""
+    """Asks how long a lease on the model would take to be ready; nothing is loaded."""
 
     model: Uri
 
 
 class EstimateReply(Message, frozen=True, tag="estimate_reply"):
-    """`tier` is where the bytes would come from; `confidence` from 0 (a guess) to 1 (they are there)."""
+    """The seconds until a lease would be ready, from `tier`; `confidence` from 0 (a guess) to 1 (in memory)."""
 
     seconds: float
     tier: Short
@@ -132,7 +140,7 @@ class EstimateReply(Message, frozen=True, tag="estimate_reply"):
 
 
 class PushDrain(Message, frozen=True, tag="push_drain"):
-    """Asks the agent to push `drain` to the holders of leases on `model` (of all models when empty)."""
+    """Asks the agent to send `drain` to the holders of leases on `model` (of all models when empty)."""
 
     reason: Short
     grace: float
@@ -140,13 +148,16 @@ class PushDrain(Message, frozen=True, tag="push_drain"):
 
 
 class PushDrainReply(Message, frozen=True, tag="push_drain_reply"):
+    """The number of holders that `drain` was sent to."""
+
     holders: Count
 
 
 class Started(Message, frozen=True, tag="started"):
-    """The ledger of a function's start, for those who look at the node: at `ready`, and again with the first token.
+    """Reports the ledger of a function's start: at `ready`, and again with the first token.
 
-    `kind` is the layer that the start found, or "cold". What it says is the function's word; nothing follows from it.
+    `kind` is the layer that the start found, or "cold"; `tier` had its weights. The agent shows the report and decides
+    nothing by it.
     """
 
     start_id: Short
@@ -155,20 +166,20 @@ class Started(Message, frozen=True, tag="started"):
     kind: Short
     spans: Annotated[list[Span], msgspec.Meta(max_length=256)]
     error: Text = ""
-    tier: Short = ""  # where its weights came from
+    tier: Short = ""
     bytes: Count = 0
 
 
 class StartedReply(Message, frozen=True, tag="started_reply"):
-    pass
+    """The report of a start, or of layers, has arrived."""
 
 
 class StartsRequest(Message, frozen=True, tag="starts"):
-    """The last starts of this node's functions."""
+    """Asks for the last starts of this node's functions."""
 
 
 class Start(msgspec.Struct, frozen=True):
-    """`began` in seconds since 1970; spans in ns of CLOCK_MONOTONIC, as in every ledger."""
+    """A function's start; `began` in seconds since 1970, spans in ns of CLOCK_MONOTONIC as in every ledger."""
 
     start_id: Short
     function: Short
@@ -182,13 +193,13 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class StartsReply(Message, frozen=True, tag="starts_reply"):
-    """The newest first."""
+    """The last starts, the newest first."""
 
     starts: list[Start]
 
 
 class EventRecord(msgspec.Struct, frozen=True):
-    """What happened on the node; `time` in seconds since 1970, `number` counts from the agent's start."""
+    """An event on the node; `time` in seconds since 1970, `number` counts from the agent's start."""
 
     number: Count
     time: float
@@ -198,21 +209,23 @@ class EventRecord(msgspec.Struct, frozen=True):
 
 
 class EventsRequest(Message, frozen=True, tag="events"):
-    """What happened after the event with number `since`, as far as it is still known."""
+    """Asks for the events after number `since`, as far as the agent still has them."""
 
     since: Count = 0
 
 
 class EventsReply(Message, frozen=True, tag="events_reply"):
+    """The events, in order."""
+
     events: list[EventRecord]
 
 
 class ClusterRequest(Message, frozen=True, tag="cluster"):
-    """Which nodes live and what they hold, as this node's directory has it."""
+    """Asks which nodes live and what they hold, by this node's directory."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
-    """`rates` are bytes per second by tier, as last measured."""
+    """A node that lives; `rates` are bytes per second by tier, as last measured."""
 
     name: Short
     address: Short
@@ -222,7 +235,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
 
 
 class HoldingStatus(msgspec.Struct, frozen=True):
-    """`model` is a revision, or a source's id while the revision is not known."""
+    """A model in a tier of a node; `model` is a revision, or a source's id while the revision is not known."""
 
     model: Short
     node: Short
@@ -232,5 +245,7 @@ class HoldingStatus(msgspec.Struct, frozen=True):
 
 
 class ClusterReply(Message, frozen=True, tag="cluster_reply"):
+    """The directory's content."""
+
     nodes: list[NodeStatus]
     holdings: list[HoldingStatus]

@@ -1,4 +1,4 @@
-"""What agents say to each other of a model that they share: who has which chunk, and the chunks. Pure."""
+"""The messages between agents that share a model: which agent has which chunk, and the chunks. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cache_agent.wire.message import Body, Count, Digest, Message, Short
 
 
 class FollowRequest(Message, frozen=True, tag="follow"):
-    """Asks an agent to tell what it has of a source, now and until this connection closes."""
+    """Asks an agent to report its chunks of a source, now and until this connection closes."""
 
     source: Short
 
 
 class Said(msgspec.Struct, frozen=True, array_like=True):
-    """An agent has a chunk. `digest` of its bytes, "" where it was not computed; `own`: they came from the origin."""
+    """A statement that an agent has a chunk; `digest` of its bytes or "", `own` where they came from the origin."""
 
     chunk: Count
     digest: Digest = ""
@@ -24,14 +24,14 @@ class Said(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Holds(Message, frozen=True, tag="holds"):
-    """Chunks that came since the last message, and those that are being read from the origin now, all of them."""
+    """The chunks that came since the last message, and all that the agent is reading from the origin now."""
 
     said: list[Said]
     reading: list[Count]
 
 
 class FetchRequest(Message, frozen=True, tag="fetch"):
-    """Chunk numbers are those of the source's manifest in layout `layout`."""
+    """Asks for a chunk, by its number in the source's manifest of layout `layout`."""
 
     source: Short
     chunk: Count
@@ -39,19 +39,19 @@ class FetchRequest(Message, frozen=True, tag="fetch"):
 
 
 class Chunk(Message, frozen=True, tag="chunk"):
-    """The chunk's bytes follow, whole."""
+    """Announces the bytes of a chunk, which follow."""
 
     digest: Digest
     body: Body
 
 
 class DescribeRequest(Message, frozen=True, tag="describe"):
-    """Asks for what an agent knows of a source besides its weights: for a node that cannot ask the origin."""
+    """Asks for a source's description (no weights), for a node that cannot reach the origin."""
 
     source: Short
 
 
 class Described(Message, frozen=True, tag="described"):
-    """The description follows (checkpoint.encode)."""
+    """Announces the description (`checkpoint.encode_description`), which follows."""
 
     body: Annotated[int, msgspec.Meta(ge=1, lt=1 << 30)]

@@ -23,15 +23,15 @@
       │ ◄───────────────────────────────────│
       │  offer(model, source) + fds         │   open, after an agent's restart: the segments that are mapped
       │ ───────────────────────────────────►│   offering
-      │   adopted(revision, shared, why)    │   leased; shared: they are lent to others again, without a copy
+      │   adopted(revision, shared, why)    │   leased; shared: the segments are lent to others again, without a copy
       │ ◄───────────────────────────────────│
       │   status | manifest | evict | pin | prefetch | estimate | push_drain | started | layers | starts | events
       │   cluster                           (open: one reply each, stays open)
       │   checkpoint + fd | claim | transfer   (the same, for requests that run: snapshots/store.py)
-      │   handoff → matched + fd | handed      (the same, of a worker that drains: handoff/desk.py)
-      │  host(kin)                          │   open → hosting: it takes over what others of its kin hand over
+      │   handoff → matched + fd | handed      (the same, of a worker that drains: handoff/broker.py)
+      │  host(siblings)                     │   open → hosting: the worker takes over requests of its siblings
       │ ───────────────────────────────────►│
-      │   matched(node, owner) + fd         │   open: it asks again to be given the next one
+      │   matched(node, owner) + fd         │   open: the worker asks again for the next one
       │ ◄───────────────────────────────────│
 
 Over TCP the same frames carry a function's lease without fds, and what agents say to each other:
@@ -51,10 +51,10 @@ Over TCP the same frames carry a function's lease without fds, and what agents s
       │                                                           │  handoff → matched, or error        │
       │                                                           │  relay + bytes ⇄ relay + bytes      │   relaying
 
-`error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent
-then closes. One
-lease per connection: the connection *is* the lease. A higher minor feature is a new message or a new optional field;
-VERSION changes only when an old peer could misread a frame; `hello`, `welcome` and `error` stay readable in every one.
+`error(code, text)` may take the place of any reply; from `new`, `leasing`, `offering` and `loading` the agent then
+closes. One lease per connection: the connection *is* the lease. A new feature is a new message or a new optional field.
+VERSION changes only when an old peer could misread a frame; `hello`, `welcome` and `error` stay readable in every
+version.
 """
 
 from __future__ import annotations
@@ -65,66 +65,8 @@ from typing import Any
 import msgspec
 
 from cache_agent.errors import ProtocolError
-from cache_agent.wire.layers import LayersTold
+from cache_agent.wire import layers, messages, operations, peers, requests
 from cache_agent.wire.message import Message
-from cache_agent.wire.messages import (
-    Adopted,
-    AnyMessage,
-    Challenge,
-    ChallengeAnswer,
-    Drain,
-    ErrorReply,
-    Granted,
-    Hello,
-    LeaseReady,
-    LeaseRequest,
-    ManifestInline,
-    ManifestReply,
-    ManifestRequest,
-    Offer,
-    Progress,
-    RevisionNotice,
-    StreamedPiece,
-    Streaming,
-    Welcome,
-)
-from cache_agent.wire.operations import (
-    ClusterReply,
-    ClusterRequest,
-    EstimateReply,
-    EstimateRequest,
-    EventsReply,
-    EventsRequest,
-    EvictReply,
-    EvictRequest,
-    PinReply,
-    PinRequest,
-    PrefetchReply,
-    PrefetchRequest,
-    PushDrain,
-    PushDrainReply,
-    Started,
-    StartedReply,
-    StartsReply,
-    StartsRequest,
-    StatusReply,
-    StatusRequest,
-)
-from cache_agent.wire.peers import Chunk, Described, DescribeRequest, FetchRequest, FollowRequest, Holds
-from cache_agent.wire.requests import (
-    Checkpoint,
-    Checkpointed,
-    ClaimReply,
-    ClaimRequest,
-    HandedReply,
-    HandedReport,
-    HandoffRequest,
-    HostRequest,
-    Matched,
-    RelayedBytes,
-    TransferReply,
-    TransferRequest,
-)
 
 VERSION = 1
 HEADER = struct.Struct("!I")
@@ -132,95 +74,95 @@ MAX_REQUEST = 64 << 10
 MAX_REPLY = 8 << 20
 
 _TRANSITIONS: dict[tuple[str, type[Message]], str] = {
-    ("new", Hello): "greeting",
-    ("greeting", Welcome): "open",
-    ("open", LeaseRequest): "leasing",
-    ("leasing", Granted): "loading",
-    ("loading", Progress): "loading",
-    ("loading", LeaseReady): "leased",
-    ("open", Offer): "offering",
-    ("offering", Adopted): "leased",
-    ("offering", Drain): "offering",
-    ("offering", ErrorReply): "closed",
-    ("greeting", Challenge): "challenged",
-    ("challenged", ChallengeAnswer): "answering",
-    ("answering", Welcome): "peer",
-    ("leasing", Streaming): "streaming",
-    ("streaming", StreamedPiece): "streaming",
-    ("streaming", LeaseReady): "leased",
-    ("streaming", Drain): "streaming",
-    ("asking", ManifestInline): "open",
-    ("peer", FetchRequest): "fetching",
-    ("fetching", Chunk): "peer",
-    ("peer", DescribeRequest): "fetching",
-    ("fetching", Described): "peer",
-    ("fetching", ErrorReply): "peer",
-    ("peer", FollowRequest): "following",
-    ("following", Holds): "following",
-    ("challenged", ErrorReply): "closed",
-    ("answering", ErrorReply): "closed",
-    ("streaming", ErrorReply): "closed",
-    ("peer", ErrorReply): "closed",
-    ("following", ErrorReply): "closed",
-    ("leased", RevisionNotice): "leased",
-    ("leased", Drain): "leased",
-    ("loading", Drain): "loading",
-    ("leasing", Drain): "leasing",
-    ("open", StatusRequest): "asking",
-    ("asking", StatusReply): "open",
-    ("open", ManifestRequest): "asking",
-    ("asking", ManifestReply): "open",
-    ("open", EvictRequest): "asking",
-    ("asking", EvictReply): "open",
-    ("open", PinRequest): "asking",
-    ("asking", PinReply): "open",
-    ("open", PrefetchRequest): "asking",
-    ("asking", PrefetchReply): "open",
-    ("open", EstimateRequest): "asking",
-    ("asking", EstimateReply): "open",
-    ("open", PushDrain): "asking",
-    ("asking", PushDrainReply): "open",
-    ("open", Started): "asking",
-    ("open", LayersTold): "asking",
-    ("asking", StartedReply): "open",
-    ("open", StartsRequest): "asking",
-    ("asking", StartsReply): "open",
-    ("open", ClusterRequest): "asking",
-    ("asking", ClusterReply): "open",
-    ("open", EventsRequest): "asking",
-    ("asking", EventsReply): "open",
-    ("open", Checkpoint): "asking",
-    ("asking", Checkpointed): "open",
-    ("open", ClaimRequest): "asking",
-    ("asking", ClaimReply): "open",
-    ("open", TransferRequest): "asking",
-    ("asking", TransferReply): "open",
-    ("open", HostRequest): "hosting",
-    ("hosting", Matched): "open",
-    ("hosting", ErrorReply): "closed",
-    ("open", HandoffRequest): "asking",
-    ("asking", Matched): "open",
-    ("open", HandedReport): "asking",
-    ("asking", HandedReply): "open",
-    ("peer", HandoffRequest): "fetching",
-    ("fetching", Matched): "relaying",
-    ("relaying", RelayedBytes): "relaying",
-    ("relaying", ErrorReply): "closed",
-    ("asking", ErrorReply): "open",
-    ("new", ErrorReply): "closed",
-    ("greeting", ErrorReply): "closed",
-    ("open", ErrorReply): "closed",
-    ("leasing", ErrorReply): "closed",
-    ("loading", ErrorReply): "closed",
-    ("leased", ErrorReply): "closed",
+    ("new", messages.Hello): "greeting",
+    ("greeting", messages.Welcome): "open",
+    ("open", messages.LeaseRequest): "leasing",
+    ("leasing", messages.Granted): "loading",
+    ("loading", messages.Progress): "loading",
+    ("loading", messages.LeaseReady): "leased",
+    ("open", messages.Offer): "offering",
+    ("offering", messages.Adopted): "leased",
+    ("offering", messages.Drain): "offering",
+    ("offering", messages.ErrorReply): "closed",
+    ("greeting", messages.Challenge): "challenged",
+    ("challenged", messages.ChallengeAnswer): "answering",
+    ("answering", messages.Welcome): "peer",
+    ("leasing", messages.Streaming): "streaming",
+    ("streaming", messages.StreamedPiece): "streaming",
+    ("streaming", messages.LeaseReady): "leased",
+    ("streaming", messages.Drain): "streaming",
+    ("asking", messages.ManifestInline): "open",
+    ("peer", peers.FetchRequest): "fetching",
+    ("fetching", peers.Chunk): "peer",
+    ("peer", peers.DescribeRequest): "fetching",
+    ("fetching", peers.Described): "peer",
+    ("fetching", messages.ErrorReply): "peer",
+    ("peer", peers.FollowRequest): "following",
+    ("following", peers.Holds): "following",
+    ("challenged", messages.ErrorReply): "closed",
+    ("answering", messages.ErrorReply): "closed",
+    ("streaming", messages.ErrorReply): "closed",
+    ("peer", messages.ErrorReply): "closed",
+    ("following", messages.ErrorReply): "closed",
+    ("leased", messages.RevisionNotice): "leased",
+    ("leased", messages.Drain): "leased",
+    ("loading", messages.Drain): "loading",
+    ("leasing", messages.Drain): "leasing",
+    ("open", operations.StatusRequest): "asking",
+    ("asking", operations.StatusReply): "open",
+    ("open", messages.ManifestRequest): "asking",
+    ("asking", messages.ManifestReply): "open",
+    ("open", operations.EvictRequest): "asking",
+    ("asking", operations.EvictReply): "open",
+    ("open", operations.PinRequest): "asking",
+    ("asking", operations.PinReply): "open",
+    ("open", operations.PrefetchRequest): "asking",
+    ("asking", operations.PrefetchReply): "open",
+    ("open", operations.EstimateRequest): "asking",
+    ("asking", operations.EstimateReply): "open",
+    ("open", operations.PushDrain): "asking",
+    ("asking", operations.PushDrainReply): "open",
+    ("open", operations.Started): "asking",
+    ("open", layers.LayersTold): "asking",
+    ("asking", operations.StartedReply): "open",
+    ("open", operations.StartsRequest): "asking",
+    ("asking", operations.StartsReply): "open",
+    ("open", operations.ClusterRequest): "asking",
+    ("asking", operations.ClusterReply): "open",
+    ("open", operations.EventsRequest): "asking",
+    ("asking", operations.EventsReply): "open",
+    ("open", requests.Checkpoint): "asking",
+    ("asking", requests.Checkpointed): "open",
+    ("open", requests.ClaimRequest): "asking",
+    ("asking", requests.ClaimReply): "open",
+    ("open", requests.TransferRequest): "asking",
+    ("asking", requests.TransferReply): "open",
+    ("open", requests.HostRequest): "hosting",
+    ("hosting", requests.Matched): "open",
+    ("hosting", messages.ErrorReply): "closed",
+    ("open", requests.HandoffRequest): "asking",
+    ("asking", requests.Matched): "open",
+    ("open", requests.HandedReport): "asking",
+    ("asking", requests.HandedReply): "open",
+    ("peer", requests.HandoffRequest): "fetching",
+    ("fetching", requests.Matched): "relaying",
+    ("relaying", requests.RelayedBytes): "relaying",
+    ("relaying", messages.ErrorReply): "closed",
+    ("asking", messages.ErrorReply): "open",
+    ("new", messages.ErrorReply): "closed",
+    ("greeting", messages.ErrorReply): "closed",
+    ("open", messages.ErrorReply): "closed",
+    ("leasing", messages.ErrorReply): "closed",
+    ("loading", messages.ErrorReply): "closed",
+    ("leased", messages.ErrorReply): "closed",
 }
 
 _encoder = msgspec.json.Encoder()
-_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(AnyMessage)
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(messages.AnyMessage)
 
 
 def advance(state: str, message: Message) -> str:
-    """The connection's next state, for both sides alike. Raises `ProtocolError` for a message out of turn."""
+    """Return the connection's next state, the same for both sides. Raises `ProtocolError` for a message out of turn."""
     try:
         return _TRANSITIONS[state, type(message)]
     except KeyError:
@@ -229,7 +171,7 @@ def advance(state: str, message: Message) -> str:
 
 
 def encode(message: Message) -> bytes:
-    """The frame of a message. Raises `ProtocolError` when it would be longer than MAX_REPLY."""
+    """Return the frame of a message. Raises `ProtocolError` when its body would be longer than MAX_REPLY."""
     body = _encoder.encode(message)
     if len(body) > MAX_REPLY:
         raise ProtocolError(f"a frame of {len(body)} bytes exceeds the limit of {MAX_REPLY}")
@@ -237,16 +179,17 @@ def encode(message: Message) -> bytes:
 
 
 class Decoder:
-    """Cuts a byte stream into messages. After it raised `ProtocolError` the stream is lost: close the connection."""
+    """Cut a byte stream into messages. After a `ProtocolError` the stream is lost: close the connection."""
 
     def __init__(self, limit: int) -> None:
-        """`limit` is the longest body accepted, in bytes: MAX_REQUEST in the agent, MAX_REPLY in a client."""
+        """Accept bodies of at most `limit` bytes: MAX_REQUEST in the agent, MAX_REPLY in a client."""
         self._limit = limit
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[AnyMessage]:
+    def feed(self, data: bytes) -> list[messages.AnyMessage]:
+        """Take in bytes, and return the messages that they complete. Raises `ProtocolError`."""
         self._buffer += data
-        messages: list[AnyMessage] = []
+        found: list[messages.AnyMessage] = []
         while len(self._buffer) >= HEADER.size:
             (length,) = HEADER.unpack_from(self._buffer)
             if not 1 <= length <= self._limit:
@@ -257,12 +200,12 @@ class Decoder:
                 break
             body = bytes(self._buffer[HEADER.size : HEADER.size + length])
             del self._buffer[: HEADER.size + length]
-            messages.append(decode_body(body))
-        return messages
+            found.append(decode_body(body))
+        return found
 
     @property
     def wanted(self) -> int:
-        """Bytes up to the end of the frame's header, or of the frame: who reads no more leaves what follows it."""
+        """Bytes up to the end of the frame's header, or of the frame; what follows a frame is left in the socket."""
         have = len(self._buffer)
         return (HEADER.unpack_from(self._buffer)[0] if have >= HEADER.size else 0) + HEADER.size - have
 
@@ -272,10 +215,10 @@ class Decoder:
         return len(self._buffer)
 
 
-def decode_body(body: bytes) -> AnyMessage:
-    """Raises `ProtocolError` for anything that is not one well-formed message of this version."""
+def decode_body(body: bytes) -> messages.AnyMessage:
+    """Return the message in a frame's body. Raises `ProtocolError` unless it is one message of this version."""
     try:
-        message: AnyMessage = _decoder.decode(body)
+        message: messages.AnyMessage = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a message of protocol version {VERSION}: {error}") from error
     return message

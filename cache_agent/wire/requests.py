@@ -1,4 +1,4 @@
-"""What is said of requests that run: kept, claimed, made over, and moved from one worker to another. Pure."""
+"""The messages about running requests: kept, claimed, transferred, and handed from one worker to another. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_ITEMS = 256
 
 
 class KeepItem(msgspec.Struct, frozen=True):
-    """Pieces of one request, from number `at` on, by its owner under `epoch`; see `snapshots.Keep`."""
+    """Pieces of one request, from number `at` on, from its owner under `epoch`; see `Keep` in snapshots/store.py."""
 
     space: Short
     id: Short
@@ -25,7 +25,7 @@ class KeepItem(msgspec.Struct, frozen=True):
 
 
 class Checkpoint(Message, frozen=True, tag="checkpoint"):
-    """The pieces of all items follow one another in `data`, or in the fd that comes with it."""
+    """Asks to keep pieces of running requests; those of all items are in `data`, or in the fd beside it, in order."""
 
     items: Annotated[list[KeepItem], msgspec.Meta(max_length=256)]
     data: bytes = b""
@@ -33,7 +33,7 @@ class Checkpoint(Message, frozen=True, tag="checkpoint"):
 
 
 class KeptStatus(msgspec.Struct, frozen=True):
-    """`kept`, `fenced`, `gap` (see `snapshots.Kept`), or `too_large` and `why`."""
+    """The outcome of one item: `kept`, `fenced`, `gap` (see `KeepResult` in snapshots/store.py), or `too_large`."""
 
     outcome: Short
     wanted: bool = False
@@ -41,13 +41,13 @@ class KeptStatus(msgspec.Struct, frozen=True):
 
 
 class Checkpointed(Message, frozen=True, tag="checkpointed"):
-    """One for each item, in their order."""
+    """The outcomes of all items, in their order."""
 
     results: list[KeptStatus]
 
 
 class ClaimRequest(Message, frozen=True, tag="claim"):
-    """Asks to own what is kept of a request, and for all of it."""
+    """Asks to become a request's owner, and for all of its pieces; `lease` in seconds."""
 
     space: Short
     id: Short
@@ -56,7 +56,7 @@ class ClaimRequest(Message, frozen=True, tag="claim"):
 
 
 class ClaimReply(Message, frozen=True, tag="claim_reply"):
-    """See `snapshots.Claimed`; the pieces are in `data`, or in the fd that comes with it."""
+    """The answer to a claim (see `Claimed` in snapshots/store.py); the pieces are in `data`, or in the fd beside it."""
 
     outcome: Short
     epoch: Count = 0
@@ -67,7 +67,7 @@ class ClaimReply(Message, frozen=True, tag="claim_reply"):
 
 
 class TransferRequest(Message, frozen=True, tag="transfer"):
-    """Makes `successor` the owner of a request under the next epoch, if it is `owner`'s under `epoch`."""
+    """Asks to make `successor` the owner of a request under the next epoch, if `owner` owns it under `epoch`."""
 
     space: Short
     id: Short
@@ -78,13 +78,15 @@ class TransferRequest(Message, frozen=True, tag="transfer"):
 
 
 class TransferReply(Message, frozen=True, tag="transfer_reply"):
+    """The answer to a transfer: whether `successor` is the owner now."""
+
     done: bool
 
 
 class HostRequest(Message, frozen=True, tag="host"):
-    """A worker that can go on with the requests of its `siblings`, and waits for one that wants to hand them over.
+    """Offers a worker, `owner`, as destination for the requests of its siblings; the answer comes once one drains.
 
-    `siblings` is the same for workers that can go on with each other's requests; to an agent it is a name.
+    `siblings` is the same name for all workers that can go on with each other's requests.
     """
 
     siblings: Short = msgspec.field(name="kin")
@@ -92,9 +94,9 @@ class HostRequest(Message, frozen=True, tag="host"):
 
 
 class HandoffRequest(Message, frozen=True, tag="handoff"):
-    """A worker that wants to hand its requests over to one of its `siblings`.
+    """Asks for a destination for the requests of a worker, `owner`, that drains: one of its `siblings`.
 
-    Between agents with a fresh `nonce`, and the namespace `within` that the worker has proved.
+    Between agents the message has a fresh `nonce`, and the namespace `within` that the worker has proved.
     """
 
     siblings: Short = msgspec.field(name="kin")
@@ -104,7 +106,7 @@ class HandoffRequest(Message, frozen=True, tag="handoff"):
 
 
 class Matched(Message, frozen=True, tag="matched"):
-    """Who is at the other end, and that end: a socket as an fd, or, between agents, this connection."""
+    """The other worker, `owner` on `node`, and the way to it: a socket as an fd, or `relay` messages between agents."""
 
     node: Short
     owner: Short
@@ -113,16 +115,17 @@ class Matched(Message, frozen=True, tag="matched"):
 
 
 class RelayedBytes(Message, frozen=True, tag="relay"):
-    """Between agents: `body` bytes follow, a piece of what two workers say to each other, signed by the agent."""
+    """Announces, between agents, `body` bytes of the conversation of two workers, signed by the sending agent."""
 
     body: Body
 
 
 class HandoffOutcome(msgspec.Struct, frozen=True):
-    """How one request fared when its worker drained, as that worker tells it.
+    """The result of handing over one request, as the worker that drained reports it.
 
-    `pause` in seconds; `how` is `kv` (its rows travelled), `recompute` (they were made anew) or `relay` (it had no
-    token yet); `outcome` is `moved`, `back` (it went on where it was) or `lost` (it ended, and can be asked for again).
+    `pause` in seconds; `how` is `kv` (its rows travelled), `recompute` (the rows were made anew) or `relay` (no token
+    existed yet); `outcome` is `moved`, `back` (the request went on where it was) or `lost` (it ended, and can be
+    resumed).
     """
 
     function: Short
@@ -137,15 +140,17 @@ class HandoffOutcome(msgspec.Struct, frozen=True):
 
 
 class HandoffRecord(HandoffOutcome, frozen=True, kw_only=True):
-    """As it is shown: `node` is that of the worker that drained, `time` in seconds since 1970."""
+    """A hand-off as status shows it: `node` is that of the worker that drained, `time` in seconds since 1970."""
 
     node: Short
     time: float
 
 
 class HandedReport(Message, frozen=True, tag="handed"):
+    """Reports the results of a worker's hand-offs."""
+
     items: Annotated[list[HandoffOutcome], msgspec.Meta(max_length=MAX_ITEMS)]
 
 
 class HandedReply(Message, frozen=True, tag="handed_reply"):
-    pass
+    """The report of hand-offs has arrived."""

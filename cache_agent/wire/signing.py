@@ -1,10 +1,10 @@
-"""Owns the signature of what agents keep for functions, or send each other: HMAC-SHA256 with the cluster's key. Pure.
+"""Signatures of snapshots and of messages between agents: HMAC-SHA256 with the cluster's key. Pure.
 
     signed := "GS" version (1 byte) tag (32 bytes) data
     tag    := HMAC-SHA256(key, version, length of about (4 bytes), about, data)
 
-`about` says what the bytes are and whose: bytes that were signed as one thing are not taken for another, so neither a
-foreign nor a misplaced one passes.
+`about` names the kind of the bytes and their owner, so that bytes which were signed for one purpose or owner do not
+pass for another.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ _TAG = hashlib.sha256().digest_size
 
 
 def sign(key: bytes, about: str, data: bytes) -> bytes:
+    """Return `data` with its signature in front."""
     return _FRONT + _tag(key, about, data) + data
 
 
 def verified(key: bytes, about: str, signed: bytes) -> bytes:
-    """The data. Raises `SnapshotForged` when it was not signed with this key, or as something else."""
+    """Return the data behind a signature. Raises `SnapshotForged` unless it was signed with this key and `about`."""
     data = signed[len(_FRONT) + _TAG :]
     tag = signed[len(_FRONT) : len(_FRONT) + _TAG]
     if not signed.startswith(_FRONT) or len(tag) != _TAG:

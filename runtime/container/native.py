@@ -1,9 +1,9 @@
-"""Builds the static twin of the shim, shim.c, for this interpreter and this runtime.
+"""The build of the static twin of the shim, shim.c, for this interpreter and this runtime.
 
     python -m runtime.container.native FILE
 
 Names, defaults, limits and texts of both shims stand in Python only: `shared` gathers them, and shared.h, which is
-written for the compiler and kept nowhere, has them for C. Building takes a C compiler with the static C library
+written for the compiler and deleted afterwards, has them for C. Building takes a C compiler with the static C library
 (Debian: gcc, libc6-dev); the program that is built needs neither.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime import config
-from runtime.container import node, port, shim, standby, supply, takeover
+from runtime.container import node, port, shim, standby, supply, takeover, watched_worker
 from runtime.errors import BadConfig, FunctionError
 from runtime.layers import identity, spawn
 from runtime.process import control, messages, wire
@@ -36,7 +36,7 @@ Value = str | int | float | bytes
 
 
 def shared() -> dict[str, Value]:
-    """The names and values of shared.h: what this runtime is, and what its shim in Python keeps to."""
+    """Return the names and values of shared.h, which both shims keep to."""
     needs, defaults = identity.needs(), config.FunctionConfig()
     found: dict[str, Value] = {
         "PYTHON": sys.executable,
@@ -52,7 +52,7 @@ def shared() -> dict[str, Value]:
         "POOL_SECONDS": node.POOL_SECONDS,
         "FORK_SECONDS": supply.FORK_SECONDS,
         "SILENCE_SECONDS": spawn.SILENCE,
-        "ORPHAN_SECONDS": shim.ORPHAN_SECONDS,
+        "ORPHAN_SECONDS": watched_worker.ORPHAN_SECONDS,
         "HANG_SECONDS": shim.HANG_SECONDS,
         "EXIT_FAILED": FunctionError.exit_code,
         "REPORTED_FIRST": shim.REPORTED[0],
@@ -88,16 +88,16 @@ def _literal(value: Value) -> str:
 
 
 def compiler() -> str:
-    """Its path, or ""."""
+    """Return the path of the C compiler, or ""."""
     return shutil.which(os.environ.get("CC") or "cc") or ""
 
 
 def build(target: str, flags: Sequence[str] = _OPTIMISED) -> None:
-    """Raises `BadConfig` where there is no compiler, or it refuses."""
+    """Write the program to `target`. Raises `BadConfig` where there is no compiler, or where it fails."""
     program = compiler()
     if not program:
         raise BadConfig("no C compiler is there; install one (Debian: gcc, libc6-dev), or start runtime.shim itself")
-    new = f"{target}.{os.getpid()}"  # another process may be starting the old one
+    new = f"{target}.{os.getpid()}"  # another process may be starting the old program
     with tempfile.TemporaryDirectory() as place:
         Path(place, "shared.h").write_text(header())
         done = subprocess.run(

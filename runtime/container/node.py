@@ -1,8 +1,8 @@
 """Owns a container's connection to its node's pool. Standard library only.
 
-To the shim this is what `Pod` is: whom to ask for a worker. Zygotes are the pool's, and so are the decisions: here is
-told what happens, and heard what is wanted. Where the pool cannot or must not be used, `why` says so, the shim goes on
-as if there was none, and its ledger has the reason.
+The shim asks `NodeMode` for a worker where it would ask `Pod`. Zygotes are the pool's, and so are the decisions: the
+shim tells what happens, and the pool says when an idle worker may go. Where the pool cannot or must not be used, `why`
+has the reason, which goes into the ledger, and the shim goes on as if there was no pool.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.config import FunctionConfig
-from runtime.layers import identity
-from runtime.layers.spawn import NO_ENTRY, Ended, Forked, ForkRefused, Lost, Zygote, ZygoteReady
-from runtime.layers.spawn import Event as AnyEvent
+from runtime.layers import identity, spawn
 from runtime.process import messages
 from runtime.process.wire import Gone, Wire
 
@@ -26,17 +24,15 @@ if TYPE_CHECKING:
     from runtime.container.takeover import ShimState
 
 POOL_SECONDS = 1.0  # seconds that the pool may take to say whether it serves this container
-_AGAIN = 5.0  # seconds after which a pool that was lost is looked for, for the worker that there is
-
-Event = Forked | ForkRefused | Ended
+_AGAIN = 5.0  # seconds after which a pool that was lost is looked for
 
 
-class PoolZygote(Zygote):
-    """A pool as a shim sees it: a zygote that has wishes. It repeats a wish while it has it."""
+class PoolZygote(spawn.Zygote):
+    """A pool as a shim sees it: a zygote that may also wish the idle worker away, and repeats the wish."""
 
-    retire = False  # the worker that there is
+    retire = False  # whether the pool wishes the worker to retire
 
-    def _event(self, message: dict[str, Any], fds: list[int]) -> AnyEvent | None:
+    def _event(self, message: dict[str, Any], fds: list[int]) -> spawn.ZygoteEvent | None:
         match message, fds:
             case {"wish": what}, []:
                 self.retire = what == "retire"
@@ -45,9 +41,9 @@ class PoolZygote(Zygote):
 
 
 class NodeMode:
-    """One connection. For the shim's thread only."""
+    """The pool of a node as one shim uses it. For the shim's thread only."""
 
-    holds_model = False  # here; the pool's are the pool's
+    holds_model = False  # in this container: model layers are the pool's
 
     def __init__(self, config: FunctionConfig) -> None:
         self._config = config
@@ -55,16 +51,16 @@ class NodeMode:
         self._number = 0
         self._asked = 0
         self._again_at = 0.0
-        self._known: dict[str, dict[str, Any]] = {}  # what a pool has to know of the worker that is there
-        self.why = ""  # the pool is not used
+        self._known: dict[str, dict[str, Any]] = {}  # what another pool would have to be told of the worker
+        self.why = ""  # the reason for which the pool is not used
 
     def connect(self) -> bool:
-        """Whether the pool serves this container; else `why` it does not. Waits a second at the most."""
+        """Return whether the pool serves this container; `why` says why not. Waits for a second at most."""
         pool = self._reach()
         return pool is not None and self._greeted(pool)
 
     def take_over(self, handed: ShimState) -> bool:
-        """The connection of the static twin, as `connect`."""
+        """Go on with the connection of the static twin; return as `connect` does."""
         pool = PoolZygote(Wire(socket.socket(fileno=handed.pool)), 0, -1)
         self._number, self._asked = handed.number, handed.number if handed.forking else 0
         if handed.parked:
@@ -85,17 +81,17 @@ class NodeMode:
             poller.poll(left * 1000)
             for event in pool.read():
                 match event:
-                    case ZygoteReady():
+                    case spawn.ZygoteReady():
                         self._pool, self.why = pool, ""
                         return True
-                    case Lost(why):
+                    case spawn.Lost(why):
                         self.why = why
                         return False
         pool.close()
         return False
 
     def _reach(self) -> PoolZygote | None:
-        """A pool that has been told what this function is; it can begin before it is asked for a worker."""
+        """Connect to a pool and tell it what this function is made of, so that a spare can be forked ahead."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)
         try:
@@ -107,13 +103,13 @@ class NodeMode:
         pool = PoolZygote(Wire(sock), 0, -1)
         needs = identity.needs()
         made_of = {"wants": messages.VERSION, "machine": needs.machine, "python": needs.python, "base": needs.base}
-        with contextlib.suppress(Gone):  # if it has gone, what it said before it did is read as all else
+        with contextlib.suppress(Gone):  # what the pool said before it went is still read
             pool.wire.send({**made_of, "environment": dict(os.environ), "cwd": os.getcwd()})
             for message in self._known.values():
                 pool.wire.send(message)
         return pool
 
-    # --- what the shim tells --------------------------------------------------------------------------------------
+    # --- told by the shim -----------------------------------------------------------------------------------------
 
     def worker_ready(self, kind: str, seconds: float, forked: bool, now: float) -> None:  # noqa: ARG002
         self._tell({"serves": round(seconds, 6)})
@@ -127,16 +123,16 @@ class NodeMode:
     def worker_gone(self, now: float) -> None:  # noqa: ARG002
         self._known.clear()
         if self._pool is not None:
-            self._pool.retire = False  # that was said of the one before
+            self._pool.retire = False  # the wish was for the worker that has gone
         self._tell({"parked": 1})
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._known.update(dict.fromkeys(message, message))
         if self._pool is not None:
-            with contextlib.suppress(Gone):  # which is seen when it is read
+            with contextlib.suppress(Gone):  # `step` reads that the pool is gone
                 self._pool.wire.send(message)
 
-    # --- what the shim asks ---------------------------------------------------------------------------------------
+    # --- asked by the shim ----------------------------------------------------------------------------------------
 
     def fork(
         self,
@@ -148,11 +144,11 @@ class NodeMode:
         environment: Mapping[str, str],
         **more: Any,
     ) -> int:
-        """Asks for a worker; the number that its `Forked` or `ForkRefused` will have, 0 if the pool cannot be asked."""
+        """Ask for a worker; return the number of its `Forked` or `ForkRefused`, 0 if the pool cannot be asked."""
         self._known.clear()
-        if self._pool is None and (self.why.startswith(NO_ENTRY) or not self.connect()):
+        if self._pool is None and (self.why.startswith(spawn.NO_ENTRY) or not self.connect()):
             return 0
-        assert self._pool is not None, "it was connected"
+        assert self._pool is not None, "the pool is connected"
         self._pool.retire = False
         self._number += 1
         request = {"fork": self._number, "environment": dict(environment), **more}
@@ -167,27 +163,27 @@ class NodeMode:
     def fds(self) -> list[int]:
         return [] if self._pool is None else [self._pool.wire.fileno()]
 
-    def step(self, now: float) -> list[Event]:
-        """What concerns the shim's worker."""
-        if self._pool is None and self._known and now >= self._again_at and not self.why.startswith(NO_ENTRY):
+    def step(self, now: float) -> list[spawn.ChildEvent]:
+        """Return what the pool says of this container's worker; look for a lost pool again."""
+        if self._pool is None and self._known and now >= self._again_at and not self.why.startswith(spawn.NO_ENTRY):
             self._again_at = now + _AGAIN
             self._pool = self._reach()
         if self._pool is None:
             return []
-        events: list[Event] = []
+        events: list[spawn.ChildEvent] = []
         for event in self._pool.read():
             match event:
-                case Lost(why):
-                    self._lose(why if why.startswith(NO_ENTRY) else f"the pool is gone: {why}")
-                case Forked() | ForkRefused():
+                case spawn.Lost(why):
+                    self._lose(why if why.startswith(spawn.NO_ENTRY) else f"the pool is gone: {why}")
+                case spawn.Forked() | spawn.ForkRefused():
                     self._asked = 0
                     events.append(event)
-                case Ended():
+                case spawn.Ended():
                     events.append(event)
         if self._pool is not None and (why := self._pool.overdue(now)):
             self._lose(f"the pool {why.removeprefix('it ')}")
         if self._pool is None and self._asked:
-            events.append(ForkRefused(self._asked, self.why))
+            events.append(spawn.ForkRefused(self._asked, self.why))
             self._asked = 0
         return events
 

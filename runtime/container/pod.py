@@ -5,9 +5,9 @@
     lang     a zygote with everything imported
     bare     the shim
 
-Built from lang to model while nobody needs the processor, given up from user to lang by price (rule.py). Nothing here
-waits: the shim polls `fds()` and calls `step`. A zygote that is being built is stopped for as long as a request is
-served, because a container may have but one processor and may not lower a priority for a time.
+Layers are built from lang to model while no request needs the processor, and given up from user to lang by price
+(rule.py). Nothing here waits: the shim polls `fds()` and calls `step`. A zygote that is being built is stopped for as
+long as a request is served, because a container may have but one processor and may not lower a priority for a time.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 from cache_agent.policy import keepalive
 from runtime.config import FunctionConfig
 from runtime.layers import building, identity, keys, leases, published
-from runtime.layers.building import Event, ZygoteLayer
+from runtime.layers.building import ZygoteLayer
 from runtime.layers.rule import LayerRule
-from runtime.layers.spawn import Forked, ForkRefused, Spec, Zygote
+from runtime.layers.spawn import ChildEvent, Forked, ForkRefused, Spec, Zygote
 from runtime.process.wire import Gone
 
 if TYPE_CHECKING:
     from runtime.process.fd_store import FdStore
 
 _SETTLED = 2.0  # seconds of idleness after which there is time for building
-_BOOT = 2.0  # seconds that a worker takes that begins with the interpreter, until one was seen
-# What building and memory are taken for until they were measured.
+_BOOT = 2.0  # seconds that starting a worker with the interpreter is taken for, until it was measured
+# Costs of building and holding, until they were measured.
 _GUESSED: Mapping[str, keepalive.LayerCost] = {
     "user": keepalive.LayerCost("user", 0.3, 100 << 20),
     "model": keepalive.LayerCost("model", 0.2, 50 << 20),
@@ -40,7 +40,7 @@ _ROOM = 350 << 20  # bytes that a zygote may take before its pages are shared
 
 
 class Pod:
-    """One container's. For the shim's thread only; `agent()` is its agent's socket, `say` writes into its log."""
+    """The layers of one container. For the shim's thread only."""
 
     why = ""  # a pod's own zygotes are never refused as a whole, as a pool's may be
 
@@ -49,14 +49,14 @@ class Pod:
         config: FunctionConfig,
         agent: Callable[[], str],
         say: Callable[[str], None],
-        memory: FdStore | None = None,
+        fd_store: FdStore | None = None,
     ) -> None:
-        """`memory` is what workers over TCP left, if the shim keeps it."""
+        """`agent()` is the agent's socket, `say` writes into the log; `fd_store` has weights that came over TCP."""
         holds = config.holds
         user, model, lang = (
             LayerRule(_GUESSED[level], config.start_price, holds.get(level)) for level in ("user", "model", "lang")
         )
-        self._config, self._memory = config, memory
+        self._config, self._fd_store = config, fd_store
         self._shares_model = config.layers == "model" and not config.private_weights
         self._user = user
         self._model = ZygoteLayer("layer model", model, say, uri=config.model_uri)
@@ -64,17 +64,17 @@ class Pod:
         self._settled = min(_SETTLED, holds.get("user", _SETTLED))
         self._made_of: keys.Needs | None = None  # the lang layer, once a worker has said what kind of model it has
         self._fork_seconds, self._boot_seconds = _GUESSED["user"].seconds, _BOOT
-        self._serving = True  # a worker is there, or on its way
+        self._serving = True  # whether a worker is there, or on its way
         self._inside = 0
         self._number = itertools.count(1).__next__
-        self._asked: tuple[int, Zygote] | None = None  # a worker that is to be forked, and by whom
+        self._asked: tuple[int, Zygote] | None = None  # a request to fork a worker that is under way, and its zygote
         self._leases = leases.LayerLeases(config, agent, "layers")
         self._published = published.Published("pod", config.served_name, config.start_price, self._leases.client)
 
-    # --- what the shim tells --------------------------------------------------------------------------------------
+    # --- told by the shim -----------------------------------------------------------------------------------------
 
     def worker_ready(self, kind: str, seconds: float, forked: bool, now: float) -> None:
-        """A worker serves; it took so long since it was asked for."""
+        """Note that a worker serves, `seconds` after it was asked for."""
         if self._made_of is None and kind:
             self._made_of = replace(identity.needs(), preload=(kind,), private=self._config.private_weights)
         self._serving = True
@@ -86,7 +86,7 @@ class Pod:
             self._user.idle(now)
 
     def load(self, inside: int, now: float) -> None:
-        """So many requests are inside the worker."""
+        """Note how many requests are inside the worker."""
         self._inside = inside
         self._user.used(now) if inside else self._user.idle(now)
 
@@ -94,31 +94,31 @@ class Pod:
         self._user.measured(size=size)
 
     def worker_gone(self, now: float) -> None:
-        """No worker is there any more, and none is wanted just now."""
+        """Note that the container is on standby."""
         self._serving = False
         self._rest(now)
 
-    # --- what the shim asks ---------------------------------------------------------------------------------------
+    # --- asked by the shim ----------------------------------------------------------------------------------------
 
     @property
     def holds_model(self) -> bool:
-        """A zygote of the model is there, or on its way."""
+        """Whether a zygote of the model is there, or on its way."""
         return self._model.presence != "absent"
 
     def wants_drop(self, now: float) -> bool:
-        """Whether holding an idle worker costs more than another one would."""
+        """Return whether holding the idle worker costs more than starting another one would."""
         return self._serving and not self._inside and self._worker().expired(now)
 
     def fork(self, now: float, **arguments: Any) -> int:
-        """Asks the deepest zygote that fits for a worker; the number that its `Forked` or `ForkRefused` will have.
+        """Ask the deepest zygote that fits for a worker; return the number of its `Forked` or `ForkRefused`.
 
-        0 if there is none: then the worker has to be booted. `arguments` are `Zygote.fork_worker`'s.
+        The number is 0 where no zygote fits: then the worker has to be booted. `arguments` are `Zygote.fork_worker`'s.
         """
         self._serving, self._inside = True, 0
         layer, why = None, ""
         if self._made_of is not None:
             layer, why = building.deepest(self._made_of, self._model.uri, self._lang, self._model)
-        # Those that this request gets to, whether they are there or not.
+        # The request reaches these layers, whether they are there or not.
         self._user.used(now)
         self._model.rule.used(now)
         if layer is not self._model:
@@ -136,8 +136,8 @@ class Pod:
     def fds(self) -> list[int]:
         return [self._leases.fileno(), *self._lang.fds(), *self._model.fds()]
 
-    def step(self, now: float) -> list[Event]:
-        """Reads what zygotes said, builds and drops what is due; what concerns the shim's worker."""
+    def step(self, now: float) -> list[ChildEvent]:
+        """Read what zygotes said, build and drop what is due; return what concerns the shim's worker."""
         events = [
             event
             for layer in (self._lang, self._model)
@@ -160,14 +160,14 @@ class Pod:
         return events
 
     def seconds(self, now: float) -> float:
-        """When `step` should be called again at the latest."""
+        """Return the seconds after which `step` should be called again at the latest."""
         age = self._user.age(now)
         settles = _SETTLED - age if age is not None and age < _SETTLED else 1.0
         ends = [rule.changes_in(now) + 0.001 for rule in (self._worker(), self._model.rule, self._lang.rule)]
         return max(0.0, min(1.0, settles, *ends))
 
     def report(self) -> list[dict[str, Any]]:
-        """For people; see published.py."""
+        """Return the layers as published.py draws them."""
         return [
             published.entry("user", "there" if self._serving else "absent", self._worker()),
             published.entry("model", self._model.presence, self._model.rule),
@@ -182,25 +182,25 @@ class Pod:
     # --- building and dropping ------------------------------------------------------------------------------------
 
     def _worker(self) -> LayerRule:
-        """The worker's rule. Without a lang layer the next worker has to be booted."""
+        """Return the worker's rule, at the price of the next start, which is a boot where there is no lang layer."""
         self._user.measured(seconds=self._fork_seconds if self._lang.ready else self._boot_seconds)
         return self._user
 
     def _rest(self, now: float) -> None:
-        """Notes that layers are idle; one that is being built begins to be when it is there."""
+        """Note that layers are idle. The idle time of a layer that is being built begins when it is there."""
         for layer in (self._model, self._lang):
             if layer.ready and not self._serving:
                 layer.rule.idle(now)
 
     def _wanted(self, layer: ZygoteLayer, now: float) -> bool:
-        """Whether it should be there; while there is a worker, whether it will be worth its price afterwards."""
+        """Return whether the layer is worth its price; while there is a worker, whether it will be afterwards."""
         return layer.rule.pays if self._serving else layer.rule.wanted(now)
 
     def _drop(self, now: float) -> None:
         for layer in (self._model, self._lang):
             if layer.zygote is None or self._wanted(layer, now):
                 continue
-            if layer is self._model or not self.holds_model:  # else its pages are the model's, too: nothing gets free
+            if layer is self._model or not self.holds_model:  # pages of lang are the model's, too: nothing gets free
                 layer.drop(layer.rule.why)
 
     def _build(self, now: float) -> None:
@@ -213,7 +213,7 @@ class Pod:
             if self._config.layers != "off" and self._due(self._lang, now):
                 self._lang.boot(Spec(key="lang", kinds=self._made_of.preload, lean=self._config.lean_imports), now)
         elif self._shares_model and self._lang.ready and not self.holds_model and self._due(self._model, now):
-            self._model.ask(self._leases, self._memory.copies() if self._memory is not None else [])
+            self._model.ask(self._leases, self._fd_store.copies() if self._fd_store is not None else [])
 
     def _due(self, layer: ZygoteLayer, now: float) -> bool:
         return layer.rule.retry.due(now) and self._wanted(layer, now)

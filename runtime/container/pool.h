@@ -1,4 +1,4 @@
-/* What the static shim sends to its node's pool, as wire.py draws it. Of shim.c. */
+/* Packets of the static shim to its node's pool, as wire.py draws them. Part of shim.c. */
 
 #include <sys/random.h>
 #include <sys/un.h>
@@ -69,7 +69,7 @@ static void connect_pool(const char *path) {
 static void ask(void) {
     long long start = nanoseconds();
     own.asked_at = own.heard = (double)start / 1e9;
-    own.forking = true, own.parked = own.retired = own.finished = false;
+    own.forking = true, own.standby = own.retired = own.finished = false;
     own.turn = own.inside = 0, own.serves = -1, own.size = -1, own.unread = 0;
     if (own.number++) { /* another start, with a ledger of its own */
         spans.used = 0, spans.over = false;

@@ -1,4 +1,4 @@
-"""Opens the function's port, or takes one that was opened before; asks who answers. Standard library only."""
+"""The function's port, opened or inherited; whether a socket answers. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BACKLOG = 1024
 
 
 def open_port(config: FunctionConfig) -> socket.socket:
-    """The listening socket. Raises `BadConfig`."""
+    """Return the listening socket. Raises `BadConfig`."""
     if config.listen_fd >= 0:
         return _take(config.listen_fd)
     listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
@@ -30,7 +30,7 @@ def open_port(config: FunctionConfig) -> socket.socket:
 
 
 def _take(fd: int) -> socket.socket:
-    """Requests wait for it from the first instant."""
+    """Return the inherited socket, in which requests may wait since before this process began."""
     try:
         listener = socket.socket(fileno=fd)
         listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -53,7 +53,7 @@ def _send_at_once(listener: socket.socket) -> None:
 
 
 def answers(path: str) -> bool:
-    """Whether somebody accepts connections on this unix socket."""
+    """Return whether a process accepts connections on this unix socket."""
     if os.path.exists(path):
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1.0)

@@ -1,11 +1,11 @@
-/* The first process of a container in node mode: what shim.py is, without an interpreter, while all goes as expected.
+/* The first process of a container in node mode: shim.py's work without an interpreter, while all goes as expected.
 
    This program opens the port, asks the node's pool for a worker, watches the worker, and answers probes while there is
    none. In every other case shim.py is executed in place of this program, in the same process, and takes over port,
    connections and worker (takeover.py). So nothing here starts a process, or decides anything.
 
        not plain node mode ─────────────────────────────────────────────────▶ shim.py, from its beginning
-       asking ──forked──▶ serving ──retired──▶ parked ──a request──▶ asking
+       asking ──forked──▶ serving ──retired──▶ standby ──a request──▶ asking
           any of them ──crash, refusal, silence, an unknown word────────────▶ shim.py, with all that is there
 
    A message of the pool is looked at before it is taken from the socket, so that shim.py finds there what this program
@@ -13,9 +13,9 @@
 
        shared.h    names, defaults, limits and texts of the shim in Python; written by native.py at the build
        text.h      text within bounds, and messages (messages.py)
-       state.h     what this program has and knows; its clock, log and ledger; its two ends
-       pool.h      what the pool is told and asked (wire.py)
-       shim.c      the worker's line (control.py), the pool's answers, parking, signals, deadlines; settings and main */
+       state.h     the state of this program; its clock, log and ledger; its two ends
+       pool.h      packets to the pool (wire.py)
+       shim.c      the worker's line (control.py), the pool's answers, standby, signals, deadlines; settings and main */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -97,20 +97,20 @@ static void read_line(int turns) {
         own.unread = (size_t)(end - at);
         memmove(line_bytes, at, own.unread);
         if (own.unread == sizeof line_bytes)
-            own.unread = 0; /* what is longer than any message is none */
+            own.unread = 0; /* longer than any message may be */
     }
 }
 
-/* Does what the worker's end demands; returns if the container goes on without a worker, until the next request. */
+/* Ends the container, or goes on standby and returns, or leaves the container to shim.py. */
 static void worker_ended(int status) {
     read_line(4 * TURNS);
     int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     if (own.retired && status == 0) {
         close_fd(&own.line), close_fd(&own.pidfd);
-        own.worker = 0, own.parked = true, own.dead_at = NEVER;
+        own.worker = 0, own.standby = true, own.dead_at = NEVER;
         fcntl(own.listener, F_SETFL, fcntl(own.listener, F_GETFL) | O_NONBLOCK);
         tell_pool("parked=1");
-        say("%s", SAYS_PARKED);
+        say("%s", SAYS_STANDBY);
         return;
     }
     if (own.stopping)
@@ -120,7 +120,7 @@ static void worker_ended(int status) {
     take_over("its worker crashed", true);
 }
 
-/* Takes a packet that was looked at from the socket; the fd that came with the packet, or -1. */
+/* Takes from the socket a packet that was looked at; returns the fd that came with the packet, or -1. */
 static int take_packet(void) {
     union {
         struct cmsghdr header;
@@ -172,7 +172,7 @@ static void read_pool(void) {
     }
 }
 
-/* --- parked: as parked.py does ------------------------------------------------------------------------------------ */
+/* --- standby: as standby.py does -------------------------------------------------------------------------------- */
 
 static void receive(void) {
     int connection = accept4(own.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
@@ -233,7 +233,7 @@ static void enforce_deadlines(void) {
         take_over("the pool did not answer", true);
     if (now - own.pool_heard > SILENCE_SECONDS)
         take_over("the pool is silent", true);
-    if (own.parked && own.stopping && now >= own.leave_at)
+    if (own.standby && own.stopping && now >= own.leave_at)
         leave(0);
     if (own.pidfd < 0)
         return;
@@ -256,10 +256,10 @@ static void enforce_deadlines(void) {
 static void supervise(void) {
     for (;;) {
         double now = seconds(), until = now + 0.5;
-        until = earlier(until, earlier(own.kill_at, own.parked && own.stopping ? own.leave_at : NEVER));
+        until = earlier(until, earlier(own.kill_at, own.standby && own.stopping ? own.leave_at : NEVER));
         /* A dead worker's pidfd stays readable, and would end every wait until the pool tells the worker's status. */
         struct pollfd fds[] = {{own.pool, POLLIN, 0}, {own.signals, POLLIN, 0}, {own.line, POLLIN, 0},
-                               {own.parked ? own.listener : -1, POLLIN, 0},
+                               {own.standby ? own.listener : -1, POLLIN, 0},
                                {own.dead_at < NEVER ? -1 : own.pidfd, POLLIN, 0}};
         int count = poll(fds, 5, milliseconds(until - now));
         if (count > 0 && fds[1].revents)
@@ -267,7 +267,7 @@ static void supervise(void) {
         if (count > 0 && fds[2].revents)
             read_line(TURNS);
         read_pool();
-        if (count > 0 && fds[3].revents && own.parked)
+        if (count > 0 && fds[3].revents && own.standby)
             receive();
         enforce_deadlines();
     }

@@ -1,4 +1,4 @@
-/* What the static shim has and knows; its clock, its log and its ledger; the two ways in which it ends. Of shim.c. */
+/* The state of the static shim; its clock, its log and its ledger; the two ways in which it ends. Part of shim.c. */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -16,7 +16,7 @@ static struct {
     double asked_at, heard, pool_heard, dead_at, kill_at, leave_at, serves;
     double linger, grace, timeout;
     size_t unread;
-    bool forking, retired, finished, parked, stopping, greeted;
+    bool forking, retired, finished, standby, stopping, greeted;
     char start_id[17];
     const char *agent;
 } own = {-1, -1, -1, -1, -1, -1, -1, .dead_at = NEVER, .kill_at = NEVER, .leave_at = NEVER, .serves = -1, .size = -1};
@@ -121,7 +121,7 @@ _Noreturn static void take_over(const char *why, bool ask_pool) {
     put_field(&state, "agent=%s", own.agent);
     put_field(&state, "retired=%d", own.retired);
     put_field(&state, "finished=%d", own.finished);
-    put_field(&state, "parked=%d", own.parked);
+    put_field(&state, "parked=%d", own.standby);
     put_field(&state, "stopping=%d", own.stopping);
     put_field(&state, "forking=%d", own.forking);
     put_field(&state, "load=%lld", own.inside);

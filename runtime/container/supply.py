@@ -1,4 +1,4 @@
-"""Owns where a container's workers come from: its node's pool, its own zygotes, or the interpreter.
+"""The source of a container's workers: its node's pool, its own zygotes, or the interpreter.
 
     ask ──▶ forking ──Forked──▶ a worker
      └──none to fork from, refused, no answer──▶ a worker that begins with the interpreter
@@ -13,8 +13,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from runtime.config import FunctionConfig
 from runtime.process.children import Child, spawn
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from runtime.container.node import NodeMode
     from runtime.container.pod import Pod
     from runtime.container.takeover import ShimState
-    from runtime.layers.spawn import Ended
+    from runtime.layers.spawn import ChildEvent, Ended
     from runtime.process.fd_store import FdStore
 
-FORK_SECONDS = 2.0  # what a zygote has to answer a request to fork
+FORK_SECONDS = 2.0  # seconds in which a request to fork has to be answered
 
 
 class Order(NamedTuple):
-    """A worker that is asked for: its end of the line is ours until it is there. Its `spans` go on growing."""
+    """A request for a worker. `line` is the worker's end, closed here once the worker has it; `spans` still grow."""
 
     line: socket.socket
     connections: list[socket.socket]
@@ -39,7 +39,7 @@ class Order(NamedTuple):
 
 
 class Supply:
-    """One container's. For the shim's thread only."""
+    """The supply of one container. For the shim's thread only."""
 
     def __init__(
         self,
@@ -49,17 +49,21 @@ class Supply:
         note: Callable[[str, int], None],
         say: Callable[[str], None],
     ) -> None:
-        """`agent()` is its agent's socket; `note(why, since)` is for the ledger, `say` for the log."""
+        """`agent()` is the agent's socket; `note(why, since)` writes into the ledger, `say` into the log."""
         self._config, self._listener, self._agent, self._note, self._say = config, listener, agent, note, say
-        self.layers: Pod | NodeMode | None = None  # who is asked
-        self.memory: FdStore | None = None  # weights of workers that got them over TCP
-        self.forked = False  # the last worker was
+        self.layers: Pod | NodeMode | None = None  # the zygotes that are asked
+        self.fd_store: FdStore | None = None  # weights that a worker got over TCP, for the next worker
+        if config.socket.startswith("tcp:"):
+            from runtime.process.fd_store import FdStore
+
+            self.fd_store = FdStore()
+        self.forked = False  # whether the last worker was forked
         self._order: Order | None = None
         self._number = 0
         self._until = 0.0
 
     def find_pool(self) -> None:
-        """Of the node, if there is one and it serves this container; its zygotes make the first start a fork, too."""
+        """Use the node's pool, if there is one and it serves this container: the first start is a fork, too."""
         if self._config.layers == "off" or not os.path.exists(self._config.pool):
             return
         start = time.monotonic_ns()
@@ -72,7 +76,7 @@ class Supply:
             self._note(f"no pool: {node.why}", start)
 
     def take_over(self, handed: ShimState, order: Order | None) -> None:
-        """From the static twin: its pool, and the worker that it has asked for."""
+        """Go on with the static twin's pool, and with the worker that the twin has asked for."""
         start = time.monotonic_ns()
         from runtime.container.node import NodeMode
 
@@ -90,15 +94,15 @@ class Supply:
         self._order, self._number, self._until = order, handed.number, handed.asked_at + FORK_SECONDS
 
     def keep_layers(self) -> Pod | NodeMode | None:
-        """Who was asked, or from now on the container's own zygotes: the first start has to do without."""
+        """Return the zygotes that are asked. Without a pool they are the container's own, from the first worker on."""
         if self.layers is None and self._config.layers != "off":
             from runtime.container.pod import Pod
 
-            self.layers = Pod(self._config, self._agent, self._say, self.memory)
+            self.layers = Pod(self._config, self._agent, self._say, self.fd_store)
         return self.layers
 
     def ask(self, order: Order) -> Child | None:
-        """From the deepest layer that is there, else from the interpreter; None: it comes from `step`, forked."""
+        """Have a worker forked from the deepest layer, else start one; None if `step` will return the forked one."""
         start = time.monotonic_ns()
         number, layers = 0, self.layers
         self.forked = False
@@ -119,31 +123,38 @@ class Supply:
         if layers is not None and layers.why:
             self._note(f"no pool: {layers.why}", start)
             layers.close()
-            self.layers = None  # its own zygotes, from now on
+            self.layers = None  # from now on the container has zygotes of its own
         return self._boot(order)
 
     def step(self, now: float) -> list[Child | Ended]:
-        """Lets zygotes be built and dropped; workers that are there now, and how others ended."""
-        found: list[Child | Ended] = []
-        for event in [] if self.layers is None else self.layers.step(now):
-            match type(event).__name__, event:
-                case "Forked", (int(number), int(pid), int(pidfd)):
-                    if self._order is None or number != self._number:
-                        os.close(pidfd)  # it came too late, and its line is closed: it ends by itself
-                        continue
-                    self._order.line.close()
-                    self._order, self.forked = None, True
-                    found.append(Child(pid, pidfd))
-                case "Refused", (int(number), str(why)) if self._order is not None and number == self._number:
-                    found.append(self._boot_instead(why))
-                case "Ended", _:
-                    found.append(cast("Ended", event))  # by its name: whoever never forks never imports it
+        """Have zygotes built and dropped; return workers that are there now, and ends of others."""
+        found = [] if self.layers is None else self._heard(self.layers.step(now))
         if self._order is not None and now >= self._until:
             found.append(self._boot_instead("the zygote did not answer"))
         return found
 
+    def _heard(self, events: Sequence[ChildEvent]) -> list[Child | Ended]:
+        """Return what the answers of a zygote, or of the pool, mean to the shim."""
+        from runtime.layers.spawn import Ended, Forked, ForkRefused  # a shim without layers never imports the module
+
+        found: list[Child | Ended] = []
+        for event in events:
+            match event:
+                case Forked(number, pid, pidfd):
+                    if self._order is None or number != self._number:
+                        os.close(pidfd)  # the worker came too late: its line is closed, and it ends by itself
+                        continue
+                    self._order.line.close()
+                    self._order, self.forked = None, True
+                    found.append(Child(pid, pidfd))
+                case ForkRefused(number, why) if self._order is not None and number == self._number:
+                    found.append(self._boot_instead(why))
+                case Ended():
+                    found.append(event)
+        return found
+
     def _boot_instead(self, why: str) -> Child:
-        assert self._order is not None, "it was to be forked"
+        assert self._order is not None, "a fork was asked for"
         order, self._order = self._order, None
         self._note(f"not forked: {why}", time.monotonic_ns())
         return self._boot(order)
@@ -153,7 +164,7 @@ class Supply:
             fds = [self._listener.fileno(), line.fileno(), *(each.fileno() for each in order.connections)]
             listener, control, *connections = map(str, fds)
             arguments = [listener, control, str(os.getpid()), order.start_id, json.dumps(order.spans), *connections]
-            # A SIGTERM that comes before it can take it must not kill it: requests may wait for it already.
+            # A SIGTERM must not kill a worker that has no handler yet: requests may wait for the worker already.
             blocked = (signal.SIGTERM, signal.SIGINT)
             return spawn(["-P", "-m", "runtime.worker.worker", *arguments], fds, self._environment(), blocked)
 

@@ -1,4 +1,4 @@
-"""The state that a shim takes over from its static twin (shim.c), in whose place it was executed.
+"""The state that the shim takes over from its static twin (shim.c), in whose place it was executed.
 
 The twin leaves the number of a file in `GLOWPLUG_SHIM_STATE`: a message (see process/messages.py) with the fields of
 `ShimState`, then, after an empty field, those bytes of the line that no message was made of yet. The fds that the
@@ -20,31 +20,31 @@ VARIABLE = "GLOWPLUG_SHIM_STATE"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShimState:
-    """A shim's state; fds are -1 where there is none. Without a worker, one that is asked for, or `parked`, there is
+    """The twin's state; fds are -1 where there is none.
 
-    a port and no more: a worker is to be started.
+    A worker is there, or is asked for (`forking`), or none is wanted (`parked`, on standby); else one is to be started.
     """
 
-    why: str  # the twin could not go on
-    ask_pool: bool  # whether that would be of use
-    greeted: bool  # the pool has said that it is ready
+    why: str  # the reason for which the twin could not go on
+    ask_pool: bool  # whether asking the pool may be of use
+    greeted: bool  # whether the pool has said that it is ready
     start_id: str
     spans: list[messages.Span]
     number: int  # of the last request for a worker
     turn: int
-    worker: int  # its pid, or 0
+    worker: int  # the worker's pid, or 0
     agent: str
-    retired: bool  # it said that it goes on purpose
-    finished: bool  # or that it has, with nothing left to do
+    retired: bool  # whether the worker said that it goes on purpose
+    finished: bool  # whether the worker said that it has nothing left to do
     parked: bool
     stopping: bool
-    forking: bool  # a worker is asked for
+    forking: bool
     known: dict[str, float]  # what the pool was told of the worker
-    unread: bytes  # of its line
+    unread: bytes  # of the worker's line
     listener: int
     pool: int
     line: int
-    theirs: int  # the end of the line that is for the worker that is asked for
+    theirs: int  # the worker's end of the line, while a worker is asked for
     pidfd: int
     arrived: int  # a connection that a worker has to serve
     asked_at: float
@@ -63,7 +63,7 @@ _KINDS: dict[str, messages.Kind] = {
 
 
 def handed() -> ShimState | None:
-    """What there is to take over, once. Raises `FunctionError` for what the twin of another version has left."""
+    """Return what the twin has left, once; None without a twin. Raises `FunctionError` for one of another version."""
     number = os.environ.pop(VARIABLE, "")
     if not number:
         return None

@@ -1,4 +1,4 @@
-/* Text within bounds, and messages as messages.py draws them: fields `name=value`, each ended by a NUL. Of shim.c. */
+/* Text within bounds, and messages as messages.py draws them: fields `name=value`, each ended by a NUL. Part of shim.c. */
 
 #include <stdarg.h>
 #include <stdbool.h>

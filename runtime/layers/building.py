@@ -1,10 +1,10 @@
-"""Owns the zygote of one layer as its supervisor has it: builds it, hears it, notices that it was lost, ends it.
+"""Owns the zygote of one layer, from building it to ending it, for a supervisor: a pod's shim, or a pool.
 
     lang     absent ──boot──▶ building ──▶ there ──price, loss──▶ absent
     model    absent ──ask──▶ leasing ──fork──▶ forking ──takes──▶ building ──▶ there ──price, loss──▶ absent
 
-Its rule says how long a layer is held, and when one that failed is tried again (rule.py). Nothing here waits: a
-supervisor polls `fds()` and calls `hear`.
+The layer's rule says how long it is held, and when building it is tried again after a failure (rule.py). Nothing here
+waits: a supervisor polls `fds()` and calls `hear`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from cache_agent.limits import available_bytes
 from runtime.layers import keys, spawn
 from runtime.layers import leases as leasing
 from runtime.layers.rule import LayerRule, Presence
-from runtime.layers.spawn import Ended, Forked, ForkRefused, Lost, Spec, Zygote, ZygoteReady
+from runtime.layers.spawn import ChildEvent, Ended, ForkRefused, Lost, Spec, Zygote, ZygoteReady
 from runtime.process.wire import Gone, Wire
 
 if TYPE_CHECKING:
     from cache_agent.client.lease import Lease
 
-Event = Forked | ForkRefused | Ended
 
 _BELOW = "the layer below it is gone"
 
 
 class _Fork(NamedTuple):
-    """A request for a model's zygote that is under way; `wire` will be the zygote's."""
+    """A request for a model's zygote that is under way; `wire` will be the wire to that zygote."""
 
     number: int
     wire: Wire
@@ -37,9 +36,9 @@ class _Fork(NamedTuple):
 
 
 class ZygoteLayer:
-    """A lang layer, or that of the model at `uri`, on a lease of the supervisor's own.
+    """A lang layer, or the layer of the model at `uri` on a lease of the supervisor's own.
 
-    `name` and `say` are for the log. The layer is not built where fewer than `room` bytes are free, which it may take
+    `name` and `say` are for the log. The layer is not built where fewer than `room` bytes are free: it may take so many
     before its pages are shared.
     """
 
@@ -63,7 +62,7 @@ class ZygoteLayer:
         return self.presence == "there"
 
     def fds(self) -> list[int]:
-        """What becomes readable when there is something to hear."""
+        """Return the fds that become readable when there is something to hear."""
         zygote = [] if self.zygote is None or self.zygote.state == "gone" else [self.zygote.wire.fileno()]
         return zygote + ([] if self.lease is None else [self.lease.fileno()])
 
@@ -83,7 +82,7 @@ class ZygoteLayer:
             self.zygote = spawn.boot(spec, environment=environment, program=program)
 
     def ask(self, leases: leasing.LayerLeases, memory: Sequence[int] = ()) -> None:
-        """Have the model leased; what comes of it is for `fork`. `memory` is as for `LayerLeases.ask`."""
+        """Have the model leased; the result is for `fork`. `memory` is as for `LayerLeases.ask`."""
         self._leasing = True
         leases.ask(self.uri, memory)
 
@@ -99,15 +98,15 @@ class ZygoteLayer:
         elif why := self._crowded():
             self.postpone(why, now)
         else:
-            held = spawn.LeaseFds(found.manifest_bytes, found.manifest_fd, found.segments)
+            fds = spawn.LeaseFds(found.manifest_bytes, found.manifest_fd, found.segments)
             try:
-                wire = lang.zygote.fork_zygote(number, Spec(key=self.uri), held)
+                wire = lang.zygote.fork_zygote(number, Spec(key=self.uri), fds)
                 self._forking = _Fork(number, wire, lang.zygote)
             except Gone:
                 self.postpone(_BELOW, now)
 
-    def takes(self, event: Event, now: float) -> bool:
-        """Whether what a lang layer says is about this layer's own zygote."""
+    def takes(self, event: ChildEvent, now: float) -> bool:
+        """Take an event of a lang layer that is about this layer's own zygote; return whether it was."""
         fork = self._forking
         if fork is None or isinstance(event, Ended) or event.number != fork.number:
             return False
@@ -122,20 +121,20 @@ class ZygoteLayer:
         if self.zygote is not None and not self.ready:
             self.zygote.pause(paused)
 
-    def hear(self, now: float) -> list[Event]:
-        """Return what the zygote says of its children; ends a layer that is lost."""
-        events: list[Event] = []
+    def hear(self, now: float) -> list[ChildEvent]:
+        """Return what the zygote says of its children; end a layer that is lost."""
+        events: list[ChildEvent] = []
         for event in [] if self.zygote is None else self.zygote.read():
             match event:
                 case ZygoteReady(_, _, seconds, size):
-                    self.rule.measured(seconds=seconds, size=self.held(size))
+                    self.rule.measured(seconds=seconds, size=self.freed(size))
                     self.rule.retry.worked()
                     self._say(f"{self.name} is warm after {seconds:.2f} s and holds {size / 1e6:.0f} MB")
                 case Lost(why):
                     self.postpone(f"its zygote was lost: {why}", now)
                 case _:
                     events.append(event)
-        # After what it has said: if it is the supervisor that was stopped, the beats are there.
+        # Only after reading: if it was the supervisor that had been stopped, the beats are there.
         if self.zygote is not None and (why := self.zygote.overdue(now)):
             self.postpone(f"its zygote {why.removeprefix('it ')} and was killed", now)
         if self._forking is not None and self._forking.below.state == "gone":
@@ -144,12 +143,12 @@ class ZygoteLayer:
             self.postpone(why, now)
         return events
 
-    def held(self, size: int) -> int:
-        """The bytes that would be free if the layer went, of which `size` are its zygote's."""
+    def freed(self, size: int) -> int:
+        """Return the bytes that would be free if the layer went, of which `size` are its zygote's."""
         return size
 
     def _crowded(self) -> str:
-        """Why there is no room for another process, or ""."""
+        """Return why there is no room for another process, or ""."""
         if (free := available_bytes()) < self._room:
             return f"{free / 1e6:.0f} MB are free, it may take {self._room / 1e6:.0f}"
         return ""
@@ -163,11 +162,12 @@ class ZygoteLayer:
             self.end()
 
     def postpone(self, why: str, now: float) -> None:
-        """End what there is of the layer; after a pause it is tried again."""
+        """End what there is of the layer; building it is tried again after a pause."""
         self.end(why)
         self._say(f"{self.name} is not there: {why}; tried again after {self.rule.retry.failed(now):.0f} s")
 
     def end(self, why: str = "") -> None:
+        """End zygote and lease, or the attempt to get them. `why` is told where a fork was asked for."""
         if self.zygote is not None:
             self.zygote.kill(why)
             self.zygote.close()
@@ -183,7 +183,7 @@ def deepest(
 ) -> tuple[ZygoteLayer | None, str]:
     """Return the layer that a worker with the model at `uri` is forked from, if one is ready, and why no deeper one.
 
-    `made_of` is what the lang layer is.
+    `made_of` are the needs that the lang layer meets.
     """
     wanted = replace(made_of, model=uri)
     there: list[tuple[str, keys.Level, keys.Needs]] = []

@@ -1,4 +1,4 @@
-"""Owns what this process is made of, as layers are compared by it. Standard library only."""
+"""The needs of this process, by which layers are compared. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOCK = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
 
 
 def needs() -> keys.Needs:
-    """Down to `bare`; what is deeper is for whoever asks to fill in."""
+    """Return this process's needs at the level `bare`; the caller adds deeper ones."""
     return keys.Needs(
         machine=os.uname().machine,
         python=f"{sys.implementation.cache_tag}-{'.'.join(map(str, sys.version_info[:3]))}",
@@ -23,7 +23,7 @@ def needs() -> keys.Needs:
 
 
 def _base() -> str:
-    """Of the locked base set. It tells versions apart, and guards against nobody."""
+    """Return a checksum of the locked base set, which tells versions apart and is no protection; "" without a lock."""
     try:
         with open(LOCK, "rb") as file:
             text = file.read()

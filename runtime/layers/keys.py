@@ -1,13 +1,13 @@
-"""The tree of layers, and from which of those that are there a process may be forked. Pure.
+"""The tree of layers, and the choice of a layer that a process may be forked from. Pure.
 
     bare    the interpreter and the runtime's own modules
      └─ lang    torch, transformers, the code of the preloaded kinds of models
          └─ model   one model put together on its weights, and its tokenizer
-             └─ user    the handler imported, serving: a worker, which nobody else can share
+             └─ user    the handler imported, serving: a worker, which no other process is forked from
 
-What a layer was made of is compared field by field with what a process needs: everything that decides what imported
-code does must be equal, because a forked child has it for good. A layer's key is a digest for each level down to its
-own, so that a layer fits exactly if its key is the beginning of the other's.
+The `Needs` that a layer meets are compared field by field with those of a process: everything that decides what
+imported code does must be equal, because a forked child has it for good. A key is a digest for each level down to the
+layer's, so that a layer fits exactly if its key is the beginning of the process's key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _AT: Mapping[Level, tuple[str, ...]] = {
     "model": ("model", "private"),
     "user": ("handler",),
 }
-# Read once, while something is imported, or by a library when it is loaded.
+# Variables that are read once, by Python code while it is imported, or by a library when it is loaded.
 _RELEVANT = (
     "PYTHON", "LD_", "MALLOC_", "GLIBC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH", "ATEN_",
     "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_", "CUDA_", "NVIDIA_", "NCCL_", "LANG", "LC_",
@@ -36,7 +36,7 @@ _THREADS = "_NUM_THREADS"  # a layer always has one thread; its children have as
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a process is made of. `base` is the digest of the locked base set, `model` identifies the model's bytes."""
+    """The needs of a process. `base` is a checksum of the locked base set, `model` identifies the model's bytes."""
 
     machine: str
     python: str
@@ -51,7 +51,7 @@ class Needs:
 
 
 class Found(NamedTuple):
-    """The deepest layer that fits, None if none does, and why it is not a deeper one ("" if it is the deepest)."""
+    """The deepest layer that fits, None if none does, and why there is no deeper one ("" for the deepest of all)."""
 
     layer: str | None
     level: Level
@@ -59,7 +59,7 @@ class Found(NamedTuple):
 
 
 def relevant(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """The variables that decide what imported code does, in order."""
+    """Return the variables that decide what imported code does, in order."""
     return tuple(
         sorted(
             (name, value)
@@ -70,22 +70,22 @@ def relevant(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def key(level: Level, needs: Needs) -> str:
-    """A digest for each level down to `level`, joined by dots: the key of a layer begins with that of its parent."""
-    import hashlib  # comparing needs none, and a shim that asks for a worker should not wait for it
+    """Return digests, one for each level down to `level`, joined by dots: a layer's key begins with its parent's."""
+    import hashlib  # a shim that asks for a worker only compares, and should not wait for this import
 
     texts = ["\n".join(f"{name}={value!r}" for name, value in part) for part in _parts(level, needs)]
     return ".".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
 
 
 def _parts(level: Level, needs: Needs) -> list[list[tuple[str, object]]]:
-    """What a key is made of, level by level."""
+    """Return names and values of the needs, level by level."""
     return [[(name, getattr(needs, name)) for name in _AT[each]] for each in LEVELS[: LEVELS.index(level) + 1]]
 
 
 def deepest(wanted: Needs, there: Iterable[tuple[str, Level, Needs]]) -> Found:
-    """The deepest of the layers (name, level, what it was made of) from which `wanted` may be forked; why no deeper.
+    """Return the deepest of the layers (name, level, needs) that `wanted` may be forked from, and why no deeper one.
 
-    A layer fits if its key is the beginning of the wanted one's. Nothing deeper than `model` is ever shared.
+    A layer fits if its key is the beginning of the wanted key. Nothing deeper than `model` is ever shared.
     """
     layers = list(there)
     reasons: list[str] = []
@@ -103,7 +103,7 @@ def deepest(wanted: Needs, there: Iterable[tuple[str, Level, Needs]]) -> Found:
 
 
 def _difference(level: Level, wanted: Needs, there: Needs) -> str:
-    """The first thing by which they differ, in words."""
+    """Return in words the first need that differs."""
     compared = {name for each in LEVELS[: LEVELS.index(level) + 1] for name in _AT[each]}
     for field in fields(Needs):
         mine, theirs = getattr(wanted, field.name), getattr(there, field.name)

@@ -1,4 +1,4 @@
-"""Owns how a supervisor gets the leases for its model layers: it asks in threads, since an agent may take its time."""
+"""Leases for a supervisor's model layers, asked for in threads, since an agent may take its time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from cache_agent.client.lease import Lease
     from cache_agent.client.streamed import Leftover
 
-_SECONDS = 10.0
+_SECONDS = 10.0  # seconds that a lease may take, bytes included
 
 
 class LayerLeases:
-    """`ask` begins, `fileno` becomes readable, `take` gives what came: a lease whose bytes are there, or why not."""
+    """Requests for leases: `ask` begins one, `fileno` becomes readable, `take` returns the results."""
 
     def __init__(self, config: FunctionConfig, agent: Callable[[], str], name: str) -> None:
+        """`agent()` is the agent's socket; the agent shows the leases as those of `name`."""
         self._config, self._agent, self._name = config, agent, f"{name}-{os.getpid()}"
         self._came: queue.SimpleQueue[tuple[str, Lease | str]] = queue.SimpleQueue()
         self._wake, self._waker = socket.socketpair()
@@ -32,14 +33,14 @@ class LayerLeases:
             end.setblocking(False)
 
     def ask(self, uri: str, memory: Sequence[int] = ()) -> None:
-        """`memory` are fds of weights over TCP that are here already; they are closed."""
+        """Begin a request. `memory` are fds of weights that came over TCP earlier; they are closed."""
         threading.Thread(target=self._find, args=(uri, memory), name="lease", daemon=True).start()
 
     def fileno(self) -> int:
         return self._wake.fileno()
 
     def client(self) -> CacheClient:
-        """Speaks to the agent as this supervisor."""
+        """Return a client that speaks to the agent as this supervisor."""
         from cache_agent.client import credentials
         from cache_agent.client.cache_client import CacheClient
 
@@ -48,7 +49,7 @@ class LayerLeases:
         return CacheClient(self._agent(), name=self._name, identity=identity, pod=config.pod)
 
     def take(self) -> list[tuple[str, Lease | str]]:
-        """By URI; the leases are the caller's to close."""
+        """Return URIs, each with a lease whose bytes are there, for the caller to close, or why there is none."""
         with contextlib.suppress(BlockingIOError):
             self._wake.recv(4096)
         found = []
@@ -63,7 +64,7 @@ class LayerLeases:
         found: Lease | str
         try:
             deadline = time.monotonic() + _SECONDS
-            lease = self.client().lease(uri, deadline=deadline, kept=_kept(memory))
+            lease = self.client().lease(uri, deadline=deadline, kept=_leftover(memory))
             try:
                 lease.wait_ready(deadline)
             except BaseException:
@@ -81,7 +82,7 @@ class LayerLeases:
             self._waker.send(b"\0")
 
 
-def _kept(memory: Sequence[int]) -> Leftover | None:
+def _leftover(memory: Sequence[int]) -> Leftover | None:
     if not memory:
         return None
     from cache_agent.client.streamed import Leftover
@@ -90,7 +91,7 @@ def _kept(memory: Sequence[int]) -> Leftover | None:
 
 
 def lost(lease: Lease) -> str:
-    """Why a lease is one no longer, or "": its agent went, or wants it back. Hears what the agent has said; no wait."""
+    """Return why a lease is to be given up: its agent went, or wants it back; else "". Does not wait."""
     from cache_agent.errors import AgentError
     from cache_agent.wire.messages import Drain
 

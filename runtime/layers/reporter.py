@@ -1,6 +1,6 @@
-"""Owns what a supervisor's agent knows of its layers: the last word, sent by a thread of its own.
+"""Reports of a supervisor's layers to its agent: the last state, sent by a thread of its own.
 
-Nobody waits for it, and nothing depends on it: an agent that is away, busy, or older than the message is left alone.
+Nothing waits for a report or depends on it: an agent that is away, busy, or older than the message is left alone.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cache_agent.client.cache_client import CacheClient
 
-_SETTLED = 3.0  # seconds before the first word: a start needs the processor more
-_AGAIN = 30.0  # seconds after which it is said again though nothing has changed: so it is known to live
-_APART = 2.0  # seconds between two words
-_LAST = 1.0  # seconds for the word that all has ended
+_SETTLED = 3.0  # seconds before the first report: a start needs the processor more
+_AGAIN = 30.0  # seconds after which a report is repeated, so that the agent knows that the supervisor lives
+_APART = 2.0  # seconds between two reports
+_LAST = 1.0  # seconds for the report that there are no layers any more
 
 
 class LayerReporter:
-    """`tell` and `close` are for the supervisor's thread; neither blocks for longer than `_LAST` seconds."""
+    """The reports of one supervisor, whose thread calls `report` and `close`; `close` takes a second at most."""
 
     def __init__(self, client: Callable[[], CacheClient], head: Mapping[str, Any]) -> None:
         """`client()` speaks to the agent; `head` has the supervisor's `mode`, `name` and `rho`."""
@@ -33,15 +33,16 @@ class LayerReporter:
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def tell(self, layers: Sequence[Mapping[str, Any]]) -> None:
+    def report(self, layers: Sequence[Mapping[str, Any]]) -> None:
         with self._lock:
             self._layers = layers
         self._news.set()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="telling", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="layer reporter", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
+        """Report that there are no layers any more, and end the thread."""
         self._ending.set()
         self._news.set()
         if self._thread is not None:

@@ -1,12 +1,12 @@
-"""The one rule of a warm layer: what it costs, how it is used, how long it is held, when it is built again. Pure.
+"""The one rule of a warm layer: its costs, its use, how long it is held, when it is built again. Pure.
 
-    rule = LayerRule(Layer("lang", 2.0, 250 << 20), rho=60.0)
-    rule.measured(seconds=1.8, size=240 << 20)      # what building and holding the layer cost
+    rule = LayerRule(LayerCost("lang", 2.0, 250 << 20), rho=60.0)
+    rule.measured(seconds=1.8, size=240 << 20)      # building and holding the layer cost so much
     rule.idle(now)                                  # nothing uses the layer any more
     rule.wanted(now)                                # until holding it longer costs more than building it again
     rule.used(now)                                  # a request reaches the layer, whether it is there or was dropped
 
-By price (cache_agent/policy/keepalive.py), or for a fixed time. Times are in seconds of the caller's clock.
+A layer is held by price (cache_agent/policy/keepalive.py), or for a fixed time. Times: seconds of the caller's clock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Backoff:
         self._until = -math.inf
 
     def failed(self, now: float) -> float:
-        """Note a failed attempt; the seconds until the next one."""
+        """Note a failed attempt; return the seconds until the next one."""
         pause, self._pause = self._pause, min(self._most, 2 * self._pause)
         self._until = now + pause
         return pause
@@ -39,7 +39,7 @@ class Backoff:
         self._pause = self._first
 
     def due(self, now: float) -> bool:
-        """Whether there may be another attempt."""
+        """Return whether there may be another attempt."""
         return now >= self._until
 
 
@@ -53,7 +53,7 @@ class LayerRule(keepalive.History):
         hold: float | None = None,
         retry: tuple[float, float] = (_RETRY, _RETRY_MOST),
     ) -> None:
-        """`guessed` are the costs until they are measured; the layer is held for `hold` seconds, if not by price.
+        """`guessed` are the costs until they are measured; the layer is held for `hold` seconds, by price if None.
 
         `rho` is the price of a second of start, in GB·s of idle memory; `retry` are the pauses of a `Backoff`.
         """
@@ -77,7 +77,7 @@ class LayerRule(keepalive.History):
 
     @property
     def decision(self) -> keepalive.HoldDecision:
-        """What becomes of the layer while it is idle. Raises `ValueError` for a negative price."""
+        """The decision for how long the idle layer is held. Raises `ValueError` for a negative price."""
         if self._decision is None:
             if self._hold is None:
                 self._decision = keepalive.keep(self._cost, self.gaps, self._rho)
@@ -91,20 +91,22 @@ class LayerRule(keepalive.History):
         return self.decision.hold > 0
 
     def wanted(self, now: float) -> bool:
-        """Whether the layer is worth its memory; while it is in use, whether it will be afterwards."""
+        """Return whether the layer is worth its memory; while it is in use, whether it will be afterwards."""
         age = self.age(now)
         return self.pays if age is None else self.decision.wanted(age)
 
     def expired(self, now: float) -> bool:
-        """Whether the layer is idle, and has been for longer than it is worth."""
+        """Return whether the layer is idle, and has been for longer than it is worth."""
         return self.since is not None and not self.wanted(now)
 
     def changes_in(self, now: float) -> float:
-        """The seconds until the layer has `expired`; infinite if that is not to be foreseen."""
+        """Return the seconds until the layer has `expired`; infinite if that is not to be foreseen."""
         age = self.age(now)
         return math.inf if age is None else self.decision.changes_in(age)
 
     @property
     def why(self) -> str:
-        """The reason for which the layer is dropped, in words."""
-        return self.decision.why if self._hold is None else f"held for {self._hold:g} s"
+        """The reason for which the layer is held or dropped, in words."""
+        if self._hold is None:
+            return self.decision.why
+        return f"held for {self._hold:g} s" if math.isfinite(self._hold) else "held without end"

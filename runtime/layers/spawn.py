@@ -1,4 +1,4 @@
-"""Owns a supervisor's side of its zygotes: starts them, asks them to fork, notices when they are silent or gone.
+"""A supervisor's side of its zygotes: starting them, asking them to fork, noticing that they are silent or gone.
 
     zygote = boot(Spec(...))                      # a process of its own, that begins with the interpreter
     deeper = zygote.fork_zygote(spec, lease)      # one that begins with all that the first one has
@@ -24,7 +24,7 @@ from runtime.process import wire
 from runtime.process.messages import Span
 from runtime.process.wire import Gone, Wire
 
-NO_ENTRY = "it could not enter the container"  # how the pool begins its reason not to be asked again
+NO_ENTRY = "it could not enter the container"  # a pool's reason that begins like this is final
 PROGRAM = ("-m", "runtime.zygote.forkserver")
 SILENCE = 1.0  # seconds without a beat after which a zygote that was ready counts as hanging
 BUILD = 120.0  # seconds that building may take
@@ -32,7 +32,7 @@ BUILD = 120.0  # seconds that building may take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """What a zygote is built of. `key` names it (see layers.py); `kinds` are the model types whose code it imports."""
+    """The build of a zygote. `key` names it (see keys.py); `kinds` are the model types whose code it imports."""
 
     key: str = ""
     kinds: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Spec:
 
 
 class ZygoteReady(NamedTuple):
-    """It may be forked. `seconds` it took to build, `bytes` that would be free if it went."""
+    """A zygote that may be forked: the seconds that building took, the bytes that would be free if it went."""
 
     level: str
     key: str
@@ -57,7 +57,7 @@ class ZygoteReady(NamedTuple):
 
 
 class Forked(NamedTuple):
-    """`number` is the request's; the pidfd is the caller's to close."""
+    """A process that was forked; `number` is the request's, and the pidfd is the caller's to close."""
 
     number: int
     pid: int
@@ -65,29 +65,32 @@ class Forked(NamedTuple):
 
 
 class ForkRefused(NamedTuple):
+    """A request to fork that was refused, and the reason."""
+
     number: int
     why: str
 
 
 class Ended(NamedTuple):
-    """A child's end, with its status as waitpid gives it."""
+    """The end of a child, with its status as waitpid gives it."""
 
     pid: int
     status: int
 
 
 class Lost(NamedTuple):
-    """The zygote is of no more use; its children live on, and are the supervisor's to reap."""
+    """The loss of a zygote; its children live on, and are the supervisor's to reap."""
 
     why: str
 
 
-Event = ZygoteReady | Forked | ForkRefused | Ended | Lost
+ChildEvent = Forked | ForkRefused | Ended
+ZygoteEvent = ZygoteReady | ChildEvent | Lost
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseFds:
-    """What a model layer is built on: the fds of a lease, which its holder keeps."""
+    """The fds of a lease, on which a model layer is built; the lease's holder closes them."""
 
     size: int  # of the manifest, in bytes
     manifest: int
@@ -100,15 +103,15 @@ class Zygote:
     def __init__(self, wire: Wire, pid: int, pidfd: int) -> None:
         self.wire, self.pid, self.pidfd = wire, pid, pidfd
         self.state = "building"
-        self.lost = ""  # why it is gone
-        self._since: float | None = None  # on the caller's clock, as `overdue` is told it; None before
-        self._heard = 0.0  # likewise
-        self._spoke = True  # since `overdue` was last asked
+        self.lost = ""  # the reason for which it is gone
+        self._since: float | None = None  # when `overdue` was called first, on the caller's clock
+        self._heard = 0.0  # when `overdue` found that the zygote had spoken, on the same clock
+        self._spoke = True  # whether the zygote has spoken since the last call of `overdue`
         self._paused = False
 
-    def read(self) -> list[Event]:
-        """What it has said since the last call."""
-        events: list[Event] = []
+    def read(self) -> list[ZygoteEvent]:
+        """Return what the zygote has said since the last call."""
+        events: list[ZygoteEvent] = []
         while self.state != "gone":
             try:
                 self.wire.flush()
@@ -124,7 +127,7 @@ class Zygote:
                 events.append(event)
         return events
 
-    def _event(self, message: dict[str, Any], fds: list[int]) -> Event | None:
+    def _event(self, message: dict[str, Any], fds: list[int]) -> ZygoteEvent | None:
         match message, fds:
             case {"ready": str(level), "key": str(key), "seconds": float(seconds), "bytes": int(size)}, []:
                 self.state = "ready"
@@ -144,8 +147,8 @@ class Zygote:
     def overdue(self, now: float) -> str:
         """Return why the zygote counts as hanging at `now`, or "".
 
-        `now` is in seconds of any clock that does not go back. No other clock is looked at: silence begins with the
-        first call after a word of the zygote, building with the first call of all.
+        `now` is in seconds of any clock that does not go back. No other clock is read: silence begins with the first
+        call after a message of the zygote, building with the first call of all.
         """
         if self._since is None:
             self._since = now
@@ -173,31 +176,30 @@ class Zygote:
     ) -> None:
         """Ask for a worker; `Forked` or `ForkRefused` follows. Raises `Gone`.
 
-        `why` says for what reason it is not forked from a deeper layer.
-
-        `more` is for the zygote's own `fork` and `enter`.
+        `why` says for what reason the worker is not forked from a deeper layer; `more` is for the zygote's own `fork`
+        and `enter`.
         """
         request = {"fork": number, "kind": "worker", "environment": dict(environment), "cwd": cwd}
         request |= {"start_id": start_id, "spans": spans, "why": why, **more}
         self.wire.send(request, [listener, line, *connections])
 
-    def fork_zygote(self, number: int, spec: Spec, held: LeaseFds) -> Wire:
-        """Asks for the layer of a model on top of this one; `Forked` or `ForkRefused` follows.
+    def fork_zygote(self, number: int, spec: Spec, lease: LeaseFds) -> Wire:
+        """Ask for the layer of a model on top of this one; `Forked` or `ForkRefused` follows. Raises `Gone`.
 
-        The wire is for `Zygote(wire, forked.pid, forked.pidfd)`. Raises `Gone`.
+        Return the wire for `Zygote(wire, forked.pid, forked.pidfd)`.
         """
         ours, theirs = wire.pair()
         with theirs:
-            request = {"fork": number, "kind": "zygote", "spec": spec.dump(), "size": held.size}
+            request = {"fork": number, "kind": "zygote", "spec": spec.dump(), "size": lease.size}
             request |= {"environment": dict(os.environ)}
-            self.wire.send(request, [theirs.fileno(), held.manifest, *held.segments])
+            self.wire.send(request, [theirs.fileno(), lease.manifest, *lease.segments])
         return Wire(ours)
 
     def pause(self, paused: bool = True) -> None:
-        """Stops it, and lets it go on: one that is being built must not take time from requests."""
+        """Stop the zygote, or let it go on: building must not take time from requests."""
         if paused != self._paused and self.state != "gone":
             self._paused = paused
-            self._spoke = True  # a stopped one cannot
+            self._spoke = True  # a stopped zygote cannot speak, and is not silent for that
             self.signal(signal.SIGSTOP if paused else signal.SIGCONT)
 
     def signal(self, number: int) -> None:
@@ -205,7 +207,7 @@ class Zygote:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def kill(self, why: str = "") -> None:
-        """Its memory is free as soon as it is dead; children are not touched. `why` is for who had asked it to fork."""
+        """Kill the zygote, not its children. `why` is the answer to a request to fork that is under way."""
         self.signal(signal.SIGKILL)
         self._lose(why or "it was killed")
 
@@ -228,13 +230,13 @@ def boot(
     environment: Mapping[str, str] | None = None,
     program: Sequence[str] = PROGRAM,
 ) -> Zygote:
-    """Starts a zygote that builds its layer from the interpreter up. Its parent is this process."""
+    """Start a zygote that builds its layer from the interpreter up, as a child of this process."""
     ours, theirs = wire.pair()
     with theirs:
         fd = theirs.fileno()
         os.set_inheritable(fd, True)
         variables = dict(os.environ if environment is None else environment)
-        # Before anything is imported: a child of a process that ever computed on two threads hangs.
+        # Set before anything is imported: a child of a process that ever computed on two threads hangs.
         variables |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-P", *program, str(fd), spec.dump()]
         pid = os.posix_spawn(sys.executable, command, variables)

@@ -1,11 +1,12 @@
-"""Owns the loop of a node's pool: zygotes, and the containers that connect to its socket, are brought together here.
+"""Owns the loop of a node's pool, between its zygotes and the containers that connect to its socket.
 
 To a container's shim the pool looks like a zygote (see wire.py): it says `ready`, beats, forks on request, and tells
-how what it forked has ended. Who asks is known by the pidfd that the kernel gives of it (`SO_PEERPIDFD`), not by what
-it says: only the first process of a container is served, one worker at a time, and always into that very container.
+how its children have ended. A container is known by the pidfd that the kernel gives of the process that has connected
+(`SO_PEERPIDFD`), not by what that process says: only the first process of a container is served, with one worker at a
+time, and the worker always enters that very container.
 
-It is a subreaper, so that workers whose zygote died are its own, and nothing that it waits for can keep it from
-reaping: a container only terminates once the last of its processes has been.
+The pool is a subreaper, so that workers whose zygote died become its children. Nothing keeps the loop from reaping: a
+container only terminates once the last of its processes was reaped.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any
 from cache_agent.policy import keepalive
 from runtime.config import FunctionConfig
 from runtime.layers import keys
-from runtime.layers.building import Event, ZygoteLayer
+from runtime.layers.building import ZygoteLayer
 from runtime.layers.published import Published
 from runtime.layers.rule import LayerRule
-from runtime.layers.spawn import Ended, Forked, ForkRefused, Spec
+from runtime.layers.spawn import ChildEvent, Ended, Forked, ForkRefused, Spec
 from runtime.pool.models import Models
 from runtime.pool.tenants import Tenant
 from runtime.process import kernel
@@ -43,7 +44,7 @@ _TENANTS = 1024
 
 
 class Pool:
-    """`run()` serves until SIGTERM. `spares` and `models` are how many of each there may be at the same time."""
+    """A node's pool. `spares` and `models` are how many of each there may be at the same time."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Pool:
         self._published = Published("pool", path, config.start_price, self._models.leases.client)
 
     def run(self) -> int:
+        """Serve until SIGTERM; return the exit code."""
         become_subreaper()
         kernel.dumpable(False)
         listener = listen(self._path)
@@ -90,7 +92,7 @@ class Pool:
                 if now >= beat_at:
                     beat_at = now + BEAT
                     for tenant in self._tenants:
-                        tenant.tell({"beat": 1})
+                        tenant.send({"beat": 1})
         finally:
             self._published.close()
             listener.close()
@@ -114,7 +116,7 @@ class Pool:
     # --- zygotes --------------------------------------------------------------------------------------------------
 
     def _tend_zygotes(self, now: float) -> None:
-        """Has a lang layer, lets those of models come and go, and passes on what all zygotes say of their children."""
+        """Have a lang layer, let model layers come and go, and pass on what all zygotes say of their children."""
         if self._lang.presence == "absent" and self._lang.rule.retry.due(now):
             variables = {**os.environ, "GLOWPLUG_POOL_SECCOMP": self._seccomp}
             self._lang.boot(self._spec, now, variables, PROGRAM)
@@ -125,8 +127,8 @@ class Pool:
             if (spare := tenant.spare) is not None and not spare.pid and spare.zygote.state == "gone":
                 tenant.unforked(spare.number, "the pool's zygote was lost", now)
 
-    def _learn(self, event: Event, now: float) -> None:
-        """Passes on to its container what became of a process, or of a request for one."""
+    def _learn(self, event: ChildEvent, now: float) -> None:
+        """Pass on, to the container concerned, what became of a process or of a request for one."""
         match event:
             case Forked(_, _, pidfd):
                 if not any(tenant.forked(event, now) for tenant in self._tenants):
@@ -166,7 +168,7 @@ class Pool:
             raise join.JoinRefused("its container is served already")
 
     def _tend_tenants(self, now: float) -> None:
-        """Has workers and spares come and go, and forgets containers that have left."""
+        """Have workers and spares come and go, and forget containers that have left."""
         count = sum(tenant.spare is not None for tenant in self._tenants)
         for tenant in self._tenants:
             before = tenant.spare is not None
@@ -177,7 +179,7 @@ class Pool:
             tenant.close(now, ended=True)
 
     def _report(self) -> list[dict[str, Any]]:
-        """For people; see published.py."""
+        """Return the layers as published.py draws them."""
         users = [tenant.serving.report() for tenant in self._tenants if tenant.serving is not None]
         above = [*self._models.report(), *users]
         if not self._lang.ready:
@@ -187,5 +189,5 @@ class Pool:
         why = f"held for all containers of the node: {len(self._tenants)} are connected, {workers} have a worker"
         why += f", {spares} a spare"
         cost = self._lang.rule.decision.layer
-        held = {"level": "lang", "state": "used" if workers else "idle", "since": None, "why": why}
-        return [{**held, "seconds": cost.seconds, "bytes": cost.bytes}, *above]
+        lang = {"level": "lang", "state": "used" if workers else "idle", "since": None, "why": why}
+        return [{**lang, "seconds": cost.seconds, "bytes": cost.bytes}, *above]

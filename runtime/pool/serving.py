@@ -1,9 +1,9 @@
-"""The worker of a container, the layer `user`, as a pool knows it: what it costs, and when it goes. Pure.
+"""The worker of a container, the layer `user`, as a pool knows it: its costs, and when it goes. Pure.
 
-    absent ──asked──▶ starting ──serves──▶ serving ──ended──▶ absent ──parked──▶ parked ──asked──▶ starting …
+    absent ──asked──▶ starting ──serves──▶ serving ──ended──▶ absent ──parked──▶ standby ──asked──▶ starting …
 
-The container's shim tells what happens; a worker that another pool had forked is one like any other. `absent` is for a
-moment: a shim asks for another worker, or says that it has none on purpose.
+The container's shim tells what happens, also of a worker that another pool had forked. `absent` lasts for a moment: the
+shim asks for another worker, or says that its container is on standby.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from runtime.layers import published
 from runtime.layers.rule import LayerRule, Presence
 
 _GUESSED = keepalive.LayerCost("user", 0.3, 100 << 20)
-_AGAIN = 1.0  # seconds after which what was wanted is said again
+_AGAIN = 1.0  # seconds after which a wish is repeated
 _SETTINGS = ("MODEL", "NAME", "LAYERS", "PRIVATE_WEIGHTS", "HOLD", "START_PRICE")
 
-State = Literal["absent", "starting", "serving", "parked"]
+State = Literal["absent", "starting", "serving", "standby"]
 
 
 class Serving:
-    """One container's worker, by what its function has set."""
+    """One container's worker, with the settings of its function."""
 
     def __init__(self, environment: Mapping[str, str], cwd: str) -> None:
-        """Raises `BadConfig`. Settings of other parts are the function's own affair."""
+        """Read the settings that concern a pool from the function's environment. Raises `BadConfig` for those."""
         names = [f"GLOWPLUG_{name}" for name in _SETTINGS]
         config = from_environment({name: environment[name] for name in names if name in environment})
         uri = config.model_uri
-        if "://" not in config.model:  # a path is one in the container
+        if "://" not in config.model:  # a path in the container
             uri = "file://" + os.path.normpath(os.path.join(cwd, config.model))
         self.model = uri if config.layers == "model" and not config.private_weights else ""
         self.state: State = "absent"
@@ -43,16 +43,16 @@ class Serving:
         self._rule = LayerRule(_GUESSED, config.start_price, config.holds.get("user"))
 
     def asked(self, now: float) -> None:
-        """A worker is asked for, by a request."""
+        """Note that a request has asked for a worker."""
         self._rule.used(now)
         self.state, self._inside = "starting", 0
 
     def ended(self) -> None:
-        """The worker has, for whatever reason."""
+        """Note that the worker has ended, for whatever reason."""
         self.state = "absent"
 
     def tells(self, message: Mapping[str, Any], now: float, *, forked: bool) -> bool:
-        """Whether it is something that a shim tells; `forked`: of a worker of the pool's."""
+        """Take a message of the shim; return whether it is one. `forked`: the worker was forked by this pool."""
         match message:
             case {"serves": int() | float() as seconds} if 0 <= seconds < math.inf:
                 self.state = "serving"
@@ -66,7 +66,7 @@ class Serving:
             case {"bytes": int(size)} if 0 <= size < 1 << 60:
                 self._rule.measured(size=size)
             case {"parked": 1}:
-                self.state = "parked"
+                self.state = "standby"
             case _:
                 return False
         return True
@@ -79,6 +79,6 @@ class Serving:
         return "retire"
 
     def report(self) -> dict[str, Any]:
-        """For people; see published.py."""
-        presence: Presence = "absent" if self.state in ("absent", "parked") else "there"
+        """Return the layer as published.py draws it."""
+        presence: Presence = "absent" if self.state in ("absent", "standby") else "there"
         return {**published.entry("user", presence, self._rule, self._uri), "function": self._name}

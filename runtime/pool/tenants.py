@@ -1,10 +1,10 @@
-"""Owns a container that a pool serves: what its shim is answered, its worker, or the spare that waits to become one.
+"""Owns a container that a pool serves: the wire to its shim, and its process, which is a worker or a spare.
 
     no process ──prepare──▶ spare ──order──▶ worker ──ended──▶ no process
 
-A spare is forked before anybody asks: when a container connects, whose shim has still things to do, and after its
-worker has gone, for as long as holding it is cheaper than forking another (rule.py). It is in the container already,
-and its memory is charged there; a request for a worker is a message to it.
+A spare is forked before the shim asks for a worker: when a container connects, while its shim has still things to do,
+and after the worker has gone, for as long as holding a spare is cheaper than forking another (rule.py). A spare is in
+the container already, and its memory is charged there; a request for a worker becomes a message to the spare.
 """
 
 from __future__ import annotations
@@ -32,38 +32,39 @@ from runtime.process.wire import Gone, Unreadable, Wire
 from runtime.zygote import join
 
 _GUESSED = keepalive.LayerCost("spare", 0.03, 8 << 20)
-_STDIO = 3
+_STDIO = 3  # fds: standard input, output and error
 
 
 @dataclass(slots=True, eq=False)
 class Placed:
-    """A process in a container, forked from `layer`. Until it was forked it has no pid."""
+    """A process in a container, forked from `layer`, or to be forked: then it has no pid yet."""
 
-    number: int  # of the request to fork it
+    number: int  # of the request to fork
     layer: ZygoteLayer
-    zygote: Zygote  # the layer's, that was asked
+    zygote: Zygote  # of the layer, when it was asked
     wire: Wire
-    why: str  # it was forked from no deeper layer
+    why: str  # the reason for which no deeper layer was asked
     pid: int = 0
     pidfd: int = -1
-    inner: int = 0  # its pid as the container sees it
+    inner: int = 0  # the pid in the container's namespace
 
     def forked(self, pid: int, pidfd: int) -> None:
         self.pid, self.pidfd, self.inner = pid, pidfd, _inner(pid)
 
     def order(self, request: dict[str, Any], fds: Sequence[int]) -> None:
-        """Tells the process to serve. Raises `Gone` when it does not hear."""
+        """Tell the process to serve. Raises `Gone` if it does not read."""
         self.wire.send({**request, "why": self.why}, fds)
         if self.wire.waiting:
             raise Gone("it does not read")
 
     def kill(self) -> None:
+        """Kill the process, if it was forked."""
         if self.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
-        """A spare ends with its wire."""
+        """Close wire and pidfd; a spare ends with its wire."""
         self.wire.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
@@ -71,7 +72,7 @@ class Placed:
 
 
 class Tenant:
-    """One container, from when its shim connects until it has `left`."""
+    """One container, from when its shim connects until the shim has `left`."""
 
     def __init__(
         self,
@@ -82,38 +83,39 @@ class Tenant:
         models: Models,
         say: Callable[[str], None],
     ) -> None:
-        """`pidfd` is of the container's first process, and closed with the wire."""
+        """`pidfd` is of the container's first process; `close` closes it, and the wire."""
         self.wire, self.pidfd, self.place = wire, pidfd, place
-        self.serving: Serving | None = None  # once the shim has said what its function is
+        self.serving: Serving | None = None  # None until the shim has told the function's needs
         self.spare: Placed | None = None
         self.worker: Placed | None = None
-        self.left = False  # its shim has gone, or is not served any more
+        self.left = False  # whether the shim has gone, or is not served any more
         self._config, self._models, self._say = config, models, say
-        self._rule = LayerRule(_GUESSED, config.start_price)  # of its spare
-        self._model = ""  # the URI of its function's, if the pool may hold it
+        self._rule = LayerRule(_GUESSED, config.start_price)  # of the spare
+        self._model = ""  # the URI of the function's model, if the pool may hold it
         self._greeted = False
-        self._asked: int | None = None  # the number of its request for a worker that is under way
-        self._broken = ""  # a spare that was lost here, so that none is forked ahead before there was a worker again
+        self._asked: int | None = None  # the number of the shim's request for a worker that is under way
+        self._broken = ""  # why the last spare was lost: until there was a worker again, none is forked ahead
 
-    # --- its shim -------------------------------------------------------------------------------------------------
+    # --- the shim -------------------------------------------------------------------------------------------------
 
-    def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send the shim a message; it has `left` if it does not take it."""
         try:
             self.wire.send(message, fds)
         except Gone:
             self.left = True
 
     def greet(self) -> None:
-        """Says that it can be served, once it is known what it is, and there is a layer for it."""
+        """Tell the shim, once, that its container can be served: its needs are known, and the lang layer is ready."""
         lang = self._models.lang
         if self._greeted or self.serving is None or not lang.ready:
             return
         self._greeted = True
         cost = lang.rule.decision.layer
-        self.tell({"ready": "lang", "key": "", "seconds": cost.seconds, "bytes": cost.bytes})
+        self.send({"ready": "lang", "key": "", "seconds": cost.seconds, "bytes": cost.bytes})
 
     def hear(self, now: float) -> None:
-        """Answers what its shim has said."""
+        """Read and answer what the shim has said."""
         try:
             self.wire.flush()
             while (received := self.wire.receive()) is not None:
@@ -124,14 +126,14 @@ class Tenant:
                     for fd in fds:
                         os.close(fd)
         except Unreadable:
-            with contextlib.suppress(OSError):  # to a shim of version 1, see messages.py, in its own words
+            with contextlib.suppress(OSError):  # in JSON, for a shim of version 1, see messages.py
                 self.wire.sock.send(b'{"failed":"the pool is of another version"}')
             self.left = True
         except Gone:
             self.left = True
 
     def _answer(self, message: dict[str, Any], fds: list[int], now: float) -> None:
-        """Does what a shim may ask for. Whatever else is said is not passed on."""
+        """Do what a shim may ask for. Raises `Gone` for anything else."""
         match message:
             case {"wants": _} if self.serving is None:
                 if why := self._introduce(message, now):
@@ -144,7 +146,7 @@ class Tenant:
             } if self.serving is not None and len(fds) >= 2 + _STDIO:  # fmt: skip
                 request = {"environment": environment, "cwd": cwd, "start_id": start_id, "spans": spans}
                 if self.worker is not None or self._asked is not None:
-                    self.tell({"refused": number, "why": "its container has a worker"})
+                    self.send({"refused": number, "why": "its container has a worker"})
                     return
                 self._rule.used(now)
                 self.serving.asked(now)
@@ -155,7 +157,7 @@ class Tenant:
                 raise Gone("no request that a shim makes")
 
     def _introduce(self, message: dict[str, Any], now: float) -> str:
-        """It says what its function is made of; why that cannot be forked from what there is, or ""."""
+        """Take the needs of the function; return why no layer of the pool meets them, or ""."""
         made_of = self._models.made_of
         match message:
             case {
@@ -165,7 +167,7 @@ class Tenant:
                 needs = replace(made_of, machine=machine, python=python, base=base)
             case _:
                 return "the pool is of another version"
-        # The user is the container's own in any case, and what is not preloaded is imported when it is needed.
+        # A worker becomes the container's user in any case, and imports what was not preloaded when it needs it.
         needs = replace(needs, environment=keys.relevant(environment))
         found = keys.deepest(needs, [("pool", "lang", made_of)])
         if not found.layer:
@@ -179,20 +181,21 @@ class Tenant:
         return ""
 
     def _refuse(self, number: int, why: str, now: float) -> None:
+        """Answer a request for a worker with the reason for which there is none."""
         self._asked = None
         self._models.refused(self._model, now)
-        self.tell({"refused": number, "why": why})
+        self.send({"refused": number, "why": why})
 
     def _dismiss(self, why: str) -> None:
-        """It is not served any more; `why`."""
+        """Serve the container no longer, and tell its shim why."""
         self._say(f"the container of process {self.place.pid} is not served: {why}")
         self.wire.dismiss({"failed": why})
         self.left = True
 
-    # --- its processes --------------------------------------------------------------------------------------------
+    # --- the processes --------------------------------------------------------------------------------------------
 
     def forked(self, event: Forked, now: float) -> bool:
-        """Whether it is its spare that was forked."""
+        """Take the process that was forked, if it is this container's spare; return whether it is."""
         if self.spare is None or self.spare.number != event.number:
             return False
         self.spare.forked(event.pid, event.pidfd)
@@ -201,7 +204,7 @@ class Tenant:
         return True
 
     def unforked(self, number: int, why: str, now: float) -> None:
-        """A request to fork was refused; nothing happens if it was another's."""
+        """Note that a request to fork was refused; nothing happens if it was another container's."""
         if self.spare is None or self.spare.number != number:
             return
         self._drop_spare()
@@ -210,7 +213,7 @@ class Tenant:
             self._refuse(self._asked, why, now)
 
     def ended(self, pid: int, status: int, now: float) -> bool:
-        """Whether it is one of its processes that has ended."""
+        """Take the end of a process, if it is this container's worker or spare; return whether it is."""
         if (worker := self.worker) is not None and worker.pid == pid:
             why = self._failure()
             self.worker = None
@@ -221,7 +224,7 @@ class Tenant:
             self._models.ended(self._model, now)
             if os.waitstatus_to_exitcode(status) == StaleLayer.exit_code and worker.layer is not self._models.lang:
                 worker.layer.drop("the agent has another revision")
-            self.tell({"ended": worker.inner, "status": status})
+            self.send({"ended": worker.inner, "status": status})
             if why:
                 self._dismiss(why)
         elif self.spare is not None and self.spare.pid == pid:
@@ -232,16 +235,16 @@ class Tenant:
         return True
 
     def tend(self, now: float, *, room: bool) -> None:
-        """Has an idle worker go that costs more than another one would, and a spare come, if there is room, and go."""
+        """Have an idle worker go that costs more than a start; have a spare come, if there is room, and go."""
         if self.serving is not None and (wish := self.serving.wish(now)):
-            self.tell({"wish": wish})
+            self.send({"wish": wish})
         if self._asked is not None or not self._greeted or self.worker is not None:
             return
         if self.spare is not None:
             if why := self._failure():
                 self._dismiss(why)
                 return
-            # A spare that stands on less, or more, than there is goes; while lang is built again, any spare serves.
+            # A spare from another layer than the deepest one goes. While lang is built again, any spare serves.
             if self._models.deepest(self._model)[0] in (self.spare.layer, None) and self._wanted(now):
                 return
             self._drop_spare()
@@ -249,15 +252,15 @@ class Tenant:
             self._prepare()
 
     def _wanted(self, now: float) -> bool:
-        """Whether there should be a spare, though nobody asks."""
+        """Return whether there should be a spare, though no worker is asked for."""
         if self.left or self._broken or self._rule.since is None:
             return False
         if self.serving is None or self.serving.state == "serving":
-            return False  # another pool has forked what serves there
+            return False  # the container's worker was forked by another pool
         return self._rule.wanted(now)
 
     def _prepare(self) -> str:
-        """Has a spare forked from the deepest layer; why it cannot, or ""."""
+        """Have a spare forked from the deepest layer; return why that is not possible, or ""."""
         layer, why = self._models.deepest(self._model)
         if layer is None or layer.zygote is None:
             return why
@@ -280,13 +283,13 @@ class Tenant:
         return ""
 
     def _order(self, number: int, request: dict[str, Any], fds: list[int], now: float) -> str:
-        """Tells the spare to serve, or has another one forked that will; why not, or ""."""
-        for _ in range(2):  # a spare may be gone, and it is not known yet
+        """Tell the spare to serve, or one that is forked now; return why that is not possible, or ""."""
+        for _ in range(2):  # a spare may be gone without having been noticed
             if self.spare is None and (why := self._prepare()):
                 return why
             if not join.lives(self.pidfd):
                 raise Gone("it has ended")
-            assert self.spare is not None, "it was prepared"
+            assert self.spare is not None, "a spare was prepared"
             try:
                 self.spare.order(request, fds)
             except Gone:
@@ -299,14 +302,14 @@ class Tenant:
         return "what was forked for it does not answer"
 
     def _promote(self, spare: Placed, now: float) -> None:
-        """The spare, which was told to serve, is there: it is the worker now."""
+        """Make the spare, which was told to serve and was forked, the worker."""
         self.worker, self.spare = spare, None
         number, self._asked, self._broken = self._asked, None, ""
         self._models.began(self._model, now)
-        self.tell({"forked": number, "pid": spare.inner}, [spare.pidfd])
+        self.send({"forked": number, "pid": spare.inner}, [spare.pidfd])
 
     def _failure(self) -> str:
-        """What its process says before it serves: what it costs; or why it cannot be here, which is returned."""
+        """Read what the process says before it serves: its costs are noted, a reason to fail is returned, else ""."""
         placed = self.worker or self.spare
         with contextlib.suppress(Gone):
             while placed is not None and (received := placed.wire.receive()) is not None:
@@ -318,13 +321,13 @@ class Tenant:
         return ""
 
     def _drop_spare(self) -> None:
-        if self.spare is not None:  # one that is forked meanwhile is nobody's, and is killed
+        if self.spare is not None:  # a spare whose fork is under way is killed when it is told as forked
             self.spare.kill()
             self.spare.close()
             self.spare = None
 
     def close(self, now: float, *, ended: bool) -> None:
-        """If its shim has `ended` so will the container; a worker that is left has nobody to serve for."""
+        """Close everything. If the shim has `ended`, so will its container: the worker is killed."""
         if self.worker is not None:
             self._models.ended(self._model, now)
             if ended:
@@ -336,7 +339,7 @@ class Tenant:
 
 
 def _inner(pid: int) -> int:
-    """A process's number in its own pid namespace."""
+    """Return the number of a process in its own pid namespace."""
     with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status", encoding="ascii") as file:
         for line in file:
             if line.startswith("NSpid:"):

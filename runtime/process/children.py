@@ -1,4 +1,4 @@
-"""Owns how the shim starts processes, and what it knows of them. Standard library only."""
+"""Child processes: starting them, signals, their ends, and facts about this process. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Child:
-    """A process that belongs to us, a child or a zygote's: pid, pidfd, and its status once it has ended."""
+    """A process that this one started, or a zygote forked for it: pid, pidfd, and the status once it has ended."""
 
     def __init__(self, pid: int, pidfd: int) -> None:
         self.pid, self.pidfd = pid, pidfd
@@ -26,7 +26,7 @@ class Child:
                 signal.pidfd_send_signal(self.pidfd, number)
 
     def dead(self) -> bool:
-        """Whether it has ended, also when its parent has not told how."""
+        """Return whether the process has ended, also when its parent has not told how."""
         poller = select.poll()
         poller.register(self.pidfd, select.POLLIN)
         return self.status is not None or bool(poller.poll(0))
@@ -38,7 +38,7 @@ class Child:
 def spawn(
     arguments: Sequence[str], fds: Sequence[int], environment: Mapping[str, str], blocked: Sequence[int] = ()
 ) -> Child:
-    """A Python with these arguments. `fds` are inherited under their own numbers; everything else is close-on-exec.
+    """Start Python with these arguments. `fds` are inherited under their own numbers; all others are close-on-exec.
 
     Signals that are `blocked` wait until the process takes them.
     """
@@ -53,7 +53,7 @@ def spawn(
 
 
 def reap() -> dict[int, int]:
-    """Pid → status of every child of ours that has ended: as pid 1 or subreaper also what others left behind."""
+    """Return pid → status of every child that has ended; pid 1 and subreapers get the orphans of others, too."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -66,13 +66,14 @@ def reap() -> dict[int, int]:
 
 
 def become_subreaper() -> None:
+    """Have orphans among the descendants become children of this process."""
     import ctypes
 
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def executed_at(now: int) -> int:
-    """When this process was executed, in ns of CLOCK_MONOTONIC, to the kernel's clock tick (10 ms); not after `now`."""
+    """Return when this process was executed: ns of CLOCK_MONOTONIC, exact to 10 ms, not after `now`."""
     with open("/proc/self/stat", encoding="ascii") as file:
         ticks = int(file.read().rpartition(") ")[2].split()[19])
     since_boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
@@ -80,7 +81,7 @@ def executed_at(now: int) -> int:
 
 
 def private_bytes() -> int:
-    """What would be freed if this process went: pages that no other process has."""
+    """Return the bytes that would be freed if this process ended: pages that no other process has."""
     total = 0
     with contextlib.suppress(OSError), open("/proc/self/smaps_rollup", encoding="ascii") as file:
         for line in file:

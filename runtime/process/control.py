@@ -7,18 +7,19 @@ worker → shim
     {"state": "http"}                                   the worker answers on the port
     {"state": "ready", "kind": name}                    the model, of this type, is loaded and the handler imported
     {"state": "draining"} … {"state": "drained"}        it finishes what runs; it has finished, and exits with 0
-    {"state": "retired"}                                it was asked to, has no request, takes no more, and exits with 0
-    {"state": "needed"}                                 it was asked to retire, and has connections: it goes on
+    {"state": "retired"}                                asked to retire, it has no request, takes no more, exits with 0
+    {"state": "needed"}                                 asked to retire, it has connections, and goes on
     {"load": n, "turn": t}                              n requests are inside; turns count, as lines may overtake
     {"bytes": n}                                        memory that would be free without the worker; once it is idle
     {"spans": [(owner, name, start, end), …]}           new spans of the start's ledger (ns of CLOCK_MONOTONIC)
     {"agent": why}                                      its agent is of no use: it asks for a private one
     {"error": code, "text": text}                       why it is about to exit
-    {"keep": n} + fds                                   weights that came over TCP, for the next worker: see kept.py
+    {"keep": n} + fds                                   weights that came over TCP, for the next worker: see fd_store.py
 shim → worker
-    {"kept": n} + fds                                   those of an earlier worker; first of all, and over TCP only
+    {"kept": n} + fds                                   weights of an earlier worker; first of all, and over TCP only
     {"agent": path}                                     the private agent's socket
-    {"retire": 1}                                       end, if that costs nobody anything; its end says: end at once
+    {"retire": 1}                                       end, if no connection is open
+    the end of the line                                 end at once
 
 Process tree and fds of pod mode:
 
@@ -50,8 +51,8 @@ def line(message: Mapping[str, Any]) -> bytes:
     return pack(message).replace(b"\n", b"\v") + b"\n"
 
 
-class Line:
-    """The worker's end. Never blocks: a shim that does not read loses beats, not the worker."""
+class WorkerEnd:
+    """The worker's end of the line. Never blocks: a shim that does not read loses beats, not the worker."""
 
     def __init__(self, sock: socket.socket | None) -> None:
         self._sock = sock
@@ -67,30 +68,30 @@ class Line:
             try:
                 self._sock.sendall(data)
             except OSError:
-                # A line cut short would garble the next one; a worker that its shim does not hear ends with it.
+                # A message cut short would garble the next one. Without its line a worker ends.
                 self._sock.close()
                 self._sock = None
 
-    def keep(self, fds: Sequence[int]) -> None:
-        """Gives the shim what the next worker can use; see `kept`. The fds stay the caller's."""
-        from runtime.process import fd_store as kept
+    def store(self, fds: Sequence[int]) -> None:
+        """Put weights into the shim's fd store, for the next worker; `[]` empties it. The fds stay the caller's."""
+        from runtime.process import fd_store
 
-        with self._lock, contextlib.suppress(OSError):  # the next worker fetches it all again, then
-            if self._sock is not None and len(fds) <= kept.MOST_FDS:
-                kept.send(self._sock, "keep", fds)
+        with self._lock, contextlib.suppress(OSError):  # without stored weights the next worker fetches them again
+            if self._sock is not None and len(fds) <= fd_store.MOST_FDS:
+                fd_store.send(self._sock, "keep", fds)
 
-    def kept(self) -> list[int]:
-        """What an earlier worker gave, the caller's from now on. Once, before `messages`, and if the shim keeps any."""
-        from runtime.process import fd_store as kept
+    def stored(self) -> list[int]:
+        """Return the fds of the shim's store, which the caller closes. Once, before `messages`, and over TCP only."""
+        from runtime.process import fd_store
 
         with self._lock:
             try:
-                return kept.receive(self._sock)[1] if self._sock is not None else []
-            except OSError:  # nothing came: it is no shim of ours
+                return fd_store.receive(self._sock)[1] if self._sock is not None else []
+            except OSError:  # nothing came: the other end is no shim
                 return []
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What the shim says, until it is gone. For one thread of its own."""
+        """Yield what the shim says, until it is gone. For a thread of its own."""
         sock, lines = self._sock, Lines()
         if sock is None:
             return
@@ -111,34 +112,35 @@ class Line:
                 yield from lines.feed(data)
 
     def spans(self, spans: Iterable[Span]) -> None:
+        """Send new spans of the ledger, in messages that are short enough for the line."""
         rows = list(spans)
         for start in range(0, len(rows), 100):
             self.send(spans=rows[start : start + 100])
 
 
-class Hearing:
-    """The shim's end of one worker's line. Never blocks. `ended` once the worker has closed its own."""
+class ShimEnd:
+    """The shim's end of one worker's line. Never blocks. `ended` is true once the worker has closed its end."""
 
-    def __init__(self, sock: socket.socket, kept: FdStore | None = None, unread: bytes = b"") -> None:
-        """Memory that the worker gives goes to `kept`, and it gets what is there. `unread` came before."""
+    def __init__(self, sock: socket.socket, fd_store: FdStore | None = None, unread: bytes = b"") -> None:
+        """Give the worker what `fd_store` has, and the store what the worker gives. `unread` was read earlier."""
         sock.setblocking(False)
         self._sock = sock
-        self._kept = kept
+        self._fd_store = fd_store
         self._lines = Lines()
         self._early = self._lines.feed(unread)
-        if kept is not None:
-            kept.give(sock)
+        if fd_store is not None:
+            fd_store.give(sock)
         self.ended = False
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
     def messages(self) -> list[dict[str, Any]]:
-        """All that have come."""
+        """Return all messages that have come."""
         found, self._early = self._early, []
         while not self.ended:
             try:
-                data = self._sock.recv(64 << 10) if self._kept is None else self._kept.receive(self._sock)
+                data = self._sock.recv(64 << 10) if self._fd_store is None else self._fd_store.receive(self._sock)
             except BlockingIOError:
                 break
             except OSError:
@@ -148,7 +150,7 @@ class Hearing:
         return found
 
     def tell(self, **message: object) -> None:
-        """A worker that does not read, or is gone, is told nothing."""
+        """Send a message; it is lost where the worker does not read, or is gone."""
         with contextlib.suppress(OSError):
             self._sock.send(line(message))
 
@@ -157,7 +159,7 @@ class Hearing:
 
 
 class Lines:
-    """Bytes in, messages out. Garbage is skipped: a worker's user code may have got hold of the fd."""
+    """A decoder of lines: bytes in, messages out. Garbage is skipped: user code may have got hold of the fd."""
 
     def __init__(self) -> None:
         self._buffer = b""

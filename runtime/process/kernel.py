@@ -1,4 +1,4 @@
-"""Owns the system calls that Python has no names for. Every one raises `OSError` with the call's name."""
+"""System calls that Python has no names for. All raise `OSError` with the call's name."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _FILTER_INSTRUCTION = 8  # bytes of a struct sock_filter
 
 
 def setns(fd: int, kinds: int) -> None:
-    """Joins the namespaces of these kinds of the process that a pidfd names."""
+    """Join the namespaces, of these kinds, of the process that a pidfd names."""
     _call("setns", _LIBC.setns(fd, kinds))
 
 
 def fork_into_cgroup(cgroup: int) -> int:
-    """`os.fork`, for a process with one thread, whose child is in this cgroup of version 2 (an fd of its directory).
+    """Fork a process with one thread into a cgroup of version 2 (an fd of its directory); return as `os.fork` does.
 
-    Python's own preparations are made as `os.fork` makes them; of the C library's there is but one that matters to a
-    single thread, its number, which the kernel writes where the C library keeps it. Handlers of `pthread_atfork` are
-    not called. Moving a process costs a grace period of the kernel's, some 10 ms; beginning there costs nothing.
+    Python's own preparations are made as `os.fork` makes them. Of the C library's only one matters to a single thread:
+    the thread's number, which the kernel writes where the C library has it. Handlers of `pthread_atfork` are not
+    called. Moving a process into a cgroup costs a grace period of the kernel's, some 10 ms; beginning there is free.
     """
-    kept = ctypes.c_ulong()
-    _call("prctl(PR_GET_TID_ADDRESS)", _LIBC.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(kept), 0, 0, 0))
+    thread_id = ctypes.c_ulong()  # where the C library has the number of the thread
+    _call("prctl(PR_GET_TID_ADDRESS)", _LIBC.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(thread_id), 0, 0, 0))
     flags = _CLONE_INTO_CGROUP | _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
-    arguments = struct.pack("=11Q", flags, 0, kept.value, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup)
+    arguments = struct.pack("=11Q", flags, 0, thread_id.value, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup)
     before, child, parent = (
         getattr(ctypes.pythonapi, f"PyOS_{name}") for name in ("BeforeFork", "AfterFork_Child", "AfterFork_Parent")
     )
@@ -56,13 +56,15 @@ def fork_into_cgroup(cgroup: int) -> int:
 
 
 def dumpable(allowed: bool) -> None:
-    """Whether processes of the same user may look into this one. Changing ids sets it anew: say it again after that."""
+    """Set whether processes of the same user may look into this one. Changing ids undoes the setting."""
     _call("prctl(PR_SET_DUMPABLE)", _LIBC.prctl(_PR_SET_DUMPABLE, int(allowed), 0, 0, 0))
 
 
 def collapse() -> None:
-    """Puts this process's own memory into huge pages, as far as the kernel can and will (Linux 6.1). No thread may
-    be changing it."""
+    """Put this process's own memory into huge pages, as far as the kernel can and will (Linux 6.1).
+
+    No thread may be changing the memory meanwhile.
+    """
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
         maps = [line.split() for line in file]
     for addresses, rights, _, _, inode, *name in maps:
@@ -74,7 +76,7 @@ def collapse() -> None:
 
 
 def open_tree(path: str) -> int:
-    """A copy of the mounts at `path` that is nowhere yet, read-only, without setuid programs and devices; an fd."""
+    """Return an fd of a detached copy of the mounts at `path`: read-only, without setuid programs and devices."""
     fd = _call(
         "open_tree",
         _syscall(_OPEN_TREE, _AT_FDCWD, path.encode(), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_RECURSIVE),
@@ -90,12 +92,12 @@ def open_tree(path: str) -> int:
 
 
 def move_mount(fd: int, target: str) -> None:
-    """Attaches what `open_tree` gave at a directory."""
+    """Attach a copy from `open_tree` to a directory."""
     _call("move_mount", _syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH))
 
 
 def drop_privileges(uid: int, gid: int, groups: list[int], filter_program: bytes = b"") -> None:
-    """Becomes this user for good, without any capability, without a way to get one, and not to be looked into."""
+    """Become this user for good, with no capability and no way to get one, closed to processes of the same user."""
     capability = 0
     while _LIBC.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
         _call("prctl(PR_CAPBSET_DROP)", _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
@@ -113,11 +115,11 @@ def drop_privileges(uid: int, gid: int, groups: list[int], filter_program: bytes
 
 
 def _filter(program: bytes) -> None:
-    """Installs a seccomp filter: struct sock_filter after struct sock_filter, as libseccomp exports it."""
+    """Install a seccomp filter: struct sock_filter after struct sock_filter, as libseccomp exports it."""
     if not program or len(program) % _FILTER_INSTRUCTION:
         raise OSError(22, "a seccomp filter consists of instructions of 8 bytes")
-    held = ctypes.create_string_buffer(program, len(program))
-    description = struct.pack("@HP", len(program) // _FILTER_INSTRUCTION, ctypes.addressof(held))
+    instructions = ctypes.create_string_buffer(program, len(program))
+    description = struct.pack("@HP", len(program) // _FILTER_INSTRUCTION, ctypes.addressof(instructions))
     _call("prctl(PR_SET_SECCOMP)", _LIBC.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, description, 0, 0))
 
 

@@ -4,9 +4,9 @@
     span=START END OWNER NAME␀       one of the ledger's `spans`, ns of CLOCK_MONOTONIC: the only field that repeats
     ␀ NAME=value␀ NAME=value␀ …      after all fields, and an empty one: a process's environment, as `environment`
 
-An environment in /proc looks the same. Such messages need no parser in C: zygote/text.h reads and writes them for the
-static shim. Of fields, or of variables, with the same name the first one counts, as for getenv. Bytes that are no UTF-8
-are kept. Standard library only.
+An environment in /proc looks the same. C needs no parser for such messages: container/text.h reads and writes them for
+the static shim. Of fields, or of variables, with the same name the first one counts, as for getenv. Bytes that are no
+UTF-8 survive. Standard library only.
 """
 
 from __future__ import annotations

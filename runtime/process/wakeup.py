@@ -1,4 +1,4 @@
-"""Owns what makes a poll return when a signal comes. Standard library only."""
+"""A socket that makes a poll return when a signal comes. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 
 
 class Wakeup:
-    """Readable after each of these signals; `take` gives their numbers. One per process, for its main thread."""
+    """A socket that is readable after each of these signals. One per process, for its main thread."""
 
     def __init__(self, *signals: int) -> None:
         self._read, self._write = socket.socketpair()
@@ -16,7 +16,7 @@ class Wakeup:
             end.setblocking(False)
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         for number in signals:
-            signal.signal(number, lambda _number, _frame: None)  # Python writes it down only for those that are handled
+            signal.signal(number, lambda _number, _frame: None)  # Python writes only numbers of handled signals
 
     def fileno(self) -> int:
         return self._read.fileno()
@@ -26,7 +26,7 @@ class Wakeup:
         return {self._read.fileno(), self._write.fileno()}
 
     def take(self) -> bytes:
-        """The signals since the last call, one byte each."""
+        """Return the numbers of the signals since the last call, one byte each."""
         with contextlib.suppress(BlockingIOError):
             return self._read.recv(4096)
         return b""

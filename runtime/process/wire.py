@@ -1,29 +1,29 @@
-"""Owns a socket between a supervisor and a zygote: one message per packet (see messages.py), and its fds.
+"""The socket between a supervisor and a zygote: one message per packet (see messages.py), with fds.
 
     supervisor → zygote
         {"fork": id, "kind": "worker" | "zygote", "environment": {…}, …}                     fds: see forkserver.py
         {"fork": id, "kind": "spare", "place": JSON, "asked": ns}                           fds: see placed.py
     zygote → supervisor
-        {"beat": 1}                                                 it turns; also while it is being built
-        {"ready": level, "key": …, "seconds": …, "bytes": …}         it may be forked from now on
+        {"ready": level, "key": …, "seconds": …, "bytes": …}         it is built, and may be forked from now on
         {"failed": text}                                            it could not be built, and ends
+        {"beat": 1}                                                 its loop turns
         {"forked": id, "pid": pid}                                  fd: a pidfd of the child
         {"refused": id, "why": text}                                nothing was forked
         {"ended": pid, "status": status}                            as waitpid gave it
     shim → pool
         {"wants": version, "machine": …, "python": …, "base": …, "environment": {…}, "cwd": …}
-                                                                    what its function is made of; first of all, once
+                                                                    the function's needs; first of all, once
         {"fork": id, "environment": {…}, "cwd": …, "start_id": …, "spans": […]}             fds: a worker's, and stdio
-        {"serves": seconds}                                         its worker is ready, so long after it was asked for
-        {"load": n}, {"bytes": n}                                   of its worker; see control.py
+        {"serves": seconds}                                         its worker is ready, seconds after the request
+        {"load": n}, {"bytes": n}                                   what its worker says, see control.py
         {"parked": 1}                                               its worker has gone on purpose
-    pool → shim: what a zygote says to its supervisor, and
+    pool → shim: as zygote → supervisor, and
         {"wish": "retire"}                                          its idle worker may go
     pool → spare
         {"environment": {…}, "cwd": …, "start_id": …, "spans": […], "why": …}                fds: the same
     spare → pool
-        {"parked": bytes, "seconds": …}                             it is where it should be, and what that took
-        {"failed": text}                                            it could not go there, and ends
+        {"parked": bytes, "seconds": …}                             it is in the container, and what that took
+        {"failed": text}                                            it could not enter the container, and ends
 
 A packet is whole or not there at all, so that neither side ever waits for the rest of one. Standard library only.
 """
@@ -44,23 +44,37 @@ from runtime.process import messages
 MAX_PACKET = 256 << 10  # an environment may be large
 MAX_FDS = 64
 _BACKLOG = 256
-_FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 class Gone(Exception):
-    """The other side has closed its end, or was closed."""
+    """The other end is closed, or this one is."""
 
 
 class Unreadable(Gone):
-    """The other side has sent something that is no message; nothing more is read from it."""
+    """The other end has sent something that is no message; nothing more is read from it."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a new wire."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
+def receive_fds(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+    """Return at most `size` bytes, at most `most` fds that came with them, and recvmsg's flags. Raises `OSError`.
+
+    The fds are close-on-exec and the caller's; `socket.recv_fds` of Python 3.11 would leave them inheritable.
+    """
+    fds = array.array("i")
+    space = socket.CMSG_SPACE(most * fds.itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds), flags
+
+
 def listen(path: str) -> socket.socket:
-    """Everybody on the node may connect; who is served is decided by who connects."""
+    """Listen on a path to which every process of the node may connect; the pool decides which ones it serves."""
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(os.stat(path).st_mode):
             os.unlink(path)
@@ -73,7 +87,7 @@ def listen(path: str) -> socket.socket:
 
 
 class Wire:
-    """One end. Never blocks: what cannot be sent now is kept until `flush`."""
+    """One end of a wire. Never blocks: a message that cannot be sent now waits for `flush`."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -87,11 +101,11 @@ class Wire:
 
     @property
     def waiting(self) -> bool:
-        """Whether something is kept that could not be sent yet."""
+        """Whether a message could not be sent yet."""
         return bool(self._waiting)
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """The fds stay the caller's. Raises `Gone`, and `ValueError` for a message that is too large."""
+        """Send a message; the fds stay the caller's. Raises `Gone`, and `ValueError` for one that is too large."""
         data = messages.pack(message)
         if len(data) > MAX_PACKET or len(fds) > MAX_FDS:
             raise ValueError(f"a message of {len(data)} bytes and {len(fds)} fds; {MAX_PACKET} and {MAX_FDS} may be")
@@ -99,6 +113,7 @@ class Wire:
         self.flush()
 
     def flush(self) -> None:
+        """Send messages that wait, as far as possible now. Raises `Gone`."""
         while self._waiting:
             data, fds = self._waiting[0]
             try:
@@ -115,20 +130,16 @@ class Wire:
                 os.close(fd)
 
     def receive(self) -> tuple[dict[str, Any], list[int]] | None:
-        """The next message and its fds, close-on-exec and the caller's; None if none is there.
+        """Return the next message and its fds, close-on-exec and the caller's; None if none is there.
 
         Raises `Gone`, and `Unreadable`.
         """
         try:
-            data, ancillary, flags, _ = self.sock.recvmsg(MAX_PACKET + 1, _FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+            data, fds, flags = receive_fds(self.sock, MAX_PACKET + 1, MAX_FDS)
         except BlockingIOError:
             return None
         except OSError as error:
             raise Gone(error.strerror or str(error)) from error
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
         try:
             if not data:
                 raise Gone("closed")
@@ -141,14 +152,14 @@ class Wire:
             if isinstance(error, Gone):
                 raise
             raise Unreadable("it sent something that is no message") from None
-        return message, list(fds)
+        return message, fds
 
     def dismiss(self, message: dict[str, Any]) -> None:
-        """Says a last thing, so that it is heard whatever the other side has said meanwhile, and closes."""
+        """Send a last message, which arrives whatever the other end has sent meanwhile, and close."""
         with contextlib.suppress(Gone, OSError):
             self.send(message)
             self.sock.shutdown(socket.SHUT_RD)
-            while (received := self.receive()) is not None:  # closing on unread data would be a reset there
+            while (received := self.receive()) is not None:  # closing on unread data would be a reset
                 for fd in received[1]:
                     os.close(fd)
         self.close()

@@ -23,7 +23,7 @@ from cache_agent.ledger import Ledger
 from runtime.config import FunctionConfig
 from runtime.errors import FunctionError, NotReady
 from runtime.http.lifecycle import Lifecycle
-from runtime.process.control import Line
+from runtime.process.control import WorkerEnd
 
 if TYPE_CHECKING:
     from cache_agent.client.streamed import Leftover
@@ -42,7 +42,7 @@ class Leasing:
     """One worker's. `private_agent` is for the thread that listens to the shim, `client` for any."""
 
     def __init__(
-        self, config: FunctionConfig, ledger: Ledger, line: Line, lifecycle: Lifecycle, known: Known | None = None
+        self, config: FunctionConfig, ledger: Ledger, line: WorkerEnd, lifecycle: Lifecycle, known: Known | None = None
     ) -> None:
         """`known` is the manifest of the layer that this worker was forked from."""
         self._config, self._ledger, self._line, self._lifecycle = config, ledger, line, lifecycle
@@ -50,7 +50,7 @@ class Leasing:
         self._socket = config.socket
         self._fell_back = False
         self._private: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._kept = line.kept() if config.socket.startswith("tcp:") else []  # memory of the worker before this one
+        self._kept = line.stored() if config.socket.startswith("tcp:") else []  # memory of the worker before this one
 
     def client(self, timeout: float = 10.0) -> CacheClient:
         config = self._config
@@ -104,7 +104,7 @@ class Leasing:
     def arrived(self, lease: Lease) -> None:
         """All bytes are there: if they came over TCP, the shim keeps them for the worker after this one."""
         if lease.fetched:
-            self._line.keep([lease.manifest_fd, *lease.segments])
+            self._line.store([lease.manifest_fd, *lease.segments])
         self._close_memory()
 
     def rejoin(self, lease: Lease) -> None:
@@ -135,7 +135,7 @@ class Leasing:
     def _drop_memory(self) -> None:
         """It is another model's by now, and there may not be room for both."""
         self._close_memory()
-        self._line.keep([])
+        self._line.store([])
 
     def _close_memory(self) -> None:
         while self._kept:

@@ -16,7 +16,7 @@ from runtime.config import FunctionConfig
 from runtime.errors import FunctionError
 from runtime.http.lifecycle import Lifecycle
 from runtime.process.children import private_bytes
-from runtime.process.control import Line
+from runtime.process.control import WorkerEnd
 
 _SECONDS = 2.0
 _AGAIN = (1.0, 30.0)  # seconds between two attempts to report a start: first, and at most
@@ -31,7 +31,7 @@ class Reporting:
         self,
         config: FunctionConfig,
         ledger: Ledger,
-        line: Line,
+        line: WorkerEnd,
         lifecycle: Lifecycle,
         client: Callable[[float], CacheClient],
     ) -> None:

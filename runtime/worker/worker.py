@@ -32,7 +32,7 @@ from runtime.config import FunctionConfig, from_environment, gone
 from runtime.errors import DrainIncomplete, EngineFailed, FunctionError, WeightsUnavailable
 from runtime.http.lifecycle import Lifecycle
 from runtime.process import messages
-from runtime.process.control import Line
+from runtime.process.control import WorkerEnd
 from runtime.worker.assembly import Assembled, Assembly
 from runtime.worker.leasing import Leasing
 from runtime.worker.reporting import Reporting
@@ -59,7 +59,7 @@ class Worker:
         self,
         config: FunctionConfig,
         ledger: Ledger,
-        line: Line,
+        line: WorkerEnd,
         terminate: threading.Event,
         warm: WarmLayer | None = None,
     ) -> None:
@@ -323,7 +323,7 @@ def _live(
     log_to_stderr(config.log_level)
     for text in gone(os.environ):
         log.warning("%s", text)
-    line = Line(socket.socket(fileno=control_fd))
+    line = WorkerEnd(socket.socket(fileno=control_fd))
     terminate = threading.Event()
     for number in _STOPPING:
         signal.signal(number, lambda _number, _frame: terminate.set())

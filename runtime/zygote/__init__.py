@@ -1,1 +1,1 @@
-"""Layers: warm processes that are forked instead of booted."""
+"""Zygotes: processes that are forked instead of booting another, and the way of a fork into a container."""

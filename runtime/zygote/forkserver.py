@@ -1,15 +1,15 @@
-"""Owns a zygote: a warm process with one thread that forks workers, and deeper zygotes, and tells how they ended.
+"""Owns a zygote: a warm process with one thread that forks workers and deeper zygotes, and tells how they ended.
 
     python -m runtime.zygote.forkserver FD SPEC        FD: its end of a wire (see wire.py), SPEC: a `Spec` as JSON
 
-It is never consumed, and forks only what it can vouch for: one thread, no socket but its own, CUDA untouched, nothing
-for the garbage collector to write to. Fds of a request to fork
+A zygote forks only while that is safe: one thread, no socket but its own, CUDA untouched, nothing for the garbage
+collector to write to. Fds of a request to fork
 
     a worker    the listening socket, the control line, then connections that were accepted already
     a zygote    its end of a new wire, then the model's manifest and segments
 
-are all that the child keeps, besides standard input, output and error. The child begins with every signal that ends it
-blocked, as a worker that is executed does. Children outlive their zygote: whoever adopts orphans reaps them.
+stay open in the child, besides standard input, output and error; all others are closed. The child begins with every
+signal that ends it blocked, as a worker that is executed does. Children outlive their zygote, as orphans.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from runtime.process.wakeup import Wakeup
 from runtime.process.wire import Gone, Wire
 from runtime.zygote.warm import Warm
 
-BEAT = 0.25
+BEAT = 0.25  # seconds between two beats
 Fork: TypeAlias = Callable[[dict[str, Any], list[int]], int]
 Enter: TypeAlias = Callable[[dict[str, Any], list[int], Warm], None]
 _PR_SET_NAME = 15
@@ -43,10 +43,10 @@ _BLOCKED = (signal.SIGTERM, signal.SIGINT)
 
 
 class ForkServer:
-    """`run()` serves the wire until its other end is closed; it returns in the zygote only, never in a child.
+    """The loop of a zygote.
 
-    `fork` forks, and `enter` is called first of all in the child: a supervisor of foreign containers gives its own.
-    Both get the request and its fds, `enter` also what the child finds ready.
+    `fork` forks, and `enter` is called first of all in the child: the zygotes of a pool have functions of their own for
+    that (placed.py). Both get the request and its fds, `enter` also the warm layer.
     """
 
     def __init__(
@@ -60,13 +60,16 @@ class ForkServer:
     ) -> None:
         self._wire, self._warm, self._key = wire, warm, key
         self._fork, self._enter = fork, enter
-        self._own = {wire.fileno()}  # fds of sockets that are no danger to its children
+        self._known_sockets = {wire.fileno()}  # fds that are no reason not to fork: a child closes them, or needs them
 
     def run(self, since: int) -> None:
-        """`since` is when building began, in ns of CLOCK_MONOTONIC."""
+        """Serve the wire until its other end is closed. Returns in the zygote only, never in a child.
+
+        `since` is when building began, in ns of CLOCK_MONOTONIC.
+        """
         seal()
         wake = Wakeup(signal.SIGCHLD)
-        self._own |= {*wake.fds}
+        self._known_sockets |= {*wake.fds}
         try:
             if why := self.unfit():
                 raise Unfit(why)
@@ -99,14 +102,14 @@ class ForkServer:
                     beat_at = time.monotonic() + BEAT
 
     def unfit(self) -> str:
-        """Why this process must not be forked, or ""."""
+        """Return why this process must not be forked, or ""."""
         threads = len(os.listdir("/proc/self/task"))
         if threads != 1:
             return f"it has {threads} threads, and a child would have one and the locks of all"
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
                 target = os.readlink(f"/proc/self/fd/{name}")
-                if target.startswith("socket:") and int(name) > 2 and int(name) not in self._own:
+                if target.startswith("socket:") and int(name) > 2 and int(name) not in self._known_sockets:
                     return f"it has a socket (fd {name}) that its children would share"
                 if target.startswith("/dev/nvidia"):
                     return f"it has opened {target}; CUDA does not survive a fork"
@@ -124,7 +127,7 @@ class ForkServer:
             _close(fds)
             return
         number = request["fork"]
-        self._own |= set(fds)
+        self._known_sockets |= set(fds)
         try:
             if why := self.unfit():
                 self._wire.send({"refused": number, "why": why})
@@ -142,11 +145,11 @@ class ForkServer:
             finally:
                 os.close(pidfd)
         finally:
-            self._own -= set(fds)
+            self._known_sockets -= set(fds)
             _close(fds)
 
     def _be(self, request: dict[str, Any], fds: list[int]) -> int:
-        """The child's life; its exit code."""
+        """Live as the child that was asked for; return its exit code."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self._enter is not None:
@@ -174,10 +177,11 @@ class Unfit(Exception):
 
 
 def seal() -> None:
-    """Leaves the garbage collector nothing to write to: a child's collection would copy every page it looks at.
+    """Prepare this process's memory for forks.
 
-    And gathers what memory there is in pages of 2 MiB: a fork copies an entry for each page, and is four times as fast
-    then. What a child writes to is copied in pieces of 4 KiB all the same.
+    The garbage collector gets nothing to write to: a child's collection would copy every page that it looks at. Memory
+    is gathered in pages of 2 MiB: a fork copies an entry for each page, and becomes four times as fast. Pages that a
+    child writes to are copied in pieces of 4 KiB all the same.
     """
     gc.disable()
     gc.collect()
@@ -186,7 +190,10 @@ def seal() -> None:
 
 
 def reseed() -> None:
-    """Else every child would draw the same numbers. `uuid`, `secrets` and OpenSSL ask the kernel, or notice."""
+    """Seed random generators anew, in a child: else every child would draw the same numbers.
+
+    `uuid`, `secrets` and OpenSSL need nothing: they ask the kernel, or notice the fork.
+    """
     random.seed()
     if (numpy := sys.modules.get("numpy.random")) is not None:
         numpy.seed(int.from_bytes(os.urandom(4), "little"))
@@ -195,27 +202,27 @@ def reseed() -> None:
 
 
 def become(environment: dict[str, str]) -> None:
-    """Has this environment. What is in it already is left alone."""
+    """Make `environment` the environment of this process; variables that are equal already are not written."""
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
 
 
 def keep_only(fds: set[int]) -> None:
-    """Closes every other fd of this process."""
+    """Close every other fd of this process."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in fds:
-            with contextlib.suppress(OSError):  # the one that listed them is closed already
+            with contextlib.suppress(OSError):  # the fd of the listing itself is closed already
                 os.close(int(name))
 
 
 def name_process(what: str) -> None:
-    """As `ps` and the kernel's messages show it."""
+    """Set the name that `ps` and the kernel's messages show: `glowplug-` and `what`, 15 characters at most."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, f"glowplug-{what}"[:15].encode(), 0, 0, 0)
 
 
 def _live(life: Callable[[], int]) -> None:
-    """Runs a child to its end. It must never return into the zygote's loop, whatever happens."""
+    """Run a child to its end: it must never return into the zygote's loop, whatever happens."""
     code = 70
     try:
         code = life()
@@ -235,9 +242,9 @@ def _close(fds: list[int]) -> None:
 def build(
     wire: Wire, spec: Spec, make: Callable[[], Warm], fork: Fork | None = None, enter: Enter | None = None
 ) -> int:
-    """Builds a layer, and serves it until its supervisor is gone; the exit code."""
+    """Build a layer, and serve it until its supervisor is gone; return the exit code."""
     since = time.monotonic_ns()
-    kernel.dumpable(False)  # nobody of the same user may look into it
+    kernel.dumpable(False)  # closed to processes of the same user
     signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     name_process("zygote")
     try:

@@ -1,15 +1,16 @@
-"""Owns a worker's way into a container: what the pool finds out about the place, and the order in which it is entered.
+"""Owns a worker's way into a container: looking at the container, forking into it, entering it step by step.
 
-The pool: `look` takes a pidfd of the container's first process and says what a worker there has to be, or refuses. The
-zygote: `fork_into` forks into the container's pid namespace. The child, before it runs anybody's code: `enter`.
+The pool calls `look` with a pidfd of the container's first process, and learns what a worker there has to be. The
+zygote calls `fork_into`, whose child is in the container's pid namespace. The child calls `enter` before it runs code
+of the function:
 
-    nobody may look into it → cgroups → the copied runtime → namespaces, all at once → root
+    closed to processes of the same user → cgroups → the copied runtime → namespaces, all at once → root
     → the runtime's place → limits → ids, no capability, no new privileges, the filter
 
-Each step needs what later ones take away. The pid namespace comes first of all, because only a child is in it; so does
-the cgroup of version 2, in which a child can begin. Moving a process (`cgroup.procs`) would cost more than all the
-rest, a grace period of the kernel's; moving a thread (`tasks`, version 1), the only one that there is, does not.
-Standard library only.
+Each step needs rights that later ones take away. The pid namespace comes first of all, because only a child can be in
+it; so does the cgroup of version 2, in which a child can begin. Moving a process (`cgroup.procs`) would cost more than
+all the rest, a grace period of the kernel's. Moving the only thread (`tasks`, version 1) does not. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -45,31 +46,31 @@ _V1 = ("memory", "pids", "cpu", "cpuacct", "cpuset", "blkio", "freezer", "device
 
 
 class JoinRefused(Exception):
-    """A worker cannot be placed there; the text is what the ledger will say."""
+    """A container that no worker can be placed in; the text is the reason that the ledger gives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerPlace:
-    """What a worker becomes: as the container's first process is, with nothing that it is allowed."""
+    """The attributes of a container's first process that a worker there has to have, its rights apart."""
 
     pid: int  # of the container's first process, in the pool's namespace
     container: int  # inode of its pid namespace
     uid: int
     gid: int
     groups: tuple[int, ...]
-    cgroup: str  # of version 2, its directory; "" if the pool is in the same
-    cgroups: tuple[str, ...]  # of version 1, where the pool is in another: files to write oneself into
+    cgroup: str  # directory of the cgroup of version 2; "" if the pool is in the same
+    cgroups: tuple[str, ...]  # files by which a thread moves itself into those of version 1 that the pool is not in
     limits: tuple[tuple[int, int, int], ...]  # which, soft, hard
     umask: int
     oom: int
-    filtered: bool  # a seccomp filter is on it
+    filtered: bool  # whether a seccomp filter is on the process
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
 
 
 def peer(sock: socket.socket) -> tuple[int, ContainerPlace]:
-    """A pidfd of who has connected, the caller's, and its place. Raises `JoinRefused`."""
+    """Return a pidfd of the process that has connected, the caller's to close, and its place. Raises `JoinRefused`."""
     try:
         pidfd = sock.getsockopt(socket.SOL_SOCKET, kernel.SO_PEERPIDFD)
     except OSError as error:
@@ -82,7 +83,7 @@ def peer(sock: socket.socket) -> tuple[int, ContainerPlace]:
 
 
 def look(pidfd: int) -> ContainerPlace:
-    """Return what the container of this process is like.
+    """Return the place of a worker in the container of this process.
 
     Raises `JoinRefused` where a worker of the pool would not be confined as the container's own processes are, and
     where the process is not the container's first.
@@ -92,25 +93,25 @@ def look(pidfd: int) -> ContainerPlace:
     try:
         status = dict(re.findall(r"^(\w+):[ \t]*(.*)$", (base / "status").read_text(), re.MULTILINE))
         spaces = {name: os.stat(base / "ns" / name).st_ino for name in ("pid", "user", "mnt")}
-        own = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name in spaces}
-        label, own_label = (_label(each) for each in (base, Path("/proc/self")))
-        clocks, own_clocks = (_clocks(each) for each in (base, Path("/proc/self")))
+        ours = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name in spaces}
+        label, our_label = (_label(each) for each in (base, Path("/proc/self")))
+        clocks, our_clocks = (_clocks(each) for each in (base, Path("/proc/self")))
         cgroup, cgroups = _cgroups((base / "cgroup").read_text(), Path("/proc/self/cgroup").read_text())
         oom = int((base / "oom_score_adj").read_text())
         limits = _limits((base / "limits").read_text())
     except (OSError, ValueError, KeyError) as error:
         raise JoinRefused(f"its container cannot be looked at ({error})") from error
     if not lives(pidfd):
-        raise JoinRefused("it is gone")  # and what was read may be another's, who has its number now
-    if spaces["pid"] == own["pid"] or int(status["NSpid"].split()[-1]) != 1:
+        raise JoinRefused("it is gone")  # what was read may be of another process, which has the number now
+    if spaces["pid"] == ours["pid"] or int(status["NSpid"].split()[-1]) != 1:
         raise JoinRefused("only the first process of a container is served")
-    if spaces["mnt"] == own["mnt"]:
+    if spaces["mnt"] == ours["mnt"]:
         raise JoinRefused("it has no mount namespace of its own")
-    if clocks != own_clocks:
+    if clocks != our_clocks:
         raise JoinRefused("its container has a time namespace, whose clocks a worker of the pool would not have")
-    if spaces["user"] != own["user"]:
+    if spaces["user"] != ours["user"]:
         raise JoinRefused("its container has a user namespace, which a worker of the pool would not have")
-    if label != own_label:
+    if label != our_label:
         raise JoinRefused(f"its container is confined as {label}, which a worker of the pool would not be")
     ids = [(int(part) for part in status[name].split()) for name in ("Uid", "Gid")]
     (uid, *uids), (gid, *gids) = ids
@@ -132,9 +133,10 @@ def look(pidfd: int) -> ContainerPlace:
 
 
 def fork_into(place: dict[str, Any], pidfd: int, home: int) -> int:
-    """Forks a child whose pid namespace is that of the process; `home` is a pidfd of the caller. Raises `OSError`.
+    """Fork a child into the pid namespace of the process that `pidfd` names; return as `os.fork` does.
 
-    If it begins in the place's cgroup of version 2, none is left there for it to `enter`.
+    `home` is a pidfd of the caller. `place` has no cgroup of version 2 for `enter` any more, if the child begins there.
+    Raises `OSError`.
     """
     kernel.setns(pidfd, kernel.CLONE_NEWPID)
     child = -1
@@ -142,7 +144,7 @@ def fork_into(place: dict[str, Any], pidfd: int, home: int) -> int:
         child = _fork(place)
         return child
     finally:
-        if child:  # not in the child: what it forks must be where it is
+        if child:  # not in the child, whose own children must be in the container, too
             kernel.setns(home, kernel.CLONE_NEWPID)
 
 
@@ -153,7 +155,7 @@ def _fork(place: dict[str, Any]) -> int:
     try:
         child = kernel.fork_into_cgroup(cgroup)
     except OSError:
-        return os.fork()  # it says what is wrong with the cgroup when it cannot move there, either
+        return os.fork()  # the child tries to move there, and says what is wrong with the cgroup
     finally:
         os.close(cgroup)
     if child == 0:
@@ -169,11 +171,11 @@ def enter(
     prefixes: tuple[str, ...],
     seccomp: bytes = b"",
 ) -> int:
-    """Called in the forked child; afterwards it is a process of the container. Raises `OSError` for what failed.
+    """Make this process, which was just forked, one of the container. Raises `OSError` for the step that failed.
 
     `root` is an fd of the container's root directory. `prefixes` are directories with the runtime that the pool runs,
-    which must lie in the container at the same path: modules that are imported later come from there. Returns when it
-    was in the cgroups, in ns of CLOCK_MONOTONIC.
+    which must lie in the container at the same path: modules that are imported later come from there. Returns when the
+    process was in the cgroups, in ns of CLOCK_MONOTONIC.
     """
     kernel.dumpable(False)
     for file in (*place["cgroups"], *(f"{each}/cgroup.procs" for each in [place["cgroup"]] if each)):
@@ -189,14 +191,14 @@ def enter(
         _graft(prefix, ours, tree)
     os.umask(place["umask"])
     for which, soft, hard in place["limits"]:
-        with contextlib.suppress(ValueError, OSError):  # raising one needs a right that the pool may not have
+        with contextlib.suppress(ValueError, OSError):  # raising a limit needs a right that the pool may not have
             resource.setrlimit(which, (soft, hard))
     kernel.drop_privileges(place["uid"], place["gid"], list(place["groups"]), seccomp)
     return charged
 
 
 def _graft(prefix: str, ours: os.stat_result, tree: int) -> None:
-    """The runtime's directory as the pool has it, read-only, unless the container has that very one."""
+    """Mount the pool's directory of the runtime, read-only, unless the container has the very same."""
     try:
         if not os.path.isdir(prefix):
             os.makedirs(prefix, 0o755)
@@ -216,13 +218,14 @@ def _pid(pidfd: int) -> int:
 
 
 def lives(pidfd: int) -> bool:
+    """Return whether the process has not ended."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return not poller.poll(0)
 
 
 def _clocks(base: Path) -> int:
-    """The inode of a process's time namespace; 0 where the kernel has none."""
+    """Return the inode of a process's time namespace; 0 where the kernel has none."""
     try:
         return os.stat(base / "ns" / "time").st_ino
     except OSError:
@@ -230,7 +233,7 @@ def _clocks(base: Path) -> int:
 
 
 def _label(base: Path) -> str:
-    """AppArmor's or SELinux's; "" where neither is."""
+    """Return the label of AppArmor or SELinux; "" where neither is."""
     try:
         return (base / "attr/current").read_text().strip().rstrip("\0")
     except OSError:
@@ -238,7 +241,7 @@ def _label(base: Path) -> str:
 
 
 def _limits(text: str) -> tuple[tuple[int, int, int], ...]:
-    """Read, not asked for: asking needs a right that an unprivileged container's root lacks."""
+    """Parse /proc/PID/limits. `prlimit` would need a right that an unprivileged container's root lacks."""
     found = re.findall(r"^(Max [a-z ]+?) {2,}(unlimited|\d+) +(unlimited|\d+)", text, re.MULTILINE)
     ends = [
         (name, *(resource.RLIM_INFINITY if end == "unlimited" else int(end) for end in both)) for name, *both in found
@@ -246,12 +249,10 @@ def _limits(text: str) -> tuple[tuple[int, int, int], ...]:
     return tuple((_LIMITS[name], soft, hard) for name, soft, hard in ends if name in _LIMITS)
 
 
-def _cgroups(text: str, own: str) -> tuple[str, tuple[str, ...]]:
-    """The directory of the unified hierarchy where this process is, and the files by which one moves itself to where it
-    is in the old ones; without those in which we are.
-    """
+def _cgroups(text: str, ours: str) -> tuple[str, tuple[str, ...]]:
+    """Return `cgroup` and `cgroups` of a place, from the text of /proc/PID/cgroup of its process and of this one."""
     unified, found = "", []
-    for line in sorted({*text.splitlines()} - {*own.splitlines()}):
+    for line in sorted({*text.splitlines()} - {*ours.splitlines()}):
         _, controllers, path = line.split(":", 2)
         relative = path.lstrip("/")
         if not controllers:

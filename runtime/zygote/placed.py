@@ -1,10 +1,11 @@
-"""Owns the zygotes of a pool: forkserver.py's, whose workers enter the container that they are for.
+"""The zygotes of a pool: forkserver.py's, with workers that enter the container that they are for.
 
     python -m runtime.zygote.placed FD SPEC
 
-A request to fork has a `place` (see join.py), and as fds a wire, a pidfd of the container's first process, and its root
-directory. The child goes there at once, and waits at its wire for what forkserver.py says of a worker, with standard
-input, output and error as the last fds: it is a spare until then. One whose wire is closed ends.
+A request to fork has a `place` (see join.py), and as fds a wire, a pidfd of the container's first process, and the
+container's root directory. The child enters the container at once. It is a spare until an order comes over its wire:
+the request for a worker as forkserver.py describes it, with standard input, output and error as the last fds. A spare
+whose wire is closed ends.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ from runtime.process.wire import Gone, Wire
 from runtime.zygote import forkserver, join
 from runtime.zygote.warm import Warm
 
-_AT_ONCE = 200  # ms in which the order comes if somebody waits; only after that it looks how large it is
-_STDIO = 3
-_NOT_PLACED = 74  # exit code of one that could not enter
+_AT_ONCE = 200  # ms within which the order comes if a request waits; a spare rehearses only after that
+_STDIO = 3  # fds: standard input, output and error
+_NOT_PLACED = 74  # exit code of a child that could not enter its container
 
 
-class Entering:
-    """How this zygote forks, and what its children do first."""
+class ContainerEntry:
+    """The functions `fork` and `enter` of a `ForkServer` whose children enter containers."""
 
     def __init__(self, seccomp: bytes = b"") -> None:
         self._prefixes = runtime_directories()
         self._seccomp = seccomp
 
     def fork(self, request: dict[str, Any], fds: list[int]) -> int:
+        """Fork into the place of the request, if there is one; return as `os.fork` does."""
         if "place" not in request:
             return os.fork()
         request["place"] = json.loads(request["place"])
@@ -48,14 +50,14 @@ class Entering:
             os.close(home)
 
     def enter(self, request: dict[str, Any], fds: list[int], warm: Warm) -> None:
-        """Becomes a process of the container, and leaves in `request` and `fds` what its worker is told."""
+        """Enter the container, wait for the order, and leave the worker's request and fds in `request` and `fds`."""
         if "place" not in request:
             return
         born = time.monotonic_ns()
         wire, pidfd, root = fds
         forkserver.name_process("spare")
         forkserver.keep_only(set(fds))
-        for _ in range(_STDIO):  # the pool's are nothing for a container
+        for _ in range(_STDIO):  # the pool's own input and output are closed to a container
             os.open(os.devnull, os.O_RDWR)
         try:
             charged = join.enter(
@@ -72,13 +74,13 @@ class Entering:
             os.dup2(fd, target)
         del fds[-_STDIO:]
         spans = order["spans"]
-        since = min((start for _, _, start, _ in spans), default=0)  # what was done before is no part of this start
+        since = min((start for _, _, start, _ in spans), default=0)  # earlier steps are no part of this start
         spans += [("pool", name, start, end) for name, start, end in steps if start >= since]
         request.update(order, spans=spans)
 
 
 def _leave(wire: Wire, why: str) -> NoReturn:
-    """Half inside, it must not go on, and nobody's code has run yet."""
+    """Tell the pool why the container could not be entered, and end: half inside, the process must not go on."""
     try:
         wire.send({"failed": why})
     finally:
@@ -86,10 +88,10 @@ def _leave(wire: Wire, why: str) -> NoReturn:
 
 
 def _ordered(wire: Wire, warm: Warm, seconds: float) -> tuple[dict[str, Any], list[int]]:
-    """What to do, and its fds; it took `seconds` to come here.
+    """Wait for the order; return it and its fds. Forking and entering took `seconds`.
 
-    Where nobody waits it rehearses; a worker is spared as much time as that takes. There is no deadline: the pool drops
-    it when it is not worth its memory, and the end of the container is its own.
+    A spare that no request waits for rehearses, and takes so much time off the later start. The wait has no deadline:
+    the pool drops a spare that is not worth its memory, and a spare ends with its container.
     """
     poller = select.poll()
     poller.register(wire, select.POLLIN)
@@ -109,7 +111,10 @@ def _ordered(wire: Wire, warm: Warm, seconds: float) -> tuple[dict[str, Any], li
 
 
 def runtime_directories() -> tuple[str, ...]:
-    """Where modules are imported from: what a container must have at the same path, none inside another."""
+    """Return the directories that modules are imported from, none inside another.
+
+    A container must have them at the same paths.
+    """
     paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     paths |= {str(Path(__file__).resolve().parents[1]), str(Path(join.__file__).resolve().parents[2] / "cache_agent")}
     real = sorted(os.path.realpath(path) for path in paths if os.path.isdir(path))
@@ -121,12 +126,12 @@ def main(arguments: list[str]) -> int:
     spec = Spec.parse(arguments[1])
     wire = Wire(socket.socket(fileno=int(arguments[0])))
     filter_file = os.environ.pop("GLOWPLUG_POOL_SECCOMP", "")
-    entering = Entering(Path(filter_file).read_bytes() if filter_file else b"")
+    entry = ContainerEntry(Path(filter_file).read_bytes() if filter_file else b"")
 
     def make() -> Warm:
         return Warm.lang(spec.kinds, lean=spec.lean, shared=True)
 
-    return forkserver.build(wire, spec, make, entering.fork, entering.enter)
+    return forkserver.build(wire, spec, make, entry.fork, entry.enter)
 
 
 if __name__ == "__main__":

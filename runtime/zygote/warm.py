@@ -1,7 +1,7 @@
-"""Owns what a zygote has ready for its children: modules, and with a model its tensors, its parts and its tokenizer.
+"""A warm layer: the modules, and with a model its tensors, parts and tokenizer, that a zygote's children find ready.
 
-Everything is done once as a worker would do it, on the one thread that there is: a request through the Flask
-application, a forward pass through the model. What is imported or allocated at first use is then there, and shared.
+A zygote does everything once as a worker would do it, on its only thread: a request through the Flask application, a
+forward pass through the model. Modules and memory of the first use are then there, and shared.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class _Lent:
 class Warm:
     """A layer as its children find it. `files` are the segments that `weights` maps, by device and inode.
 
-    `http` is what a worker's HTTP side is made of. A worker writes into the `Settings`, not into what is `Prepared`.
-    Children of one that is `shared` belong to several containers, whose functions may not all have its model.
+    `http` are the parts of a worker's HTTP side; a worker writes into the `Settings`, not into `Prepared`. Children of
+    a `shared` layer belong to several containers, whose functions may not all have a right to the layer's model.
     """
 
     level: Level
@@ -52,11 +52,11 @@ class Warm:
 
     @classmethod
     def lang(cls, kinds: Sequence[str], *, lean: bool = True, shared: bool = False) -> Warm:
-        """Imports everything that a worker does, and the code of models of these kinds. One thread in all of it."""
+        """Import everything that a worker imports, and the code of models of these kinds, on one thread."""
         _one_thread()
 
         def load() -> None:
-            import numpy.random  # noqa: F401  numpy leaves it to the first who asks
+            import numpy.random  # noqa: F401  numpy imports it at first use only
 
             from runtime.engine import choice, serial  # noqa: F401
             from runtime.handoff import incoming  # noqa: F401
@@ -75,9 +75,9 @@ class Warm:
         return cls("lang", http, shared=shared)
 
     def with_model(self, size: int, manifest: int, *segments: int) -> Warm:
-        """The layer on top: the model of this manifest (an fd, and its size in bytes) on these segments.
+        """Return the layer on top: the model of this manifest (an fd, and its size in bytes) on these segments.
 
-        The fds are closed; the mappings stay, whether or not the agent lives on.
+        The fds are closed. The mappings stay, also when the agent ends.
         """
         from cache_agent.client.lease import Known
         from runtime.worker.weights import Weights, assemble
@@ -92,8 +92,11 @@ class Warm:
         return replace(self, level="model", known=known, weights=weights, loaded=loaded, files=files)
 
     def rehearse(self) -> Iterator[None]:
-        """In a child that has time, which may leave off after each piece of a few ms: requests once more, so that the
-        memory that they write to is its own, and the weights' pages, entered."""
+        """Warm up a child that has time, in pieces of a few ms, after each of which the caller may stop.
+
+        Requests are sent once more, so that pages which they write to are the child's own; pages of the weights are
+        entered into the page table.
+        """
         if self.http is not None:
             _ask(*self.http)
             yield
@@ -101,7 +104,7 @@ class Warm:
             yield from self.weights.populate()
 
     def parts(self, lease: Lease) -> tuple[Weights, AssembledModel] | None:
-        """The model that is ready, if its bytes are the very ones of this lease."""
+        """Return the model that is ready, if its bytes are the very ones of this lease."""
         if self.weights is None or self.loaded is None:
             return None
         same = self.weights.manifest.source == lease.manifest.source
@@ -115,7 +118,10 @@ def _files(fds: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _one_thread() -> None:
-    """Must come before torch is imported: a child of a process that ever computed on two threads hangs."""
+    """Have libraries compute on one thread: a child of a process that ever computed on two hangs.
+
+    Must be called before torch is imported.
+    """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -123,9 +129,9 @@ def _one_thread() -> None:
 
 
 def _http() -> tuple[Prepared, Settings]:
-    """What a worker's HTTP side is made of, after requests have gone through it as they would come from a socket.
+    """Return the parts of a worker's HTTP side, after requests have gone through it as they would come from a socket.
 
-    At the first one, gunicorn, Flask and the classes that they ask one another about import and remember a lot.
+    At the first request gunicorn and Flask import modules and fill caches.
     """
     from cache_agent.web.wsgi import Settings
     from runtime.http import server  # noqa: F401  imported for the children
@@ -137,6 +143,7 @@ def _http() -> tuple[Prepared, Settings]:
 
 
 def _ask(prepared: Prepared, settings: Settings) -> None:
+    """Send requests through gunicorn's parser, the Flask application and a handler."""
     from gunicorn.http import RequestParser
 
     from cache_agent.ledger import Ledger
@@ -166,7 +173,7 @@ def _ask(prepared: Prepared, settings: Settings) -> None:
 
 
 def _lay_out_once() -> None:
-    """A computation without data: for the first of them torch imports sympy, which takes a third of a second."""
+    """Compute once without data: for the first such computation torch imports sympy, which takes 0.3 s."""
     import torch
 
     with torch.device("meta"):
@@ -174,7 +181,7 @@ def _lay_out_once() -> None:
 
 
 def _forward_once(model: Any) -> None:
-    """Two passes, a prompt's and one token's, as the worker's engine will make them."""
+    """Make two passes, a prompt's and one token's, as the worker's engine will make them."""
     import torch
 
     from runtime.engine.attention import Pack, Unbatchable, forward, install
@@ -184,7 +191,7 @@ def _forward_once(model: Any) -> None:
     with torch.inference_mode():
         try:
             rows = Rows(install(model), _PROMPT + 1)
-        except Unbatchable:  # the worker finds that, too, and says why
+        except Unbatchable:  # the worker meets the same error, and says why
             for count in (_PROMPT, 1):
                 model(input_ids=torch.zeros((1, count), dtype=torch.long), use_cache=False)
             return

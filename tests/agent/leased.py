@@ -1,4 +1,4 @@
-"""What the tests of the agent share about leases: deadlines, the bytes behind the fds, models that have chunks."""
+"""Helpers of the agent's tests for leases: deadlines, the bytes behind the fds, models that have chunks."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def whole(lease) -> list[bytes]:
 
 
 def contents(tensors) -> dict[str, bytes]:
-    """What `tensors_of` has to find of a checkpoint's tensors."""
+    """Return a checkpoint's tensors as `tensors_of` has to find them."""
     return {name: content for name, (_, _, content) in tensors.items()}
 
 
 def inodes(lease) -> list[int]:
-    """Which memory it is."""
+    """Return the inodes of a lease's segments, which identify its memory."""
     return [os.fstat(fd).st_ino for fd in lease.segments]
 
 

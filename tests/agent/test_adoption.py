@@ -99,7 +99,7 @@ def test_whoever_asks_while_an_offer_is_examined_waits_and_shares(start_local_ag
         found = []
         asking = threading.Thread(target=lambda: found.append(ready(new, FAKE)))
         asking.start()
-        eventually(lambda: new.agent._books.residency._aliases[FAKE].waiting)
+        eventually(lambda: new.agent._ledger.residency._aliases[FAKE].waiting)
         gate.set()
         offering.join(20)
         asking.join(20)

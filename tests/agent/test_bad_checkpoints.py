@@ -220,9 +220,9 @@ def test_files_that_are_none_of_a_models_do_not_disturb(shared_agent, tmp_path, 
 
 @pytest.fixture
 def nobodys_agent(eventually):
-    """An agent under another user id, and a directory that it may enter. It is forked, not started: that user may
+    """Start an agent under another user id, and make a directory that it may enter.
 
-    not reach the interpreter where root installed it.
+    The agent is forked and not executed, because that user may not be able to read the interpreter.
     """
     if os.getuid() != 0:
         pytest.skip("running the agent as another user needs root")

@@ -182,7 +182,7 @@ def test_the_attacks_work_against_memory_without_seals():
 
 
 def as_another_user(work: Callable[[], object]) -> str:
-    """What a child of another user id says of `work`: its result, or the name of the error."""
+    """Return the result of `work` in a child with another user id, or the name of its error."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:  # it may not execute the interpreter again: that can lie in a directory of root's
@@ -219,7 +219,7 @@ fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
 
 
 def test_a_client_that_seals_the_seals_does_not_stop_the_load(kind):
-    """It could otherwise deny the model to everybody: the agent's own seals would fail at the end of the load."""
+    """A client must not be able to make a load fail: the agent's own seals would be refused at its end."""
     with Dram([PAGE], huge_pages=kind) as dram:
         result = as_client(SEALS_THE_SEALS, dram.fds[0])
         assert result.returncode == 0, result.stderr

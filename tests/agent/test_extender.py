@@ -288,8 +288,7 @@ def test_commands(estimates: Path, eventually: Callable[..., Any]) -> None:
     """`extender` as warm-scheduler's pod runs it: starts, is found alive, answers, ends on SIGTERM."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "cache_agent.cli", "extender", "--port", str(port)]
-    command[1:3] = ["-c", "from cache_agent.cli.main import agent; agent()"]
+    command = [sys.executable, "-c", "from runtime.cli import main; main()", "agent", "extender", "--port", str(port)]
     process = subprocess.Popen([*command, "--estimates", str(estimates)], env=dict(os.environ))
     try:
         eventually(

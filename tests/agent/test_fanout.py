@@ -1,4 +1,4 @@
-"""Which chunk from whom: the rules one by one, and whole clusters played through in steps, with nodes that die."""
+"""The choice of chunks and peers: the rules one by one, and whole clusters simulated in steps, with nodes that die."""
 
 from __future__ import annotations
 

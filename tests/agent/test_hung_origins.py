@@ -1,4 +1,4 @@
-"""Origins that accept and never answer: they hold who asks them, and nobody else."""
+"""Origins that accept and never answer: they delay the callers of their models, and no others."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_models_of_a_hung_store_do_not_keep_others_from_loading(
 
 @pytest.fixture
 def stored(s3, checkpoint_files, monkeypatch):
-    """(URI, tensors) of a model of four ranges and more, in a store that can be stopped."""
+    """Return (URI, tensors) of a model of four ranges and more, in a store that can be stopped."""
     if not s3.pid:
         pytest.skip("GLOWPLUG_TEST_S3_URL names a server that is not ours to stop")
     for name, value in s3.env.items():
@@ -192,7 +192,7 @@ def stored(s3, checkpoint_files, monkeypatch):
 
 
 def test_a_store_that_is_stopped_in_the_middle_of_a_load_and_goes_on(stored, s3, start_local_agent, caplog):
-    """What had come is not asked for again, and what hung comes over other connections."""
+    """Bytes that came are not asked for again, and ranges that hung come over other connections."""
     uri, tensors = stored
     store = S3(endpoint=s3.endpoint, patience=0.6)
     lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""How long an idle layer is held: the rule against trying everything, worked examples, and what clocks may do."""
+"""The holding time of idle layers: the rule against trying every time, worked examples, and clocks that go back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ prices = st.floats(0.001, 1e4)
 
 
 def cost(decision: HoldDecision, gaps: list[float]) -> float:
-    """What a decision would have cost, in starts; written as the rule is, without its sums."""
+    """Return the cost of a decision in starts, by the formula itself and without the rule's partial sums."""
     limit, total = beta(decision.layer, decision.rho), 0.0
     for gap in gaps:
         total += min(gap, decision.hold) / limit + (not decision.wanted(gap))

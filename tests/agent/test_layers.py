@@ -32,7 +32,7 @@ def only(layers: Layers) -> LayerStatus:
 
 
 def test_age_price_and_time_left(layers: Layers, clock: Any) -> None:
-    layers.tell(told(LANG))
+    layers.add(told(LANG))
     layer = only(layers)
     assert (layer.idle_seconds, layer.left_seconds) == (30.0, 90.0)
     assert (layer.worth_seconds, layer.build_seconds, layer.why) == (pytest.approx(600.0), 3.0, "held for 120 s")
@@ -52,7 +52,7 @@ def test_age_price_and_time_left(layers: Layers, clock: Any) -> None:
     ],
 )
 def test_what_becomes_of_it(layers: Layers, changed: dict[str, Any], left: float | None) -> None:
-    layers.tell(told(msgspec.structs.replace(LANG, **changed)))
+    layers.add(told(msgspec.structs.replace(LANG, **changed)))
     assert only(layers).left_seconds == left
 
 
@@ -60,36 +60,36 @@ def test_a_function_of_an_older_image_is_understood(layers: Layers) -> None:
     """Its supervisor tells of a window, too, in which it builds the layer ahead of a request."""
     window = {"state": "absent", "hold": 0.0, "rebuild": 50.0, "until": 70.0}
     sent = msgspec.to_builtins(told(LANG)) | {"layers": [{**msgspec.to_builtins(LANG), **window}]}
-    layers.tell(msgspec.json.decode(msgspec.json.encode(sent), type=LayersTold))
+    layers.add(msgspec.json.decode(msgspec.json.encode(sent), type=LayersTold))
     assert (only(layers).state, only(layers).left_seconds) == ("absent", None)
 
 
 def test_a_layer_that_takes_no_memory_is_worth_holding_for_ever(layers: Layers) -> None:
-    layers.tell(told(msgspec.structs.replace(LANG, bytes=0)))
+    layers.add(told(msgspec.structs.replace(LANG, bytes=0)))
     assert only(layers).worth_seconds is None
 
 
 def test_the_last_word_counts_and_none_at_all_is_an_end(layers: Layers) -> None:
-    layers.tell(told(LANG))
-    layers.tell(told(LANG, of="b", function="another"))
-    layers.tell(told(LANG, LANG))
+    layers.add(told(LANG))
+    layers.add(told(LANG, of="b", function="another"))
+    layers.add(told(LANG, LANG))
     assert [(each.function, len(each.layers)) for each in layers.status()] == [("another", 1), ("chat", 2)]
-    layers.tell(told())
-    layers.tell(told(of="never seen"))
+    layers.add(told())
+    layers.add(told(of="never seen"))
     assert [each.function for each in layers.status()] == ["another"]
 
 
 def test_who_is_silent_has_ended(layers: Layers, clock: Any) -> None:
-    layers.tell(told(LANG))
+    layers.add(told(LANG))
     clock.now += SILENT_SECONDS
-    layers.tell(told(LANG, of="b", function="another"))
+    layers.add(told(LANG, of="b", function="another"))
     clock.now += 1
     assert [each.function for each in layers.status()] == ["another"]
 
 
 def test_there_are_not_more_than_so_many(layers: Layers) -> None:
     for number in range(KEPT + 3):
-        layers.tell(told(LANG, of=str(number), function=f"{number:04}"))
+        layers.add(told(LANG, of=str(number), function=f"{number:04}"))
     assert [each.function for each in layers.status()] == [f"{number:04}" for number in range(3, KEPT + 3)]
 
 

@@ -683,7 +683,7 @@ def test_a_client_killed_while_loading_leaves_the_load_to_the_others(start_local
         assert leases() == 2
         killed.send_signal(signal.SIGKILL)
         eventually(lambda: leases() == 1)
-        (held,) = agent.agent._books.held.values()
+        (held,) = agent.agent._ledger.memories.values()
         eventually(lambda: len(held.load._watchers) == 1, what="the load forgot the killed client")
         gate.set()
         other.wait_ready(soon())

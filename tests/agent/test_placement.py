@@ -1,4 +1,4 @@
-"""Where a model starts soonest: worked examples, and what must hold for any nodes."""
+"""The node where a model starts soonest: worked examples, and properties that hold for any nodes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_dead_agents_tiers_count_for_nothing() -> None:
 
 
 def test_scores_leave_other_reasons_their_say() -> None:
-    """Where all are about equal nothing is preferred; what is far better gets all of the range."""
+    """Nodes that are about equal get equal scores; a node that is far better gets the whole range."""
 
     def scores(*seconds: float) -> list[int]:
         found = [placement.PlacementDecision(str(n), "load", s, "", 1.0, "") for n, s in enumerate(seconds)]

@@ -277,7 +277,7 @@ def test_every_message_has_a_golden_frame():
 
 
 def test_golden_frames_are_still_understood(request):
-    """What an older peer sends keeps its meaning."""
+    """Frames of an older peer keep their meaning."""
     path = request.path.parent.parent / "golden" / "agent" / "frames.json"
     for (length, body), message in zip(json.loads(path.read_text()), EXAMPLES, strict=True):
         assert Decoder(MAX_REPLY).feed(bytes.fromhex(length) + body.encode()) == [message]

@@ -267,7 +267,7 @@ def test_the_agent_says_what_stays_and_evicts_it_later(
         old.wait_ready(time.monotonic() + 20)
         agent.origins["fake://m"] = FakeOrigin("fake://m", checkpoint_files(seed=2))
         agent.client.lease("fake://m").close()  # granted the old one, and the origin is looked at behind it
-        eventually(lambda: agent.agent._books.residency.entry_of("fake://m") is None, what="the change was seen")
+        eventually(lambda: agent.agent._ledger.residency.entry_of("fake://m") is None, what="the change was seen")
         with agent.client.lease("fake://m") as new:
             new.wait_ready(time.monotonic() + 20)
         eventually(lambda: sorted(model.leases for model in agent.client.status().models) == [0, 1])

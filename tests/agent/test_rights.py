@@ -1,4 +1,4 @@
-"""Who may have what: prefixes and what is none, the rights file, and that a refusal tells nothing about a model."""
+"""Rights to models: prefixes, the rights file, and refusals that disclose nothing about a model."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def test_a_refusal_tells_nothing(verb: str, name: str, node) -> None:
 
 
 def test_a_known_revision_is_not_had_under_a_uri_of_ones_own(node, refused) -> None:
-    """Whoever learned a revision from a log has no right to its bytes for that."""
+    """A revision that a caller has learned from a log gives no right to its bytes."""
     revision = load(node.as_("ops"), THEIRS)
     with refused("not_found"):
         node.as_("chat").lease(f"fake://llm/absent@{revision}")

@@ -1,4 +1,4 @@
-"""Reading from S3 servers that lie, stall, break and refuse: a small one of ours does all of that on demand."""
+"""Reading from S3 servers that lie, stall, break and refuse: a small server here does all of that on demand."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class Request(SimpleNamespace):
 
 
 class HostileS3:
-    """Two operations of S3, list and ranged GET. `misbehave(handler, request, content)` is asked before each GET
+    """A server of two operations of S3, list and ranged GET.
 
-    that begins beyond the headers; it answers itself and returns True, or leaves the request to honesty.
+    `misbehave(handler, request, content)` is called before each GET that begins beyond the headers. It answers the
+    request and returns True, or returns False for a correct answer.
     """
 
     def __init__(self, files: dict[str, bytes], context: ssl.SSLContext | None = None) -> None:

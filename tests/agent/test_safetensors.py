@@ -24,7 +24,7 @@ def framed(header: object, data: bytes = b"") -> bytes:
 
 
 def parse(file: bytes, size: int | None = None) -> list[safetensors.RawTensor]:
-    """What `checkpoint` does with a file of these bytes; `size` where the origin claims another one."""
+    """Parse a file of these bytes as `checkpoint` does; `size` is the size that the origin claims."""
     size = len(file) if size is None else size
     length = safetensors.header_length(file[:8], size, "m.safetensors")
     return safetensors.parse_header(file[8 : 8 + length], size, "m.safetensors")
@@ -306,7 +306,7 @@ def test_agrees_with_the_library_on_files_it_wrote(shapes):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_is_at_least_as_strict_as_the_library(name):
-    """What the library refuses must not pass here. (Here more is refused: names without bounds, repeated keys.)"""
+    """A file that the library refuses must not pass here, where more is refused: long names, repeated keys."""
     library = pytest.importorskip("safetensors")
     file = HOSTILE[name][0]
     try:

@@ -31,7 +31,7 @@ def ssd(tmp_path) -> Path:
 
 @pytest.fixture
 def model(tmp_path, write_checkpoint):
-    """(uri, tensors) of a model of four chunks."""
+    """Return (uri, tensors) of a model of four chunks."""
     tensors = large_tensors(3)
     return f"file://{write_checkpoint(tmp_path / 'model', tensors)}", tensors
 

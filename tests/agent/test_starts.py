@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cache_agent.errors import AgentError
-from cache_agent.journal.starts import KEPT, Starts
+from cache_agent.journal.reports import KEPT, Starts
 from cache_agent.ledger import Span
 from cache_agent.wire.operations import Started
 

@@ -268,7 +268,7 @@ def test_where_nobody_is_asked_only_this_machine_listens_in(start_local_agent) -
 
 def test_an_agent_whose_lock_is_stuck_is_not_healthy(watched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statuses, "_LOCK_SECONDS", 0.05)
-    with watched.agent._books.lock:
+    with watched.agent._ledger.lock:
         assert watched.http.get("/healthz")[0] == 503
     assert watched.http.get("/healthz")[0] == 200
 

@@ -1,4 +1,4 @@
-"""The first process of a container that a test makes: it takes orders as JSON lines, and says what came of them.
+"""The first process of a container that a test makes: it takes orders as JSON lines, and reports the results.
 
     {"wants": {…}}           tells the pool what it is, by the environment that the test gave, and goes on as this says
     {"ask": 1}               asks the pool for a worker
@@ -55,8 +55,8 @@ def confine(root: str, binds: list[str], pool: str, uid: int, filtered: bool) ->
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     else:
-        kept = sum(1 << capability for capability in DOCKERS)
-        low, high = kept & 0xFFFFFFFF, kept >> 32
+        allowed = sum(1 << capability for capability in DOCKERS)
+        low, high = allowed & 0xFFFFFFFF, allowed >> 32
         assert LIBC.capset(struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", low, low, 0, high, high, 0)) == 0
     if filtered:
         assert LIBC.prctl(38, 1, 0, 0, 0) == 0

@@ -53,7 +53,7 @@ class Pool:
         wait(lambda: self.socket.exists(), "the pool listens", self.log)
 
     def ready(self) -> Pool:
-        """Itself, once it has a layer."""
+        """Return this pool, once it has a layer."""
         wait(lambda: "the lang layer is warm" in self.log.read_text(), "it has a layer", self.log)
         return self
 
@@ -61,11 +61,11 @@ class Pool:
         return children(self.process.pid)
 
     def grandchildren(self, name: str) -> list[int]:
-        """What its zygotes have forked, by name."""
+        """Return the processes that the pool's zygotes have forked, by name."""
         return [each for child in self.children() for each in children(child) if comm(each) == name]
 
     def layers(self) -> list[dict[str, Any]]:
-        """As it publishes them."""
+        """Return the layers that the pool publishes."""
         from runtime.layers import published
 
         (found,) = [each for each in published.read() if each["pid"] == self.process.pid]
@@ -118,7 +118,7 @@ class Container:
         self.process.stdin.flush()
 
     def hear(self, *names: str) -> dict[str, Any]:
-        """The next thing that it says in which one of these is."""
+        """Return the container's next message that has one of these fields."""
         deadline = time.monotonic() + SECONDS
         while True:
             try:
@@ -137,12 +137,12 @@ class Container:
         return json.loads(said["attack"])
 
     def introduce(self) -> None:
-        """It is served from now on."""
+        """Have the pool serve the container."""
         self.order(wants={})
         self.hear("ready")
 
     def worker(self) -> int:
-        """Asks for one; its pid inside."""
+        """Ask for a worker; return its pid in the container."""
         self.introduce()
         self.order(ask=1)
         said = self.hear("forked", "refused", "failed")
@@ -152,7 +152,7 @@ class Container:
         return int(said["pid"])
 
     def outside(self, pid: int) -> int:
-        """The number outside of a process of the container."""
+        """Return the pid, outside, of a process of the container."""
         for status in Path("/proc").glob("[0-9]*/status"):
             with contextlib.suppress(OSError):
                 found = next(
@@ -167,12 +167,12 @@ class Container:
         return os.stat(process / "ns/pid").st_ino == os.stat(f"/proc/{first}/ns/pid").st_ino
 
     def named(self, name: str) -> int:
-        """The number outside of the container's process with this name, once there is one."""
+        """Return the pid, outside, of the container's process with this name, once there is one."""
 
         return int(wait(lambda: self.find(name), f"there is a {name}", self.log))
 
     def find(self, name: str) -> int:
-        """The same, or 0 if there is none now."""
+        """Return as `named`, or 0 if there is none now."""
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if comm(int(process.name)) == name and self._mine(process):
@@ -189,7 +189,7 @@ class Container:
 
 
 def wait(condition: Callable[[], Any], what: str, log: Path | None = None) -> Any:
-    """What the condition gave, once that is something."""
+    """Wait until the condition gives something true, and return that."""
     deadline = time.monotonic() + SECONDS
     while not (found := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {SECONDS:.0f} s; {log.read_text() if log else ''}"
@@ -219,7 +219,7 @@ def status(pid: int) -> dict[str, str]:
 
 
 class Function:
-    """A function's shim in a container, with an agent; the pool is where it is by default, and has no model for it."""
+    """A function's shim in a container, with an agent; the pool's socket is at its default path."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class Function:
             return json.loads(answer.read())
 
     def ready(self) -> dict[str, Any]:
-        """Its ledger, once it is."""
+        """Return the function's ledger, once it is ready."""
 
         def asked() -> bool:
             with contextlib.suppress(OSError):
@@ -264,7 +264,7 @@ class Function:
             return str(json.loads(answer.read())["choices"][0]["text"])
 
     def crash(self) -> dict[str, Any]:
-        """Of its worker; the ledger of the next one."""
+        """Crash the worker; return the ledger of the next one."""
         first = self.ready()
         os.kill(self.container.named("glowplug-worker"), signal.SIGSEGV)
         wait(lambda: self.ready()["start_id"] != first["start_id"], "another start", self.container.log)

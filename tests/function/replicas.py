@@ -117,7 +117,7 @@ class LocalAgent:
         config = AgentConfig(socket=self.path, dram=1 << 20, huge_pages="never")
         self.agent = Agent(config, InProcessDirectory())
         self.store = InProcessSnapshots(60.0, 1 << 20, 8 << 20)
-        self.server = Server(self.agent, listen(self.path, 0o600), shelf=SnapshotIndex(self.store, b"k" * 32))
+        self.server = Server(self.agent, listen(self.path, 0o600), index=SnapshotIndex(self.store, b"k" * 32))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.process.control import MAX_LINE, Line, Lines, line
+from runtime.process.control import MAX_LINE, Lines, WorkerEnd, line
 from runtime.process.messages import pack
 
 texts = st.text(st.characters(exclude_characters="\0\v", exclude_categories=["Cs"]))
@@ -55,7 +55,7 @@ def test_many_spans_stay_below_the_longest_line() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         rows = [("worker", "x" * 50, n, n + 1) for n in range(1000)]
-        sender = threading.Thread(target=Line(ours).spans, args=(rows,))
+        sender = threading.Thread(target=WorkerEnd(ours).spans, args=(rows,))
         sender.start()
         lines, received = Lines(), []
         while len(received) < len(rows):
@@ -71,7 +71,7 @@ def test_many_spans_stay_below_the_longest_line() -> None:
 def test_threads_do_not_mix_their_messages() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        end = Line(ours)
+        end = WorkerEnd(ours)
         threads = [
             threading.Thread(target=lambda n=n: [end.send(beat=n, text="y" * 100) for _ in range(50)]) for n in range(8)
         ]
@@ -89,7 +89,7 @@ def test_threads_do_not_mix_their_messages() -> None:
 def test_a_shim_that_is_gone_is_no_reason_to_fail() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
-    end = Line(ours)
+    end = WorkerEnd(ours)
     end.send(beat=1)
     end.send(beat=2)
     assert ours.fileno() == -1, "given up after the first failure"
@@ -99,10 +99,10 @@ def test_a_shim_that_is_gone_is_no_reason_to_fail() -> None:
 def test_a_shim_that_does_not_read_cannot_block_the_worker() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        end = Line(ours)
+        end = WorkerEnd(ours)
         while ours.fileno() >= 0:  # ends when the buffer is full and the line gives up
             end.send(text="z" * 60_000)
 
 
 def test_without_a_shim_nothing_is_sent() -> None:
-    Line(None).send(beat=1)
+    WorkerEnd(None).send(beat=1)

@@ -1,4 +1,4 @@
-"""Which layer a process may be forked from: keys, the deepest that fits, and why it is no deeper one."""
+"""Layers that a process may be forked from: keys, the deepest that fits, and why there is no deeper one."""
 
 from __future__ import annotations
 

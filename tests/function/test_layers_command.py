@@ -1,4 +1,4 @@
-"""`glowplug layers`: the layers that supervisors publish, the ones that are believed, and the output."""
+"""`glowplug layers`: the files of supervisors, which of them are believed, and the output."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shown(*arguments: str) -> str:
 
 
 def ruled(layer: LayerCost, since: float, *gaps: float) -> LayerRule:
-    """The rule of a layer that is idle since then, after idle times of these lengths."""
+    """Return the rule of a layer that is idle since then, after idle times of these lengths."""
     rule, now = LayerRule(layer, 60.0), since - sum(gaps)
     for gap in gaps:
         rule.idle(now)
@@ -137,6 +137,7 @@ def test_a_pod_publishes_what_becomes_of_its_worker() -> None:
         pod.step(100.0)
         states: dict[str, Any] = {each["level"]: each for each in next(published.read())["layers"]}
         assert (states["user"]["state"], states["user"]["since"], states["user"]["hold"]) == ("idle", 100.0, 5.0)
+        assert states["user"]["why"] == "held for 5 s", "no more than is true: the price has decided nothing"
         assert states["lang"]["state"] == "absent"
         pod.load(1, 101.0)
         pod.step(101.0)

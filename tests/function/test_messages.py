@@ -1,4 +1,4 @@
-"""Messages between processes: what one packs the other reads, whatever is in it, and nonsense is refused."""
+"""Messages between processes: any text survives packing and unpacking, and nonsense is refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_nul_in_a_text_ends_nothing() -> None:
 
 
 def test_a_text_that_cannot_be_encoded_is_sent_all_the_same() -> None:
-    """An exception of user code may say anything, and its worker has to tell it."""
+    """The text of an exception of user code may be anything, and has to reach the shim."""
     assert unpack(pack({"text": "a\ud800b", "cwd": "/\udcff"})) == {"text": "a?b", "cwd": "/\udcff"}
 
 

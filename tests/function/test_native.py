@@ -1,4 +1,4 @@
-"""The static shim's messages are Python's, within bounds; so is what it has of the shim in Python. Its hand-over."""
+"""The static shim: messages and constants are those of the shim in Python, which takes over from it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ PIECES = [
 
 
 class Read(NamedTuple):
-    """What C found in a record, that ends with a NUL."""
+    """The fields that C found in a record, which ends with a NUL."""
 
     a: bytes | None
     number: int | None
@@ -106,7 +106,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[bytes]], li
 
 
 def understood(record: bytes) -> Read:
-    """What is to be found in a record: what Python makes of each of its fields, alone."""
+    """Return the fields of a record, each decoded alone by Python."""
     fields = list(itertools.takewhile(bool, record.split(b"\0")))
     first = {name: next((field for field in fields if field.startswith(name)), None) for name in (b"a=", b"n=")}
     text = None if first[b"a="] is None else first[b"a="][2:]
@@ -145,7 +145,7 @@ def test_c_reads_in_a_message_what_python_does(
 
 
 def test_what_both_shims_have_to_agree_on_stands_in_python() -> None:
-    """The source in C has no name, default or text of its own that shared.h has."""
+    """Names, defaults and texts of shared.h are nowhere repeated in the C source."""
     sources = sorted(Path(native.SOURCE).parent.glob("*.[ch]"))
     code = re.sub(r"/\*.*?\*/", "", "".join(path.read_text() for path in sources), flags=re.DOTALL)
     assert not re.findall(r'"[^"\n]*(?:GLOWPLUG_|/run/|HTTP/|/_/|8080|0\.0\.0\.0)[^"\n]*"', code)
@@ -216,12 +216,12 @@ HANDED = {
 
 
 def test_a_worker_whose_line_has_ended_is_as_silent_as_it_was(tmp_path: Path) -> None:
-    """Not as long as the machine is up: it would be killed at once."""
+    """Silence counts from the worker's last message, not from the boot of the machine: that would kill the worker."""
     code = f"""
 import os, signal, socket, subprocess, time
 import runtime.container.shim as shim
 from runtime.config import FunctionConfig
-from runtime.container.takeover import Handed
+from runtime.container.takeover import ShimState
 
 worker = subprocess.Popen(["sleep", "600"])
 values = {HANDED!r}
@@ -229,7 +229,7 @@ values |= dict(
     worker=worker.pid, pidfd=os.pidfd_open(worker.pid), listener=socket.create_server(("", 0)).detach(),
     parked=False, heard=time.monotonic(),
 )
-taken = shim.Shim(FunctionConfig(model="/m", layers="off", worker_timeout=1000.0), Handed(**values))
+taken = shim.Shim(FunctionConfig(model="/m", layers="off", worker_timeout=1000.0), ShimState(**values))
 taken._take_over(taken._handed)
 shim.time.monotonic = lambda: values["heard"] + 999.0
 taken._enforce_deadlines()

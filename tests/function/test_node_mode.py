@@ -1,4 +1,4 @@
-"""Functions in containers of a node with a pool: their first start, their idle time, their end, and who does without.
+"""Functions in containers of a node with a pool: first start, idle time, end, and starts without the pool.
 
 Once with the shim in Python, and once with its static twin, which the twin's compiler has built.
 """
@@ -152,7 +152,7 @@ def test_a_functions_first_start_is_a_fork(function: Callable[..., Function]) ->
 
 
 def test_its_port_sends_at_once_also_while_no_worker_is_there(function: Callable[..., Function]) -> None:
-    """Whoever answers on it, the shim or a worker: connections inherit the listener's option."""
+    """Connections of shim and worker inherit the listener's option."""
     served = function(GLOWPLUG_HOLD="user=0.3")
     served.ready()
     wait(lambda: served.get("/_/ready") == {"state": "parked"}, "it is parked", served.container.log)
@@ -163,7 +163,7 @@ def test_its_port_sends_at_once_also_while_no_worker_is_there(function: Callable
 
 
 def listeners(pid: int) -> list[socket.socket]:
-    """The TCP ports that a process listens on, as fds of one's own."""
+    """Return sockets that a process listens on by TCP, as copies."""
     found = []
     process = os.pidfd_open(pid)
     for name in os.listdir(f"/proc/{pid}/fd"):
@@ -207,7 +207,7 @@ def test_a_model_that_was_used_is_forked_from(
     agent: Any,
     start_agent: Callable[..., Any],
 ) -> None:
-    """Built on the pool's own lease, once somebody had it; never for those to whom the agent lends something else."""
+    """A model layer is built on the pool's own lease, and not used by functions that the agent lends other bytes."""
     served = Function(container, agent.socket, GLOWPLUG_LAYERS="model")
     first = served.ready()
     assert "fork from lang, no model layer is there" in names(first, "worker")
@@ -246,7 +246,7 @@ def test_a_model_layer_that_is_killed_takes_nothing_with_it(
 
 
 def test_without_the_pool_a_function_starts_alone_and_says_why(function: Callable[..., Function]) -> None:
-    """A library's setting that the pool's process does not have: what was imported there would not obey it."""
+    """The function sets a library's variable that the pool lacks: modules imported there would not obey it."""
     ledger = function(TOKENIZERS_EXAMPLE="1").ready()
     assert ledger["start"] == "cold"
     (why,) = [span["name"] for span in ledger["spans"] if "no pool" in span["name"]]
@@ -307,7 +307,7 @@ def test_a_crash_is_for_the_shim_in_python(static: Callable[..., Function]) -> N
 
 
 def test_settings_arrive_as_they_are(static: Callable[..., Function]) -> None:
-    """And what is no text does as well; what user code writes on the line is passed over."""
+    """Settings that are no text arrive, too; garbage that user code writes on the line is skipped."""
     values = {"X_QUOTES": 'a "b" \\ c', "X_LINES": "one\ntwo\tthree\x01", "X_BYTES": "\udcff\udcc3(ü\U0001f600"}
     served = static(CUT="1", **values)
     served.ready()
@@ -332,7 +332,7 @@ def test_what_is_not_plain_node_mode_is_for_the_shim_in_python(
 def test_nothing_is_lost_with_a_pool_that_hangs_or_is_killed(
     tmp_path_factory: pytest.TempPathFactory, agent: Any, static: Callable[..., Function]
 ) -> None:
-    """A request that has woken a parked function, a worker that is asked for, an answer that is under way."""
+    """Cases: a request to a function on standby, a worker that is asked for, an answer that is under way."""
     mortal = Pool(tmp_path_factory.mktemp("mortal"), "--agent", str(agent.socket)).ready()
     try:
         idle = static(which=mortal, GLOWPLUG_HOLD="user=0.2")

@@ -1,4 +1,4 @@
-"""Node mode: a pool's worker in a real container is what the container's own processes are, and no way out or in.
+"""Node mode: a pool's worker in a real container is confined as the container's own processes are.
 
 As root only: these containers are real namespaces, with a root directory and a user of their own.
 """
@@ -41,7 +41,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory, agent: Any) -> Iterator[Pool]
 
 @pytest.fixture(scope="module")
 def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    """One with a filter that allows everything; its zygote is killed, and then it is, by the tests in their order."""
+    """A pool with a filter that allows everything; the tests, in their order, kill its zygote and then the pool."""
     place = tmp_path_factory.mktemp("doomed")
     program = place / "filter.bpf"
     program.write_bytes(bytes.fromhex("0600000000 00ff7f"))
@@ -200,7 +200,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
 def test_a_spare_waits_for_the_request_and_goes_with_its_container(
     pool: Pool, container: Callable[..., Container]
 ) -> None:
-    """It is confined as its worker will be before anybody asks, and it is that worker then."""
+    """A spare is confined like a worker before one is asked for, and then becomes that worker."""
     place = container()
     place.introduce()
     spare = place.named("glowplug-spare")
@@ -267,7 +267,7 @@ OLD = b'{"wants":{"machine":"x86_64","python":"p","base":"b"},"environment":{},"
 
 
 def test_a_container_with_its_own_clocks_is_refused(pool: Pool) -> None:
-    """Its shim and a worker of the pool would not agree on when anything was."""
+    """The container's shim and a worker of the pool would have different clocks."""
     code = f"""
 import socket
 asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -291,7 +291,7 @@ print(asking.recv(4096).decode())
     ],
 )  # fmt: skip
 def test_nonsense_ends_the_connection_and_nothing_else(pool: Pool, message: bytes, answer: bytes) -> None:
-    """What shims of other versions say is answered so that they understand it, and start without the pool."""
+    """Shims of other versions get an answer that they understand, and start without the pool."""
     code = f"""
 import socket
 asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -363,7 +363,7 @@ def test_the_runtime_is_there_read_only_where_the_container_lacks_it(pool: Pool)
 
 
 def test_select_is_not_fooled_by_a_pid_that_is_used_again() -> None:
-    """A pidfd of a process that has ended names nobody."""
+    """A pidfd of a process that has ended names no process."""
     from runtime.zygote import join
 
     child = subprocess.Popen(["true"])

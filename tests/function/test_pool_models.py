@@ -40,29 +40,29 @@ class Played:
         self.build_lang()
 
     def build_lang(self) -> None:
-        """A lang layer is built; the test answers for it."""
+        """Have a lang layer built, for which the test answers."""
         ours, theirs = wires.pair()
         self.lang.zygote, self.forks = Zygote(Wire(ours), *self.process()), Wire(theirs)
 
     def announce(self) -> None:
-        """The lang layer can be forked from now on."""
+        """Say that the lang layer is ready."""
         self.forks.send({"ready": "lang", "key": "", "seconds": 2.0, "bytes": 1})
 
     def process(self) -> tuple[int, int]:
-        """Something that can be killed, and a pidfd of it."""
+        """Start a process that can be killed; return its pid and a pidfd."""
         self.processes.append(subprocess.Popen(["sleep", "600"]))
         pid = self.processes[-1].pid
         return pid, os.pidfd_open(pid)
 
     def step(self, now: float) -> None:
-        """What a pool does at each turn, its zygotes having spoken since the last one."""
+        """Take one turn of a pool, after its zygotes have beaten."""
         for each in [self.forks, *self.told]:
             with contextlib.suppress(Gone):
                 each.send({"beat": 1})
         self.models.step(now)
 
     def serve(self, uri: str, begin: float, end: float) -> None:
-        """A worker with this model comes and goes; after the first one there is a lang layer, too."""
+        """Have a worker with this model come and go; after the first one there is a lang layer, too."""
         self.models.asked(uri, begin)
         self.models.began(uri, begin)
         self.step(end)
@@ -70,7 +70,7 @@ class Played:
         self.announce()
 
     def lend(self, now: float) -> dict[str, Any]:
-        """Steps until a layer was asked for; the request."""
+        """Step until a layer was asked for; return the request."""
         for _ in range(200):
             self.step(now)
             if (received := self.forks.receive()) is not None:
@@ -95,7 +95,7 @@ class Played:
         self.step(now)
 
     def quiet(self, now: float) -> bool:
-        """Whether nothing is asked for by then, and nothing is under way."""
+        """Return whether nothing was asked for by then, and nothing is under way."""
         self.step(now)
         return self.forks.receive() is None and all(each["state"] != "building" for each in self.models.report())
 
@@ -123,7 +123,7 @@ def played(start_local_agent: Callable[..., Any], checkpoint_files: Callable[...
 
 
 def test_a_model_is_built_once_somebody_has_run_with_it(played: Callable[..., Any]) -> None:
-    """The pool leases as itself: it must not fetch what the agent would have refused to whoever asks."""
+    """The pool leases as itself: it must not fetch a model that the agent would have refused to the function."""
     pool = played()
     pool.announce()
     pool.models.asked(ONE, 0.0)
@@ -213,7 +213,7 @@ def test_a_lang_layer_that_goes_while_it_forks_leaves_nothing_half_built(played:
 
 
 def test_a_zygote_hangs_by_the_clock_that_the_pool_goes_by(played: Callable[..., Any]) -> None:
-    """Whatever the machine's clock says: it may have been booted a minute ago, or ten years."""
+    """The machine may have been booted a minute ago, or ten years."""
     pool = played()
     pool.serve(ONE, 0.0, 10.0)
     pool.build(10.0)

@@ -18,7 +18,7 @@ def sends_at_once(sock: socket.socket) -> bool:
 
 
 def given(listener: socket.socket) -> FunctionConfig:
-    """Settings as whoever opened a port before leaves them: the fd is the function's own."""
+    """Return settings with an inherited listening socket, whose fd the function owns."""
     return FunctionConfig(model="/m", listen_fd=os.dup(listener.fileno()))
 
 

@@ -120,6 +120,7 @@ def test_a_fixed_time_is_no_matter_of_price() -> None:
     assert not rule.expired(105.0)
     assert rule.expired(105.1)
     assert rule.why == "held for 5 s"
+    assert LayerRule(LANG, 60.0, hold=math.inf).why == "held without end"
     assert LayerRule(LANG, 0.0).why == "not held: memory has any price, starts have none"
 
 

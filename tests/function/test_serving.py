@@ -1,8 +1,10 @@
-"""What a pool decides about a container's worker, on a clock of the test's; and what its shim makes of that."""
+"""A pool's decisions about a container's worker, on a clock of the test's, and their effect in the shim."""
 
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 
 from runtime.config import FunctionConfig
 from runtime.container.node import NodeMode
+from runtime.container.supply import Order, Supply
 from runtime.errors import BadConfig
 from runtime.pool.serving import Serving
 from runtime.process import wire as wires
+from runtime.process.children import Child
 from runtime.process.messages import VERSION
 from runtime.process.wire import Wire
 
@@ -34,7 +38,7 @@ def test_an_idle_worker_goes_after_its_hold_and_is_told_again() -> None:
     tell(worker, 100.0, serves=0.2)
     assert worker.wish(104.9) == ""
     assert worker.wish(105.1) == "retire"
-    assert worker.wish(105.5) == "", "it has been told"
+    assert worker.wish(105.5) == "", "the wish is not repeated yet"
     tell(worker, 105.6, load=1)
     assert worker.wish(120.0) == "", "it was needed, after all"
     tell(worker, 130.0, load=0)
@@ -142,7 +146,7 @@ def test_a_pool_that_comes_back_learns_of_the_worker_that_is_there(played: Playe
     node.step(1.3)
     node.worker_gone(1.4)
     assert heard(first) == {"parked": 1}
-    assert not node.wants_drop(1.4), "that was said before it was parked"
+    assert not node.wants_drop(1.4), "the wish was for the worker that has gone"
     first.send({"wish": "start"})  # as a pool of an older version does
     assert (node.step(1.5), node.wants_drop(1.5), node.why) == ([], False, "")
 
@@ -154,6 +158,39 @@ def test_a_pool_that_comes_back_learns_of_the_worker_that_is_there(played: Playe
     assert "wants" in heard(second)
     assert heard(second) == {"parked": 1}
     node.close()
+
+
+def test_a_pool_that_refuses_is_not_waited_for(
+    played: PlayedPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    config = FunctionConfig(model="/m", pool=str(played.path))
+    node = NodeMode(config)
+    node.worker_ready("llama", 0.25, True, 0.0)
+    node.step(1.0)
+    wire = played.accept()
+    notes: list[str] = []
+    ours, theirs = socket.socketpair()
+    with ours, socket.create_server(("127.0.0.1", 0)) as listener:
+        supply = Supply(config, listener, lambda: "/no/agent", lambda why, _: notes.append(why), lambda _: None)
+        supply.layers = node
+        assert supply.ask(Order(theirs, [], "start", [])) is None
+        assert [*heard(wire)][:1] == ["wants"]
+        assert heard(wire) == {"serves": 0.25}
+        received = wire.receive()
+        assert received is not None
+        for fd in received[1]:
+            os.close(fd)
+        wire.send({"refused": received[0]["fork"], "why": "it has 2 threads"})
+        (worker,) = supply.step(0.0)  # long before the time in which the pool has to answer is over
+        assert notes == ["not forked: it has 2 threads"]
+        assert isinstance(worker, Child)
+        assert os.waitpid(worker.pid, 0) == (worker.pid, 0)
+        worker.close()
+        supply.close()
 
 
 def test_a_worker_that_no_pool_can_enter_for_looks_for_none(

@@ -1,4 +1,4 @@
-"""The shim with stand-ins for its children: deadlines, verdicts, what they inherit. Whole functions: tests/system."""
+"""The shim with stand-ins for its children: deadlines, verdicts, inherited fds. Whole functions: tests/system."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_signal_while_stopping_shows_in_the_code(shim: Callable[..., Shim], ev
 
 
 def test_a_sigterm_that_comes_before_the_worker_listens_is_kept(shim: Callable[..., Shim]) -> None:
-    """The stand-in lets it through only after its start: it must find it there."""
+    """A stand-in that unblocks SIGTERM only after its start has to find the signal waiting."""
     worker = """
 deadline = time.monotonic() + 30
 while not stop and time.monotonic() < deadline:
@@ -292,7 +292,7 @@ line(state="ready")
 def test_a_worker_that_cannot_understand_its_agent_gets_a_private_one(
     shim: Callable[..., Shim], eventually: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """It may ask again, and is given the same; so is the worker after it."""
+    """A worker that asks again is given the same agent; so is the next worker."""
     seen = tmp_path / "seen"
     worker = f"""
 for _ in range(2 if os.environ["GLOWPLUG_SOCKET"] == "/s" else 0):

@@ -1,4 +1,4 @@
-"""A container as a pool serves it, on a clock of the test's; its shim, the zygote and what that forks are played."""
+"""A container as a pool serves it, on a clock of the test's; the test plays shim, zygote and spares."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from runtime.layers.spawn import Forked, Zygote
 from runtime.pool.models import Models
 from runtime.pool.tenants import Tenant
 from runtime.process import wire as wires
+from runtime.process.messages import VERSION
 from runtime.process.wire import Gone, Wire
 from runtime.zygote.join import ContainerPlace
 
@@ -53,8 +54,8 @@ class Played:
         assert self.models.step(0.0) == []
         ours, self.shim = self._pair()
         self.tenant = Tenant(ours, os.pidfd_open(os.getpid()), PLACE, config, self.models, lambda _: None)
-        wants = {"machine": made_of.machine, "python": made_of.python, "base": made_of.base}
-        self.shim.send({"wants": wants, "environment": ENVIRONMENT, "cwd": "/"})
+        needs = {"machine": made_of.machine, "python": made_of.python, "base": made_of.base}
+        self.shim.send({"wants": VERSION, **needs, "environment": ENVIRONMENT, "cwd": "/"})
         self.tenant.hear(0.0)
         assert heard(self.shim) == {"ready": "lang", "key": "", "seconds": 2.0, "bytes": 1}
 
@@ -68,7 +69,7 @@ class Played:
         return pid, os.pidfd_open(pid)
 
     def spare(self, now: float) -> Wire:
-        """Has a spare forked; its end of its wire."""
+        """Have a spare forked; return the spare's end of its wire."""
         self.tenant.tend(now, room=True)
         received = self.zygote.receive()
         assert received is not None, "it was asked for"
@@ -80,8 +81,14 @@ class Played:
         return Wire(socket.socket(fileno=wire))
 
     def ask(self, number: int, now: float) -> dict[str, Any]:
-        """The answer to a request for a worker."""
-        request = {"fork": number, "environment": ENVIRONMENT, "cwd": "/", "start_id": "s", "spans": "[]"}
+        """Ask for a worker; return the answer."""
+        request = {
+            "fork": number,
+            "environment": ENVIRONMENT,
+            "cwd": "/",
+            "start_id": "s",
+            "spans": [("shim", "exec", 1, 2)],
+        }
         self.shim.send(request, [0, 0, 0, 1, 2])
         self.tenant.hear(now)
         return heard(self.shim)

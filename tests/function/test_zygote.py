@@ -1,4 +1,4 @@
-"""Zygotes as processes: what their children are, how ends are told, what a supervisor sees of hanging and dead ones."""
+"""Zygotes as processes: their children, ends of children, and zygotes that hang or die."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ os._exit(forkserver.main(sys.argv[1:]))
 
 
 class Family:
-    """A zygote and the supervisor of it that a test plays."""
+    """A zygote, whose supervisor the test plays."""
 
     def __init__(self, directory: Path) -> None:
         program = directory / "zygote.py"
@@ -79,7 +79,7 @@ class Family:
         assert (ready.level, ready.key) == ("lang", "k")
 
     def event(self, kind: Any, seconds: float = 60) -> Any:
-        """The next event of this kind; any other fails the test."""
+        """Return the next event, which has to be of this kind."""
         deadline = time.monotonic() + seconds
         while not self.events and time.monotonic() < deadline:
             select.select([self.zygote.wire], [], [], 0.5)
@@ -103,7 +103,7 @@ class Family:
         return forked, ours
 
     def run(self, what: str) -> tuple[dict[str, Any], int, int]:
-        """What a child told, its pid and its status."""
+        """Return what a child told, its pid and its status."""
         forked, line = self.fork(what)
         with line:
             ended = self.event(Ended)

@@ -294,7 +294,8 @@ def test_webhook_command(tmp_path: Path, eventually: Callable[..., Any]) -> None
     command = [
         sys.executable,
         "-c",
-        "from cache_agent.cli.main import agent; agent()",
+        "from runtime.cli import main; main()",
+        "agent",
         "webhook",
         "--host",
         "127.0.0.1",

@@ -29,9 +29,9 @@ KINDS = {"py", "c", "h", "lua", "js", "css", "html", "lock", "yaml", "typed"}
 
 
 def files(package: str) -> Iterator[str]:
-    """What a checkout has of it."""
+    """What a checkout has of it, its pages excepted."""
     for path in (ROOT / package).rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md":
             yield str(path.relative_to(ROOT))
 
 
@@ -83,7 +83,7 @@ def test_an_installed_wheel_works_without_the_checkout(built: tuple[Path, Path],
     where = run(python, "-c", "import runtime, cache_agent; print(runtime.__file__, cache_agent.__file__)")
     assert all(path.startswith(str(site)) for path in where.split())
     assert run(bin_ / "glowplug", "--version") == f"glowplug, version {__version__}\n"
-    assert run(bin_ / "glowplug-agent", "--version") == f"glowplug-agent, version {__version__}\n"
+    assert run(bin_ / "glowplug-agent", "--version") == f"glowplug agent, version {__version__}\n"
     run(bin_ / "glowplug", "init", "chat")
     assert (tmp_path / "chat/handler.py").exists()
 

@@ -113,7 +113,8 @@ def extender(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
     command = [
         sys.executable,
         "-c",
-        "from cache_agent.cli.main import agent; agent()",
+        "from runtime.cli import main; main()",
+        "agent",
         "extender",
         "--port",
         str(port),

@@ -209,8 +209,8 @@ def test_the_agents_image(replay: Callable[..., Replay], checkout: Path, base: P
     ship = made.build()
     own = size(ship) - size(base)
     print(f"agent: {own} MB above its base of {size(base)} MB; {made.seconds}")
-    said = made.run("ship", ["glowplug-agent", "--version"], made.environment, made.folder)
-    assert "glowplug-agent" in said
+    said = made.run("ship", ["glowplug", "agent", "--version"], made.environment, made.folder)
+    assert "glowplug agent" in said
     check = "import importlib.util as u, cache_agent.daemon, boto3; print(u.find_spec('torch'), u.find_spec('pip'))"
     assert made.run("ship", ["/opt/glowplug/bin/python", "-c", check], made.environment, "/").split() == [
         "None",

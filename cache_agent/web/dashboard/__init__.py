@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import msgspec
 from flask import Blueprint, Response
 
-from cache_agent.journal.reported import FunctionReports
+from cache_agent.journal.reports import FunctionReports
 from cache_agent.web.diagnosis import NodeFacts, diagnose
 from cache_agent.wire.operations import ClusterReply, Start, StatusReply
 
@@ -36,7 +36,7 @@ class ShownAgent(Protocol):
     """What of an agent is shown."""
 
     @property
-    def told(self) -> FunctionReports: ...
+    def reports(self) -> FunctionReports: ...
 
     def full_status(self) -> StatusReply: ...
 
@@ -70,7 +70,7 @@ def blueprint(agent: ShownAgent) -> Blueprint:
 
     @pages.get("/view.json")
     def view() -> Response:
-        starts = told_starts(agent.told.starts.recent(), agent.full_status())
+        starts = told_starts(agent.reports.starts.recent(), agent.full_status())
         cluster = agent.cluster()
         body = msgspec.json.encode({"starts": starts, "nodes": cluster.nodes, "holdings": cluster.holdings})
         return Response(body, mimetype="application/json", headers={"Cache-Control": "no-store"})

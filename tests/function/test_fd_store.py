@@ -1,4 +1,4 @@
-"""What a worker gives the shim for the next one: memory changes hands, nothing leaks, and nobody is fooled."""
+"""Weights that a worker gives the shim for the next one: memory changes hands, nothing leaks, garbage is closed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from runtime.process.control import Hearing, Line
+from runtime.process.control import ShimEnd, WorkerEnd
 from runtime.process.fd_store import MOST_FDS, FdStore
 
 
@@ -27,7 +27,7 @@ def open_fds() -> int:
 
 
 @pytest.fixture
-def kept() -> Iterator[FdStore]:
+def fd_store() -> Iterator[FdStore]:
     before = open_fds()
     made = FdStore()
     yield made
@@ -36,20 +36,20 @@ def kept() -> Iterator[FdStore]:
 
 
 class Worker:
-    """One worker's line: its own end, and the shim's."""
+    """One worker's line: the worker's end, and the shim's."""
 
-    def __init__(self, kept: FdStore) -> None:
+    def __init__(self, fd_store: FdStore) -> None:
         ours, theirs = socket.socketpair()
-        self.hearing = Hearing(ours, kept)
+        self.hearing = ShimEnd(ours, fd_store)
         self.sock = theirs
-        self.line = Line(theirs)
+        self.line = WorkerEnd(theirs)
 
-    def heard(self, kept: FdStore) -> list[dict[str, object]]:
-        """What the shim hears, and does about memory."""
+    def heard(self, fd_store: FdStore) -> list[dict[str, object]]:
+        """Return what the shim hears, and take the fds as it does."""
         messages = self.hearing.messages()
         for message in messages:
             if "keep" in message:
-                kept.take(int(str(message["keep"])))
+                fd_store.take(int(str(message["keep"])))
         return messages
 
     def __enter__(self) -> Worker:
@@ -60,20 +60,20 @@ class Worker:
         self.sock.close()
 
 
-def test_what_one_worker_gives_the_next_one_gets(kept: FdStore) -> None:
+def test_what_one_worker_gives_the_next_one_gets(fd_store: FdStore) -> None:
     given = [memory(b"manifest"), memory(b"segment 0"), memory(b"segment 1")]
-    with Worker(kept) as first:
-        assert first.line.kept() == []
+    with Worker(fd_store) as first:
+        assert first.line.stored() == []
         first.line.send(beat=1)
-        first.line.keep(given)
+        first.line.store(given)
         first.line.send(state="ready")
-        assert first.heard(kept) == [{"beat": 1}, {"keep": 3}, {"state": "ready"}]
+        assert first.heard(fd_store) == [{"beat": 1}, {"keep": 3}, {"state": "ready"}]
     wanted = inodes(given)
     for fd in given:
         os.close(fd)
     for _ in range(3):  # and it crashes, and the next one is given them, too
-        with Worker(kept) as worker:
-            got = worker.line.kept()
+        with Worker(fd_store) as worker:
+            got = worker.line.stored()
             assert inodes(got) == wanted
             assert not any(os.get_inheritable(fd) for fd in got)
             assert os.pread(got[1], 20, 0) == b"segment 0"
@@ -83,55 +83,55 @@ def test_what_one_worker_gives_the_next_one_gets(kept: FdStore) -> None:
             assert next(worker.line.messages()) == {"retire": 1}
 
 
-def test_new_memory_takes_the_place_of_the_old(kept: FdStore) -> None:
+def test_new_memory_takes_the_place_of_the_old(fd_store: FdStore) -> None:
     before = open_fds()
     for size in (3, 2, 5):
         given = [memory(b"x") for _ in range(size)]
-        with Worker(kept) as worker:
-            worker.line.keep(given)
-            worker.heard(kept)
-            copies = kept.copies()
+        with Worker(fd_store) as worker:
+            worker.line.store(given)
+            worker.heard(fd_store)
+            copies = fd_store.copies()
             assert inodes(copies) == inodes(given)
         for fd in (*given, *copies):
             os.close(fd)
         assert open_fds() == before + size
-    with Worker(kept) as worker:
-        worker.line.keep([])
-        worker.heard(kept)
+    with Worker(fd_store) as worker:
+        worker.line.store([])
+        worker.heard(fd_store)
         assert open_fds() == before + 2, "a worker that has no use for it says so; its line is open"
-    with Worker(kept) as worker:
-        assert worker.line.kept() == []
+    with Worker(fd_store) as worker:
+        assert worker.line.stored() == []
 
 
 @pytest.mark.parametrize("said", [b"keep=5\0\n", b"keep=0\0\n", b"keep=-1\0\n", b"beat=1\0\n", b"\0\n"])
-def test_fds_that_no_message_counts_are_closed_by_the_next_worker(kept: FdStore, said: bytes) -> None:
+def test_fds_that_no_message_counts_are_closed_by_the_next_worker(fd_store: FdStore, said: bytes) -> None:
     """User code may have got hold of the line."""
     before = open_fds()
-    with Worker(kept) as worker:
+    with Worker(fd_store) as worker:
         socket.send_fds(worker.sock, [said], [worker.sock.fileno()] * 2)
-        worker.heard(kept)
-    with Worker(kept) as worker:
-        assert worker.line.kept() == []
+        worker.heard(fd_store)
+    with Worker(fd_store) as worker:
+        assert worker.line.stored() == []
     assert open_fds() == before
 
 
-def test_a_flood_of_fds_is_closed(kept: FdStore) -> None:
+def test_a_flood_of_fds_is_closed(fd_store: FdStore) -> None:
     before = open_fds()
-    with Worker(kept) as worker:
+    with Worker(fd_store) as worker:
         for _ in range(4):
             socket.send_fds(worker.sock, [b"beat=1\0\n"], [worker.sock.fileno()] * 200)
-            worker.heard(kept)
+            worker.heard(fd_store)
             assert open_fds() <= before + 2 + MOST_FDS
-        worker.line.keep([worker.sock.fileno()] * (MOST_FDS + 1))
-        assert worker.heard(kept) == [], "more than the kernel passes at once is not given at all"
+        worker.line.store([worker.sock.fileno()] * (MOST_FDS + 1))
+        assert worker.heard(fd_store) == [], "more than the kernel passes at once is not given at all"
 
 
 def test_a_worker_without_a_shim_of_ours_has_nothing_to_wait_for() -> None:
-    assert Line(None).kept() == []
-    Line(None).keep([0])
+    assert WorkerEnd(None).stored() == []
+    WorkerEnd(None).store([0])
     ours, theirs = socket.socketpair()
     with theirs:
         ours.close()
-        line = Line(theirs)
-        assert line.kept() == []
-        line.keep([0])
+        line = WorkerEnd(theirs)
+        assert line.stored() == []
+        line.store([0])

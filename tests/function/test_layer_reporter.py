@@ -1,4 +1,4 @@
-"""A supervisor tells its agent of its layers: when they change, again while it lives, and when it ends."""
+"""Reports of a supervisor's layers to its agent: on changes, repeated while the supervisor lives, and at its end."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def test_an_agent_knows_what_it_was_told(start_local_agent: Callable[..., Any], 
         return [layer.state for function in agent.client.status().layers for layer in function.layers]
 
     word = LayerReporter(lambda: agent.client, HEAD)
-    word.tell([LANG])
+    word.report([LANG])
     eventually(lambda: states() == ["used"], SOON)
-    word.tell([{**LANG, "state": "idle", "since": time.monotonic()}, LANG])
+    word.report([{**LANG, "state": "idle", "since": time.monotonic()}, LANG])
     eventually(lambda: states() == ["idle", "used"], SOON)
     word.close()
     assert states() == []
 
 
 class Recorder(CacheClient):
-    """A client that notes what is told."""
+    """A client that counts the layers of each report."""
 
     def __init__(self, fault: Exception | None = None) -> None:
         super().__init__("/no/agent")
@@ -68,7 +68,7 @@ def test_it_is_said_again_while_nothing_changes(
     monkeypatch.setattr(reporter, "_AGAIN", 0.01)
     client = Recorder()
     word = LayerReporter(lambda: client, HEAD)
-    word.tell([LANG])
+    word.report([LANG])
     eventually(lambda: len(client.told) > 3, SOON)
     word.close()
     assert (set(client.told[:-1]), client.told[-1]) == ({1}, 0)
@@ -79,7 +79,7 @@ def test_an_agent_that_will_not_hear_is_left_alone(fault: Exception, eventually:
     client = Recorder(fault)
     word = LayerReporter(lambda: client, HEAD)
     for count in (1, 2):
-        word.tell([LANG] * count)
+        word.report([LANG] * count)
         eventually(lambda count=count: count in client.told, SOON)
     word.close()
     assert client.told[-1] == 0

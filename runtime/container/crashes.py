@@ -1,4 +1,4 @@
-"""What the shim makes of children that end without being asked to: how often that may be, and in words. Pure."""
+"""Children that end without being asked to: how often that may happen, and how the log words it. Pure."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ _MOST, _WINDOW = 3, 60.0
 
 
 class Crashes:
-    """The last minute's, of the worker and the private agent together."""
+    """The crashes of the last minute, of the worker and the private agent together."""
 
     def __init__(self) -> None:
         self._at: list[float] = []
 
     def too_many(self, now: float) -> int:
-        """Notes one; how many there were within a minute if that is too many, else 0."""
+        """Note a crash; return how many there were within a minute if that is too many, else 0."""
         self._at = [at for at in self._at if now - at < _WINDOW] + [now]
         return len(self._at) if len(self._at) > _MOST else 0
 
 
 def described(code: int) -> str:
-    """What became of a worker with this exit code (negative: killed by that signal), and what may be done."""
+    """Return in words how a worker with this exit code ended (negative: killed by that signal), with advice."""
     if code >= 0:
         return f"ended with code {code}"
     what = f"was killed by {signal.Signals(-code).name}"

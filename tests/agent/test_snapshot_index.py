@@ -11,7 +11,7 @@ import pytest
 from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.config import AgentConfig
 from cache_agent.errors import AgentError, AgentUnreachable, BadSetting, ProtocolError, StoreUnavailable
-from cache_agent.snapshots.index import SnapshotIndex, shelf
+from cache_agent.snapshots.index import SnapshotIndex, open_index
 from cache_agent.snapshots.store import InProcessSnapshots, Keep, Key
 from cache_agent.snapshots.store_redis import RedisSnapshots
 from cache_agent.wire import blobs
@@ -205,7 +205,7 @@ def test_redis_away_is_an_error_of_its_own_and_the_agent_serves_on(start_local_a
     key = tmp_path / "key"
     key.write_text("k" * 32)
     config = AgentConfig(redis_url=f"unix://{tmp_path}/nobody.sock", cluster_key_file=key)
-    tested = shelf(config, private=False)
+    tested = open_index(config, private=False)
     with pytest.raises(StoreUnavailable):
         tested.claim(ClaimRequest(*KEY, B, 5.0))
     tested.close()
@@ -220,7 +220,7 @@ def test_without_a_key_or_a_redis_and_when_private_all_stays_here(tmp_path):
         (AgentConfig(cluster_key_file=key), False),
         (AgentConfig(redis_url=here, cluster_key_file=key), True),
     ):
-        assert shelf(config, private=private).claim(ClaimRequest(*KEY, B, 5.0)).outcome == "absent"
+        assert open_index(config, private=private).claim(ClaimRequest(*KEY, B, 5.0)).outcome == "absent"
 
 
 @pytest.mark.parametrize("content", [None, b"short"])
@@ -229,7 +229,7 @@ def test_a_key_that_is_none_is_refused(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(BadSetting, match="GLOWPLUG_CLUSTER_KEY_FILE"):
-        shelf(AgentConfig(cluster_key_file=file), private=False)
+        open_index(AgentConfig(cluster_key_file=file), private=False)
 
 
 def test_a_client_finds_the_next_agent_by_itself(start_agent, open_client):

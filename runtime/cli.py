@@ -35,6 +35,6 @@ main = click.version_option(__version__, prog_name="glowplug")(main)
 
 
 def former_agent() -> None:
-    """The command `glowplug-agent`, as it was called: an alias for one version."""
+    """Run `glowplug-agent`, the former name of `glowplug agent`, which stays for one version."""
     click.echo("glowplug-agent is `glowplug agent` now; the former name goes with the next version", err=True)
     main(["agent", *sys.argv[1:]])

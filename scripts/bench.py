@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 NOISY = 3
-PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "runs")  # the others tell cases apart
+PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "runs")  # all other keys of a row name its case
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,7 +35,7 @@ PLAIN = ("variant", "reason", "metric", "median", "q1", "q3", "runs")  # the oth
 def main(name: str, json_file: Path | None, plot_file: Path | None, quick: bool) -> None:
     """Measure NAME on this machine and print the figures; `tables` writes those of the pages, and plots."""
     console = Console()
-    # Whatever a benchmark changed about the machine is given back on SIGTERM, too.
+    # SIGTERM ends the run as an exception does, so that benchmarks undo their changes of the machine.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
     # One thread unless a benchmark says otherwise: results must not depend on how many processors this machine has.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -74,6 +74,7 @@ def _target(given: Path, each: str, suffix: str, name: str) -> Path:
 
 
 def show(report: Report, console: Console) -> None:
+    """Print the headline and the rows of a report."""
     figures = Table(title=f"{report.name}, commit {report.commit}", title_justify="left", box=None, pad_edge=False)
     figures.add_column("figure")
     figures.add_column("value", justify="right")

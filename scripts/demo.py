@@ -1,6 +1,6 @@
-"""The main job, end to end, on real processes: cold request, warm request, second replica, and what it all took.
+"""The demo, on real processes: a cold request, a warm request, a second replica; times and memory of all of it.
 
-Owns every process that it starts; whatever happens, none of them is left behind.
+Every process that it starts ends with it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ console = Console(highlight=False)
 
 @dataclass
 class Function:
-    """One replica of the function: its shim, its port, and what was seen of it."""
+    """One replica of the function: its shim, its port, and its measurements."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -156,7 +156,7 @@ def _free_port() -> int:
 
 
 def _ask(function: Function, question: str) -> None:
-    """Streams the answer to the terminal, and keeps the time from the request to its first text."""
+    """Stream the answer to the terminal, and note the milliseconds from the request to the first text."""
     start = time.monotonic()
     response = _post(function, question)
     console.print("   [green]", end="")
@@ -179,7 +179,7 @@ def _ask(function: Function, question: str) -> None:
 
 
 def _post(function: Function, question: str) -> http.client.HTTPResponse:
-    """The request is sent as soon as the port is open, which is long before anything is loaded."""
+    """Send a request as soon as the port is open, which is long before the model is loaded."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         connection = http.client.HTTPConnection("127.0.0.1", function.port, timeout=START_SECONDS)

@@ -1,4 +1,4 @@
-"""What processes really occupy: their own memory, and which copies of weights exist on the machine. Reads /proc."""
+"""Memory of processes, from /proc: private and shared bytes, and the copies of weights on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of one process: private to it, its share of what it has in common with others, and mapped weights."""
+    """Bytes of one process: private ones, private and proportional shared ones together, and mapped weights."""
 
     pid: int
     private: int
@@ -19,7 +19,7 @@ class Footprint:
 
 
 def footprint(pid: int) -> Footprint:
-    """Raises `ProcessLookupError` when the process is gone."""
+    """Read a process's footprint. Raises `ProcessLookupError` when the process is gone."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         private = sum(_kib(line) for line in rollup if line.startswith("Private_"))
@@ -36,7 +36,7 @@ def footprint(pid: int) -> Footprint:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and everything that it and its children started and that still runs."""
+    """Return a process and all its descendants that still run."""
     found = [pid]
     for place in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -46,7 +46,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def weight_copies(pids: Iterable[int]) -> dict[int, int]:
-    """Inode → bytes of every weight segment that one of these processes holds or maps, each counted once."""
+    """Return inode → bytes of every weight segment that one of these processes has open or mapped, each once."""
     found: dict[int, int] = {}
     for place in (Path(f"/proc/{pid}") for pid in pids):
         with contextlib.suppress(OSError):

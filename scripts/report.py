@@ -1,16 +1,14 @@
-"""The result file of a benchmark, and what it says about the machine: one format for all of them.
+"""The result file of a benchmark, with a description of the machine: one format for all benchmarks.
 
     {"name": …, "commit": …, "machine": {…}, "trusted": …, "note": …, "headline": {metric: number, …}, "rows": [{…}, …]}
 
-`headline` holds the figures that are compared and quoted; `rows` what they were computed from. `trusted` is false when
+`headline` has the figures that are compared and quoted, `rows` the measurements behind them. `trusted` is false when
 the figures must not be quoted, and `note` says why: a quick run, or a machine too noisy to compare on, in which case
 the headline is empty.
 
-A file is a summary for people, too: what was measured of one variant in one case stands together,
+In the file, all metrics of one variant in one case are one entry, which people can read:
 
     {"variant": …, …, "runs": …, "metrics": {metric: [median, q1, q3], …}}
-
-for as many rows as it has metrics.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ Row: TypeAlias = Mapping[str, str | float | None]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`rows` are flat: text and numbers only, so that any tool can read them."""
+    """A benchmark's result. `rows` are flat: text and numbers only."""
 
     name: str
     headline: Mapping[str, float]
@@ -48,7 +46,7 @@ class Report:
     machine: Mapping[str, str | float] = field(default_factory=lambda: machine())
 
     def write(self, path: Path) -> None:
-        """Write the summary, of which people can read a line at a time."""
+        """Write the result file, a line per part or entry."""
         parts = [f" {_packed({name: getattr(self, name)})[1:-1]}" for name in _HEAD]
         parts.append(
             ' "headline": {' + ",".join(f"\n  {_pair(*item)}" for item in sorted(self.headline.items())) + "\n }"
@@ -58,7 +56,7 @@ class Report:
 
 
 def read(path: Path) -> Report:
-    """Raises `TypeError` or `ValueError` for a file that no benchmark has written."""
+    """Read a result file. Raises `TypeError` or `ValueError` for a file that no benchmark has written."""
     found = json.loads(path.read_text())
     return Report(**{**found, "rows": [row for entry in found["rows"] for row in _apart(entry)]})
 
@@ -128,9 +126,9 @@ def _pair(key: str, value: object) -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with "+" when files differ from it; "unknown" outside a checkout.
+    """Return the checked-out commit, with "+" when files differ from it; "unknown" outside a checkout.
 
-    Results do not count: a run of all benchmarks writes the first one before it measures the second.
+    Result files are not compared: a run of all benchmarks writes the first one before it measures the second.
     """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
@@ -140,7 +138,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, str | float]:
-    """What a reader needs to judge the figures."""
+    """Describe this machine and its software, so that a reader can judge the figures."""
     memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
     return {
         "processor": _processor(),

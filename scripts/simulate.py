@@ -34,7 +34,7 @@ def main() -> None:
 def run_placement(
     path: Path | None, seeds: int, speed: float, quick: bool, json_path: Path | None, plot_path: Path | None
 ) -> None:
-    """Where to start a model: 20 nodes, 50 models, Zipf popularity; seconds until the model is there."""
+    """Compare policies that choose where a model starts: 20 nodes, 50 models, Zipf popularity; in seconds of start."""
     requests, source = trace.load(path)
     if quick:
         requests, seeds = requests[:800], 1
@@ -64,8 +64,10 @@ def run_placement(
 @click.option("--json", "json_path", type=Path, help="Write the result here.")
 @click.option("--plot", "plot_path", type=Path, help="Draw it here (PNG or SVG); needs matplotlib.")
 def run_keepalive(path: Path | None, seeds: int, quick: bool, json_path: Path | None, plot_path: Path | None) -> None:
-    """How long idle layers are held: the shipped rule and seven others. Without a trace, those of GLOWPLUG_TEST_DATA,
-    or a synthetic one."""
+    """Compare rules of how long idle layers are kept: the shipped one and seven others.
+
+    Without a trace, those of GLOWPLUG_TEST_DATA are used, or a synthetic one.
+    """
     try:
         report = keepalive.run(path, seeds=min(seeds, 2) if quick else seeds, quick=quick)
     except (OSError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""The commands of `glowplug`, one module each; a module is imported when its command is called."""
+"""The commands of `glowplug`, one module each, which is imported when its command is called."""

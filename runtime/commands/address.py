@@ -1,4 +1,4 @@
-"""The option that says where a function is served."""
+"""The option `--url`, the address of a function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.resume.client import connection
 
 
 def url_option(default: str, help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # noqa: A002  click's
-    """`--url`, which `connection` understands."""
+    """Make the option `--url`, whose value `connection` can parse."""
 
     def checked(_ctx: click.Context, _param: click.Parameter, url: str) -> str:
         try:

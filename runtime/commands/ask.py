@@ -1,4 +1,4 @@
-"""`glowplug ask`: a prompt to a function, its answer as it is written, and what the start and the answer took."""
+"""`glowplug ask`: sends a prompt to a function, streams the answer, and shows the times of start and answer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from runtime.sse import EventParser, ServerEvent
 
 _LARGEST_ERROR = 4096
 _HERE = {"127.0.0.1", "localhost", "::1"}
-_OPENING_SECONDS = 1.5  # what `glowplug serve` takes, at most, until it has opened its port
+_OPENING_SECONDS = 1.5  # that `glowplug serve` needs, at most, to open its port
 
 
 @dataclass
 class ReceivedAnswer:
-    """What came back so far; times in seconds of the monotonic clock."""
+    """An answer as far as it came; times in seconds of the monotonic clock."""
 
     asked: float
     text: str = ""
@@ -73,8 +73,8 @@ def ask(
     if handler and refused:
         raise click.UsageError(f"--{refused[0].replace('_', '-')} is not for a handler, which reads its request itself")
     answer = ReceivedAnswer(time.monotonic())
-    asked = _resumed if resume else _asked
-    for piece in asked(answer, url, handler, prompt, timeout, options):
+    stream = _stream_resuming if resume else _stream
+    for piece in stream(answer, url, handler, prompt, timeout, options):
         if not as_json:
             click.echo(piece, nl=False)
             sys.stdout.flush()
@@ -86,11 +86,11 @@ def ask(
         click.echo(_line(answer), err=True)
 
 
-def _asked(
+def _stream(
     answer: ReceivedAnswer, url: str, handler: bool, prompt: str, timeout: float, options: dict[str, Any]
 ) -> Iterator[str]:
-    """The answer's pieces. Raises `ClickException` with what went wrong."""
-    path, body, headers = _job(handler, prompt, options)
+    """Send the request; yield the answer's pieces. Raises `ClickException`."""
+    path, body, headers = _request(handler, prompt, options)
     try:
         response = _send(url, path, body, headers, timeout)
         answer.start = response.getheader("X-Glowplug-Start", "")
@@ -104,7 +104,7 @@ def _asked(
         while data := response.read1(65536):
             for event in parser.feed(data):
                 done = done or event.data == "[DONE]"
-                piece = "" if done else _said(answer, handler, event)
+                piece = "" if done else _event_text(answer, handler, event)
                 answer.add(piece)
                 yield piece
         if not done:
@@ -113,34 +113,34 @@ def _asked(
         raise click.ClickException(f"{url} stopped answering: {error or type(error).__name__}") from error
 
 
-def _resumed(
+def _stream_resuming(
     answer: ReceivedAnswer, url: str, handler: bool, prompt: str, timeout: float, options: dict[str, Any]
 ) -> Iterator[str]:
-    """Like `_asked`, over as many connections as it takes."""
-    path, body, headers = _job(handler, prompt, options)
+    """Like `_stream`, over as many connections as are needed."""
+    path, body, headers = _request(handler, prompt, options)
     try:
         for event in resuming.ask([url], path, body, headers=headers, patience=timeout, silence=timeout):
-            piece = _said(answer, handler, event)
+            piece = _event_text(answer, handler, event)
             answer.add(piece)
             yield piece
     except resuming.AskFailed as error:
         raise click.ClickException(f"{error.text} [{error.code}]" if error.code else error.text) from error
 
 
-def _job(handler: bool, prompt: str, options: dict[str, Any]) -> tuple[str, bytes, dict[str, str]]:
-    """Path, body and headers of the request."""
+def _request(handler: bool, prompt: str, options: dict[str, Any]) -> tuple[str, bytes, dict[str, str]]:
+    """Return path, body and headers of the request."""
     headers = {"Accept": "text/event-stream"}
     if handler:
         return "/", prompt.encode(), headers | {"Content-Type": "text/plain"}
-    body = json.dumps(_request(prompt, options)).encode()
+    body = json.dumps(_chat_body(prompt, options)).encode()
     return "/v1/chat/completions", body, headers | {"Content-Type": "application/json"}
 
 
-def _said(answer: ReceivedAnswer, handler: bool, event: ServerEvent) -> str:
-    return event.data if handler and event.event != "error" else _piece(answer, event.data)
+def _event_text(answer: ReceivedAnswer, handler: bool, event: ServerEvent) -> str:
+    return event.data if handler and event.event != "error" else _chat_text(answer, event.data)
 
 
-def _request(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+def _chat_body(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
     system = options.pop("system")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
@@ -149,7 +149,7 @@ def _request(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _send(url: str, path: str, body: bytes, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
-    """The response of a function that can answer; one that says that it is starting is asked again."""
+    """Send a request, again while the function is starting, and return the response. Raises `ClickException`."""
     deadline = time.monotonic() + timeout
     opening = time.monotonic() + _OPENING_SECONDS
     while True:
@@ -158,7 +158,7 @@ def _send(url: str, path: str, body: bytes, headers: dict[str, str], timeout: fl
             connection.connect()
         except OSError as error:
             if isinstance(error, ConnectionRefusedError) and connection.host in _HERE and time.monotonic() < opening:
-                time.sleep(0.05)  # somebody has typed `glowplug serve` just now
+                time.sleep(0.05)  # `glowplug serve` may have been called just before
                 continue
             raise click.ClickException(
                 f"nobody answers at {url} ({error}); start a function with glowplug serve FOLDER --model URI, or say "
@@ -177,7 +177,7 @@ def _send(url: str, path: str, body: bytes, headers: dict[str, str], timeout: fl
 
 
 def _refusal(url: str, status: int, text: str) -> str:
-    """What an error's body says, in OpenAI's shape or in anybody's."""
+    """Return the message of an error's body, in OpenAI's shape or in any other."""
     try:
         error = json.loads(text)["error"]
         return f"{error['message']} [{error['code']}]"
@@ -186,8 +186,8 @@ def _refusal(url: str, status: int, text: str) -> str:
         return f"{url} answered {status}{f': {first}' if first else ''}; is a function of glowplug's served there?"
 
 
-def _piece(answer: ReceivedAnswer, data: str) -> str:
-    """The text of one event of a chat's stream."""
+def _chat_text(answer: ReceivedAnswer, data: str) -> str:
+    """Return the text of one event of a chat's stream, and note the rest in `answer`."""
     try:
         event = json.loads(data)
         assert isinstance(event, dict)
@@ -208,7 +208,7 @@ def _piece(answer: ReceivedAnswer, data: str) -> str:
 
 
 def phases(header: str) -> dict[str, float]:
-    """Milliseconds by phase, from a Server-Timing header."""
+    """Return milliseconds by phase, from a Server-Timing header."""
     found: dict[str, float] = {}
     for entry in header.split(","):
         name, _, value = entry.strip().partition(";dur=")
@@ -235,7 +235,7 @@ def _figures(answer: ReceivedAnswer) -> dict[str, Any]:
 
 
 def _line(answer: ReceivedAnswer) -> str:
-    """What it took, in one line."""
+    """Return the times of an answer, in one line."""
     total = answer.end - answer.asked
     parts = []
     if answer.first is not None:

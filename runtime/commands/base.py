@@ -1,4 +1,4 @@
-"""`glowplug base`: compares, installs beside, and writes the locked set of distributions."""
+"""`glowplug base`: compares the locked set of distributions, installs beside it, and prints a lock."""
 
 from __future__ import annotations
 

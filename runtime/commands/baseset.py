@@ -1,9 +1,9 @@
 """The locked base set: the distributions that every function of a node shares, so that one warm layer serves them all.
 
 `runtime/base.lock` pins them, one `name==version` per line, where need be with a marker as pip has it. A
-function's own requirements are installed *beside* the base, into a directory that comes last on `sys.path`; whatever
-would need another version of a base distribution is refused at build time, because it would cost that function, and
-only it, its warm starts.
+function's own requirements are installed *beside* the base, into a directory that comes last on `sys.path`; a
+requirement of another version of a base distribution is refused at build time, because that function would have no
+warm starts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
 def read_lock(path: Path = LOCK) -> dict[str, str]:
-    """Normalised name → version. Raises `BadConfig`."""
+    """Read a lock: normalised name → version. Raises `BadConfig`."""
     pins: dict[str, str] = {}
     for line in path.read_text().splitlines():
         text = line.partition("#")[0].strip()
@@ -47,7 +47,7 @@ def read_lock(path: Path = LOCK) -> dict[str, str]:
 
 
 def differences(pins: Mapping[str, str]) -> list[str]:
-    """How the installed distributions differ from the lock, a sentence each; empty when they agree."""
+    """Return the differences between the installed distributions and the lock, a sentence each."""
     found = []
     for name, version in sorted(pins.items()):
         try:
@@ -61,14 +61,14 @@ def differences(pins: Mapping[str, str]) -> list[str]:
 
 
 def digest(pins: Mapping[str, str]) -> str:
-    """Identity of the base set on this kind of machine: what two functions must share to share a layer."""
+    """Return the identity of the base set on this kind of machine; functions with the same one can share a layer."""
     lines = [f"{name}=={version}" for name, version in sorted(pins.items())]
     place = (platform.machine(), platform.python_implementation(), platform.python_version())
     return hashlib.sha256("\n".join([*place, *lines]).encode()).hexdigest()
 
 
 def closure(root: str) -> dict[str, str]:
-    """Installed versions of everything that a distribution like `glowplug[model]` needs, itself excluded, by name."""
+    """Return name → installed version of all that a distribution like `glowplug[model]` needs, without itself."""
     found: dict[str, str] = {}
     queue, seen = [_parse(root)], set()
     while queue:
@@ -91,7 +91,7 @@ def closure(root: str) -> dict[str, str]:
 
 
 def install(requirements: Path, target: Path, pins: Mapping[str, str]) -> list[str]:
-    """Installs what `requirements` needs beyond the base into `target`; what was installed, as `name==version`.
+    """Install into `target` what `requirements` needs beyond the base; return it, as `name==version`.
 
     Raises `BadConfig` when a requirement, or something that it needs, conflicts with the base.
     """
@@ -110,7 +110,7 @@ def install(requirements: Path, target: Path, pins: Mapping[str, str]) -> list[s
         if changed:
             raise BadConfig(f"{requirements} would change the base set ({', '.join(changed)}); is the base installed?")
         if extra:
-            # The links that were resolved, so that requirements by URL or with hashes stay what they are.
+            # The resolved links, so that requirements by URL or with hashes are installed as resolved.
             wanted = Path(directory, "wanted.txt")
             wanted.write_text("".join(f"{_link(item)}\n" for item in items))
             done = _pip("install", "--no-deps", "--target", target, "-r", wanted)
@@ -120,7 +120,7 @@ def install(requirements: Path, target: Path, pins: Mapping[str, str]) -> list[s
 
 
 def normalised(name: str) -> str:
-    """A distribution's name as PEP 503 compares it."""
+    """Return a distribution's name as PEP 503 compares it."""
     return _NAME.sub("-", name.strip()).lower()
 
 
@@ -141,7 +141,7 @@ def _link(item: Mapping[str, object]) -> str:
 
 
 def _complaint(failed: subprocess.CompletedProcess[str]) -> str:
-    """pip's own words: the error, and which requirements conflict, which it prints as mere information."""
+    """Return pip's error, and the conflicting requirements, which pip prints to its standard output."""
     cause = failed.stdout.partition("The conflict is caused by:")[2].strip().partition("\n\n")[0]
     return f"{failed.stderr.strip()}\n{cause}".strip()
 

@@ -1,4 +1,4 @@
-"""`glowplug completion`: what a shell needs to complete commands and options."""
+"""`glowplug completion`: prints the script that a shell completes commands and options with."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`glowplug doctor`: looks at this machine, its agent and its stores, and says what to do; names a start's bottleneck.
+"""`glowplug doctor`: checks this machine, its agent and its stores, and gives advice; names a start's bottleneck.
 
-Each check looks at one thing and returns what it found; none of them changes anything, and none may raise.
+Each check returns or yields `Finding`s; none changes anything, and none raises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _URL_SECONDS = 2.0
 
 
 class Finding(NamedTuple):
-    """`advice` says what to do; "" where nothing is to be done."""
+    """The result of one check; `advice` is "" where nothing is to be done."""
 
     check: str
     state: Literal["ok", "note", "warning", "failed"]
@@ -103,7 +103,7 @@ def _machine(settings: AgentConfig) -> Iterator[Finding]:
 
 
 def _settings() -> Finding:
-    """Variables that look like settings and are none: former ones, and slips of the pen."""
+    """Find variables that look like settings and are none: former ones, and misspelt ones."""
     import dataclasses
 
     from cache_agent import config as agents
@@ -240,7 +240,7 @@ def _model(socket: Path | None, model: str) -> Finding:
 
 
 def _served(url: str) -> Start | None:
-    """The start of a function, as it tells it itself; None where none answers."""
+    """Return the last start of the function at `url`, as it reports it; None where none answers."""
     import http.client
     import json
 
@@ -269,7 +269,7 @@ def _served(url: str) -> Start | None:
 
 
 def last_start(start: Start, ssd: bool, huge_pages: bool) -> dict[str, Any] | None:
-    """The diagnosis of a start, for people and programs."""
+    """Return the diagnosis of a start, for the terminal and for JSON; None for a start without spans."""
     from cache_agent.web.diagnosis import NodeFacts, diagnose
 
     found = diagnose(start.spans, start.tier, NodeFacts(start.bytes, ssd, huge_pages))

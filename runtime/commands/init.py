@@ -1,4 +1,4 @@
-"""`glowplug init`: the folder of a new function, as `faas-cli new` would make it, without faas-cli."""
+"""`glowplug init`: makes the folder of a new function, as `faas-cli new` does, without faas-cli."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def init(folder: Path, model: str, as_json: bool) -> None:
 
 
 def _stack(example: str, name: str, model: str) -> str:
-    """The template's example stack file, for this function."""
+    """Return the template's example stack file with this function's name and model."""
     text = re.sub(r"(?<![\w-])chat(?![\w-])", name, example)
     line = "      GLOWPLUG_MODEL: "
     return re.sub(rf"{line}.*", f"{line}{model}" if model else "      # GLOWPLUG_MODEL: s3://bucket/prefix", text)

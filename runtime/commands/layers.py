@@ -1,4 +1,4 @@
-"""`glowplug layers`: which layers are there, what becomes of them, and why."""
+"""`glowplug layers`: shows the layers that are kept here, for how long, and why."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _left(layer: dict[str, Any], age: float | None) -> str:
 
 
 def _reason(layer: dict[str, Any]) -> str:
-    """While something uses a layer, what is decided for it is for later."""
+    """Return the reason of a layer's state; a decision on a layer in use holds for afterwards."""
     why = layer.get("why", "")
     match layer["state"]:
         case "used":

@@ -1,4 +1,4 @@
-"""`glowplug models`: what this node holds, in which tier, for whom and since when."""
+"""`glowplug models`: shows the models of this node, with tier, bytes, leases and age."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def models(everywhere: bool, socket: Path | None, as_json: bool) -> None:
 
 
 def elsewhere(cluster: ClusterReply, status: StatusReply) -> list[dict[str, Any]]:
-    """What other nodes hold. They tell revisions and sources; the URI is known where this node has the model, too."""
+    """Return rows of other nodes' models.
+
+    The directory has revisions and sources; the URI is known only for models that this node has, too.
+    """
     names = {known: model.model for model in status.models for known in (model.revision, model.source)}
     names |= {known: image.model for image in (status.ssd.images if status.ssd else ()) for known in (image.source,)}
     return [
@@ -70,7 +73,7 @@ def elsewhere(cluster: ClusterReply, status: StatusReply) -> list[dict[str, Any]
 
 
 def rows(status: StatusReply) -> list[dict[str, Any]]:
-    """One for each model and tier; memory first."""
+    """Return rows of this node's models, one for each model and tier; memory first."""
     found: list[dict[str, Any]] = [
         {
             "model": model.model, "node": status.node, "tier": model.tier, "state": model.state, "bytes": model.bytes,
@@ -91,7 +94,7 @@ def rows(status: StatusReply) -> list[dict[str, Any]]:
 
 
 def age(seconds: float | None) -> str:
-    """Like "42 s", "3 min", "5 h" or "2 d"."""
+    """Write an age like "42 s", "3 min", "5 h" or "2 d"; "-" for None."""
     if seconds is None:
         return "-"
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):

@@ -1,7 +1,7 @@
-"""The platform's objects for one function: what Knative or OpenFaaS must be told, from what its developer knows. Pure.
+"""The platform's objects for one function, Knative's or OpenFaaS's, from the facts that its developer knows. Pure.
 
-The two platforms count time differently, and everything here that is a number of seconds follows from one of them,
-`timeout`: how long one answer may take.
+The two platforms count time differently. All times in the objects follow from one number of seconds, `timeout`: how
+long one answer may take.
 
     Knative    a deleted pod has `timeout` seconds in all, and SIGTERM comes 30 s after its last request arrived
     OpenFaaS   a deleted pod has write_timeout + 2 s in all, SIGTERM comes at once, and for healthcheck_interval more
@@ -42,7 +42,7 @@ _OWN |= {"PORT"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Function:
-    """What a developer knows. `timeout` and `start_timeout` in seconds; `memory`, `cpu` as Kubernetes quantities.
+    """The facts about a function. `timeout` and `start_timeout` in seconds; `memory`, `cpu` as Kubernetes quantities.
 
     `inject` says how a pod gets to its agent: by the cluster's `policy`, by `fields` of the Service (Knative), which
     need feature flags, over `tcp`, for a copy of the weights of its own, or not at all (`none`: it keeps an agent of
@@ -101,7 +101,7 @@ class Function:
 
 
 def knative(function: Function) -> Objects:
-    """The Service. Raises `BadConfig` for a timeout that Knative does not allow."""
+    """Return Knative's Service. Raises `BadConfig` for a timeout that Knative does not allow."""
     least = _LATE_SIGTERM + 2 * _MARGIN
     if not least <= function.timeout <= _KNATIVE_MAX:
         raise BadConfig(
@@ -110,7 +110,7 @@ def knative(function: Function) -> Objects:
         )
     fields = function.inject == "fields"
     spec: dict[str, Any] = {
-        # One request per slot: the rest waits in queue-proxy, where the autoscaler sees it.
+        # One request per slot: the others wait in queue-proxy, where the autoscaler counts them.
         "containerConcurrency": function.slots,
         "timeoutSeconds": function.timeout,
         "responseStartTimeoutSeconds": function.timeout,
@@ -135,9 +135,9 @@ def knative(function: Function) -> Objects:
 
 
 def openfaas(function: Function, gateway: str = "http://127.0.0.1:8080") -> Objects:
-    """The stack file. Scaling to zero is not in it: that is the Pro edition's, by labels.
+    """Return OpenFaaS's stack file. Scaling to zero is not in it: labels of the Pro edition do that.
 
-    Raises `BadConfig` for what OpenFaaS has no word for.
+    Raises `BadConfig` for options that OpenFaaS cannot express.
     """
     for wanted, option in (
         (function.retention, "--retention: on OpenFaaS scaling down is a label of the Pro edition"),
@@ -192,9 +192,9 @@ def openfaas(function: Function, gateway: str = "http://127.0.0.1:8080") -> Obje
 
 
 def _hand_off(function: Function) -> dict[str, str]:
-    """For a function that was given several replicas: each goes on with what another one cannot finish.
+    """Turn hand-off on for a function with several replicas that share an agent by its socket.
 
-    It takes an agent that they share, and its socket; the namespace keeps others of the same name apart.
+    The namespace in the name keeps functions of the same name apart.
     """
     if max(function.min_scale, function.max_scale) < 2 or function.inject not in ("policy", "fields"):
         return {}
@@ -222,7 +222,7 @@ def _annotations(function: Function) -> dict[str, str]:
 def _container(function: Function) -> dict[str, Any]:
     environment = {
         "GLOWPLUG_MODEL": function.model,
-        # The image listens for its watchdog alone; here queue-proxy is the one who asks.
+        # The image listens on loopback, for its watchdog; here queue-proxy connects from outside.
         "GLOWPLUG_HOST": "0.0.0.0",  # noqa: S104
         "GLOWPLUG_SLOTS": str(function.slots),
         "GLOWPLUG_START_TIMEOUT": str(function.start_timeout),

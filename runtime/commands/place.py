@@ -1,4 +1,4 @@
-"""`glowplug place`: where a model would start soonest, and why."""
+"""`glowplug place`: shows where a model would start soonest, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`glowplug pool`: a node's zygotes, forked into the containers that ask for them."""
+"""`glowplug pool`: runs a node's pool, whose zygotes are forked into the containers that ask for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns how a command is found and how it fails: modules imported late, one sentence per error, one exit code each."""
+"""The registry of commands: modules imported late; one sentence and one exit code per error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ USAGE, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 
 
 class Registered(NamedTuple):
-    """Where a command is (`module:attribute`), and what the list of commands says of it."""
+    """A command's place (`module:attribute`), and its line in the list of commands."""
 
     place: str
     help: str
@@ -30,7 +30,7 @@ class Commands(click.Group):
         self.registered = registered
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(self.registered)  # in the order in which one needs them
+        return list(self.registered)  # in the order in which a new user needs them
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
         if name not in self.registered:
@@ -52,21 +52,21 @@ class Commands(click.Group):
             formatter.write_dl([(name, entry.help) for name, entry in self.registered.items()])
 
     def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        """As click's, but with `_told` for its usage texts and for our errors."""
-        group: Any = super()  # whose overloads tell apart what is only known here when it runs
+        """Run the command as click does, with `_print_error` for click's errors and for ours."""
+        group: Any = super()  # click's overloads need to know `standalone_mode` before it runs
         if not standalone_mode:
             return group.main(*arguments, standalone_mode=False, **options)
         try:
             code = group.main(*arguments, standalone_mode=False, **options)
         except Exception as error:
-            code = _told(error)
+            code = _print_error(error)
             if code is None:
                 raise
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _told(error: Exception) -> int | None:
-    """Says in one sentence what went wrong; the exit code, or None for what is a fault of ours."""
+def _print_error(error: Exception) -> int | None:
+    """Print an error as one sentence; return the exit code, or None for a defect, which is raised again."""
     from cache_agent.errors import AgentError, BadSetting
     from runtime.errors import FunctionError
 
@@ -92,7 +92,7 @@ def _told(error: Exception) -> int | None:
             _say(f"{error.text} [{error.code}]")
             return error.exit_code
         case BrokenPipeError():
-            # Whoever read our output has had enough; the interpreter must not complain while it ends.
+            # The reader of the output is gone; the interpreter must not complain at its end.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return PIPE_CLOSED

@@ -1,4 +1,4 @@
-"""`glowplug render`: a function's objects, as text for `kubectl apply` or `faas-cli`."""
+"""`glowplug render`: prints a function's objects, for `kubectl apply` or `faas-cli`."""
 
 from __future__ import annotations
 

@@ -62,5 +62,5 @@ def serve(folder: Path | None, follow: bool, as_json: bool, **options: object) -
             | {"name": config.served_name, "handler": config.handler, "reload": config.reload}
         )
         sys.stdout.flush()
-    # The shim takes this process's place: nothing of the command line's imports stays in memory.
+    # The shim replaces this process, so that the command line's imports do not stay in memory.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "runtime.shim"])  # noqa: S606

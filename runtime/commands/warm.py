@@ -1,4 +1,4 @@
-"""`glowplug warm`: brings models into this node's memory before anybody asks for them."""
+"""`glowplug warm`: loads models into this node's memory before they are asked for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def warm(models: tuple[str, ...], pin: bool, no_wait: bool, timeout: float, sock
         else:
             rows.append(_warm(client, uri, timeout, pin, as_json))
         if not as_json:
-            click.echo(_told(rows[-1]))
+            click.echo(_line(rows[-1]))
     if as_json:
         print_json({"models": rows})
 
@@ -45,7 +45,7 @@ def _warm(client: Any, uri: str, timeout: float, pin: bool, quiet: bool) -> dict
         report(uri, 0, size)
         lease.wait_ready(start + timeout, counted(report, uri))
         seconds = time.monotonic() - start
-        if pin:  # while it is held, or it could be gone in between
+        if pin:  # while the lease holds the model, which could be evicted otherwise
             client.pin(uri)
         return {
             "model": uri, "state": "ready", "bytes": size, "tier": lease.tier, "revision": lease.revision,
@@ -53,7 +53,7 @@ def _warm(client: Any, uri: str, timeout: float, pin: bool, quiet: bool) -> dict
         }  # fmt: skip
 
 
-def _told(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any]) -> str:
     if row["state"] == "loading":
         return f"{row['model']} is on its way"
     kept = ", pinned" if row["pinned"] else ""

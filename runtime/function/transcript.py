@@ -13,7 +13,7 @@ from runtime.errors import RequestGone
 from runtime.function.model import Model, TextStream
 from runtime.resume.answer import Answer
 from runtime.resume.record import AnswerContext
-from runtime.resume.resume import ResumeQuery, take_up
+from runtime.resume.resumption import ResumeQuery, resume_request
 from runtime.resume.sessions import Sessions
 
 PREFIX = "gen"
@@ -34,14 +34,14 @@ def sink(sessions: Sessions, wanted: ResumeQuery) -> Callable[[TextStream], None
 def resumed(sessions: Sessions, model: Model, wanted: ResumeQuery) -> TextStream | None:
     """Return the rest of a stream that a handler returned; None when the handler is to be called.
 
-    Raises `RequestGone`, and the errors of `take_up`.
+    Raises `RequestGone`, and the errors of `resume_request`.
     """
     if not wanted.id:
         return None
-    found = take_up(sessions, model, wanted, "handler")
+    found = resume_request(sessions, model, wanted, "handler")
     if found is None:
         if wanted.position:
             raise RequestGone("nothing is kept of this request any more; send it anew, without Last-Event-ID")
         return None
     (answer,) = found.answers
-    return TextStream(answer, answer.request, sent=found.told[0], session_id=found.context.id)
+    return TextStream(answer, answer.request, sent=found.sent_tokens[0], session_id=found.context.id)

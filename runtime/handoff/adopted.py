@@ -1,10 +1,9 @@
-"""Owns the requests that one draining worker has moved here, for as long as it can hear of them.
+"""The destination's end of a hand-off: the requests that one draining worker has moved here.
 
     offer, part … ──► check ──► the engine begins, in silence ──► ready
-    go ──► this worker owns it ──► running, told …            drop, cancel, or the end of the pipe ──► it ends here
+    go ──► this worker owns the request ──► running, told …      drop, cancel, or the end of the pipe ──► it ends here
 
-What the engine makes before `go` waits in its stream. A thread per stream sends on what it says, as the threads of the
-HTTP server do for clients; the thread of the pipe takes in what comes.
+Tokens made before `go` wait in their stream. One thread receives from the pipe; one thread per stream sends its events.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from runtime.handoff.messages import (
     Probe,
     Probed,
     Vectors,
-    told,
+    relayed,
 )
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume import snapshot
@@ -45,12 +44,12 @@ from runtime.resume.snapshot import ReplicaIdentity, Snapshot
 
 log = logging.getLogger("glowplug.handoff")
 
-_LOOK = 5.0
+_LOOK = 5.0  # seconds of one wait for a message or a token; waits repeat
 _ROOM = 64 << 20  # bytes of an offer besides the rows
 
 
-class Taking(Protocol):
-    """What of a worker is needed to take requests in."""
+class ReceivingModel(Protocol):
+    """The part of a model that adopted requests need."""
 
     engine: Engine
 
@@ -58,19 +57,19 @@ class Taking(Protocol):
     def sessions(self) -> Sessions | None: ...
 
 
-class Work(Protocol):
-    """Where it is counted that this worker has something to do: an idle one may be ended."""
+class WorkCounter(Protocol):
+    """The count of requests inside this worker, which may be ended while it is idle."""
 
     def enter(self) -> None:
-        """Raises `EngineBusy`, `NotReady` where there is enough of it."""
+        """Count one request more. Raises `EngineBusy`, `NotReady` where the worker takes no more."""
         ...
 
     def leave(self) -> None: ...
 
 
 @dataclass
-class _Adopted:
-    """One request; its parts until all of it is there, then its streams."""
+class _AdoptedRequest:
+    """One adopted request: its parts until all have come, then its answers by choice."""
 
     offer: MigrationOffer
     data: bytearray = field(default_factory=bytearray)
@@ -89,53 +88,58 @@ class _Adopted:
 
 
 class AdoptedRequests:
-    """Those of one pipe. `run` is for a thread of its own."""
+    """The adopted requests of one pipe. `run` is for a thread of its own."""
 
     def __init__(
-        self, pipe: Pipe, here: Taking, place: Callable[[], ReplicaIdentity], left: Callable[[], bool], work: Work
+        self,
+        pipe: Pipe,
+        model: ReceivingModel,
+        identity: Callable[[], ReplicaIdentity],
+        draining: Callable[[], bool],
+        work: WorkCounter,
     ) -> None:
-        """`left` says whether this worker drains itself, and takes nothing new any more."""
-        self._pipe, self._here, self._place, self._left, self._work = pipe, here, place, left, work
-        self._guests: dict[int, _Adopted] = {}
-        self._lock = threading.Lock()  # guards who is there, and how many streams of each still run
+        """`draining` returns whether this worker drains too, and adopts no new requests."""
+        self._pipe, self._model, self._identity, self._draining, self._work = pipe, model, identity, draining, work
+        self._adopted: dict[int, _AdoptedRequest] = {}
+        self._lock = threading.Lock()  # guards `_adopted` and how many streams of each request run
 
     def run(self) -> None:
-        """Until the other side ends it, or is gone."""
+        """Serve the pipe until the other side closes it or is gone."""
         try:
             with self._pipe:
                 while True:
                     if (message := self._pipe.receive(_LOOK)) is not None:
-                        self._take(message)
+                        self._handle(message)
         except Broken as error:
             log.info("a hand-off has ended: %s", error)
         finally:
-            for number in list(self._guests):
+            for number in list(self._adopted):
                 self._forget(number)
 
-    def _take(self, message: AnyMessage) -> None:
+    def _handle(self, message: AnyMessage) -> None:
         match message:
             case Probe():
                 self._pipe.send(Probed())
             case MigrationOffer():
-                self._offered(message)
+                self._accept(message)
             case Part(number, data):
                 self._part(number, data)
             case Go(number, epoch):
-                if (guest := self._guests.get(number)) is not None:
-                    self._go(guest, epoch)
+                if (adopted := self._adopted.get(number)) is not None:
+                    self._start_relaying(adopted, epoch)
             case Drop(number):
                 self._forget(number)
             case Cancel(number, choice):
-                if (guest := self._guests.get(number)) is not None and choice in guest.answers:
-                    guest.answers[choice].close()
+                if (adopted := self._adopted.get(number)) is not None and choice in adopted.answers:
+                    adopted.answers[choice].close()
             case Embed(number, prompts):
-                threading.Thread(target=self._embed, args=(number, prompts), name="guest", daemon=True).start()
+                threading.Thread(target=self._embed, args=(number, prompts), name="adopted", daemon=True).start()
             case _:
                 raise Broken(f"{type(message).__name__} is not for a destination")
 
-    # --- taking in --------------------------------------------------------------------------------------------------
+    # --- adopting ---------------------------------------------------------------------------------------------------
 
-    def _offered(self, offer: MigrationOffer) -> None:
+    def _accept(self, offer: MigrationOffer) -> None:
         why = self._no_room(offer)
         if why is None:
             try:
@@ -146,105 +150,108 @@ class AdoptedRequests:
             self._refuse(offer.number, why)
             return
         with self._lock:
-            self._guests[offer.number] = _Adopted(offer)
+            self._adopted[offer.number] = _AdoptedRequest(offer)
 
     def _forget(self, number: int) -> None:
         with self._lock:
-            guest = self._guests.pop(number, None)
-        if guest is not None:
-            guest.close()
+            adopted = self._adopted.pop(number, None)
+        if adopted is not None:
+            adopted.close()
             self._work.leave()
 
     def _no_room(self, offer: MigrationOffer) -> FunctionError | None:
-        """Before its bytes come."""
-        stats = self._here.engine.stats()
+        """Return why an offer is refused before its bytes come; None when there is room."""
+        stats = self._model.engine.stats()
         most = min(MAX_OFFER, _ROOM + 2 * stats.memory_limit) if stats.memory_limit else MAX_OFFER
         if sum(offer.sizes) > most:
             return SnapshotRefused(f"the request takes {sum(offer.sizes)} bytes; here is room for {most}")
-        if self._left() and not offer.now:
+        if self._draining() and not offer.now:
             return EngineBusy("this replica drains itself")
         if not offer.now and stats.running + stats.waiting >= stats.slots:
             return EngineBusy("all slots are taken")
         return None
 
     def _part(self, number: int, data: bytes) -> None:
-        guest = self._guests.get(number)
-        if guest is None:  # it was refused, or dropped
+        adopted = self._adopted.get(number)
+        if adopted is None:  # refused, or dropped
             return
-        guest.data += data
-        if len(guest.data) < guest.size:
+        adopted.data += data
+        if len(adopted.data) < adopted.size:
             return
-        if len(guest.data) > guest.size or guest.snapshots:
+        if len(adopted.data) > adopted.size or adopted.snapshots:
             raise Broken("more came of a request than was announced")
         try:
-            self._begin(guest)
+            self._begin(adopted)
         except FunctionError as error:
             self._forget(number)
             self._refuse(number, error)
             return
-        guest.data = bytearray()
-        guest.ready_at = time.monotonic()
+        adopted.data = bytearray()
+        adopted.ready_at = time.monotonic()
         self._pipe.send(OfferReady(number))
-        if guest.offer.now:
-            self._tell(guest)
+        if adopted.offer.now:
+            self._relay(adopted)
 
-    def _begin(self, guest: _Adopted) -> None:
-        """Raises `SnapshotRefused`, `EngineBusy`, `EngineFailed`, `BadRequest`, `Moved`."""
+    def _begin(self, adopted: _AdoptedRequest) -> None:
+        """Decode the snapshots and begin their generations.
+
+        Raises `SnapshotRefused`, `EngineBusy`, `EngineFailed`, `BadRequest`, `Moved`.
+        """
         at = 0
-        with memoryview(guest.data) as view:
-            for size in guest.offer.sizes:
-                guest.snapshots.append(snapshot.decode(view[at : at + size]))
+        with memoryview(adopted.data) as view:
+            for size in adopted.offer.sizes:
+                adopted.snapshots.append(snapshot.decode(view[at : at + size]))
                 at += size
-        ended = set(guest.offer.kept.ended if guest.offer.kept else ())
-        for choice, found in enumerate(guest.snapshots):
-            snapshot.check(found, self._place())
+        ended = set(adopted.offer.kept.ended if adopted.offer.kept else ())
+        for choice, found in enumerate(adopted.snapshots):
+            snapshot.check(found, self._identity())
             if choice not in ended:
-                guest.answers[choice] = Answer.begun(self._here.engine, found.state)
+                adopted.answers[choice] = Answer.begun(self._model.engine, found.state)
 
     def _refuse(self, number: int, error: FunctionError) -> None:
         self._pipe.send(OfferRefused(number, error.code, error.text[:4096], getattr(error, "retry_after", 0.0)))
 
     # --- running ----------------------------------------------------------------------------------------------------
 
-    def _go(self, guest: _Adopted, epoch: int) -> None:
-        if guest.offer.kept is not None:
-            self._inherit(guest, guest.offer.kept, epoch)
-        self._pipe.send(OfferRunning(guest.offer.number))
-        self._tell(guest)
+    def _start_relaying(self, adopted: _AdoptedRequest, epoch: int) -> None:
+        if adopted.offer.kept is not None:
+            self._inherit(adopted, adopted.offer.kept, epoch)
+        self._pipe.send(OfferRunning(adopted.offer.number))
+        self._relay(adopted)
 
-    def _inherit(self, guest: _Adopted, kept: KeptRequest, epoch: int) -> None:
-        """Puts the answers under this worker's own right to tell them."""
-        sessions = self._here.sessions
+    def _inherit(self, adopted: _AdoptedRequest, kept: KeptRequest, epoch: int) -> None:
+        """Record the answers in a session of this worker, which owns the request now."""
+        sessions = self._model.sessions
         if sessions is None:
             raise Broken("the request is kept, and this worker keeps none")
-        states = [found.state for found in guest.snapshots]
+        states = [found.state for found in adopted.snapshots]
         session = sessions.inherit(
             kept.context,
             [state.request for state in states],
             [state.generated for state in states],
             kept.ended,
             epoch,
-            guest.ready_at,
+            adopted.ready_at,
         )
-        for choice, answer in guest.answers.items():
+        for choice, answer in adopted.answers.items():
             answer.keep(session, choice)
 
-    def _tell(self, guest: _Adopted) -> None:
-        guest.running = len(guest.answers)
-        for choice, answer in guest.answers.items():
-            arguments = guest, choice, answer
-            threading.Thread(target=self._send_on, args=arguments, name="guest", daemon=True).start()
+    def _relay(self, adopted: _AdoptedRequest) -> None:
+        adopted.running = len(adopted.answers)
+        for choice, answer in adopted.answers.items():
+            arguments = adopted, choice, answer
+            threading.Thread(target=self._send_on, args=arguments, name="adopted", daemon=True).start()
 
-    def _send_on(self, guest: _Adopted, choice: int, answer: Answer) -> None:
-        number = guest.offer.number
+    def _send_on(self, adopted: _AdoptedRequest, choice: int, answer: Answer) -> None:
+        number = adopted.offer.number
         try:
             while True:
                 if (event := answer.next(_LOOK)) is not None:
-                    self._pipe.send(told(number, choice, event))
+                    self._pipe.send(relayed(number, choice, event))
         except StopIteration:
             with self._lock:
-                guest.running -= 1
-                over = not guest.running
+                adopted.running -= 1
+                over = not adopted.running
             if over:
                 self._forget(number)
         except Broken:
@@ -256,7 +263,7 @@ class AdoptedRequests:
     def _embed(self, number: int, prompts: Sequence[Sequence[int]]) -> None:
         try:
             try:
-                self._pipe.send(Vectors(number, self._here.engine.embed(prompts)))
+                self._pipe.send(Vectors(number, self._model.engine.embed(prompts)))
             except (BadRequest, EngineBusy, EngineFailed) as error:
                 self._refuse(number, error)
         except Broken:

@@ -1,11 +1,11 @@
-"""Owns a worker's leaving: finds who goes on, moves what runs to it, and lets go of the model.
+"""The departure of a draining worker: it seeks a destination, migrates its requests there, and releases its model.
 
-    seek ──► relay ──► each request: `mover` ──► release ──► relaying until the process ends
+    seek ──► relay ──► each request: `Migration` ──► release ──► relaying until the process ends
      ▲         │
-     └─────────┴── the destination is gone: what was not moved runs on here, another one is looked for, and what was
-                   moved goes on there, or here while the model is here (`orphans`)
+     └─────────┴── the destination is gone: requests that were not moved run on here; moved ones become orphans, and
+                   continue at the next destination, or here while the model is here (`orphans`)
 
-One request after the other: each stands still only for as long as its own state travels, the others run on.
+Requests migrate one after the other: each stands still only while its own state travels, and the others run on.
 """
 
 from __future__ import annotations
@@ -14,49 +14,43 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from cache_agent.errors import AgentError
 from runtime.engine.base import TokenStream
 from runtime.errors import FunctionError
 from runtime.handoff.live import LiveEngine
-from runtime.handoff.migration import Migration, MigrationReport, Unit
+from runtime.handoff.migration import MigratingRequest, Migration, MigrationReport
 from runtime.handoff.migration_table import MigrationEvent
 from runtime.handoff.orphans import Orphans
 from runtime.handoff.pipe import Broken
-from runtime.handoff.relay import Relay, Sent
+from runtime.handoff.relay import Relay, SentRequest
 from runtime.resume.sessions import Sessions
 from runtime.resume.snapshot import ReplicaIdentity
 
 log = logging.getLogger("glowplug.handoff")
 
 _AGAIN = 0.5  # seconds between two attempts to find a destination
-_SOON = 0.05  # … to move what was just ending
-_NO_ROOM = 2.0  # … to move what the destination had no room for
-
-
-class Seek(Protocol):
-    """Finds a destination and greets it; None where there is none now. Raises `Broken`, `AgentError`."""
-
-    def __call__(self) -> Relay | None: ...
+_SOON = 0.05  # seconds before requests that were just ending are looked at again
+_NO_ROOM = 2.0  # seconds before a destination without room is offered a request again
 
 
 class Departure:
-    """One worker's. `begin` starts its thread; `close` ends it, and all that is relayed."""
+    """The departure of one worker. `begin` starts its thread; `close` ends it, and all relayed streams."""
 
     def __init__(
         self,
         live: LiveEngine,
         sessions: Sessions | None,
-        place: Callable[[], ReplicaIdentity],
-        seek: Seek,
+        identity: Callable[[], ReplicaIdentity],
+        seek: Callable[[], Relay | None],
         releasable: Callable[[], bool],
         released: Callable[[], None],
         report: Callable[[MigrationReport], None],
     ) -> None:
-        """`releasable` says whether the own engine may go once it runs nothing; then `released` is called.
+        """`seek` finds a destination and greets it, or returns None; it raises `Broken` or `AgentError`.
 
-        `report` hears what became of each request, at once, and does not block.
+        `releasable` returns whether the engine may be released once it runs nothing; `released` is called after that.
+        `report` takes the outcome of each migration, and does not block.
         """
         self._live, self._sessions = live, sessions
         self._seek, self._report = seek, report
@@ -66,7 +60,7 @@ class Departure:
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._orphans = Orphans(live, self._wake.set)
-        self._mover = Migration(live, sessions, place, self._orphans, self._closing)
+        self._migration = Migration(live, sessions, identity, self._orphans, self._closing)
         self._relay: Relay | None = None
         self._thread = threading.Thread(target=self._run, name="handoff", daemon=True)
 
@@ -77,7 +71,7 @@ class Departure:
                 self._thread.start()
 
     def close(self, why: str, deadline: float) -> None:
-        """Streams that are relayed end with "moved"."""
+        """End the thread, at the latest at `deadline` (of time.monotonic); relayed streams end with "moved"."""
         self._closing.set()
         self._wake.set()
         self._orphans.end(why)
@@ -96,17 +90,17 @@ class Departure:
                     self._hand_over(relay)
             except (Broken, AgentError, FunctionError) as error:
                 log.info("no hand-off yet: %s", error)
-            except Exception:  # a fault of ours must not end what still runs
+            except Exception:  # a defect must not end the requests that still run
                 log.exception("handing over failed")
             self._pause(_AGAIN)
 
     def _pause(self, seconds: float) -> None:
-        """Less, when there is something to do sooner."""
+        """Wait so many seconds, or until there is something to do."""
         self._wake.wait(seconds)
         self._wake.clear()
 
     def _hand_over(self, relay: Relay) -> None:
-        """Returns when the destination is gone."""
+        """Migrate and relay until the destination is gone."""
         self._relay = relay
         threading.Thread(target=relay.run, args=(self._orphans.take,), name="relay", daemon=True).start()
         try:
@@ -127,86 +121,91 @@ class Departure:
             relay.close("the replica that drains has given it up")
 
     def _move_all(self, relay: Relay) -> bool:
-        """False where the destination had no room for one: asked again, that one would stand still again."""
-        for unit in self._units():
+        """Migrate every request that runs here; False as soon as the destination has no room for one.
+
+        A request that is offered again at once would stand still again, in vain.
+        """
+        for request in self._requests():
             if relay.broken or self._closing.is_set():
                 break
-            if self._move(unit, relay) == "back":
+            if self._move(request, relay) == "back":
                 return False
         return True
 
-    def _move(self, unit: Unit, relay: Relay) -> str:
-        """Return the outcome, "" where nothing was to be moved after all."""
-        if (told := self._mover.move(unit, relay)) is None:
+    def _move(self, request: MigratingRequest, relay: Relay) -> str:
+        """Migrate a request; return the outcome, "" where nothing was to be moved after all."""
+        if (report := self._migration.migrate(request, relay)) is None:
             return ""
-        self._report(told)
-        return told.outcome
+        self._report(report)
+        return report.outcome
 
-    # --- what lost its destination ----------------------------------------------------------------------------------
+    # --- requests without destination -------------------------------------------------------------------------------
 
-    def _adopted(self) -> list[Unit]:
-        """Orphans that are this worker's again, as the store has it, and whose clients wait."""
-        units = []
+    def _reclaimed(self) -> list[MigratingRequest]:
+        """Return the orphans that this worker owns again and whose clients wait."""
+        requests = []
         for orphan in self._orphans.waiting():
             if (streams := self._orphans.streams(orphan)) is not None:
                 sent = orphan.sent
-                unit = Unit(streams, sent.session, orphan, frozen_at=orphan.since, epoch=sent.epoch, why=orphan.why)
-                match self._recover(unit, sent):
+                request = MigratingRequest(
+                    streams, sent.session, orphan, frozen_at=orphan.since, epoch=sent.epoch, why=orphan.why
+                )
+                match self._recover(request, sent):
                     case MigrationEvent.YES:
-                        units.append(unit)
+                        requests.append(request)
                     case MigrationEvent.NO:
-                        self._orphans.give_up(orphan, unit.why)
-        return units
+                        self._orphans.give_up(orphan, request.why)
+        return requests
 
-    def _recover(self, unit: Unit, sent: Sent) -> MigrationEvent:
-        if unit.session is None or self._sessions is None or sent.owner == self._sessions.owner:
+    def _recover(self, request: MigratingRequest, sent: SentRequest) -> MigrationEvent:
+        if request.session is None or self._sessions is None or sent.owner == self._sessions.owner:
             return MigrationEvent.YES
-        event = self._mover.transfer(unit, sent.owner, sent.epoch, self._sessions.owner)
+        event = self._migration.transfer(request, sent.owner, sent.epoch, self._sessions.owner)
         if event is MigrationEvent.YES:
             sent.owner, sent.epoch = self._sessions.owner, sent.epoch + 1
-            unit.epoch = sent.epoch
+            request.epoch = sent.epoch
         return event
 
     def _rescue(self, relay: Relay) -> None:
-        for unit in self._adopted():
+        for request in self._reclaimed():
             if relay.broken or self._closing.is_set():
                 break
-            self._move(unit, relay)
+            self._move(request, relay)
 
     def _take_back(self) -> None:
-        """Into the own engine, while there is one: what goes on here can be moved again, as all the others."""
+        """Continue orphans in this worker's engine, if it has not been released; they can migrate again later."""
         if self._live.released:
-            self._orphans.waiting()  # their patience may be over
+            self._orphans.waiting()  # which ends those whose patience is over
             return
-        for unit in self._adopted():
-            assert unit.orphan is not None, "it was adopted"
-            sent, begun = unit.orphan.sent, dict[int, TokenStream]()
+        for request in self._reclaimed():
+            assert request.orphan is not None, "`_reclaimed` made it from an orphan"
+            sent, begun = request.orphan.sent, dict[int, TokenStream]()
             try:
-                for choice in unit.streams:
+                for choice in request.streams:
                     begun[choice] = self._live.readmit(sent.state(choice))
-            except FunctionError as error:  # no room; or it has just been released
-                log.info("%s is not taken back: %s", unit.id, error.text)
+            except FunctionError as error:  # no room, or the engine has just been released
+                log.info("%s is not taken back: %s", request.id, error.text)
                 for stream in begun.values():
                     stream.close()
                 continue
-            if unit.session is not None and self._sessions is not None:
+            if request.session is not None and self._sessions is not None:
                 running = set(sent.streams)
                 ended = [n for n in range(len(sent.tokens)) if n not in running]
-                self._sessions.retake(unit.session, unit.epoch, sent.tokens, ended)
-            for choice, stream in unit.streams.items():
+                self._sessions.retake(request.session, request.epoch, sent.tokens, ended)
+            for choice, stream in request.streams.items():
                 stream.attach(begun[choice], here=True)
-            self._orphans.found_a_place(unit.orphan)
-            log.info("%s goes on here again: %s", unit.id, unit.why)
+            self._orphans.hand_over(request.orphan)
+            log.info("%s goes on here again: %s", request.id, request.why)
 
-    # --- what is here -----------------------------------------------------------------------------------------------
+    # --- requests here ----------------------------------------------------------------------------------------------
 
-    def _units(self) -> list[Unit]:
-        units: dict[str, Unit] = {}
+    def _requests(self) -> list[MigratingRequest]:
+        requests: dict[str, MigratingRequest] = {}
         for stream in self._live.here():
             session = self._sessions.find(stream.request_id) if self._sessions is not None else None
             if session is None:
-                units[stream.request_id] = Unit({0: stream}, None)
+                requests[stream.request_id] = MigratingRequest({0: stream}, None)
                 continue
             choice = next(n for n, request in enumerate(session.requests) if request.id == stream.request_id)
-            units.setdefault(session.key.id, Unit({}, session)).streams[choice] = stream
-        return list(units.values())
+            requests.setdefault(session.key.id, MigratingRequest({}, session)).streams[choice] = stream
+        return list(requests.values())

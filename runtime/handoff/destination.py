@@ -1,8 +1,9 @@
-"""Owns this worker's readiness to go on with others' requests: it waits at its agent, and serves whoever is sent.
+"""A worker as a destination of hand-offs: it waits at its agent for draining workers, and serves each on a pipe.
 
-agent ◄── host(kin) ── this worker    matched + one end of a pipe ──► `AdoptedRequests` on a thread of its own ── again
+    agent ◄── host(siblings) ── this worker
+          ── matched, with one end of a pipe ──► `AdoptedRequests`, on a thread of its own; then it waits again
 
-It waits only while it has a free slot, so that nobody is sent to one who cannot take anything.
+The worker waits only while it has a free slot, so that none is sent here in vain.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.handoff import await_match, offer_as_destination
 from cache_agent.errors import AgentError
 from cache_agent.wire.channel import Channel, Disconnected
-from runtime.handoff.adopted import AdoptedRequests, Taking, Work
+from runtime.handoff.adopted import AdoptedRequests, ReceivingModel, WorkCounter
 from runtime.handoff.pipe import Broken, Pipe
 from runtime.resume.seal import Seal
 from runtime.resume.snapshot import ReplicaIdentity
@@ -26,31 +27,31 @@ from runtime.resume.snapshot import ReplicaIdentity
 log = logging.getLogger("glowplug.handoff")
 
 _AGAIN = (0.2, 10.0)  # seconds between attempts to reach the agent: first, and at most
-_LOOK = 0.2
+_LOOK = 0.2  # seconds between two looks for a free slot
 
 
 class Destination:
-    """One worker's. `begin` starts it; `leave` ends that anybody new is taken in, what is here runs on."""
+    """A worker's offer to adopt requests. `begin` starts it; `leave` ends it, and adopted requests run on."""
 
     def __init__(
         self,
         client: Callable[[], CacheClient],
-        here: Taking,
-        place: Callable[[], ReplicaIdentity],
+        model: ReceivingModel,
+        identity: Callable[[], ReplicaIdentity],
         siblings: Callable[[], str],
         owner: str,
         seal: Seal,
-        work: Work,
+        work: WorkCounter,
     ) -> None:
-        """`siblings` is what both sides of a hand-off have in common, "" while it is not known."""
-        self._client, self._here, self._place, self._siblings = client, here, place, siblings
+        """`siblings` returns the name that both sides of a hand-off have in common, "" while it is not known."""
+        self._client, self._model, self._identity, self._siblings = client, model, identity, siblings
         self._owner, self._seal, self._work = owner, seal, work
         self._leaving = threading.Event()
         self._lock = threading.Lock()
         self._channel: Channel | None = None
 
     def begin(self) -> None:
-        threading.Thread(target=self._run, name="host", daemon=True).start()
+        threading.Thread(target=self._run, name="destination", daemon=True).start()
 
     def leave(self) -> None:
         self._leaving.set()
@@ -77,7 +78,7 @@ class Destination:
             pause = min(_AGAIN[1], 2 * pause)
 
     def _unwilling(self) -> bool:
-        stats = self._here.engine.stats()
+        stats = self._model.engine.stats()
         return self._leaving.is_set() or stats.running + stats.waiting >= stats.slots
 
     def _wait_at_agent(self, siblings: str) -> None:
@@ -94,16 +95,16 @@ class Destination:
 
     def _welcome(self, sock: socket.socket | None, siblings: str) -> None:
         if sock is not None:
-            threading.Thread(target=self._serve, args=(sock, siblings), name="guests", daemon=True).start()
+            threading.Thread(target=self._serve, args=(sock, siblings), name="adopted", daemon=True).start()
 
     def _serve(self, sock: socket.socket, siblings: str) -> None:
         pipe = Pipe(sock, self._seal, source=False)
         try:
-            stats = self._here.engine.stats()
+            stats = self._model.engine.stats()
             greeting = pipe.greet(siblings, self._owner, stats.slots, stats.queue)
         except Broken as error:
             log.warning("a hand-off did not begin: %s", error)
             with pipe:
                 return
         log.info("taking what %s hands over", greeting.owner)
-        AdoptedRequests(pipe, self._here, self._place, self._leaving.is_set, self._work).run()
+        AdoptedRequests(pipe, self._model, self._identity, self._leaving.is_set, self._work).run()

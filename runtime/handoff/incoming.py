@@ -1,4 +1,4 @@
-"""Makes a worker's part in hand-offs: it takes others' requests in, and gives its own away once it drains."""
+"""A worker's part in hand-offs: it adopts other workers' requests, and gives its own away once it drains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cache_agent.wire.requests import HandoffOutcome
 from runtime.config import FunctionConfig
 from runtime.engine.base import STATE_VERSION
 from runtime.function.model import Model
-from runtime.handoff.adopted import Work
+from runtime.handoff.adopted import WorkCounter
 from runtime.handoff.departure import Departure
 from runtime.handoff.destination import Destination
 from runtime.handoff.live import LiveEngine
@@ -27,50 +27,56 @@ from runtime.resume.snapshot import VERSION, ReplicaIdentity
 
 
 class Incoming:
-    """One worker's. `model.engine` is a `LiveEngine` from here on."""
+    """The hand-offs of one worker. It replaces `model.engine` by a `LiveEngine`."""
 
     def __init__(
         self,
         function: str,
         client: Callable[[], CacheClient],
         model: Model,
-        place: Callable[[], ReplicaIdentity],
+        identity: Callable[[], ReplicaIdentity],
         sealing: Seal,
-        work: Work,
+        work: WorkCounter,
         released: Callable[[], None],
     ) -> None:
-        """`function` is the name that its replicas have in common; `work` counts what is moved here, and `released` is
-        called when the engine is gone."""
-        self._function, self._client, self._model, self._place, self._seal = function, client, model, place, sealing
+        """`function` is the name that its replicas have in common; `work` counts adopted requests; `released` is called
+        when the engine is gone."""
+        self._function, self._client, self._model, self._identity, self._seal = (
+            function,
+            client,
+            model,
+            identity,
+            sealing,
+        )
         model.engine = live = LiveEngine(model.engine)
         self._owner = model.sessions.owner if model.sessions else f"worker-{os.getpid()}-{secrets.token_hex(8)}"
         self._reporter = Reporter(lambda items: report(client(), items))
-        self._host = Destination(client, model, place, self._siblings, self._owner, sealing, work)
+        self._destination = Destination(client, model, identity, self._siblings, self._owner, sealing, work)
         self._departure = Departure(
-            live, model.sessions, place, self._seek, lambda: not model.raw_read, released, self._report
+            live, model.sessions, identity, self._seek, lambda: not model.raw_read, released, self._report
         )
-        self._host.begin()
+        self._destination.begin()
 
     def depart(self) -> None:
-        """Returns at once; asked again, it does nothing."""
-        self._host.leave()
+        """Begin to drain, and return at once; further calls do nothing."""
+        self._destination.leave()
         self._departure.begin()
 
     def close(self, why: str, deadline: float) -> None:
-        """End what is relayed, with an error after which it can be asked for again, and report all that has moved.
+        """End relayed streams with an error after which clients can resume, and report all migrations.
 
         Returns at `deadline`, on time.monotonic, at the latest; may be called again.
         """
-        self._host.leave()
+        self._destination.leave()
         self._departure.close(why, deadline)
         self._reporter.close(deadline)
 
     def _siblings(self) -> str:
-        """Two workers that have it in common can go on with each other's requests."""
-        place = self._place()
-        if not place.revision:
+        """Return the name that workers have in common which can continue each other's requests; "" while not known."""
+        identity = self._identity()
+        if not identity.revision:
             return ""
-        parts = (VERSION, STATE_VERSION, place.engine, place.revision, place.tokenizer, place.adapter)
+        parts = (VERSION, STATE_VERSION, identity.engine, identity.revision, identity.tokenizer, identity.adapter)
         digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
         return f"{self._function}:{digest}:{self._seal.name}"
 
@@ -84,31 +90,35 @@ class Incoming:
             return None
         pipe = Pipe(sock, self._seal, source=True)
         try:
-            return Relay(pipe, pipe.greet(siblings, self._owner), self._place())
+            return Relay(pipe, pipe.greet(siblings, self._owner), self._identity())
         except BaseException:
             with pipe:
                 raise
 
-    def _report(self, told: MigrationReport) -> None:
+    def _report(self, migration: MigrationReport) -> None:
         self._reporter.report(
             HandoffOutcome(
                 self._function,
-                told.id,
+                migration.id,
                 self._owner,
-                told.to,
-                told.tokens,
-                told.pause,
-                told.how,
-                told.outcome,
-                told.reason[:1024],
+                migration.to,
+                migration.tokens,
+                migration.pause,
+                migration.how,
+                migration.outcome,
+                migration.reason[:1024],
             )
         )
 
 
-def moving(
-    config: FunctionConfig, client: Callable[[], CacheClient], model: Model, work: Work, released: Callable[[], None]
+def make_incoming(
+    config: FunctionConfig,
+    client: Callable[[], CacheClient],
+    model: Model,
+    work: WorkCounter,
+    released: Callable[[], None],
 ) -> Incoming | None:
-    """None for a function whose requests stay where they are. Raises `BadConfig`."""
+    """Return a worker's part in hand-offs; None for a function without hand-off. Raises `BadConfig`."""
     if not (name := config.handoff_name):
         return None
     return Incoming(name, client, model, lambda: model.identity, seal(config.function_key_file), work, released)

@@ -1,9 +1,9 @@
-"""Owns where a worker's generations run: in its own engine or, once it drains, in another worker's.
+"""The place where a worker's generations run: in its engine or, once it drains, in another worker's.
 
-    readers ──► LiveEngine ──► own engine            feeds of what runs here
-                     └──redirect──► Relay            new ones, and those that were moved
+    readers ──► LiveEngine ──► this worker's engine      feeds of generations that run here
+                     └──redirect──► Relay                feeds of new generations, and of those that were moved
 
-Each generation is an `Answer`. Its feed is the own engine's stream or, once the generation has been moved, a relay's.
+Each generation is an `Answer`. Its feed is this worker's engine's stream or, after its migration, a relay's.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from runtime.errors import Moved
 from runtime.resume.answer import Answer
 
 
-class Elsewhere(Protocol):
-    """Another worker's engine, as far as answers need it."""
+class RemoteEngine(Protocol):
+    """Another worker's engine, as far as answers use it."""
 
     def begin(self, request: GenerationRequest) -> TokenStream:
-        """Raises `EngineBusy`, `BadRequest`, `Moved`."""
+        """Begin a generation there. Raises `EngineBusy`, `BadRequest`, `Moved`."""
         ...
 
     def admit(self, state: GenerationState) -> TokenStream: ...
@@ -34,7 +34,7 @@ class Elsewhere(Protocol):
 
 
 class LiveEngine:
-    """The engine that answers talk to; see `Engine`. Any thread."""
+    """An `Engine` whose generations can move to another worker. Any thread."""
 
     def __init__(self, engine: Engine) -> None:
         self.kind, self.context_length = engine.kind, engine.context_length
@@ -42,10 +42,10 @@ class LiveEngine:
         self._revision = engine.revision
         self._stats = engine.stats()
         self._lock = threading.Lock()
-        self._own: Engine | None = engine
-        self._elsewhere: Elsewhere | None = None
+        self._engine: Engine | None = engine
+        self._remote: RemoteEngine | None = None
         self._answers: dict[str, Answer] = {}
-        self._embedding = 0  # calls of it that are in the own engine
+        self._embedding = 0  # calls of `embed` that run in this worker's engine
 
     @property
     def revision(self) -> str:
@@ -54,27 +54,27 @@ class LiveEngine:
     @revision.setter
     def revision(self, revision: str) -> None:
         self._revision = revision
-        if (own := self._own) is not None:
-            own.revision = revision
+        if (engine := self._engine) is not None:
+            engine.revision = revision
 
-    # --- what answers ask -------------------------------------------------------------------------------------------
+    # --- for answers ------------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest) -> Answer:
-        return self._begin(request, lambda own: own.submit(request), lambda other: other.begin(request))
+        return self._begin(request, lambda engine: engine.submit(request), lambda remote: remote.begin(request))
 
     def admit(self, state: GenerationState) -> Answer:
-        return self._begin(state.request, lambda own: own.admit(state), lambda other: other.admit(state))
+        return self._begin(state.request, lambda engine: engine.admit(state), lambda remote: remote.admit(state))
 
     def _begin(
         self,
         request: GenerationRequest,
         here: Callable[[Engine], TokenStream],
-        there: Callable[[Elsewhere], TokenStream],
+        there: Callable[[RemoteEngine], TokenStream],
     ) -> Answer:
         with self._lock:
-            if (other := self._elsewhere) is None:
-                return self._entered(request, here(self._owned()), here=True)
-        feed = there(other)
+            if (remote := self._remote) is None:
+                return self._entered(request, here(self._present_engine()), here=True)
+        feed = there(remote)
         with self._lock:
             return self._entered(request, feed, here=False)
 
@@ -85,99 +85,101 @@ class LiveEngine:
     def cancel(self, request_id: str) -> None:
         with self._lock:
             answer = self._answers.get(request_id)
-            own, other = self._own, self._elsewhere
+            engine, remote = self._engine, self._remote
         if answer is None:
             return
-        if not answer.here and other is not None:
-            other.cancel(request_id)
-        elif own is not None:
-            own.cancel(request_id)
+        if not answer.here and remote is not None:
+            remote.cancel(request_id)
+        elif engine is not None:
+            engine.cancel(request_id)
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         with self._lock:
-            if (other := self._elsewhere) is None:
-                own = self._owned()
+            if (remote := self._remote) is None:
+                engine = self._present_engine()
                 self._embedding += 1
-        if other is not None:
-            return other.embed(prompts)
+        if remote is not None:
+            return remote.embed(prompts)
         try:
-            return own.embed(prompts)
+            return engine.embed(prompts)
         finally:
             with self._lock:
                 self._embedding -= 1
 
     def stats(self) -> EngineStats:
         with self._lock:
-            own, other = self._own, self._elsewhere
-        return other.stats() if other is not None else own.stats() if own is not None else self._stats
+            engine, remote = self._engine, self._remote
+        return remote.stats() if remote is not None else engine.stats() if engine is not None else self._stats
 
-    # --- the own engine's -------------------------------------------------------------------------------------------
+    # --- this worker's engine ---------------------------------------------------------------------------------------
 
     def export(self, request_id: str, *, kv: bool = True) -> GenerationState:
-        if (own := self._own) is None:
+        if (engine := self._engine) is None:
             raise KeyError(request_id)
-        return own.export(request_id, kv=kv)
+        return engine.export(request_id, kv=kv)
 
     def readmit(self, state: GenerationState) -> TokenStream:
-        """For a stream that is there already: its tokens from the own engine. Raises what `admit` does, and `Moved`."""
+        """Return a feed from this worker's engine for an answer that exists. Raises what `admit` does, and `Moved`."""
         with self._lock:
-            return self._owned().admit(state) if state.generated else self._owned().submit(state.request)
+            return (
+                self._present_engine().admit(state) if state.generated else self._present_engine().submit(state.request)
+            )
 
     def resume(self, request_id: str) -> None:
-        if (own := self._own) is not None:
-            own.resume(request_id)
+        if (engine := self._engine) is not None:
+            engine.resume(request_id)
 
     def forget(self, request_id: str) -> None:
-        if (own := self._own) is not None:
-            own.forget(request_id)
+        if (engine := self._engine) is not None:
+            engine.forget(request_id)
 
     def recompute(self, request_id: str) -> tuple[int, float]:
-        """Bytes of a generation's rows, and about how many seconds feeding it again would take; 0 for not known."""
-        measure: Callable[[str], tuple[int, float]] | None = getattr(self._own, "recompute", None)
+        """Return the bytes of a generation's rows, and the estimated seconds of computing them again; 0: not known."""
+        measure: Callable[[str], tuple[int, float]] | None = getattr(self._engine, "recompute", None)
         return measure(request_id) if measure is not None else (0, 0.0)
 
     def close(self) -> None:
-        if (own := self._own) is not None:
-            own.close()
+        if (engine := self._engine) is not None:
+            engine.close()
 
-    # --- what moves generations uses --------------------------------------------------------------------------------
+    # --- for hand-offs ----------------------------------------------------------------------------------------------
 
-    def redirect(self, other: Elsewhere | None) -> None:
-        """Where new generations begin from here on; None: in the own engine, if it is still there."""
+    def redirect(self, remote: RemoteEngine | None) -> None:
+        """Set where new generations begin; None: in this worker's engine, if it has not been released."""
         with self._lock:
-            self._elsewhere = other
+            self._remote = remote
 
     def here(self) -> list[Answer]:
-        """The generations that the own engine runs."""
+        """Return the generations that this worker's engine runs."""
         with self._lock:
             return [answer for answer in self._answers.values() if answer.here]
 
     def reader(self, feed: TokenStream) -> Answer | None:
-        """The answer that another worker's tokens belong to; None when its reader has left."""
+        """Return the answer that reads this feed; None when its reader has left."""
         with self._lock:
             answer = self._answers.get(feed.request_id)
             return answer if answer is not None and answer.reads(feed) else None
 
     def release(self) -> bool:
-        """Gives the own engine up, with all that it holds; False while it still runs something."""
+        """Close this worker's engine, with all that it holds; False while it still runs something."""
         with self._lock:
-            if self._elsewhere is None or self._embedding:
+            if self._remote is None or self._embedding:
                 return False
-            if (own := self._own) is not None:
-                stats = own.stats()
-                if stats.running or stats.waiting:  # of what has ended all events are out, though not all are read
+            if (engine := self._engine) is not None:
+                stats = engine.stats()
+                if stats.running or stats.waiting:  # after the end of a generation all its events are in its stream
                     return False
-                self._own, self._stats = None, stats
-        if own is not None:
-            own.close()
+                self._engine, self._stats = None, stats
+        if engine is not None:
+            engine.close()
         return True
 
     @property
     def released(self) -> bool:
-        return self._own is None
+        return self._engine is None
 
-    def _owned(self) -> Engine:
-        if (found := self._own) is None:
+    def _present_engine(self) -> Engine:
+        if (found := self._engine) is None:
             raise Moved("this replica has handed its work over and ends; send the request again, it finds another one")
         return found
 

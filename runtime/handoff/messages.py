@@ -1,32 +1,32 @@
-"""What two workers say to each other while one hands its work over, and how it becomes bytes. Pure.
+"""The messages of two workers during a hand-off, and their bytes. Pure.
 
     frame := length (4 bytes, big endian, 1 … MAX_FRAME) body
-    body  := one message in MessagePack, as the function's seal makes it (`runtime.resume.seal`)
+    body  := one message in MessagePack, sealed with the function's key, if it has one (`runtime.resume.seal`)
 
     draining worker                        destination
       │  greeting(nonce, kin, owner)        │
       │ ───────────────────────────────────►│
-      │     greeting(nonce, kin, owner, …)  │   bodies are sealed from here on: as number n of this side of this pair
-      │ ◄───────────────────────────────────│   of nonces, so that none is foreign, repeated or left out
-      │  probe(bytes) … ◄── probed          │   how fast this is
-      │  offer(number, …), part …           │   a request: a snapshot of each of its choices, in parts
+      │     greeting(nonce, kin, owner, …)  │   later bodies are sealed with their number, their side and both nonces:
+      │ ◄───────────────────────────────────│   no foreign, repeated or omitted message is accepted
+      │  probe(bytes) … ◄── probed          │   measures the pipe's speed
+      │  offer(number, …), part …           │   a request: a snapshot of each choice, in parts
       │ ───────────────────────────────────►│
-      │           ready | refused           │   it works on it, in silence
+      │           ready | refused           │   ready: its engine has begun, and sends nothing yet
       │ ◄───────────────────────────────────│
       │  go(number, epoch) | drop(number)   │   after the fencing epoch has changed hands
       │ ───────────────────────────────────►│
-      │        running(number), told …      │   every token with its index, to the end
+      │        running(number), told …      │   every token with its index, until the end
       │ ◄───────────────────────────────────│
-      │  cancel(number, choice)             │   its client has gone
+      │  cancel(number, choice)             │   the client has gone
       │ ───────────────────────────────────►│
       │  embed(number, prompts)             │
       │ ───────────────────────────────────►│
       │           vectors(number, …)        │
       │ ◄───────────────────────────────────│
-      │  beat … beat                        │   after a second without another word: silence means that it is gone
+      │  beat … beat                        │   after a second without another message; a silent side is given up
 
-A request that came to the draining worker is offered the same way, with `now`: nobody else can own it, so that
-`ready` is its `go`, and its tokens follow.
+A request that comes to the draining worker is offered in the same way, with `now`: no other worker can own it, so its
+tokens follow `ready` without a `go`.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 
 
 class PipeMessage(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Root of all of them."""
+    """Base class of the messages."""
 
 
 class Greeting(PipeMessage, frozen=True, tag="greeting"):
-    """`owner` is the name under which this worker owns requests; `slots` and `queue` are its engine's."""
+    """First message of each side; `owner` is the name under which a worker owns requests, `slots` and `queue` its
+    engine's."""
 
     version: int
     nonce: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
@@ -75,14 +76,14 @@ class Probed(PipeMessage, frozen=True, tag="probed"):
 
 
 class KeptRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the store knows the request as; `ended` are its choices that are complete."""
+    """A kept request, as the store knows it; `ended` are its complete choices."""
 
     context: AnswerContext
     ended: list[Number]
 
 
 class MigrationOffer(PipeMessage, frozen=True, tag="offer"):
-    """A request: `sizes` are the bytes of its choices' snapshots, which follow in parts, one after the other."""
+    """A request; `sizes` are the bytes of its choices' snapshots, which follow in parts, one after the other."""
 
     number: Number
     sizes: Annotated[list[Number], msgspec.Meta(min_length=1, max_length=MAX_CHOICES)]
@@ -107,7 +108,7 @@ class OfferRefused(PipeMessage, frozen=True, tag="refused"):
 
 
 class Go(PipeMessage, frozen=True, tag="go"):
-    """The request is the destination's now, under `epoch`; 0 for one that is not kept."""
+    """Transfer of the request to the destination, under `epoch`; 0 for a request that is not kept."""
 
     number: Number
     epoch: Number
@@ -122,7 +123,7 @@ class OfferRunning(PipeMessage, frozen=True, tag="running"):
 
 
 class RelayedEvent(PipeMessage, frozen=True, tag="told"):
-    """One event of a choice, as the engine made it."""
+    """One event of a choice, as the destination's engine made it."""
 
     number: Number
     choice: Number
@@ -180,14 +181,14 @@ def encode(message: PipeMessage) -> bytes:
 
 
 def decode(data: bytes) -> AnyMessage:
-    """Raises `SnapshotRefused` for anything but one well-formed message of this version."""
+    """Return the message. Raises `SnapshotRefused` for anything but one well-formed message of this version."""
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SnapshotRefused(f"what came is no message of hand-off format {VERSION}: {error}") from error
 
 
-def told(number: int, choice: int, event: TokenEvent) -> RelayedEvent:
+def relayed(number: int, choice: int, event: TokenEvent) -> RelayedEvent:
     chances = (event.logprobs.token, list(event.logprobs.top)) if event.logprobs else None
     return RelayedEvent(number, choice, event.index, event.token, event.text, event.finish, event.error, chances)
 

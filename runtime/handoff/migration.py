@@ -1,7 +1,7 @@
-"""Owns the carrying out of one move: a request stands still, is offered, made over, and goes on there, or here.
+"""The migration of one request: freeze, offer, transfer, and continuation at the destination or here.
 
-What is done after what is decided by `move`; this does it, with the engine, the store and the relay, and tells how it
-went. What moves may run here, or may have lost its destination and run nowhere (`orphans`).
+`migration_table` decides which action follows which event; this module carries the actions out, with the engine, the
+store and the relay. The request runs here, or has lost its destination and runs nowhere (`orphans`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runtime.handoff.messages import KeptRequest, OfferReady, OfferRefused, Offe
 from runtime.handoff.migration_table import MigrationAction, MigrationEvent, MigrationState, travels
 from runtime.handoff.orphans import OrphanedRequest, Orphans
 from runtime.handoff.pipe import Broken
-from runtime.handoff.relay import ANSWER, Relay, Sent
+from runtime.handoff.relay import ANSWER, Relay, SentRequest
 from runtime.resume.answer import Answer
 from runtime.resume.session import Session
 from runtime.resume.sessions import Sessions
@@ -28,15 +28,16 @@ from runtime.resume.snapshot import ReplicaIdentity, Snapshot
 
 log = logging.getLogger("glowplug.handoff")
 
-_FREEZE = 10.0  # seconds in which the store must have answered what it is being told
-_COMMIT = 5.0  # seconds in which the store must say whose a request is
-_SLOWEST = 4 << 20  # bytes per second that a state may take to be ready
-_LOOK = 0.1
+_FREEZE = 10.0  # seconds that the store has for the exchange that is under way
+_COMMIT = 5.0  # seconds that the store has to transfer a request
+_SLOWEST = 4 << 20  # bytes per second of a state's transfer and decoding, at least
+_LOOK = 0.1  # seconds between two attempts to transfer
 
 
 @dataclass(slots=True)
 class MigrationReport:
-    """How one request fared. `how` is "kv", "recompute" or "relay"; `outcome` "moved", "back" or "lost"."""
+    """Outcome of one migration. `how` is "kv", "recompute" or "relay"; `outcome` "moved", "back" or "lost"; `pause` in
+    seconds."""
 
     id: str
     to: str
@@ -48,15 +49,15 @@ class MigrationReport:
 
 
 @dataclass(slots=True)
-class Unit:
-    """What moves together: the choices of a kept request, or one generation."""
+class MigratingRequest:
+    """The unit of migration: all choices of a kept request, or one generation."""
 
     streams: dict[int, Answer]  # by choice
     session: Session | None
     orphan: OrphanedRequest | None = None
     snapshots: list[Snapshot] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
-    sent: Sent | None = None
+    sent: SentRequest | None = None
     how: str = "relay"
     frozen_at: float = 0.0
     running_at: float = 0.0
@@ -69,195 +70,200 @@ class Unit:
 
 
 class Migration:
-    """One worker's; for the thread of its `Departure` alone."""
+    """The migrations of one worker, carried out on the thread of its `Departure` alone."""
 
     def __init__(
         self,
         live: LiveEngine,
         sessions: Sessions | None,
-        place: Callable[[], ReplicaIdentity],
+        identity: Callable[[], ReplicaIdentity],
         orphans: Orphans,
         closing: threading.Event,
     ) -> None:
-        self._live, self._sessions, self._place = live, sessions, place
+        self._live, self._sessions, self._identity = live, sessions, identity
         self._orphans, self._closing = orphans, closing
 
-    def move(self, unit: Unit, relay: Relay) -> MigrationReport | None:
-        """None where nothing was to be moved after all."""
-        move, event = MigrationState(), MigrationEvent.BEGIN
+    def migrate(self, request: MigratingRequest, relay: Relay) -> MigrationReport | None:
+        """Migrate a request and report the outcome; None where nothing was to be moved after all."""
+        migration, event = MigrationState(), MigrationEvent.BEGIN
         try:
-            while not move.over:
-                for action in move.handle(event):
-                    event = self._act(action, unit, relay) or event
-        except Exception:  # a fault of ours: nothing may stand still for ever
-            self._resume(unit) if move.state in ("freezing", "offered") else self._lose(unit)
+            while not migration.over:
+                for action in migration.handle(event):
+                    event = self._act(action, request, relay) or event
+        except Exception:  # a defect must not leave the request frozen for ever
+            self._resume(request) if migration.state in ("freezing", "offered") else self._lose(request)
             raise
-        if not unit.snapshots:
+        if not request.snapshots:
             return None
-        tokens = sum(len(unit.snapshots[choice].state.generated) for choice in unit.streams)
-        pause = (unit.running_at or time.monotonic()) - unit.frozen_at
-        how = f"{unit.how}: {unit.why}" if unit.why else unit.how
-        log.info("%s: %s, to %s, in %.0f ms (%s)", unit.id, move.state, relay.owner, pause * 1e3, how)
-        return MigrationReport(unit.id, relay.owner, tokens, pause, unit.how, move.state, unit.why)
+        tokens = sum(len(request.snapshots[choice].state.generated) for choice in request.streams)
+        pause = (request.running_at or time.monotonic()) - request.frozen_at
+        how = f"{request.how}: {request.why}" if request.why else request.how
+        log.info("%s: %s, to %s, in %.0f ms (%s)", request.id, migration.state, relay.owner, pause * 1e3, how)
+        return MigrationReport(request.id, relay.owner, tokens, pause, request.how, migration.state, request.why)
 
-    # --- what `move` decided ----------------------------------------------------------------------------------------
+    # --- the table's actions ----------------------------------------------------------------------------------------
 
-    def _act(self, action: MigrationAction, unit: Unit, relay: Relay) -> MigrationEvent | None:
+    def _act(self, action: MigrationAction, request: MigratingRequest, relay: Relay) -> MigrationEvent | None:
         match action:
             case MigrationAction.FREEZE:
-                return self._freeze(unit, relay)
+                return self._freeze(request, relay)
             case MigrationAction.OFFER:
-                return self._offer(unit, relay)
+                return self._offer(request, relay)
             case MigrationAction.COMMIT:
-                return self._commit(unit, relay)
+                return self._commit(request, relay)
             case MigrationAction.GO:
-                return self._go(unit, relay)
+                return self._go(request, relay)
             case MigrationAction.RECLAIM:
-                return self._reclaim(unit, relay)
+                return self._reclaim(request, relay)
             case MigrationAction.ATTACH:
-                self._attach(unit, relay)
+                self._attach(request, relay)
             case MigrationAction.DROP:
-                if unit.sent is not None:
-                    relay.drop(unit.sent)
+                if request.sent is not None:
+                    relay.drop(request.sent)
             case MigrationAction.RESUME:
-                self._resume(unit)
+                self._resume(request)
             case MigrationAction.LOSE:
-                self._lose(unit)
+                self._lose(request)
         return None
 
-    def _freeze(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        if unit.orphan is not None:
-            return self._still(unit, unit.orphan.sent)
-        session = unit.session
+    def _freeze(self, request: MigratingRequest, relay: Relay) -> MigrationEvent:
+        if request.orphan is not None:
+            return self._freeze_orphan(request, request.orphan.sent)
+        session = request.session
         if session is not None:
-            assert self._sessions is not None, "it holds it"
+            assert self._sessions is not None, "the request has a session"
             if not self._sessions.freeze(session, time.monotonic() + _FREEZE):
                 return MigrationEvent.UNFIT
-            if set(unit.streams) != set(range(len(session.requests))) - session.ended:
-                return MigrationEvent.UNFIT  # one of its choices has just ended, and its last tokens are not told yet
-            unit.epoch, unit.ended = session.epoch, sorted(session.ended)
+            if set(request.streams) != set(range(len(session.requests))) - session.ended:
+                return MigrationEvent.UNFIT  # a choice has just ended, and its last tokens are not recorded yet
+            request.epoch, request.ended = session.epoch, sorted(session.ended)
         try:
-            states = {choice: self._export(stream, unit, relay) for choice, stream in unit.streams.items()}
-        except (KeyError, FunctionError) as error:  # it ended in this moment, or its step takes for ever
-            log.debug("%s is not moved now: %r", unit.id, error)
+            states = {choice: self._export(stream, request, relay) for choice, stream in request.streams.items()}
+        except (KeyError, FunctionError) as error:  # the generation has just ended, or its step takes too long
+            log.debug("%s is not moved now: %r", request.id, error)
             return MigrationEvent.UNFIT
-        place = self._place()
+        identity = self._identity()
         whole = list(states.values())
         if session is not None:
-            told = zip(session.requests, session.tokens, strict=True)
-            whole = [states.get(n) or place.state(request, ids) for n, (request, ids) in enumerate(told)]
-        unit.snapshots = [place.snapshot(state, unit.epoch) for state in whole]
+            choices = enumerate(zip(session.requests, session.tokens, strict=True))
+            whole = [states.get(n) or identity.state(asked, tokens) for n, (asked, tokens) in choices]
+        request.snapshots = [identity.snapshot(state, request.epoch) for state in whole]
         return MigrationEvent.FROZEN
 
-    def _still(self, unit: Unit, sent: Sent) -> MigrationEvent:
-        """It runs nowhere: its state is what came of it."""
+    def _freeze_orphan(self, request: MigratingRequest, sent: SentRequest) -> MigrationEvent:
+        """Take the state of an orphan, which runs nowhere, from its tokens."""
         running = set(sent.streams)
-        unit.ended = [n for n in range(len(sent.tokens)) if n not in running]
-        unit.snapshots = [replace(each, state=sent.state(n), epoch=unit.epoch) for n, each in enumerate(sent.snapshots)]
-        unit.how = "recompute" if any(sent.tokens) else "relay"
+        request.ended = [n for n in range(len(sent.tokens)) if n not in running]
+        request.snapshots = [
+            replace(each, state=sent.state(n), epoch=request.epoch) for n, each in enumerate(sent.snapshots)
+        ]
+        request.how = "recompute" if any(sent.tokens) else "relay"
         return MigrationEvent.FROZEN
 
-    def _export(self, stream: Answer, unit: Unit, relay: Relay) -> GenerationState:
+    def _export(self, stream: Answer, request: MigratingRequest, relay: Relay) -> GenerationState:
         size, again = self._live.recompute(stream.request_id)
         kv = travels(size, relay.speed, again, exact=stream.request.deterministic)
         state = self._live.export(stream.request_id, kv=kv)
-        unit.frozen_at = unit.frozen_at or time.monotonic()
-        if state.kv or (state.generated and unit.how == "relay"):
-            unit.how = "kv" if state.kv else "recompute"
+        request.frozen_at = request.frozen_at or time.monotonic()
+        if state.kv or (state.generated and request.how == "relay"):
+            request.how = "kv" if state.kv else "recompute"
         return state
 
-    def _offer(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        kept = KeptRequest(unit.session.context, unit.ended) if unit.session else None
-        live = list(unit.streams) if unit.session else [0]
-        size = sum(len(row.data) for each in unit.snapshots for row in each.state.kv)
+    def _offer(self, request: MigratingRequest, relay: Relay) -> MigrationEvent:
+        kept = KeptRequest(request.session.context, request.ended) if request.session else None
+        live = list(request.streams) if request.session else [0]
+        size = sum(len(row.data) for each in request.snapshots for row in each.state.kv)
         try:
-            unit.sent = relay.offer(unit.snapshots, live, kept)
-            unit.sent.rescues = unit.orphan.sent.rescues + 1 if unit.orphan else 0
-            answer = relay.answer(unit.sent, OfferReady, ANSWER + size / _SLOWEST)
+            request.sent = relay.offer(request.snapshots, live, kept)
+            request.sent.rescues = request.orphan.sent.rescues + 1 if request.orphan else 0
+            answer = relay.answer(request.sent, OfferReady, ANSWER + size / _SLOWEST)
         except Broken as error:
-            return self._broken(unit, relay, error)
+            return self._broken(request, relay, error)
         if isinstance(answer, OfferRefused):
-            unit.why = f"{answer.text} [{answer.code}]"
+            request.why = f"{answer.text} [{answer.code}]"
             return MigrationEvent.REFUSED
         return MigrationEvent.READY
 
-    def _commit(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        if unit.session is None:
-            return MigrationEvent.YES  # nobody else can claim it
-        assert self._sessions is not None, "it holds it"
-        return self.transfer(unit, self._sessions.owner, unit.epoch, relay.owner)
+    def _commit(self, request: MigratingRequest, relay: Relay) -> MigrationEvent:
+        if request.session is None:
+            return MigrationEvent.YES  # no other worker can claim it
+        assert self._sessions is not None, "the request has a session"
+        return self.transfer(request, self._sessions.owner, request.epoch, relay.owner)
 
-    def _go(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        assert unit.sent is not None, "it was offered"
+    def _go(self, request: MigratingRequest, relay: Relay) -> MigrationEvent:
+        assert request.sent is not None, "it was offered"
         try:
-            relay.go(unit.sent, unit.epoch + 1 if unit.session else 0)
-            relay.answer(unit.sent, OfferRunning, ANSWER)
+            relay.go(request.sent, request.epoch + 1 if request.session else 0)
+            relay.answer(request.sent, OfferRunning, ANSWER)
         except Broken as error:
-            return self._broken(unit, relay, error)
-        unit.running_at = time.monotonic()
+            return self._broken(request, relay, error)
+        request.running_at = time.monotonic()
         return MigrationEvent.RUNNING
 
-    def _reclaim(self, unit: Unit, relay: Relay) -> MigrationEvent:
-        if unit.session is None:
+    def _reclaim(self, request: MigratingRequest, relay: Relay) -> MigrationEvent:
+        if request.session is None:
             return MigrationEvent.YES
-        assert self._sessions is not None, "it holds it"
-        unit.epoch += 1
-        event = self.transfer(unit, relay.owner, unit.epoch, self._sessions.owner)
-        unit.epoch += event is MigrationEvent.YES
+        assert self._sessions is not None, "the request has a session"
+        request.epoch += 1
+        event = self.transfer(request, relay.owner, request.epoch, self._sessions.owner)
+        request.epoch += event is MigrationEvent.YES
         return event
 
-    def transfer(self, unit: Unit, owner: str, epoch: int, successor: str) -> MigrationEvent:
-        """Asked again until the store has said something: saying it twice is saying it once."""
-        assert unit.session is not None, "only what is kept has an owner"
-        assert self._sessions is not None, "it holds it"
+    def transfer(self, request: MigratingRequest, owner: str, epoch: int, successor: str) -> MigrationEvent:
+        """Transfer a kept request; ask again until the store answers, as the transfer is idempotent.
+
+        Returns YES, NO or, after `_COMMIT` seconds without an answer, UNKNOWN.
+        """
+        assert request.session is not None, "only what is kept has an owner"
+        assert self._sessions is not None, "the request has a session"
         deadline = time.monotonic() + _COMMIT
         while True:
             try:
-                if self._sessions.transfer(unit.session, owner, epoch, successor):
+                if self._sessions.transfer(request.session, owner, epoch, successor):
                     return MigrationEvent.YES
-                unit.why = "another replica took it over"
+                request.why = "another replica took it over"
                 return MigrationEvent.NO
             except AgentError as error:
-                unit.why = f"whose it is cannot be known now: {error.text} [{error.code}]"
+                request.why = f"whose it is cannot be known now: {error.text} [{error.code}]"
             if time.monotonic() >= deadline:
                 return MigrationEvent.UNKNOWN
             self._closing.wait(_LOOK)
 
-    def _attach(self, unit: Unit, relay: Relay) -> None:
-        sent = unit.sent
+    def _attach(self, request: MigratingRequest, relay: Relay) -> None:
+        sent = request.sent
         assert sent is not None, "it was offered"
-        if unit.session is not None and self._sessions is not None:
-            self._sessions.handed(unit.session, relay.owner, unit.epoch + 1)
-            sent.session, sent.epoch = unit.session, unit.epoch + 1
-        for choice, stream in unit.streams.items():
-            stream.attach(sent.all[choice])
-            if unit.orphan is None:
+        if request.session is not None and self._sessions is not None:
+            self._sessions.handed(request.session, relay.owner, request.epoch + 1)
+            sent.session, sent.epoch = request.session, request.epoch + 1
+        for choice, stream in request.streams.items():
+            stream.attach(sent.all_streams[choice])
+            if request.orphan is None:
                 self._live.forget(stream.request_id)
-        if unit.orphan is not None:
-            self._orphans.found_a_place(unit.orphan)
+        if request.orphan is not None:
+            self._orphans.hand_over(request.orphan)
         if not relay.settle(sent):
             self._orphans.take([sent], relay.broken)
 
-    def _resume(self, unit: Unit) -> None:
-        if unit.orphan is not None:  # it waits for the next destination
-            unit.orphan.sent.epoch = unit.epoch
+    def _resume(self, request: MigratingRequest) -> None:
+        if request.orphan is not None:  # which waits for the next destination
+            request.orphan.sent.epoch = request.epoch
             return
-        if unit.session is not None and self._sessions is not None:
-            self._sessions.thaw(unit.session, unit.epoch if unit.epoch != unit.session.epoch else 0)
-        for stream in unit.streams.values():
+        if request.session is not None and self._sessions is not None:
+            self._sessions.thaw(request.session, request.epoch if request.epoch != request.session.epoch else 0)
+        for stream in request.streams.values():
             self._live.resume(stream.request_id)
 
-    def _lose(self, unit: Unit) -> None:
-        if unit.orphan is not None:
-            self._orphans.give_up(unit.orphan, unit.why)
+    def _lose(self, request: MigratingRequest) -> None:
+        if request.orphan is not None:
+            self._orphans.give_up(request.orphan, request.why)
             return
-        if unit.session is not None and self._sessions is not None:
-            self._sessions.lost(unit.session, unit.why)
-        for stream in unit.streams.values():
+        if request.session is not None and self._sessions is not None:
+            self._sessions.lost(request.session, request.why)
+        for stream in request.streams.values():
             self._live.cancel(stream.request_id)
 
-    def _broken(self, unit: Unit, relay: Relay, error: Broken) -> MigrationEvent:
-        """One that answers too late is not offered anything more: each time something would stand still for it."""
-        unit.why = str(error)
-        relay.close(unit.why)
+    def _broken(self, request: MigratingRequest, relay: Relay, error: Broken) -> MigrationEvent:
+        """Give a destination up that is gone or late: another offer would stand still for it, too."""
+        request.why = str(error)
+        relay.close(request.why)
         return MigrationEvent.BROKEN

@@ -1,9 +1,9 @@
-"""Decides how one request changes hands, and how its state travels. Pure: events in, actions out, no I/O, no clock.
+"""The table of a migration: which action follows which event; and whether keys and values travel. Pure.
 
-A request that is kept is made over by a compare-and-set on its fencing epoch; until that is done nothing has happened,
-and any failure resumes it here. Afterwards it is taken back the same way, or, where nobody can say whose it is, given
-up on both sides with an error after which it can be resumed. A request that is not kept can be claimed by nobody, so
-the connection alone decides: what cannot be heard any more does not count.
+A kept request is transferred by a compare-and-set on its fencing epoch. A failure before the transfer resumes the
+request here. A failure after the transfer takes the request back by the same step or, where the store does not say who
+owns the request, ends it on both sides with an error after which the client can resume. No other worker can claim a
+request that is not kept, so the connection alone decides.
 
     state        event     next         actions
     ───────────  ────────  ───────────  ──────────────────────
@@ -31,32 +31,38 @@ from enum import Enum
 
 
 class MigrationEvent(Enum):
+    """Events of a migration."""
+
     BEGIN = "begin"
-    FROZEN = "frozen"  # no step of it is made here any more
-    UNFIT = "unfit"  # it ends just now, or is another's already
-    READY = "ready"  # the destination has all of it, and works on it in silence
+    FROZEN = "frozen"  # the request makes no steps here any more
+    UNFIT = "unfit"  # the request is ending, or another worker owns it already
+    READY = "ready"  # the destination has the whole request, and its engine has begun
     REFUSED = "refused"
-    BROKEN = "broken"  # nothing more comes from the destination, or not in time
-    YES = "yes"  # the store's answer
+    BROKEN = "broken"  # the destination is gone, or late
+    YES = "yes"  # the store's answer: transferred, refused, or none in time
     NO = "no"
     UNKNOWN = "unknown"
-    RUNNING = "running"  # the destination tells its tokens
+    RUNNING = "running"  # the destination sends its tokens
 
 
 class MigrationAction(Enum):
-    FREEZE = "freeze"
-    OFFER = "offer"  # its state goes to the destination
-    COMMIT = "commit"  # compare and set: ours, now the destination's
-    GO = "go"  # the destination may tell what it makes
-    ATTACH = "attach"  # its stream goes on with the destination's tokens
-    RECLAIM = "reclaim"  # compare and set: the destination's, ours again
-    DROP = "drop"  # the destination forgets it
-    RESUME = "resume"  # it goes on here
-    LOSE = "lose"  # it ends with an error after which it can be resumed
+    """Actions of a migration."""
+
+    FREEZE = "freeze"  # stop the request's generations between two steps
+    OFFER = "offer"  # send the request's state to the destination
+    COMMIT = "commit"  # transfer the request to the destination, by compare-and-set
+    GO = "go"  # let the destination send its tokens
+    ATTACH = "attach"  # continue the request's streams with the destination's tokens
+    RECLAIM = "reclaim"  # transfer the request back, by compare-and-set
+    DROP = "drop"  # make the destination forget the request
+    RESUME = "resume"  # continue the request here
+    LOSE = "lose"  # end the request with an error after which the client can resume
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
+    """The next state, and the actions on the way there."""
+
     next: str
     actions: tuple[MigrationAction, ...] = ()
 
@@ -84,7 +90,7 @@ TABLE: dict[tuple[str, MigrationEvent], Transition] = {
 
 
 class MigrationState:
-    """One request's. Who carries its actions out tells what came of them."""
+    """The state of one migration. `handle` takes the outcome of the last action, and returns the next ones."""
 
     def __init__(self) -> None:
         self.state = "new"
@@ -94,14 +100,14 @@ class MigrationState:
         return self.state in FINAL
 
     def handle(self, event: MigrationEvent) -> Sequence[MigrationAction]:
-        """What is to be done now, in order. Raises `KeyError` for an event that cannot come in this state."""
+        """Return the next actions, in order. Raises `KeyError` for an event that cannot come in this state."""
         transition = TABLE[self.state, event]
         self.state = transition.next
         return transition.actions
 
 
-def drawn() -> str:
-    """The table, as text."""
+def as_text() -> str:
+    """Return the table as the text in this module's docstring."""
     return "\n".join(
         f"{state:<11}  {event.value:<8}  {step.next:<11}  {', '.join(a.value for a in step.actions)}".rstrip()
         for (state, event), step in TABLE.items()
@@ -109,10 +115,10 @@ def drawn() -> str:
 
 
 def travels(size: int, link: float, again: float, *, exact: bool) -> bool:
-    """Whether the rows travel, and are not made anew by the destination.
+    """Return whether the rows of keys and values travel, or the destination computes them again.
 
-    `size` bytes of rows at `link` bytes per second, against `again` seconds for feeding all tokens once more; 0 of
-    either is not known. Where exactness was asked for they always do: in bfloat16 rows that are made anew differ.
+    `size` bytes of rows at `link` bytes per second stand against `again` seconds of computing them; 0 of either means
+    not known. Rows of an `exact` request always travel: in bfloat16, rows that are computed again differ.
     """
     if exact or not again or not link:
         return True

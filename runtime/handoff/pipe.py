@@ -1,7 +1,7 @@
-"""Owns the connection between two workers during a hand-off: messages through it, sealed, counted, and never late.
+"""The connection of two workers during a hand-off: messages that are sealed, counted, and never late.
 
-Any thread may send; one receives. A side that does not take bytes for `STALL` seconds, or says nothing for `SILENCE`,
-is given up, and so is one whose frames are not those that follow: afterwards the pipe is of no more use.
+Any thread may send; one receives. A side that takes no byte for `STALL` seconds, sends none for `SILENCE` seconds, or
+sends another frame than the one that follows is given up: afterwards the pipe is closed.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from runtime.errors import SnapshotRefused
 from runtime.handoff.messages import HEADER, MAX_FRAME, VERSION, AnyMessage, Beat, Greeting, PipeMessage, decode, encode
 from runtime.resume.seal import Seal
 
-STALL = 2.0
+STALL = 2.0  # seconds
 SILENCE = 5.0
-BEAT = 1.0
+BEAT = 1.0  # seconds without a message after which a beat is sent
 _GREETING = 3.0
 _READ = 256 << 10
 _SEALED = 64  # bytes that sealing adds, at most
 
 
 class Broken(Exception):
-    """The other side is gone, too slow, or not who it should be."""
+    """The other side is gone, too slow, or no sibling of this worker."""
 
 
 class Pipe:
-    """One end. Made with a connected socket, which is its own from then on; `greet` comes first."""
+    """One end of the connection. It owns the connected socket that it is made with; `greet` comes first."""
 
     def __init__(self, sock: socket.socket, seal: Seal, *, source: bool) -> None:
         """`source` is the end of the worker that drains."""
@@ -47,7 +47,7 @@ class Pipe:
         sock.setblocking(False)
 
     def greet(self, siblings: str, owner: str, slots: int = 0, queue: int = 0) -> Greeting:
-        """Both sides say who they are; what the other one said. Raises `Broken`."""
+        """Exchange greetings; return the other side's. Raises `Broken`."""
         mine = secrets.token_hex(16)
         self._push(encode(Greeting(VERSION, mine, siblings, owner, slots, queue)))
         deadline = time.monotonic() + _GREETING
@@ -64,7 +64,7 @@ class Pipe:
         return theirs
 
     def send(self, message: PipeMessage) -> None:
-        """Raises `Broken`."""
+        """Send a message. Raises `Broken`."""
         data = encode(message)
         with self._sending:
             body = self._seal.close(self._about(self._sides[0], self._sent), data)
@@ -72,7 +72,7 @@ class Pipe:
             self._push(body)
 
     def receive(self, timeout: float) -> AnyMessage | None:
-        """The next message but beats, or None after so many seconds. Raises `Broken`. Says beats itself."""
+        """Return the next message, or None after `timeout` seconds; send and skip beats. Raises `Broken`."""
         deadline = time.monotonic() + timeout
         while True:
             now = time.monotonic()
@@ -89,7 +89,7 @@ class Pipe:
                 return None
 
     def close(self, why: str = "it was closed") -> None:
-        """Whoever receives or sends is told; from any thread, as often as one likes."""
+        """Make both sides' calls fail with `why`; from any thread, and more than once."""
         self._broken = self._broken or why
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -98,7 +98,7 @@ class Pipe:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """For the receiving thread, once nobody sends any more but to hear that it is over."""
+        """Close the socket; for the receiving thread. Later sends raise `Broken`."""
         self.close()
         with self._sending:
             self._sock.close()
@@ -137,7 +137,7 @@ class Pipe:
         self._said = time.monotonic()
 
     def _frame(self, timeout: float) -> bytes | None:
-        """The next body, or None after so many seconds without one."""
+        """Return the next body, or None after `timeout` seconds without one."""
         deadline = time.monotonic() + timeout
         while True:
             if len(self._buffer) >= HEADER.size:

@@ -1,8 +1,8 @@
-"""Owns a draining worker's end of a pipe: what was moved or sent on, and the tokens that come back for it.
+"""The draining worker's end of a hand-off: requests that were sent to the destination, and their tokens coming back.
 
-Every event has its index, and only the one that follows is taken: a token that came twice, or one that is missing, is
-noticed here and never told. What came is remembered with its request: when the pipe ends, or the other side gives a
-request up, all that is needed to go on with it elsewhere is here, and is made over to whoever finds it another place.
+Every event has its index, and only the next one is accepted: a repeated or missing token never reaches a client. The
+tokens are remembered with their request. So when the pipe ends, or the destination gives a request up, this end has
+all that the request needs to continue elsewhere, and passes it to `Orphans`.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ log = logging.getLogger("glowplug.handoff")
 M = TypeVar("M", bound=PipeMessage)
 
 ANSWER = 5.0  # seconds for an answer, besides those that the bytes may take
-_EMBED = 300.0
-_LOOK = 5.0
-_PROBE = 256 << 10
+_EMBED = 300.0  # seconds for vectors
+_LOOK = 5.0  # seconds of one wait for a message; waits repeat
+_PROBE = 256 << 10  # bytes
 _ERRORS: dict[str, type[FunctionError]] = {
     kind.code: kind for kind in (BadRequest, EngineBusy, EngineFailed, Moved, SnapshotRefused)
 }
 
 
-class Sent:
-    """A request on the other side: the last answer about it, what came for it, and the streams that still run."""
+class SentRequest:
+    """A request at the destination: the last answer about it, its tokens so far, and the streams that still run."""
 
     def __init__(self, relay: Relay, number: int, snapshots: Sequence[Snapshot] = (), live: Sequence[int] = ()) -> None:
-        """`snapshots` of all its choices, of which those in `live` run."""
+        """`snapshots` are those of all its choices, of which those in `live` run."""
         self.number = number
         self.answer: AnyMessage | None = None
         self.snapshots = [replace(each, state=replace(each.state, kv=())) for each in snapshots]
@@ -77,46 +77,47 @@ class Sent:
             choice: Stream(snapshots[choice].state.request.id, lambda choice=choice: relay.leave(number, choice))  # type: ignore[misc]
             for choice in live
         }
-        self.all = dict(self.streams)  # those that have ended, too
-        self.settled = False  # its client reads what comes here
-        self.owner = relay.owner  # who has it,
-        self.session: Session | None = None  # and where it is kept, the hold of this worker that it was made over from,
-        self.epoch = 0  # to be that one's under this epoch
-        self.rescues = 0  # destinations that it has outlived
+        self.all_streams = dict(self.streams)  # ended ones included
+        self.settled = False  # its client reads these streams
+        self.owner = relay.owner
+        self.session: Session | None = None  # the session of this worker that was handed over, of a kept request
+        self.epoch = 0  # under which `owner` owns a kept request
+        self.rescues = 0  # destinations that the request has outlived
 
-    def came(self, choice: int, event: TokenEvent) -> None:
+    def add(self, choice: int, event: TokenEvent) -> None:
+        """Remember an event of a choice."""
         if event.token is not None:
             self.tokens[choice].append(event.token)
         self.emitted[choice] += len(event.text)
 
     def state(self, choice: int) -> GenerationState:
-        """After all that came."""
+        """Return the state of a choice after the last event."""
         state = self.snapshots[choice].state
         return replace(state, generated=tuple(self.tokens[choice]), emitted=self.emitted[choice])
 
 
 class Relay:
-    """See `runtime.handoff.live.Elsewhere`. Any thread; `run` is for one of its own."""
+    """A destination, as a `runtime.handoff.live.RemoteEngine`. Any thread; `run` is for a thread of its own."""
 
-    def __init__(self, pipe: Pipe, greeting: Greeting, place: ReplicaIdentity) -> None:
+    def __init__(self, pipe: Pipe, greeting: Greeting, identity: ReplicaIdentity) -> None:
         self.owner = greeting.owner
-        self.speed = 0.0  # bytes per second, as last measured
+        self.speed = 0.0  # bytes per second, as measured last
         self.broken = ""
-        self._pipe, self._greeting, self._place = pipe, greeting, place
+        self._pipe, self._greeting, self._identity = pipe, greeting, identity
         self._numbers = count(1)
         self._changed = threading.Condition()
-        self._sent: dict[int, Sent] = {}
+        self._sent: dict[int, SentRequest] = {}
         self._probed = False
 
-    def run(self, orphaned: Callable[[Sequence[Sent], str], None]) -> None:
-        """Until the pipe ends. `orphaned` takes over requests that nobody goes on with any more, and hears why."""
+    def run(self, orphaned: Callable[[Sequence[SentRequest], str], None]) -> None:
+        """Receive until the pipe ends. `orphaned` takes the requests that run nowhere any more, and the reason."""
         why = ""
         self._orphaned = orphaned
         try:
             with self._pipe:
                 while True:
                     if (message := self._pipe.receive(_LOOK)) is not None:
-                        self._heard(message)
+                        self._handle(message)
         except Broken as error:
             why = str(error)
         except Exception:
@@ -131,10 +132,10 @@ class Relay:
     def close(self, why: str) -> None:
         self._pipe.close(why)
 
-    def _heard(self, message: AnyMessage) -> None:
+    def _handle(self, message: AnyMessage) -> None:
         match message:
             case RelayedEvent(number, choice):
-                self._told(number, choice, event_of(message))
+                self._receive_event(number, choice, event_of(message))
             case OfferReady(number) | OfferRunning(number) | OfferRefused(number) | Vectors(number):
                 with self._changed:
                     if (sent := self._sent.get(number)) is not None:
@@ -147,16 +148,16 @@ class Relay:
             case _:
                 raise Broken(f"{type(message).__name__} is not for the worker that drains")
 
-    def _told(self, number: int, choice: int, event: TokenEvent) -> None:
+    def _receive_event(self, number: int, choice: int, event: TokenEvent) -> None:
         with self._changed:
             sent = self._sent.get(number)
-            if sent is None or choice not in sent.streams:  # dropped, or left by its client
+            if sent is None or choice not in sent.streams:  # dropped, or its client has left
                 return
             if event.index != len(sent.tokens[choice]):
                 raise Broken(f"token {event.index} came where token {len(sent.tokens[choice])} follows")
             given_up = event.finish == "moved" and sent.settled
             if not given_up:
-                sent.came(choice, event)
+                sent.add(choice, event)
                 stream = sent.streams[choice]
                 if event.finish is not None:
                     self._ended(number, choice)
@@ -167,16 +168,16 @@ class Relay:
             stream.put(event)
 
     def _ended(self, number: int, choice: int) -> None:
-        """With the lock held."""
+        """Forget a stream. The lock is held."""
         sent = self._sent[number]
         del sent.streams[choice]
         if not sent.streams:
             del self._sent[number]
 
-    # --- what the mover uses ----------------------------------------------------------------------------------------
+    # --- for `Migration` --------------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """How fast this pipe is. Raises `Broken`."""
+        """Measure the pipe's speed. Raises `Broken`."""
         begun = time.monotonic()
         self._pipe.send(Probe(bytes(_PROBE)))
         with self._changed:
@@ -187,10 +188,10 @@ class Relay:
 
     def offer(
         self, snapshots: Sequence[Snapshot], live: Sequence[int], kept: KeptRequest | None, *, now: bool = False
-    ) -> Sent:
-        """Sends a request, of whose choices these are `live`. Raises `Broken`."""
+    ) -> SentRequest:
+        """Send a request, of whose choices those in `live` run. Raises `Broken`."""
         number = next(self._numbers)
-        sent = Sent(self, number, snapshots, live)
+        sent = SentRequest(self, number, snapshots, live)
         with self._changed:
             if self.broken:
                 raise Broken(self.broken)
@@ -207,8 +208,8 @@ class Relay:
             self.speed = size / max(time.monotonic() - begun, 1e-6)
         return sent
 
-    def answer(self, sent: Sent, kind: type[M], seconds: float) -> M | OfferRefused:
-        """Raises `Broken` when neither comes."""
+    def answer(self, sent: SentRequest, kind: type[M], seconds: float) -> M | OfferRefused:
+        """Wait for an answer of this kind, or a refusal. Raises `Broken` when neither comes within `seconds`."""
 
         def there() -> bool:
             return bool(self.broken) or isinstance(sent.answer, (kind, OfferRefused))
@@ -219,18 +220,21 @@ class Relay:
                 raise Broken(self.broken or f"no answer came within {seconds:.0f} s")
             return sent.answer
 
-    def go(self, sent: Sent, epoch: int) -> None:
-        """Raises `Broken`."""
+    def go(self, sent: SentRequest, epoch: int) -> None:
+        """Let the destination send the request's tokens. Raises `Broken`."""
         self._pipe.send(Go(sent.number, epoch))
 
-    def settle(self, sent: Sent) -> bool:
-        """From here on its client reads what comes for it, and it is an orphan when nothing more does; False: now."""
+    def settle(self, sent: SentRequest) -> bool:
+        """Note that the client reads the streams from now on, so that the request becomes an orphan when the pipe ends.
+
+        Returns False when the pipe has ended already.
+        """
         with self._changed:
             sent.settled = True
             return not self.broken
 
-    def drop(self, sent: Sent) -> None:
-        """Nothing of it is heard any more. Raises nothing: a pipe that is broken has dropped it."""
+    def drop(self, sent: SentRequest) -> None:
+        """Forget a request here and at the destination. A broken pipe is no error: the request is dropped with it."""
         with self._changed:
             self._sent.pop(sent.number, None)
         try:
@@ -238,15 +242,15 @@ class Relay:
         except Broken as error:
             log.debug("nothing to drop: %s", error)
 
-    # --- what answers use: `Elsewhere` ------------------------------------------------------------------------------
+    # --- for answers: `RemoteEngine` --------------------------------------------------------------------------------
 
     def begin(self, request: GenerationRequest) -> TokenStream:
-        return self.admit(self._place.state(request))
+        return self.admit(self._identity.state(request))
 
     def admit(self, state: GenerationState) -> TokenStream:
         try:
-            sent = self.offer([self._place.snapshot(state)], (0,), None, now=True)
-            stream = sent.all[0]
+            sent = self.offer([self._identity.snapshot(state)], (0,), None, now=True)
+            stream = sent.all_streams[0]
             reply = self.answer(sent, OfferReady, ANSWER)
         except Broken as error:
             raise Moved(f"this replica is ending, and the one that takes its work is gone: {error}") from error
@@ -270,7 +274,7 @@ class Relay:
             stream.put(TokenEvent(0, None, "", "cancelled"))
 
     def leave(self, number: int, choice: int) -> None:
-        """Nobody reads this stream any more."""
+        """Cancel a stream without a reader."""
         with self._changed:
             sent = self._sent.get(number)
             if sent is None or choice not in sent.streams:
@@ -283,7 +287,7 @@ class Relay:
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         number = next(self._numbers)
-        sent = Sent(self, number)
+        sent = SentRequest(self, number)
         with self._changed:
             self._sent[number] = sent
         try:

@@ -1,7 +1,7 @@
-"""Owns what a worker's agent has not heard yet of its hand-offs: each is reported until the agent has it.
+"""Reports of hand-offs to the agent: each is sent until the agent has it.
 
-The agent may be busy, or away for a moment, and a worker may end right after the last of its requests: the thread that
-moves requests does not wait for the agent, the worker's end does.
+The agent may be busy or away for a moment, and a worker may end right after its last request: the thread that migrates
+requests does not wait for the agent; the end of the worker does.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _MOST = 1024  # reports that are kept for an agent that is away; the oldest are 
 
 
 class Reporter:
-    """One worker's. Any thread."""
+    """The reports of one worker. Any thread."""
 
     def __init__(self, send: Callable[[Sequence[HandoffOutcome]], None]) -> None:
-        """`send` raises any `AgentError`, `FunctionError` or `OSError` while the agent has not heard."""
+        """`send` raises any `AgentError`, `FunctionError` or `OSError` while the agent does not have the reports."""
         self._send = send
         self._changed = threading.Condition()
         self._waiting: deque[HandoffOutcome] = deque(maxlen=_MOST)
@@ -35,7 +35,7 @@ class Reporter:
         self._thread: threading.Thread | None = None
 
     def report(self, item: HandoffOutcome) -> None:
-        """Return at once; the agent is told by a thread of the reporter's own."""
+        """Queue a report for the reporter's thread, and return at once."""
         with self._changed:
             self._waiting.append(item)
             self._changed.notify_all()
@@ -44,7 +44,7 @@ class Reporter:
                 self._thread.start()
 
     def close(self, deadline: float) -> None:
-        """Return once the agent has heard of all hand-offs, or at `deadline` on time.monotonic."""
+        """Return once the agent has all reports, or at `deadline` (of time.monotonic)."""
         with self._changed:
             self._hurried = True
             self._changed.notify_all()
@@ -65,7 +65,7 @@ class Reporter:
                 if self._closed:
                     return
                 batch = list(islice(self._waiting, MAX_ITEMS))
-            if self._heard(batch):
+            if self._sent(batch):
                 self._forget(batch)
                 pause = _AGAIN[0]
                 continue
@@ -73,8 +73,8 @@ class Reporter:
                 self._changed.wait(_AGAIN[0] if self._hurried else pause)
             pause = min(_AGAIN[1], 2 * pause)
 
-    def _heard(self, batch: Sequence[HandoffOutcome]) -> bool:
-        """Report a batch; False where another attempt can help."""
+    def _sent(self, batch: Sequence[HandoffOutcome]) -> bool:
+        """Send a batch; False where another attempt can help."""
         try:
             self._send(batch)
         except (AgentError, FunctionError, OSError) as error:

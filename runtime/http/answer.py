@@ -23,7 +23,7 @@ from runtime.protocol.requests import Job
 from runtime.resume.answer import Answer
 from runtime.resume.position import written
 from runtime.resume.record import AnswerContext, Route
-from runtime.resume.resume import ResumeQuery, TakenUp, take_up
+from runtime.resume.resumption import ResumedRequest, ResumeQuery, resume_request
 
 TICK = 0.25  # seconds between two looks at whether the client is still there
 
@@ -70,20 +70,21 @@ class Run:
         self.streams: list[TokenStream] = []
         self.prompt_tokens = self.completion_tokens = 0
         if wanted.id and sessions is not None:
-            if (found := take_up(sessions, model, wanted, query.route)) is not None:
+            if (found := resume_request(sessions, model, wanted, query.route)) is not None:
                 self._resume(found)
                 return
             if wanted.position:
                 raise RequestGone("nothing is kept of this request any more; send it anew, without Last-Event-ID")
         self._submit(query)
 
-    def _resume(self, found: TakenUp) -> None:
+    def _resume(self, found: ResumedRequest) -> None:
         self.created = found.context.created
         self.streams = list(found.answers)
-        self.sent_tokens, self.sent_characters, self.ended = list(found.told), list(found.said), list(found.ended)
+        self.sent_tokens, self.ended = list(found.sent_tokens), list(found.ended)
+        self.sent_characters = list(found.sent_characters)
         self.prompt_tokens = sum(len(answer.request.prompt) for answer in found.answers[:: self.job.n])
-        self.completion_tokens = sum(found.told)
-        self.usage_sent = found.usage_told
+        self.completion_tokens = sum(found.sent_tokens)
+        self.usage_sent = found.usage_sent
 
     def _submit(self, query: AnswerRequest) -> None:
         """Begin the generations of all choices, or of none."""

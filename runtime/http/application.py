@@ -31,7 +31,7 @@ from runtime.http import routes
 from runtime.http.body import read_body
 from runtime.http.lifecycle import Lifecycle
 from runtime.resume.position import parse
-from runtime.resume.resume import asked_of_handler
+from runtime.resume.resumption import handler_query
 
 log = logging.getLogger("glowplug.app")
 
@@ -145,7 +145,7 @@ class Application:
         ends = request.environ[_ENTERED] + config.longest_answer
         at_end = request.environ[_AT_END]
         if model.sessions is not None:
-            wanted = asked_of_handler(cast(Mapping[str, str], request.headers), request.full_path, body)
+            wanted = handler_query(cast(Mapping[str, str], request.headers), request.full_path, body)
             if (rest := transcript.resumed(model.sessions, model, wanted)) is not None:
                 response = to_response(rest, accept, ends=ends)
                 if isinstance(response, Events):

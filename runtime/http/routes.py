@@ -43,7 +43,7 @@ from runtime.protocol.requests import (
     decode,
     several,
 )
-from runtime.resume.resume import asked
+from runtime.resume.resumption import request_query
 
 _log = logging.getLogger("glowplug.openai")
 
@@ -209,7 +209,7 @@ def _completion(kind: type[W], job_of: Callable[[W], Job]) -> Response:
     served = _served()
     body = read_body(request.environ, served.max_body)
     job = job_of(_parsed(kind, body))
-    wanted = asked(request.headers, prefix(job.chat), request.path, body)  # type: ignore[arg-type]
+    wanted = request_query(request.headers, prefix(job.chat), request.path, body)  # type: ignore[arg-type]
     query = AnswerRequest(job, wanted, time.monotonic() + served.answer_limit)
     if not job.stream:
         if (model := served.wait(request.environ)) is None:

@@ -1,1 +1,1 @@
-"""Requests that can go on elsewhere: kept while they run, taken up by any replica."""
+"""Requests that any replica can continue: they are kept while they run."""

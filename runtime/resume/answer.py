@@ -1,11 +1,11 @@
-"""Owns a running answer: the tokens of one generation for one reader, wherever they come from.
+"""A running answer: the tokens of one generation for one reader, from one feed after the other.
 
-    record ──"moved"──► own engine ──"moved"──► another worker ──"moved"──► … ──► finish
-      └── feeds, one after the other: each begins with the token after the last one of the feed before
+    record ──"moved"──► this engine ──"moved"──► another worker ──"moved"──► … ──► finish
+      └── feeds: each begins with the token after the last one of the feed before
 
-A feed is what has tokens for it: the own engine's stream, a relay's from another worker, or what was recorded of the
-answer before (`recorded`). The reader meets one object and does not learn which feed a token came from. An answer that
-is kept tells its session each token before the reader gets it.
+A feed is a stream of tokens: this worker's engine's, a relay's from another worker, or the recorded beginning of the
+answer (`recorded`). The reader does not learn which feed a token came from. The answer of a request that is kept
+records each token in its session before the reader gets the token.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from runtime.engine.base import Engine, GenerationRequest, GenerationState, Toke
 from runtime.engine.stream import Stream
 from runtime.resume.session import Session
 
-_WAIT = 15.0
+_WAIT = 15.0  # seconds of one wait for a token; waits repeat without end
 
 
 class Answer:
-    """One generation, see `TokenStream`. One reader; `attach` and `close` may come from any thread."""
+    """One generation, as a `TokenStream` for one reader. `attach` and `close` may be called from any thread."""
 
     def __init__(
         self,
@@ -33,44 +33,47 @@ class Answer:
         here: bool = True,
         ended: Callable[[Answer], None] = lambda _: None,
     ) -> None:
-        """`here`: the own engine makes the tokens of the last feed. `ended` is called once nothing more comes."""
+        """`here`: this worker's engine makes the last feed's tokens. `ended` is called after the last event."""
         self.request, self.request_id = request, request.id
         self.here = here
         self._lock = threading.Lock()
-        self._feed = feed  # the one that is read now
+        self._feed = feed  # read now; `_further` follow
         self._further: deque[TokenStream] = deque()
         self._ended = ended
         self._session: Session | None = None
         self._choice = 0
-        self._skip = 0
+        self._skip = 0  # tokens that the reader has from an earlier connection
         self._over = False
 
     @classmethod
     def of(cls, request: GenerationRequest, stream: TokenStream) -> Answer:
-        """`stream` where it is an answer already, as a `LiveEngine`'s is."""
+        """Return `stream` itself if it is an answer, as a `LiveEngine`'s is, or an answer that reads it."""
         return stream if isinstance(stream, Answer) else cls(request, stream)
 
     @classmethod
     def begun(cls, engine: Engine, state: GenerationState) -> Answer:
-        """A generation that goes on in `engine`, or begins there. Raises what `Engine.admit` and `submit` do."""
+        """Continue a generation in `engine`, or begin it there. Raises what `Engine.admit` and `submit` do."""
         new = not (state.generated or state.kv)
         return cls.of(state.request, engine.submit(state.request) if new else engine.admit(state))
 
     def keep(self, session: Session, choice: int) -> Answer:
-        """From here on nothing is told but under this session, as this choice of it. Before the first is read."""
+        """Record all tokens in this session, as this choice of its request. Call it before the first read."""
         self._session, self._choice = session, choice
         return self
 
-    def resume(self, events: Sequence[TokenEvent], told: int) -> Answer:
-        """Tells `events` first, and nothing that comes before token number `told`. Before the first is read."""
-        seam = TokenEvent(told + len(events), None, "", "moved")
+    def replay(self, events: Sequence[TokenEvent], sent: int) -> Answer:
+        """Give `events` first, then no token before number `sent`. Call it before the first read."""
+        seam = TokenEvent(sent + len(events), None, "", "moved")
         with self._lock:
             self._further.appendleft(self._feed)
-            self._feed, self._skip = recorded(self.request_id, [*events, seam]), told
+            self._feed, self._skip = recorded(self.request_id, [*events, seam]), sent
         return self
 
     def attach(self, successor: TokenStream, *, here: bool = False) -> None:
-        """What follows after the last feed so far has ended with "moved"; `here`: the own engine makes it."""
+        """Append a feed, which is read after the last one so far ends with "moved".
+
+        `here` says that this worker's engine makes its tokens.
+        """
         with self._lock:
             self.here = here
             self._further.append(successor)
@@ -88,9 +91,9 @@ class Answer:
         event, session = self._feed.next(timeout), self._session
         if event is None:
             return self._stopped(session) if session is not None and session.over else None
-        if event.finish is not None and self._goes_on(event):
+        if event.finish is not None and self._next_feed(event):
             return None
-        if session is not None and not session.tell(self._choice, event):
+        if session is not None and not session.record(self._choice, event):
             return self._stopped(session)
         if event.index >= self._skip:
             return event
@@ -109,8 +112,8 @@ class Answer:
         if self._session is not None:
             self._session.let_go("its client left")
 
-    def _goes_on(self, last: TokenEvent) -> bool:
-        """After the last event of a feed: whether another feed follows."""
+    def _next_feed(self, last: TokenEvent) -> bool:
+        """Turn to the next feed after the last event of one; False when the answer is over."""
         with self._lock:
             if last.finish == "moved" and self._further:
                 self._feed = self._further.popleft()
@@ -120,7 +123,7 @@ class Answer:
         return False
 
     def _stopped(self, session: Session) -> TokenEvent:
-        """The end of an answer whose session another worker has."""
+        """Return the end of an answer whose session another worker has."""
         self._shut()
         why = f"this answer goes on elsewhere ({session.over})"
         return TokenEvent(len(session.tokens[self._choice]), None, "", "moved", why)
@@ -135,7 +138,7 @@ class Answer:
 
 
 def recorded(request_id: str, events: Sequence[TokenEvent]) -> Stream:
-    """A feed of what is there already."""
+    """Return a feed of these events, without an engine."""
     stream = Stream(request_id, lambda: None)
     for event in events:
         stream.put(event)

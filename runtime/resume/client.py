@@ -1,10 +1,10 @@
-"""A client that loses nothing: it asks for an event stream, and when that breaks off asks for the rest of it.
+"""A client that loses nothing: it reads an event stream and, when the stream breaks off, asks for the rest.
 
     for event in ask(["http://127.0.0.1:8080"], "/v1/chat/completions", {"messages": […], "stream": True}):
         print(event.data)
 
-The first request carries a random `Idempotency-Key`, so that one that broke off before its first event is not answered
-twice; later ones carry `Last-Event-ID`. Standard library only.
+The first request carries a random `Idempotency-Key`: a repetition after a break before the first event is not answered
+twice. Later requests carry `Last-Event-ID`. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from urllib.parse import urlsplit
 from runtime.sse import EventParser, ServerEvent
 
 _PAUSES = (0.05, 2.0)  # seconds between attempts: first, and at most
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # statuses that pass by themselves
-# Errors inside a stream after which the rest can be had elsewhere, or later.
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # statuses of conditions that pass
+# Errors inside a stream after which another replica, or a later attempt, has the rest.
 RESUMABLE = {"moved", "engine_failed", "busy", "starting", "weights_unavailable", "internal"}
 
 
 class AskFailed(Exception):
-    """The request was refused, or could not be gone on with; `status` is 0 where no answer came."""
+    """A request was refused, or could not be resumed; `status` is 0 where no answer came."""
 
     def __init__(self, text: str, status: int = 0, code: str = "") -> None:
         super().__init__(text)
@@ -41,11 +41,10 @@ def ask(
     patience: float = 60.0,
     silence: float = 30.0,
 ) -> Iterator[ServerEvent]:
-    """The events of one answer, each once, without the final `[DONE]`.
+    """Yield the events of one answer, each once, without the final `[DONE]`.
 
-    `urls` are the same function, asked one after the other when a connection fails. `patience` is how long nothing may
-    come although it is tried again and again, `silence` how long a connection may say nothing, both in seconds. Raises
-    `AskFailed`.
+    `urls` are replicas or routes of the same function; a failed connection is followed by the next one. `patience`
+    bounds the seconds without an event over all attempts, `silence` those of one connection. Raises `AskFailed`.
     """
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     fixed = {"Content-Type": "application/json", "Accept": "text/event-stream", **(headers or {})}
@@ -78,9 +77,9 @@ def ask(
 
 
 def connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
-    """A connection to a function, not opened yet, and the path below which the function's routes are.
+    """Return a connection to a function, not opened yet, and the path that the function's routes begin with.
 
-    `url` may leave `http://` out. `seconds` is the patience with connecting and with every read. Raises `ValueError`.
+    `url` may leave `http://` out. `seconds` bounds connecting and every read. Raises `ValueError`.
     """
     place = urlsplit(url if "://" in url else f"http://{url}")
     if place.scheme not in ("http", "https") or not place.hostname:
@@ -106,7 +105,7 @@ def _events(url: str, path: str, body: bytes, headers: Mapping[str, str], silenc
 
 
 def _check(event: ServerEvent) -> None:
-    """Raises what an event of an error says."""
+    """Raise `AskFailed` for an event that reports an error."""
     if event.event != "error" and '"error"' not in event.data[:12]:
         return
     raise _refusal(0, event.data.encode())

@@ -1,9 +1,9 @@
-"""Owns how far a client has come in an answer, as it stands in the ids of server-sent events. Pure.
+"""A client's position in an answer, as the ids of server-sent events state it. Pure.
 
-    id: chatcmpl-6f…:12.7f        12 tokens of choice 0 are told, all 7 of choice 1 and that it has ended
-    id: chatcmpl-6f…:30f.7f.u     … and the usage
+    id: chatcmpl-6f…:12.7f        sent: 12 tokens of choice 0; 7 tokens of choice 1, and its end
+    id: chatcmpl-6f…:30f.7f.u     sent: 30 and 7 tokens, both ends, and the usage
 
-A client that reconnects sends the last id it saw as `Last-Event-ID`, and gets what follows.
+A client that reconnects sends the last id that it saw as `Last-Event-ID`, and gets the events after that one.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ _ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{15,120}):(\d{1,7}f?(?:\.\d{1,7}f?){
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Of the answer to request `id`: tokens told of each choice, and whether its end was told; and the usage."""
+    """The parts of the answer to request `id` that a client has: tokens and end of each choice, and the usage."""
 
     id: str
-    told: tuple[int, ...]
+    sent: tuple[int, ...]
     ended: tuple[bool, ...]
     usage: bool = False
 
     def __str__(self) -> str:
-        return written(self.id, self.told, self.ended, self.usage)
+        return written(self.id, self.sent, self.ended, self.usage)
 
 
-def written(request: str, told: Sequence[int], ended: Sequence[bool], usage: bool) -> str:
-    """The id of an event after which so much was told."""
-    choices = ".".join(f"{count}f" if end else f"{count}" for count, end in zip(told, ended, strict=True))
+def written(request: str, sent: Sequence[int], ended: Sequence[bool], usage: bool) -> str:
+    """Return the id of the event with which a client has this much of an answer."""
+    choices = ".".join(f"{count}f" if end else f"{count}" for count, end in zip(sent, ended, strict=True))
     return f"{request}:{choices}{'.u' if usage else ''}"
 
 
 def parse(text: str) -> Position | None:
-    """None for what is no id of ours."""
+    """Return the position that an event's id states; None for a text of another form."""
     if (found := _ID.fullmatch(text.strip())) is None:
         return None
     choices = found[2].split(".")

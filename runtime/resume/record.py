@@ -1,11 +1,11 @@
-"""Owns what is kept of one request while it runs: an opening, then the tokens as they come. Pure.
+"""The record of one request in the store: an opening, then the tokens as they come. Pure.
 
-    piece 0     the opening: what answers are made of (`AnswerContext`), and a snapshot of every choice
-    piece 1 …   progress: for some choices, which tokens stand from which index on
+    piece 0     the opening: the answer's context (`AnswerContext`), and a snapshot of every choice
+    piece 1 …   progress: for some choices, the tokens from an index on
 
-Pieces are only ever appended, so what a checkpoint costs does not grow with the answer. A progress may begin before the
-end of what is there: whoever went on from an earlier token says so with it, and the later word holds. Dropping the last
-pieces leaves an earlier, whole record.
+Pieces are only ever appended, so the cost of a checkpoint does not grow with the answer. A progress may begin before
+the end of the recorded tokens, after a worker has continued from an earlier token: the later piece holds. A record
+without its last pieces is an earlier, whole record.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Route = Literal["chat", "completion", "handler"]
 
 
 class AnswerContext(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the answer is made of besides tokens. `asked` is the digest of the request's body; "" matches nothing."""
+    """The parts of an answer besides its tokens. `asked` is the digest of the request's body; "" matches nothing."""
 
     route: Route
     id: str
@@ -43,7 +43,7 @@ class _Opening(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ope
 
 
 class Gain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Of choice number `choice`: from index `start` on these tokens, and none after them."""
+    """Tokens of choice number `choice`, from index `start` on; they replace all recorded ones from there on."""
 
     choice: Count
     start: Count
@@ -56,7 +56,7 @@ class _Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pr
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A request as far as it was kept: a snapshot of every choice, all tokens so far in it."""
+    """A request as far as it was recorded: a snapshot of every choice, with all its tokens."""
 
     context: AnswerContext
     choices: tuple[Snapshot, ...]
@@ -67,37 +67,38 @@ _decoder = msgspec.msgpack.Decoder(_Opening | _Progress)
 
 
 def opening(context: AnswerContext, choices: Sequence[Snapshot]) -> bytes:
+    """Encode piece 0 of a request."""
     return _encoder.encode(_Opening(FORMAT, context, [snapshot.encode(choice) for choice in choices]))
 
 
 def progress(gains: Mapping[int, tuple[int, Sequence[int]]]) -> bytes:
-    """`gains`: choice → (index of the first token, tokens)."""
+    """Encode a later piece; `gains`: choice → (index of the first token, tokens)."""
     return _encoder.encode(_Progress(FORMAT, [Gain(choice, at, list(ids)) for choice, (at, ids) in gains.items()]))
 
 
 def assemble(pieces: Sequence[bytes]) -> Record:
-    """Raises `SnapshotRefused` for pieces that are not those of one request, in their order."""
+    """Return the record of these pieces. Raises `SnapshotRefused` unless they are one request's, in order."""
     if not pieces:
         raise SnapshotRefused("nothing was kept of this request")
     first, *rest = map(_decoded, pieces)
     if not isinstance(first, _Opening):
         raise SnapshotRefused("what was kept of this request does not begin with its opening")
     choices = [snapshot.decode(data) for data in first.snapshots]
-    told = [list(choice.state.generated) for choice in choices]
+    tokens = [list(choice.state.generated) for choice in choices]
     for piece in rest:
         if not isinstance(piece, _Progress):
             raise SnapshotRefused("what was kept of this request has two openings")
         for gain in piece.gains:
-            if gain.choice >= len(told) or gain.start > len(told[gain.choice]):
+            if gain.choice >= len(tokens) or gain.start > len(tokens[gain.choice]):
                 raise SnapshotRefused("what was kept of this request has a hole")
-            told[gain.choice][gain.start :] = gain.tokens
-            if len(told[gain.choice]) > MAX_TOKENS:
+            tokens[gain.choice][gain.start :] = gain.tokens
+            if len(tokens[gain.choice]) > MAX_TOKENS:
                 raise SnapshotRefused(f"what was kept of this request has more than {MAX_TOKENS} tokens")
     return Record(
         first.context,
         tuple(
             replace(choice, state=replace(choice.state, generated=tuple(ids), emitted=0))
-            for choice, ids in zip(choices, told, strict=True)
+            for choice, ids in zip(choices, tokens, strict=True)
         ),
     )
 

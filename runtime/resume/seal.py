@@ -1,9 +1,9 @@
-"""Owns the encryption of what is kept of requests: AES-256-GCM with the function's own key, or none.
+"""The encryption of recorded pieces and of hand-off messages: AES-256-GCM with the function's own key, or none.
 
-    piece := 0 data                           the function has no key
-           | 1 nonce (12 bytes) ciphertext    it has; `about`, which says which piece of which request, is bound to it
+    piece := 0 data                           without a key
+           | 1 nonce (12 bytes) ciphertext    with a key; `about` names piece and request, and is authenticated with it
 
-Agents and stores see prompts and answers otherwise. A function with a key takes no piece without encryption.
+Without a key, agents and stores can read prompts and answers. A function with a key refuses pieces in plain text.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ _NONCE = 12
 
 
 class Seal(Protocol):
-    name: str  # the same for those with the same key; tells nothing about it
+    """A cipher of pieces. `about` must be the same for encryption and decryption."""
+
+    name: str  # the same for functions with the same key, which cannot be derived from it
 
     def close(self, about: str, data: bytes) -> bytes: ...
 
     def open(self, about: str, piece: bytes) -> bytes:
-        """Raises `SnapshotRefused`."""
+        """Decrypt a piece. Raises `SnapshotRefused`."""
         ...
 
 
 class Plain:
-    """Nothing is hidden."""
+    """No encryption."""
 
     name = "plain"
 
@@ -48,7 +50,7 @@ class Sealed:
     """AES-256-GCM; `key` is any secret of at least 32 bytes."""
 
     def __init__(self, key: bytes) -> None:
-        """Raises `BadConfig` where the library is missing."""
+        """Derive the cipher's key and name. Raises `BadConfig` where the library is missing."""
         try:
             from cryptography.exceptions import InvalidTag
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -78,7 +80,7 @@ class Sealed:
 
 
 def seal(key_file: str) -> Seal:
-    """Raises `BadConfig`."""
+    """Return the seal of a function with this key file; "" means no encryption. Raises `BadConfig`."""
     if not key_file:
         return Plain()
     try:

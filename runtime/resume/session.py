@@ -1,4 +1,4 @@
-"""Owns one request that is kept: what was told of it, and under which right."""
+"""A session: one request of this worker that is kept, its tokens, and the worker's right to send them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from runtime.engine.base import GenerationRequest, TokenEvent
 from runtime.resume.record import AnswerContext
 
 
-class Guard(Protocol):
-    """The store that a session belongs to: it decides what may be told, and tells the agent."""
+class SessionStore(Protocol):
+    """The `Sessions` that a session belongs to, which permits its tokens and records them at the agent."""
 
-    def tell(self, session: Session, choice: int, event: TokenEvent) -> bool: ...
+    def record(self, session: Session, choice: int, event: TokenEvent) -> bool: ...
 
     def let_go(self, session: Session, why: str) -> None: ...
 
 
 class Session:
-    """One request that this worker answers: what was told of it, and under which right. Its `Sessions` guards it."""
+    """One request that this worker answers. Its `Sessions` guards all attributes with one lock."""
 
     def __init__(
         self,
-        sessions: Guard,
+        sessions: SessionStore,
         key: Key,
         epoch: int,
         context: AnswerContext,
@@ -32,35 +32,36 @@ class Session:
         at: int = 0,
         until: float = 0.0,
     ) -> None:
-        """`tokens` of each choice are there already, and so are `at` pieces of it, in a store whose lease on it runs
-        `until` then."""
+        """`tokens` of each choice are known already; the store has `at` pieces, and its lease on the request runs
+        `until` (of time.monotonic)."""
         self.key, self.epoch, self.context = key, epoch, context
         self.requests = tuple(requests)
         self.tokens = [list(ids) for ids in tokens] or [[] for _ in requests]
-        self.sent = [len(ids) for ids in self.tokens]
-        self.cut = bool(at)  # the store may have more tokens than these
+        self.stored = [len(ids) for ids in self.tokens]  # tokens of each choice that the store has
+        self.cut = bool(at)  # the store may have tokens beyond `tokens`, which the next step removes
         self.at, self.until = at, until
-        self.over = ""  # why nothing more may be told
-        self.ended: set[int] = set()
-        self.free = False  # nobody's any more, once that is told
-        self.frozen = False  # on its way to another worker: nothing is told to the store
-        self.handed = ""  # who keeps it now, under `epoch`; that one's tokens are told through these streams
-        self.asked = False  # somebody waits for an answer of the store
-        self.begun = self.answered = 0  # exchanges about it
+        self.over = ""  # the reason why no more tokens may be sent
+        self.ended: set[int] = set()  # choices that are complete
+        self.free = False  # the next step gives the lease up
+        self.frozen = False  # in migration: the store hears nothing of the request
+        self.handed = ""  # the worker that owns the request now, under `epoch`; its tokens come through a relay
+        self.asked = False  # a reader waits for the store's answer
+        self.begun = self.answered = 0  # numbers of exchanges with the store about this request
         self.retry_at = 0.0
-        self.renew_only = False  # it has become too large
-        self.unkept = False
+        self.renew_only = False  # the record has become too large: only the lease is renewed
+        self.unkept = False  # the store has nothing of the request and will have nothing
         self.closed_at = 0.0
         self._sessions = sessions
 
     @property
     def complete(self) -> bool:
+        """Return whether every choice has ended."""
         return len(self.ended) == len(self.requests)
 
-    def tell(self, choice: int, event: TokenEvent) -> bool:
-        """Takes down an event that is about to be told; False if it must not be."""
-        return self._sessions.tell(self, choice, event)
+    def record(self, choice: int, event: TokenEvent) -> bool:
+        """Record an event before the client gets it; False if the client must not get it."""
+        return self._sessions.record(self, choice, event)
 
     def let_go(self, why: str) -> None:
-        """Nothing more is told here, and another may claim it; without effect on one that is complete or over."""
+        """Send no more tokens and give the lease up; does nothing once the session is complete or over."""
         self._sessions.let_go(self, why)

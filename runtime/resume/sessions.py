@@ -1,15 +1,16 @@
-"""Owns which requests of this worker are kept, and its right to answer them: one thread tells the agent what is new.
+"""The sessions of a worker: which of its requests are kept, and its right to answer them.
 
-    open / claim ──► Hold ──tell… ──► done                                   the record says all that was told
-                       │  └─ let_go ──► free                                 anybody may claim it at once
-                       ├─ fenced, or wanted by another ──► over              nothing more is told here
-                       └─ freeze ──► transfer ──► handed                     another keeps it, and tells through us
-                            └─ thaw ──► Hold      └─ transfer ──► retake ──► Hold      … and is gone
+    open / claim ──► Session ──record…──► complete                           the store has the whole answer
+                       │  └─ let_go ──► free                                 any replica may claim the request at once
+                       ├─ fenced, or wanted by another replica ──► over      no more tokens are sent here
+                       └─ freeze ──► transfer ──► handed                     another worker owns it; we relay its tokens
+                            └─ thaw ──► Session   └─ transfer ──► retake ──► Session     that worker is gone
 
-A token is told to the client only while the lease on its request runs; the lease begins when a `keep` is sent, not when
-its answer comes, so this worker's idea of it ends before the store's. A worker that was stopped and wakes finds it over
-and asks before it says another word. A store that cannot be asked, which then lets nobody else take over either, does
-not silence a worker. Tokens are told first and kept a little later: what a crash loses of them is generated again.
+One thread sends the agent what is new (`keep`). A token goes to the client only while the lease on its request runs.
+The lease counts from the moment a `keep` is sent, not from its answer, so it ends here before it ends in the store: a
+worker that was stopped and wakes finds its lease over, and asks the store before it sends another token. A store that
+does not answer gives the request to no other replica either, and so does not stop a worker. Tokens are sent first and
+recorded a little later: those that a crash loses are generated again.
 """
 
 from __future__ import annotations
@@ -36,32 +37,32 @@ from runtime.resume.snapshot import ReplicaIdentity
 
 log = logging.getLogger("glowplug.checkpoint")
 
-LEASE = 3.0  # seconds for which a `keep` holds a request; as long a client may wait after a crash
-_RETELL = 256  # pieces after which a record is told anew, in two
-_RETRY = 0.5  # seconds between attempts while the store cannot be asked
-_LAST_WORD = 30.0  # seconds for which the end of a request is tried to be told
-_EVERY = 16  # tokens of a request after which it is kept again
-_STUCK = 15.0  # seconds, upper bound of a wait that the agent's own deadlines end sooner
-_LOOK = 0.1  # seconds between two looks at whether another has let go
+LEASE = 3.0  # seconds that a `keep` leases a request, and that a client may wait after a crash
+_REWRITE = 256  # pieces after which a record is written anew, as two pieces
+_RETRY = 0.5  # seconds between attempts while the store does not answer
+_LAST_ATTEMPTS = 30.0  # seconds in which recording the end of a request is tried again
+_EVERY = 16  # new tokens of a request after which they are recorded
+_STUCK = 15.0  # seconds; upper bound of a wait that the agent's deadlines end sooner
+_LOOK = 0.1  # seconds between two attempts to claim a request that another replica owns
 
 
 class Sessions:
-    """Any thread. `close` tells what is left to tell."""
+    """The kept requests of one worker; all methods may be called from any thread. `close` records what is left."""
 
     def __init__(
         self,
         client: SnapshotClient,
         space: str,
         seal: Seal,
-        place: Callable[[], ReplicaIdentity],
+        identity: Callable[[], ReplicaIdentity],
         *,
         owner: str,
         every: int,
         lease: float = LEASE,
     ) -> None:
-        """`place` says what this replica is (nothing is kept while its revision is unknown), `every` after how many
-        tokens of a request it is kept."""
-        self.place = place
+        """`identity` returns this replica's identity (nothing is kept while its revision is unknown); a request is
+        recorded after `every` new tokens; `lease` in seconds."""
+        self.identity = identity
         self._client, self._space, self._seal = client, space, seal
         self._owner, self._every, self._lease = owner, every, lease
         self._changed = threading.Condition()
@@ -70,25 +71,27 @@ class Sessions:
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
-    # --- what answers use -----------------------------------------------------------------------------------------
+    # --- for answers ----------------------------------------------------------------------------------------------
 
     def open(self, context: AnswerContext, requests: Sequence[GenerationRequest]) -> Session:
-        """A request that begins here."""
+        """Keep a request that begins here."""
         return self._enter(Session(self, Key(self._space, context.id), 1, context, requests))
 
-    def go_on(self, claimed: Claimed, found: record.Record, tokens: Sequence[Sequence[int]], since: float) -> Session:
-        """A request that was claimed at `since`; `tokens` of each choice stand, and what the store has more is cut."""
+    def resume(self, claimed: Claimed, found: record.Record, tokens: Sequence[Sequence[int]], since: float) -> Session:
+        """Keep a request that was claimed at `since`, with these tokens of each choice; the store's further ones go."""
         requests = [choice.state.request for choice in found.choices]
         key, until = Key(self._space, found.context.id), since + self._lease
         at = len(claimed.pieces)
         return self._enter(Session(self, key, claimed.epoch, found.context, requests, tokens, at, until))
 
     def claim(self, request_id: str, deadline: float) -> tuple[Claimed, float]:
-        """Asks to own a request, and waits for whoever has it now, at most until `deadline`; the outcome, and when it
-        was asked for. Raises any `AgentError`."""
+        """Ask the store for a request until its present owner lets go, at the latest at `deadline`.
+
+        Returns the outcome and the time (of time.monotonic) of that attempt. Raises any `AgentError`.
+        """
         with self._changed:
-            if (session := self._sessions.get(request_id)) is not None:  # another connection to this very worker
-                self._free(session, "its client came back")
+            if (session := self._sessions.get(request_id)) is not None:  # on another connection to this worker
+                self._release(session, "its client came back")
                 self._changed.wait_for(lambda: self._sessions.get(request_id) is not session, self._lease)
         while True:
             since = time.monotonic()
@@ -97,15 +100,15 @@ class Sessions:
                 return found, since
             time.sleep(min(_LOOK, found.wait))
 
-    # --- what moves requests uses ---------------------------------------------------------------------------------
+    # --- for hand-offs --------------------------------------------------------------------------------------------
 
     @property
     def owner(self) -> str:
-        """The name under which this worker owns requests."""
+        """Return the name under which this worker owns requests."""
         return self._owner
 
     def find(self, request_id: str) -> Session | None:
-        """The hold that a generation belongs to; None where nothing of it is in the store."""
+        """Return the session of a generation; None where the store has nothing of its request."""
         with self._changed:
             for session in self._sessions.values():
                 if not session.unkept and any(request.id == request_id for request in session.requests):
@@ -113,7 +116,7 @@ class Sessions:
         return None
 
     def freeze(self, session: Session, deadline: float) -> bool:
-        """Tells nothing more of it until `thaw` or `handed`; False, and nothing is frozen, where it is over."""
+        """Record nothing of the session until `thaw` or `handed`; False, without effect, for one that is over."""
         with self._changed:
             session.frozen = True
             self._changed.wait_for(
@@ -125,38 +128,41 @@ class Sessions:
             return session.frozen
 
     def thaw(self, session: Session, epoch: int = 0) -> None:
-        """It stays here; with `epoch`, under that one, and all of it is told anew."""
+        """End a freeze: the request stays here; with `epoch`, under that epoch and recorded anew."""
         with self._changed:
             session.frozen = False
             if epoch:
-                self._anew(session, epoch)
+                self._restart(session, epoch)
             self._changed.notify_all()
 
     def transfer(self, session: Session, owner: str, epoch: int, successor: str) -> bool:
-        """Makes `successor` its owner under `epoch` + 1, if it is `owner`'s under `epoch`. Raises any `AgentError`."""
+        """Make `successor` the owner under `epoch` + 1; False unless `owner` owns the request under `epoch`.
+
+        Raises any `AgentError`.
+        """
         return self._client.transfer(session.key, owner, epoch, successor, self._lease)
 
     def handed(self, session: Session, successor: str, epoch: int) -> None:
-        """`successor` keeps it from here on; what that one makes of it is told through the streams of this hold."""
+        """Note that `successor` owns the request from now on; its tokens come through this session's answers."""
         with self._changed:
             session.frozen, session.handed, session.epoch = False, successor, epoch
             self._settle(session)
             self._changed.notify_all()
 
     def retake(self, session: Session, epoch: int, tokens: Sequence[Sequence[int]], ended: Iterable[int]) -> None:
-        """One that was handed on is this worker's again, under `epoch`; of each choice `tokens` came, and are told."""
+        """Keep a handed session here again, under `epoch`, with the tokens of each choice that came meanwhile."""
         with self._changed:
-            if session.key.id in self._sessions:  # whoever asked for it on another connection has it
+            if session.key.id in self._sessions:  # the client resumed it on another connection
                 session.over = "its client came back"
                 return
             session.handed, session.tokens = "", [list(ids) for ids in tokens]
             session.ended |= set(ended)
-            self._anew(session, epoch)
+            self._restart(session, epoch)
             self._sessions[session.key.id] = session
             self._changed.notify_all()
 
     def lost(self, session: Session, why: str) -> None:
-        """Nothing more of it is told here, and whose it is now is for the store to say."""
+        """End a session whose owner only the store knows."""
         with self._changed:
             session.frozen = False
             session.over = session.over or why
@@ -172,14 +178,14 @@ class Sessions:
         epoch: int,
         since: float,
     ) -> Session:
-        """A request that its owner made over to this worker, under a lease that began no sooner than `since`."""
+        """Keep a request that its owner transferred to this worker, under a lease that began at `since` or later."""
         until = since + self._lease
         session = Session(self, Key(self._space, context.id), epoch, context, requests, tokens, until=until)
         session.ended |= set(ended)
         return self._enter(session)
 
     def give_up(self, request_id: str, claimed: Claimed) -> None:
-        """Lets go of what was claimed and cannot be gone on with here."""
+        """Give up the lease on a claimed request that cannot be continued here."""
         step = Keep(Key(self._space, request_id), self._owner, claimed.epoch, len(claimed.pieces), (), 0.0)
         try:
             self._client.keep([step])
@@ -187,18 +193,18 @@ class Sessions:
             log.warning("%s stays held until its lease is over: %s", request_id, error.text)
 
     def read(self, claimed: Claimed, request_id: str) -> record.Record:
-        """Raises `SnapshotRefused`."""
-        pieces = [self._seal.open(_about(request_id, n), piece) for n, piece in enumerate(claimed.pieces)]
+        """Decrypt and assemble the record of a claimed request. Raises `SnapshotRefused`."""
+        pieces = [self._seal.open(_piece_name(request_id, n), piece) for n, piece in enumerate(claimed.pieces)]
         return record.assemble(pieces)
 
-    def tell(self, session: Session, choice: int, event: TokenEvent) -> bool:
+    def record(self, session: Session, choice: int, event: TokenEvent) -> bool:
         with self._changed:
             if session.over:
                 return False
             if session.handed and event.finish not in ("cancelled", "moved", "error"):
                 return True
             if event.finish in ("cancelled", "moved", "error"):
-                self._free(session, f"it ended: {event.error or event.finish}")
+                self._release(session, f"it ended: {event.error or event.finish}")
                 return True
             tokens = session.tokens[choice]
             if event.token is not None and event.index == len(tokens):
@@ -212,15 +218,15 @@ class Sessions:
     def let_go(self, session: Session, why: str) -> None:
         with self._changed:
             if not session.complete:
-                self._free(session, why)
+                self._release(session, why)
 
     def close(self, deadline: float) -> None:
-        """Lets go of all requests and ends the thread; `deadline` on time.monotonic."""
+        """Let go of all requests and end the thread, at the latest at `deadline` (of time.monotonic)."""
         with self._changed:
             for session in list(self._sessions.values()):
                 if not session.complete:
-                    self._free(session, "the function is shutting down")
-                if not self.place().revision:  # nothing of it was kept, and nothing can be
+                    self._release(session, "the function is shutting down")
+                if not self.identity().revision:  # nothing was recorded, and nothing can be
                     self._settle(session)
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._sessions, max(0.0, deadline - time.monotonic()))
@@ -237,20 +243,20 @@ class Sessions:
             self._changed.notify_all()
         return session
 
-    def _anew(self, session: Session, epoch: int) -> None:
-        """All of it is told once more, under this epoch, and nothing to its client before the store has answered."""
-        session.epoch, session.at, session.sent, session.until = epoch, 0, [0] * len(session.sent), 0.0
+    def _restart(self, session: Session, epoch: int) -> None:
+        """Record the whole session anew under this epoch; its client gets nothing before the store has answered."""
+        session.epoch, session.at, session.stored, session.until = epoch, 0, [0] * len(session.stored), 0.0
 
-    def _free(self, session: Session, why: str) -> None:
+    def _release(self, session: Session, why: str) -> None:
         if not session.over:
             session.over, session.free = why, True
             session.closed_at = time.monotonic()
             self._changed.notify_all()
 
     def _permitted(self, session: Session) -> bool:
-        """Whether something may be told now; waits for an answer of the store where the lease is over."""
+        """Return whether tokens may be sent now; where the lease is over, wait for the store's answer."""
         now = time.monotonic()
-        if session.until > now or session.unkept or not self.place().revision:
+        if session.until > now or session.unkept or not self.identity().revision:
             return True
         mark, session.asked = session.begun, True
         self._changed.notify_all()
@@ -266,57 +272,56 @@ class Sessions:
         )
         if session.over or not answered:
             return False
-        # Nobody can take it over through a store that cannot be asked.
+        # No other replica can claim the request from a store that does not answer.
         session.until = max(session.until, time.monotonic() + self._lease)
         return True
 
     def _due(self, session: Session, now: float) -> bool:
-        if not self.place().revision or now < session.retry_at or session.frozen:
+        if not self.identity().revision or now < session.retry_at or session.frozen:
             return False
         if session.free or session.complete or session.asked or not session.at:
             return True
-        fresh = sum(map(len, session.tokens)) - sum(session.sent)
+        fresh = sum(map(len, session.tokens)) - sum(session.stored)
         return (fresh >= self._every and not session.renew_only) or now >= session.until - 2 * self._lease / 3
 
     def _step(self, session: Session) -> tuple[Keep, list[int]]:
-        """What to tell of it, and how many tokens of each choice the store has then."""
+        """Return the next step for the store, and how many tokens of each choice the store has after that."""
         session.begun += 1
         session.asked = False
-        if session.at >= _RETELL:
+        if session.at >= _REWRITE:
             session.at = 0
         counts = [len(ids) for ids in session.tokens]
         pieces: list[bytes] = []
         if not session.at:
-            place = self.place()
-            pieces.append(
-                record.opening(session.context, [place.snapshot(place.state(request)) for request in session.requests])
-            )
-        start = session.sent if session.at else [0] * len(counts)
+            identity = self.identity()
+            snapshots = [identity.snapshot(identity.state(request)) for request in session.requests]
+            pieces.append(record.opening(session.context, snapshots))
+        start = session.stored if session.at else [0] * len(counts)
         if not session.renew_only:
             gains = {n: (at, session.tokens[n][at:]) for n, at in enumerate(start) if counts[n] > at or session.cut}
             if gains:
                 pieces.append(record.progress(gains))
         sealed = tuple(
-            self._seal.close(_about(session.key.id, session.at + n), piece) for n, piece in enumerate(pieces)
+            self._seal.close(_piece_name(session.key.id, session.at + n), piece) for n, piece in enumerate(pieces)
         )
         lease = 0.0 if session.free or session.complete else self._lease
         done = session.complete and not session.renew_only
         return Keep(session.key, self._owner, session.epoch, session.at, sealed, lease, done), counts
 
-    def _heard(self, session: Session, step: Keep, counts: list[int], since: float, kept: KeptStatus) -> None:
+    def _apply(self, session: Session, step: Keep, counts: list[int], since: float, kept: KeptStatus) -> None:
         session.answered = session.begun
         match kept.outcome:
             case "kept":
                 session.at = step.at + len(step.pieces)
                 session.until = since + step.lease
                 if step.pieces:
-                    session.sent, session.cut = counts, False
+                    session.stored, session.cut = counts, False
                 if not step.lease:
                     self._settle(session)
                 elif kept.wanted:
-                    self._free(session, "another replica was asked for it")
+                    self._release(session, "another replica was asked for it")
             case "gap":
-                session.at, session.sent = 0, [0] * len(session.sent)
+                session.at, session.stored = 0, [0] * len(session.stored)
             case "too_large":
                 log.warning("%s is not kept any further: %s", session.key.id, kept.why)
                 session.renew_only, session.unkept = True, not session.at
@@ -346,7 +351,7 @@ class Sessions:
                 results = self._client.keep([step for _, step, _ in steps])
             except AgentError as error:
                 failed = f"{error.text} [{error.code}]"
-            except Exception:  # a fault of ours must not leave requests without their keeper
+            except Exception:  # a defect must not end the thread, and with it the recording of all requests
                 log.exception("keeping requests failed")
                 failed = "a fault, see above"
             with self._changed:
@@ -354,11 +359,11 @@ class Sessions:
                     self._failed([session for session, _, _ in steps], failed)
                 else:
                     for (session, step, counts), kept in zip(steps, results, strict=True):
-                        self._heard(session, step, counts, since, kept)
+                        self._apply(session, step, counts, since, kept)
                 self._changed.notify_all()
 
     def _wait(self) -> list[Session]:
-        """The requests of which something is to be told; none once all is over."""
+        """Wait for sessions that have something to record; return none once `close` has ended everything."""
         while True:
             now = time.monotonic()
             if due := [session for session in self._sessions.values() if self._due(session, now)]:
@@ -372,20 +377,20 @@ class Sessions:
         log.warning("what runs cannot be kept now (%d requests): %s", len(sessions), why)
         for session in sessions:
             session.answered, session.retry_at = session.begun, now + _RETRY
-            if self._closing or (session.closed_at and now > session.closed_at + _LAST_WORD):
+            if self._closing or (session.closed_at and now > session.closed_at + _LAST_ATTEMPTS):
                 self._settle(session)
             elif session.complete and not session.closed_at:
                 session.closed_at = now
 
 
-def _about(request_id: str, number: int) -> str:
+def _piece_name(request_id: str, number: int) -> str:
     return f"piece {number} of {request_id}"
 
 
-def kept_by(
+def make_sessions(
     config: FunctionConfig, client: Callable[[], CacheClient], identity: Callable[[], ReplicaIdentity]
 ) -> Sessions | None:
-    """The sessions of a worker, as its settings have them; None for a function that keeps no requests.
+    """Return the sessions that a worker's settings ask for; None for a function that keeps no requests.
 
     Raises `BadConfig`.
     """

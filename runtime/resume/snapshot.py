@@ -1,4 +1,4 @@
-"""Owns the format of a snapshot: all that is needed to continue a generation elsewhere, as bytes and back. Pure.
+"""The format of a snapshot: all that a generation needs to continue elsewhere, to bytes and back. Pure.
 
     snapshot := magic version header-length header rows checksum
 
@@ -9,10 +9,10 @@
     rows           the bytes of the cache's rows, in the header's order, without gaps
     checksum       8 bytes, XXH3 of everything before it: against damage, not against forgers
 
-A snapshot that leaves its node is signed by the agents (`cache_agent.wire.signing`), who alone have the cluster's key;
-what is kept of it in a store may be encrypted with the function's key (`runtime.resume.seal`). Who may read it here
-has been settled before `decode`; that it is well-formed, complete and of this kind is settled by it, and `check` names
-the first thing in which this replica differs from the one that made it.
+The agents sign a snapshot that leaves its node (`cache_agent.wire.signing`): only they have the cluster's key. In the
+store it may be encrypted with the function's key (`runtime.resume.seal`). Access rights are checked before `decode`;
+`decode` checks that a snapshot is well-formed and complete, and `check` names the first thing in which this replica
+differs from the one that made it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Name = Annotated[str, msgspec.Meta(max_length=512)]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """`state` and what it may be continued with: the digests of tokenizer and adapter ("" for none), and the fencing
+    """A generation's state, the digests of the tokenizer and the adapter ("" for none) that it needs, and the fencing
     epoch under which it was taken."""
 
     state: GenerationState
@@ -88,7 +88,7 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The generation itself; unknown fields are refused, because a reader that passes over one continues it wrongly."""
+    """The generation itself. Unknown fields are refused: a reader that ignores one continues the generation wrongly."""
 
     state: int
     engine: Name
@@ -108,6 +108,7 @@ _decoder = msgspec.json.Decoder(Header)
 
 
 def encode(snapshot: Snapshot) -> bytes:
+    """Return the snapshot as bytes."""
     state, request = snapshot.state, snapshot.state.request
     sampling = {name: getattr(request.sampling, name) for name in _Sampling.__struct_fields__}
     header = Header(
@@ -141,7 +142,10 @@ def encode(snapshot: Snapshot) -> bytes:
 
 
 def decode(data: bytes | memoryview) -> Snapshot:
-    """Raises `SnapshotRefused` for anything but the whole of one snapshot of this version, and says why."""
+    """Return the snapshot that these bytes are.
+
+    Raises `SnapshotRefused`, with the reason, for anything but the whole of one snapshot of this version.
+    """
     view = memoryview(data)
     if not _FRONT.size + _CHECKSUM < len(view) <= MAX_SNAPSHOT:
         raise SnapshotRefused(f"{len(view)} bytes are no snapshot; it is cut off, or something else")
@@ -199,7 +203,7 @@ def _state(header: Header, data: memoryview) -> GenerationState:
 
 
 def tokenizer_digest(files: Mapping[str, bytes]) -> str:
-    """Of a model's small files, all but those that only the model and its sampling are made of."""
+    """Return the digest of a model's small files, without those that only configure the model and its sampling."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(set(files) - {"config.json", "generation_config.json"}):
         digest.update(f"{name}\0{len(files[name])}\0".encode())
@@ -209,7 +213,7 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaIdentity:
-    """What a replica is, as far as snapshots care; `arithmetic` matters to deterministic requests only."""
+    """The properties of a replica that a snapshot depends on; `arithmetic` matters to deterministic requests only."""
 
     engine: str
     revision: str
@@ -218,7 +222,7 @@ class ReplicaIdentity:
     arithmetic: str = ""
 
     def state(self, request: GenerationRequest, generated: Sequence[int] = ()) -> GenerationState:
-        """Of a request of this replica, by its tokens alone."""
+        """Return the state of a request of this replica, by its tokens alone."""
         arithmetic = self.arithmetic if request.deterministic else ""
         return GenerationState(
             STATE_VERSION, self.engine, self.revision, request, tuple(generated), 0, arithmetic=arithmetic
@@ -229,7 +233,7 @@ class ReplicaIdentity:
 
 
 def check(snapshot: Snapshot, here: ReplicaIdentity) -> None:
-    """Raises `SnapshotRefused` that names the first thing in which `here` differs from where it was made."""
+    """Raise `SnapshotRefused`, naming the first difference between `here` and the replica that made the snapshot."""
     state = snapshot.state
     if state.version != STATE_VERSION:
         raise SnapshotRefused(f"the generation's state has version {state.version}, here is version {STATE_VERSION}")

@@ -152,11 +152,11 @@ class Worker:
             self._lifecycle.phase = "handler"
             with self._ledger.span("handler"):
                 handler = self._import_handler(assembled)
-        from runtime.handoff.incoming import moving
-        from runtime.resume.sessions import kept_by
+        from runtime.handoff.incoming import make_incoming
+        from runtime.resume.sessions import make_sessions
 
-        self._sessions = model.sessions = kept_by(self._config, self._leasing.client, lambda: model.identity)
-        self._incoming = moving(
+        self._sessions = model.sessions = make_sessions(self._config, self._leasing.client, lambda: model.identity)
+        self._incoming = make_incoming(
             self._config, self._leasing.client, model, self._lifecycle, lambda: self._released(assembled)
         )
         self._lifecycle.phase = "serving"

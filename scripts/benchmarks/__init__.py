@@ -1,4 +1,4 @@
-"""Benchmarks that a stranger can repeat: one small module each, over the harness.
+"""Benchmarks that anyone can repeat: one small module each, over the harness.
 
 A benchmark NAME is the module of that name here, with `NAME` and `run(quick, console) -> Report`.
 """
@@ -6,7 +6,7 @@ A benchmark NAME is the module of that name here, with `NAME` and `run(quick, co
 from __future__ import annotations
 
 NAMES = ["cold-start", "load", "origin", "density", "fanout", "throughput", "handoff", "overload"]
-"""In the order in which `all` runs them."""
+"""The benchmarks, in the order in which `all` runs them."""
 
 
 def module(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Owns the cache agent that a benchmark measures: a real process on a socket of its own."""
+"""The cache agent that a benchmark measures: a real process on a socket of its own."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def cpu_seconds(self) -> float:
-        """Processor seconds that the agent has used so far."""
+        """Return the processor seconds that the agent has used so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def hold(self, uri: str) -> None:
-        """Has the model in memory, and its identity computed, so that the agent is idle afterwards."""
+        """Load the model into memory, and wait until its identity is computed and the agent idle."""
         with self.client.lease(uri) as lease:
             lease.wait_ready(time.monotonic() + _LOAD_SECONDS)
         self.settle()
 
     def settle(self) -> None:
-        """Waits until the agent has hashed what it loaded: that work would disturb the next variant."""
+        """Wait until the agent has hashed what it loaded: that work would disturb the next variant."""
         deadline = time.monotonic() + _LOAD_SECONDS
         while any(not model.revision for model in self.client.status().models):
             if time.monotonic() > deadline:
@@ -45,7 +45,7 @@ class Running:
             time.sleep(0.05)
 
     def store(self, uri: str) -> None:
-        """Has the model's image on SSD, whole; the agent needs `--ssd`."""
+        """Write the model's whole image to SSD; the agent needs `--ssd`."""
         deadline = time.monotonic() + _LOAD_SECONDS
         if not self._stored(uri):
             self.hold(uri)
@@ -60,7 +60,7 @@ class Running:
         return ssd is not None and any(image.model == uri for image in ssd.images)
 
     def forget(self, uri: str, *, ssd: bool = False) -> None:
-        """Evicts the model if it is there, and its image with `ssd`.
+        """Evict the model if it is there, and its image with `ssd`.
 
         A holder whose process has just ended may still be counted for a moment.
         """
@@ -76,7 +76,7 @@ class Running:
 
 @contextmanager
 def agent(*options: str, environment: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """An agent with these `glowplug agent serve` options; ended with the block."""
+    """Run an agent with these `glowplug agent serve` options, until the end of the block."""
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as place:
         path = Path(place) / "agent.sock"
         command = [str(Path(sys.executable).parent / "glowplug"), "agent", "serve", "--log-level", "warning"]

@@ -1,7 +1,7 @@
-"""One load in a fresh process: imports first; then, on a line from the parent, it loads and runs one token.
+"""A load in a fresh process: it imports, waits for a line from its parent, loads, and runs one token.
 
-Prints one line of JSON: `first_s` from the go until the first forward is done, `load_s` until the model is there,
-`warm_s` of a second forward, `net_s` without it, `cpu_s`. Peers are called as their own documentation shows.
+It prints one line of JSON: `first_s` from the parent's line until the first forward is done, `load_s` until the model
+is there, `warm_s` of a second forward, `net_s` without it, `cpu_s`. Peers are called as their own documentation shows.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 Job: TypeAlias = dict[str, str]
 
-PROMPT = [[1]]  # one token: as little beside loading as can be
-_ATTACHES = 10  # a single one takes a few milliseconds, which is noise
-_keep: list[Any] = []  # what must live as long as the model
+PROMPT = [[1]]  # one token, to measure little but loading
+_ATTACHES = 10  # one attach takes a few milliseconds, which is noise
+_keep: list[Any] = []  # objects that must live as long as the model
 
 
 # --- from a directory: {"place": …, "tensors": tensorizer's file} -----------------------------------------------------
@@ -76,7 +76,7 @@ def tensorizer(job: Job) -> Any:
 
 
 def glowplug(job: Job) -> Any:
-    """As a worker does it: the model is put together while its bytes arrive."""
+    """Load as a worker does: the model is put together while its bytes arrive."""
     from cache_agent.client.cache_client import CacheClient
     from runtime.worker import weights
 
@@ -88,7 +88,7 @@ def glowplug(job: Job) -> Any:
 
 
 def attach(job: Job) -> None:
-    """No model on top: lease, map, and a view for every tensor."""
+    """Lease, map, and make a view of every tensor, without a model."""
     from cache_agent.client.cache_client import CacheClient
     from runtime.worker.weights import Weights
 
@@ -101,7 +101,7 @@ def attach(job: Job) -> None:
 
 
 def download_then_load(job: Job) -> Any:
-    """boto3's own parallel download of every file at once, then from_pretrained."""
+    """Download every file at once with boto3's own parallel transfers, then from_pretrained."""
     import boto3
 
     client = boto3.client("s3", endpoint_url=job["endpoint"])
@@ -119,7 +119,7 @@ def download_then_load(job: Job) -> Any:
 
 
 def runai_s3(job: Job) -> Any:
-    """The streamer reads the weights from S3; the small files come from the directory of {"config": …}."""
+    """Read the weights from S3 with the streamer; the small files come from the directory of {"config": …}."""
     keys = [
         f"s3://{job['bucket']}/{job['prefix']}/{Path(file).name}" for file in _weight_files({"place": job["config"]})
     ]
@@ -140,12 +140,12 @@ def _streamed(files: list[str]) -> dict[str, torch.Tensor]:
     with SafetensorsStreamer() as streamer:
         streamer.stream_files(files)
         for name, tensor in streamer.get_tensors():
-            tensors[name] = tensor.clone()  # its buffer is used again
+            tensors[name] = tensor.clone()  # the streamer reuses the tensor's buffer
     return tensors
 
 
 def _assigned(job: Job, tensors: dict[str, torch.Tensor]) -> Any:
-    """The model on the meta device with these tensors assigned, and its computed buffers made anew."""
+    """Return a model of the meta device with these tensors assigned, and its computed buffers made anew."""
     config = AutoConfig.from_pretrained(job["place"])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
@@ -209,7 +209,7 @@ def main(way: str, encoded: str) -> None:
             warm = time.perf_counter()
         sample |= {"first_s": first - start, "warm_s": warm - first, "net_s": (first - start) - (warm - first)}
     print(json.dumps(sample), flush=True)
-    # Threads of a peer must not keep a process that has said all it had to say.
+    # Threads of a peer must not keep the process alive after its line of output.
     os._exit(0)
 
 
@@ -220,7 +220,7 @@ def _seconds(work: Callable[[Job], Any], job: Job) -> float:
 
 
 def _first_kernels() -> None:
-    """The first product of a process sets up the kernels' own state, some milliseconds that are no part of loading."""
+    """Multiply once: a process's first product sets up the kernels, some milliseconds that are no part of loading."""
     with torch.inference_mode():
         torch.nn.functional.linear(torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16))
 

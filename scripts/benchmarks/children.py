@@ -1,4 +1,4 @@
-"""Runs one load in a fresh process that has done its imports: the parent's end of `child.py`."""
+"""The parent of `child.py`: runs one load in a fresh process that has done its imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PEERS = {"runai": "runai_model_streamer", "fastsafetensors": "fastsafetensors", 
 
 
 def run(way: str, job: Mapping[str, str], *, threads: int = 1, environment: Mapping[str, str] | None = None) -> Sample:
-    """What `child.WAYS[way](job)` measured. Raises `Unavailable` with the last line of its error when it failed."""
+    """Return what `child.WAYS[way](job)` measured. Raises `Unavailable` with the last line of the child's error."""
     needs = PEERS.get(way.partition("_")[0])
     if needs and find_spec(needs) is None:
         raise Unavailable(f"{needs} is not installed here")

@@ -1,14 +1,17 @@
-"""From the execution of a container's entrypoint to its first token: a plain function, and ours.
+"""Cold starts, from the execution of a container's entrypoint to its first token: a plain function, and ours.
 
 All variants are the same function with the same 32-token prompt and one token of answer, as many threads as the machine
-has processors. `warm` and `cold` are the state of the page cache, libraries included. `warm token` is what the same
-worker needs for its next first token: no cold start can be shorter. `pod` is a function whose container is there, and
-whose idle worker was dropped to a layer: from the request to its first token. `node` is a container's first start,
-forked by a pool from this layer; `fork_join_ms` is that fork with the cgroup and the container that it entered,
-`charged_mb` what the container's memory cgroup is charged once it has answered. `node, spare` is a container there
-whose idle worker was dropped: what it asks for has waited in it for a second. `kept_…` and `fresh_…` are the first
-bytes of a started function's answers that ask no model, on one connection and on as many. The agent's memory is of
-huge pages where a pool of them can be had: a fresh process enters 4 KiB pages one by one in its first forward pass.
+has processors. `warm` and `cold` are the state of the page cache, libraries included. `warm token` is the time of the
+same worker's next first token: no cold start can be shorter.
+
+`pod` is a function whose container runs, and whose idle worker was dropped to a layer: from the request to its first
+token. `node` is a container's first start, forked by a pool from this layer; `fork_join_ms` is the time of that fork
+and of entering cgroup and container, `charged_mb` the charge of the container's memory cgroup after its first answer.
+`node, spare` is a container whose idle worker was dropped, and in which a spare process has waited for a second.
+
+`kept_…` and `fresh_…` are the times to the first byte of a started function's answers that ask no model, on one
+connection and on one for each. The agent's memory is of huge pages where a pool of them can be reserved: a fresh
+process enters 4 KiB pages one by one in its first forward pass.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
     def warm(start: Callable[[], AbstractContextManager[Function]]) -> Callable[[], None]:
         def prepare() -> None:
             machine.warm(models.weight_files(place))
-            with start():  # its libraries are in the page cache now, whatever the last variant dropped
+            with start():  # so that its libraries are in the page cache again
                 pass
 
         return prepare
@@ -118,7 +121,7 @@ def _variants(place: Path, running: Running, threads: int) -> list[Variant]:
             raise Unavailable("dropping the page cache takes root")
 
     pods = {
-        layer: lambda layer=layer: functions.parked(uri, agent=running.socket, threads=threads, layer=layer)
+        layer: lambda layer=layer: functions.standby(uri, agent=running.socket, threads=threads, layer=layer)
         for layer in ("lang", "model")
     }
     return [
@@ -164,7 +167,7 @@ def _place(model: str, running: Running, threads: int, layer: nodes.Layer) -> Sa
 def _spare(model: str, running: Running, threads: int) -> Iterator[Function]:
     with (
         nodes.node(model, agent=running.socket, threads=threads, layer="model") as node,
-        node.parked() as function,
+        node.standby() as function,
     ):
         yield function
 

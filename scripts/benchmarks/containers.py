@@ -1,7 +1,7 @@
-"""Owns a place like a container: namespaces of its own, a memory limit where asked for, everything gone at the end.
+"""Containers for benchmarks: namespaces of their own, a memory limit where asked for, nothing left at the end.
 
-The place is made first and its entrypoint executed later, as a platform does it: what is measured is the function.
-Where we are not root the entrypoint runs in a session of its own instead, and `NAMESPACES` is false.
+A container is made first and its entrypoint executed later, as on a platform, so that the function alone is measured.
+Without root the entrypoint runs in a session of its own instead, and `NAMESPACES` is false.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from benchmarks.harness import Unavailable
 
 NAMESPACES = os.geteuid() == 0 and shutil.which("unshare") is not None
 _UNSHARE = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
-# It joins its cgroup (0 is whoever writes), waits for the word, and becomes the entrypoint.
+# The launcher joins its cgroup (0 means itself), waits for a line, and becomes the entrypoint.
 _WAIT = 'if [ -n "$CGROUP" ]; then echo 0 > "$CGROUP"; unset CGROUP; fi; read -r _; exec "$@"'
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(slots=True)
 class Container:
-    """`started` is when the entrypoint was executed, in ns of CLOCK_MONOTONIC."""
+    """A container; `started` is the time of its entrypoint's execution, in ns of CLOCK_MONOTONIC."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -43,7 +43,7 @@ class Container:
         self.process.stdin.close()
 
     def pids(self) -> list[int]:
-        """Its processes, by their numbers outside; our own launcher is not among them."""
+        """Return its processes, by their numbers outside, without the launcher."""
         found = descendants(self.process.pid)
         return found[1:] if NAMESPACES else found
 
@@ -55,7 +55,7 @@ class Container:
 def container(
     command: Sequence[str], environment: Mapping[str, str], cwd: Path, cgroup: MemoryCgroup | None = None
 ) -> Iterator[Container]:
-    """A container that waits for `start()`; killed with all that runs in it at the end of the block."""
+    """Make a container that waits for `start()`; all its processes are killed at the end of the block."""
     place = Path(tempfile.mkdtemp(prefix="gp-"))
     try:
         variables = {**environment, "TMPDIR": str(place), "HOME": str(place)}
@@ -88,7 +88,7 @@ class MemoryCgroup:
     """A memory cgroup of version 1 or 2; a context manager that removes it once its processes are gone."""
 
     def __init__(self, name: str, limit: int) -> None:
-        """Raises `Unavailable` where cgroups cannot be made."""
+        """Make the cgroup. Raises `Unavailable` where cgroups cannot be made."""
         v1 = _CGROUPS / "memory"
         self._v1 = v1.is_dir()
         # Version 2 allows no processes beside child cgroups, so ours lies directly below the root.
@@ -108,13 +108,13 @@ class MemoryCgroup:
         (self.place / ("memory.limit_in_bytes" if self._v1 else "memory.max")).write_text(f"{size}\n")
 
     def usage(self) -> int:
-        """Bytes that the kernel charges to it; huge pages are not among them."""
+        """Return the bytes that the kernel charges to the cgroup, without huge pages."""
         return int((self.place / ("memory.usage_in_bytes" if self._v1 else "memory.current")).read_text())
 
     def reclaim(self) -> None:
-        """Takes from its processes every page that can be had back: what a node under pressure does to an idle pod."""
+        """Reclaim every page of its processes that the kernel can, as a node under pressure does with an idle pod."""
         for _ in range(3):
-            # The kernel gives up with EAGAIN or EBUSY when nothing more can be had, and that is what was wanted.
+            # EAGAIN or EBUSY: the kernel has reclaimed all that it can.
             with contextlib.suppress(OSError):
                 if self._v1:
                     (self.place / "memory.force_empty").write_text("1\n")

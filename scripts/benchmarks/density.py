@@ -1,8 +1,8 @@
-"""How many copies of a model's weights a node holds for 1, 2, 4, 8 replicas of one function.
+"""Density: the copies of a model's weights that a node holds for 1, 2, 4, 8 replicas of one function.
 
 Every plain replica reads checkpoint files of its own, as every container image has them; ours lease from the node's
-agent. Each runs in a memory cgroup. Counted is what stays after the page cache was dropped and every replica has
-answered again: mapped pages of checkpoint files, segments of weights (huge pages included), and what the processes
+agent. Each runs in a memory cgroup. The memory is counted after the page cache was dropped and every replica
+has answered again: mapped pages of checkpoint files, segments of weights (huge pages included), and what the processes
 own beyond the same function with a model of 0.2 million parameters. Then each replica is put under memory pressure, as
 a node does to idle pods, and asked again.
 """
@@ -28,13 +28,13 @@ from benchmarks.harness import Sample, Unavailable, Variant, judged, measure
 
 NAME = "density"
 _REPLICAS = (1, 2, 4, 8)
-_OWN_BYTES = 1 << 30  # of a function beside its weights, generously
+_OWN_BYTES = 1 << 30  # of a function beside its weights, rounded up
 _KEY_AT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`weightless` is what a replica of each kind owns without weights, in bytes; filled by the first run of each."""
+    """The parts of a run; `weightless` has the bytes of a replica of each kind without weights, from its first run."""
 
     place: Path
     copies: list[Path]
@@ -81,7 +81,7 @@ def run(quick: bool, console: Console) -> Report:
 
 
 def _possible(place: Path, replicas: Iterable[int]) -> int:
-    """The largest number of plain replicas whose weights fit into memory and on the disk."""
+    """Return the largest number of plain replicas whose weights fit into memory and on the disk."""
     memory, size = _available(), models.weight_bytes(place)
     return max(count for count in replicas if count * (size + _OWN_BYTES // 2) + size < memory or count == 1)
 
@@ -134,7 +134,7 @@ def _ask(replicas: list[tuple[Function, MemoryCgroup]]) -> float:
 
 
 def _weights(setting: Setting, kind: str, replicas: list[tuple[Function, MemoryCgroup]]) -> int:
-    """Bytes of weights that are in memory, wherever they are."""
+    """Return the bytes of weights in memory, in segments and in the page cache."""
     pids = [pid for function, _ in replicas for pid in function.container.pids()]
     places = setting.copies[: len(replicas)] if kind == "plain" else [setting.place]
     mapped = sum(machine.cached(file) for place in places for file in models.weight_files(place))
@@ -144,7 +144,7 @@ def _weights(setting: Setting, kind: str, replicas: list[tuple[Function, MemoryC
 
 
 def _anonymous(pids: Iterable[int]) -> int:
-    """Bytes that these processes own, shared ones counted once."""
+    """Return the anonymous bytes of these processes, shared ones counted once."""
     total = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():

@@ -1,9 +1,9 @@
-"""Many nodes that want the same model at once: eight agents on this machine, each behind a slow link of its own.
+"""Fan-out: eight agents on this machine load the same model at once, each behind a slow link of its own.
 
-A real S3 server, a real Redis, real agents; what is simulated is the network. Every node's link carries so many bytes
-per second in each direction, whatever they come from, so that one agent alone takes size ÷ rate and eight agents, who
-could all read the store at their full rate, are held against that: what they read of it, and how long the last takes.
-In the second run two of them, each a source of chunks for others and a receiver, are killed on the way.
+S3 server, Redis and agents are real; the network is simulated. Every node's link carries a fixed number of bytes per
+second in each direction, from all sources together. One agent alone takes size ÷ rate. Eight agents, which could all
+read the store at their full rate, are compared with that: the bytes read from the store, and the time of the last one.
+In the second run two of them, which both send and receive chunks, are killed on the way.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run(quick: bool, console: Console) -> Report:
 
 @contextlib.contextmanager
 def _checkpoint(quick: bool, console: Console) -> Iterator[Path]:
-    """A model of some 240 MB, or in a quick run of 100, which is not kept."""
+    """Return a model of some 240 MB; in a quick run one of 100 MB, which is not kept."""
     if not quick:
         yield models.checkpoint("125m", console)
         return
@@ -82,7 +82,7 @@ def _checkpoint(quick: bool, console: Console) -> Iterator[Path]:
 
 
 class _Fanout:
-    """Runs loads, each on agents of its own; `digests` are those of the bytes that all of them ended with."""
+    """Run loads, each on agents of its own; `digests` are those of the bytes that the agents have in the end."""
 
     def __init__(self, s3: Store, redis: str, size: int, rate: float) -> None:
         self.rate = rate
@@ -90,7 +90,7 @@ class _Fanout:
         self._s3, self._redis, self._size = s3, redis, size
 
     def load(self, count: int, kill: Sequence[int] = ()) -> Sample:
-        """All at once; those in `kill` are killed when a third, and two thirds, of the time that one takes are over."""
+        """Load on all agents at once; kill those in `kill` after one and two thirds of the time of one agent."""
         with Links(self.rate) as links, contextlib.ExitStack() as stack:
             agents = [stack.enter_context(self._agent(links, f"n{number}")) for number in range(count)]
             start = time.perf_counter()
@@ -131,7 +131,7 @@ _KEY = secrets.token_hex(32).encode()
 
 
 def _ready(client: CacheClient, uri: str) -> tuple[float, str]:
-    """When the model was there, and a digest of its bytes."""
+    """Wait for the model; return the time at which it was there, and a digest of its bytes."""
     with client.lease(uri, deadline=time.monotonic() + _LIMIT_SECONDS) as lease:
         lease.wait_ready(time.monotonic() + _LIMIT_SECONDS)
         ready = time.perf_counter()
@@ -143,7 +143,7 @@ def _ready(client: CacheClient, uri: str) -> tuple[float, str]:
 
 
 def _cpu(running: Running) -> float:
-    with contextlib.suppress(OSError, IndexError):  # one that was killed has no more to tell
+    with contextlib.suppress(OSError, IndexError):  # a killed agent sends nothing more
         return running.cpu_seconds()
     return 0.0
 
@@ -155,7 +155,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _redis() -> Iterator[str]:
-    """The URL of a Redis of its own. Raises `Unavailable` where redis-server is not installed."""
+    """Run a Redis server, and yield its URL. Raises `Unavailable` where redis-server is not installed."""
     beside = Path(sys.executable).parent / "redis-server"
     program = str(beside) if beside.exists() else shutil.which("redis-server")
     if program is None:

@@ -1,7 +1,7 @@
-"""Starts one function in two ways, in a place like a container: plain (Flask, gunicorn, from_pretrained) and ours.
+"""One function in two ways, in a container: plain (Flask, gunicorn, from_pretrained) and ours.
 
-A request is sent at the instant at which the entrypoint is executed and retried until the port is open, as a platform's
-queue does; so does a probe.
+A request and a probe are sent when the entrypoint is executed, and retried until the port is open, as a platform's
+queue does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.containers import NAMESPACES, Container, MemoryCgroup, container
 from benchmarks.harness import Sample, Unavailable
 from runtime.container import native
 
-WITHOUT_MODEL = {"handler": "/word", "ready": "/_/ready", "stream": "/words"}  # paths that ask no model, by name
+WITHOUT_MODEL = {"handler": "/word", "ready": "/_/ready", "stream": "/words"}  # by name, paths that ask no model
 PROMPT_TOKENS = 32  # the checkpoints' tokenizer merges letters only: every digit is a token
 _FOLDER = Path(__file__).parent / "function"
 _SECONDS = 300.0
@@ -37,7 +37,7 @@ _ANSWERS = 15
 
 
 def prompt() -> str:
-    """Another one each time: what a function may have kept of the last is no help with the next."""
+    """Return a new prompt each time, so that a function cannot reuse the rows of an earlier one."""
     return f"{next(_number):0{PROMPT_TOKENS}}"[::-1]
 
 
@@ -50,13 +50,13 @@ class Function:
 
     container: Container
     port: int
-    marks: str  # route that tells of the phases
+    marks: str  # route that reports the phases
     first_token: float = 0.0
     http_ready: float = 0.0
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def begin(self, health: str) -> None:
-        """Executes the entrypoint and sends both requests."""
+        """Execute the entrypoint and send both requests."""
         self.container.start()
 
         def ask() -> None:
@@ -72,14 +72,14 @@ class Function:
             thread.start()
 
     def answered(self) -> None:
-        """Waits for both answers. Raises `Unavailable` with the end of its log."""
+        """Wait for both answers. Raises `Unavailable` with the end of the function's log."""
         for thread in self._threads:
             thread.join(_SECONDS)
         if not (self.first_token and self.http_ready):
             raise Unavailable(f"the function did not answer: {self.container.output()[-500:]}")
 
     def ask(self) -> float:
-        """ms of one more first token."""
+        """Return the ms of one more first token."""
         start = time.monotonic_ns()
         self.request("POST", "/", prompt())
         return (time.monotonic_ns() - start) / 1e6
@@ -97,14 +97,14 @@ class Function:
         return answer
 
     def connections(self) -> Sample:
-        """Return the ms until an answer's first byte comes that asks no model.
+        """Return the ms to the first byte of answers that ask no model.
 
         `kept_…` is on one connection, from its second answer on; `fresh_…` with a connection for each.
         """
         found: dict[str, float] = {}
         for name, path in WITHOUT_MODEL.items():
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=_SECONDS)) as kept:
-                _first_byte(kept, path)  # only the next one may have to wait for an acknowledgement
+                _first_byte(kept, path)  # later answers on this connection may wait for an acknowledgement
                 found[f"kept_{name}_ms"] = statistics.median(_first_byte(kept, path) for _ in range(_ANSWERS))
             fresh = []
             for _ in range(_ANSWERS):
@@ -114,15 +114,15 @@ class Function:
         return found
 
     def phases(self) -> Sample:
-        """`<phase>_ms` of the start, as the function itself tells."""
-        told: Any = json.loads(self.request("GET", self.marks))
-        if isinstance(told, dict):
+        """Return `<phase>_ms` of the start, as the function itself reports."""
+        marks: Any = json.loads(self.request("GET", self.marks))
+        if isinstance(marks, dict):
             return {
                 f"{span['owner']}: {span['name']} ms": (span["end_ns"] - span["start_ns"]) / 1e6
-                for span in told["spans"]
+                for span in marks["spans"]
             }
         found, last = {}, self.container.started
-        for name, at in told:
+        for name, at in marks:
             found[f"{name} ms"] = (at - last) / 1e6
             last = at
         return found
@@ -155,7 +155,7 @@ def _first_byte(connection: http.client.HTTPConnection, path: str) -> float:
 
 @contextlib.contextmanager
 def plain(model: Path, *, threads: int, cgroup: MemoryCgroup | None = None) -> Iterator[Function]:
-    """Started, and asked; it has answered when the block begins."""
+    """Start the plain function and ask it; it has answered when the block begins."""
     port = _free_port()
     command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "1", "--threads", "4"]
     command += ["--timeout", "600", "--log-level", "warning", "plain:app"]
@@ -174,7 +174,7 @@ def glowplug(
     settings: Mapping[str, str] = MappingProxyType({"GLOWPLUG_LAYERS": "off"}),
     static: bool = False,
 ) -> Iterator[Function]:
-    """Ours, with the node's agent at this socket, or with a private one; `settings` are further variables.
+    """Start our function and ask it, with the agent at this socket or a private one; `settings` are variables.
 
     With `static` its entrypoint is the shim's static twin, where there is one.
     """
@@ -198,7 +198,7 @@ def glowplug(
 
 @cache
 def static_shim() -> Path | None:
-    """Built for this interpreter; None without a compiler."""
+    """Build the static shim for this interpreter; None without a compiler."""
     if not native.compiler():
         return None
     place = Path(__file__).parents[2] / "build"
@@ -208,13 +208,13 @@ def static_shim() -> Path | None:
 
 
 def shim_of_nodes() -> str:
-    """Which shim node mode's functions begin with, for people."""
+    """Return the name of the shim that node mode's functions begin with, for people."""
     return "c" if static_shim() else "python"
 
 
 @contextlib.contextmanager
-def parked(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Function]:
-    """Ours in pod mode, whose worker has gone after its first request; this layer is warm."""
+def standby(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Function]:
+    """Start our function in pod mode and let its idle worker go; this layer stays warm."""
     hold = {"GLOWPLUG_LAYERS": layer, "GLOWPLUG_HOLD": "user=1,model=inf,lang=inf"}
     with glowplug(model, agent=agent, threads=threads, settings=hold) as function:
         deadline = time.monotonic() + _SECONDS
@@ -229,7 +229,7 @@ def parked(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Fun
 
 @contextlib.contextmanager
 def pool(kind: str, *options: str) -> Iterator[Path]:
-    """The socket of a pool whose zygote is ready, with what a function has in its environment; its log lies beside it.
+    """Run a pool until its zygote is ready; yield its socket, which a function gets, with its log beside it.
 
     Needs root. `options` are those of `glowplug pool`.
     """
@@ -277,7 +277,7 @@ def _started(
 
 def _environment(threads: int, **settings: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GLOWPLUG_") and name != "PORT"}
-    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # an image has its bytecode; here the first start leaves it
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # images have bytecode; here the first start writes it
     return {**kept, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **settings}
 
 

@@ -1,11 +1,11 @@
-"""A replica that ends in the middle of its answers, from real functions: what clients lose, and how long they wait.
+"""Hand-off: real functions that end in the middle of their answers; lost tokens and pauses of their clients.
 
-drain       32 streams are read while their replica gets SIGTERM: tokens lost or told twice, failures, pauses in steps,
-            and when the replica's hold on the model has ended. Deterministic mode, so that every token can be compared.
+drain       32 streams are read while their replica gets SIGTERM: tokens lost or sent twice, failures, pauses in steps,
+            and the time until the replica has released the model. Deterministic mode makes every token comparable.
 moved       one stream of a 1000-token prompt is handed over: the longest gap between two of its tokens
-recomputed  the same, as it is done without: the replica is stopped, the client asks another one to go on with the text
+recomputed  the same without hand-off: the replica is stopped, and the client asks another one to continue the text
 grace       streams that last four times as long as their replica's grace: read to their end by a client that resumes
-checkpoint  CPU seconds per token of a function that keeps its requests, over one that does not; its agent's counted in
+checkpoint  CPU seconds per token of a function that keeps its requests, over one that does not; the agent's included
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAME = "handoff"
 
 _STREAMS, _PROMPT, _NEW = 32, 64, 160
 _LONG_PROMPT = 1000
-_BEFORE = 12  # pieces that every stream has had when its replica is told to end
+_BEFORE = 12  # pieces that every stream has when its replica gets SIGTERM
 _SECONDS = 120.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -70,7 +70,7 @@ class Replica:
             time.sleep(0.05)
 
     def cpu_seconds(self) -> float:
-        """Of all processes of its session."""
+        """Return the processor seconds of all processes of its session."""
         total = 0
         for place in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError, ValueError, IndexError):
@@ -90,7 +90,7 @@ class Replica:
 
 @contextlib.contextmanager
 def replicas(place: Path, running: Running, count: int, **settings: object) -> Iterator[list[Replica]]:
-    """So many replicas of one function, ready; killed with the block."""
+    """Run replicas of one function, ready when the block begins; killed at its end."""
     made: list[Replica] = []
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as folder:
         try:
@@ -124,7 +124,7 @@ def replicas(place: Path, running: Running, count: int, **settings: object) -> I
 
 @contextlib.contextmanager
 def reading(urls: Sequence[str], bodies: Sequence[Body], *, resume: bool = False) -> Iterator[Callable[[], Any]]:
-    """Inside the block all streams run; the result is what `handoff_clients` prints at their end."""
+    """Run all streams during the block; the result is what `handoff_clients` prints at their end."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump({"urls": list(urls), "bodies": list(bodies), "after": _BEFORE, "resume": resume}, file)
         file.flush()
@@ -213,7 +213,7 @@ def _drain(place: Path, running: Running, new: int, rows: list[Row]) -> dict[str
 
 
 def _freed(running: Running, told: float) -> float | None:
-    """Milliseconds until the agent counts one holder of the model less."""
+    """Return the milliseconds until the agent counts one holder of the model less."""
     deadline = told + 60
     while time.monotonic() < deadline:
         if sum(model.leases for model in running.client.status().models) <= 1:
@@ -254,7 +254,7 @@ def _pauses(place: Path, running: Running, rounds: int, console: Console) -> Res
             with reading([source.url], [wanted]) as result:
                 source.kill()
                 (one,) = result()
-            # The ids of the text so far are not the client's to know; so many others take as long.
+            # The client does not know the ids of the text so far; as many other ids take as long.
             again = {**wanted, "prompt": [*wanted["prompt"], *wanted["prompt"][: len(one["times"])]], "max_tokens": 4}
             with reading([other.url], [again]) as result:
                 (rest,) = result()
@@ -268,7 +268,7 @@ def _pauses(place: Path, running: Running, rounds: int, console: Console) -> Res
 
 
 def _grace(place: Path, running: Running, seconds: float, rows: list[Row]) -> dict[str, float | None]:
-    """Every replica is told to end a quarter of the streams' time after it began; there is always a next one."""
+    """End every replica a quarter of the streams' time after its start; there is always a next replica."""
     grace = seconds / 4
     settings = {"checkpoints": "bench", "drain_grace": grace, "answer_limit": 10 * seconds}
     with replicas(place, running, 2, **settings) as (source, destination):

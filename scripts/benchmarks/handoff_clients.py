@@ -3,8 +3,8 @@
     python -m benchmarks.handoff_clients JOB.json
 
 The job: {"urls": […], "bodies": […], "after": N, "resume": bool}. Prints `running` once every stream has N pieces, then
-a list of {"times": when each piece came (CLOCK_MONOTONIC), "text", "tokens", "error"}. With `resume` a stream that
-breaks off is asked for again, at the next URL; otherwise that is its end.
+a list of {"times": when each piece came (CLOCK_MONOTONIC), "text", "tokens", "error"}. With `resume` the rest of a
+stream that breaks off is asked for at the next URL; without, the stream is over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PATH = "/v1/completions"
 
 
 class Reader:
-    """One stream, and what came of it."""
+    """One stream, and what it received."""
 
     def __init__(self, job: dict[str, Any], body: dict[str, Any]) -> None:
         self.enough = threading.Event()
@@ -46,7 +46,7 @@ class Reader:
             self.enough.set()
 
     def _frames(self) -> Iterator[dict[str, Any]]:
-        """Without `resume`, patience is over at the first failure."""
+        """Yield the stream's events; without `resume`, the first failure is the end."""
         urls, patience = self._job["urls"], 60.0 if self._job["resume"] else 0.0
         for event in ask(urls, _PATH, self._body, patience=patience, silence=60.0):
             yield json.loads(event.data)

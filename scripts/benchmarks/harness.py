@@ -1,12 +1,13 @@
-"""Owns how anything is measured here: interleaved rounds, noise watched, ratios pair by pair.
+"""The harness of all benchmarks: interleaved rounds, noise watched, ratios pair by pair.
 
     round 1:  probe  A  B  C        A, B, C are variants of one benchmark; their order changes from round to round, so
     round 2:  probe  B  C  A        that drift of the machine hits all of them alike. A ratio is taken inside a round
     round 3:  probe  C  A  B        and reported as the median of the rounds' ratios, with their quartiles.
 
-Before and after each round a fixed piece of arithmetic is timed, and it is seen how busy the machine is while we do
-nothing. When either says that something else used the machine, the round is repeated, whatever it measured; when that
-has happened as often as there are rounds, it is kept, and if it then shows in the whole, the comparison is refused.
+Before and after each round the harness times a fixed piece of arithmetic, and measures how busy the machine is while
+the benchmark does nothing. When either shows that something else used the machine, the round is repeated, whatever it
+measured. After as many repetitions as there are rounds, further disturbed rounds are kept; if the noise shows in the
+whole result, the comparison is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import machine
 
 Sample: TypeAlias = Mapping[str, float]
-"""What one run of a variant measured: metric → number; units are in the names (`_s`, `_ms`, `_mb`)."""
+"""Result of one run of a variant: metric → number; units are in the names (`_s`, `_ms`, `_mb`)."""
 
 DRIFT_LIMIT = 1.35  # slow probes ÷ fast ones
 BUSY_LIMIT = 0.25  # median share of the processors that others used
@@ -61,18 +62,18 @@ class Result:
     probes: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
     load_average: float = field(default_factory=lambda: os.getloadavg()[0])
-    repeated: int = 0  # rounds that were disturbed and are not in here
+    repeated: int = 0  # disturbed rounds, which are not in the samples
 
     @property
     def drift(self) -> float:
-        """How much slower the slow probes were than the fast ones; 1 on a quiet machine. The outermost tenth is cut."""
+        """Return the slow probes' time ÷ the fast ones', without the outermost tenths; 1 on a quiet machine."""
         ordered = sorted(self.probes)
         cut = len(ordered) // 10
         return ordered[-1 - cut] / ordered[cut] if ordered else 1.0
 
     @property
     def noise(self) -> str:
-        """Why this result is not to be trusted, or "" ."""
+        """Return why this result is not to be trusted, or ""."""
         if self.drift > DRIFT_LIMIT:
             return f"the same arithmetic took {self.drift:.2f} times as long in some rounds as in others"
         if self.busy and statistics.median(self.busy) > BUSY_LIMIT:
@@ -80,7 +81,7 @@ class Result:
         return ""
 
     def ratio(self, over: str, under: str, metric: str, under_metric: str = "") -> Spread | None:
-        """`over` ÷ `under`, round by round; None if either did not run."""
+        """Return `over` ÷ `under`, round by round; None if either did not run."""
         if over not in self.samples or under not in self.samples:
             return None
         pairs = [
@@ -95,7 +96,7 @@ class Result:
         return statistics.median(values) if values else None
 
     def rows(self, **constant: str | float) -> list[Row]:
-        """A flat row per variant and metric, one per variant that did not run, and what the machine was like."""
+        """Return a flat row per variant and metric, one per variant that did not run, and the machine's noise."""
         found: list[Row] = []
         for variant, samples in self.samples.items():
             for metric in dict.fromkeys(name for sample in samples for name in sample):
@@ -114,7 +115,7 @@ class Result:
 
 
 def measure(variants: Sequence[Variant], rounds: int, *, title: str, console: Console) -> Result:
-    """Runs every variant once per round. A variant that raises `Unavailable` is left out from then on."""
+    """Run every variant once per round. A variant that raises `Unavailable` is left out from then on."""
     result = Result()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -155,7 +156,7 @@ def measure(variants: Sequence[Variant], rounds: int, *, title: str, console: Co
 def judged(
     name: str, headline: Mapping[str, float | None], rows: Sequence[Row], results: Sequence[Result], quick: bool
 ) -> Report:
-    """The report: without its headline when the machine was too noisy, marked as not to be quoted when it was quick.
+    """Return the report: without its headline on a machine that was too noisy, and not to be quoted after a quick run.
 
     Figures that are None could not be measured and are left out.
     """
@@ -174,7 +175,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def row(values: Sequence[float], **constant: str | float) -> Row:
-    """Median, quartiles and number of these values."""
+    """Return median, quartiles and number of these values."""
     middle = spread(values)
     figures = {
         "median": short(middle.median),
@@ -186,7 +187,7 @@ def row(values: Sequence[float], **constant: str | float) -> Row:
 
 
 def ratio_rows(pairs: Mapping[str, Spread | None], **constant: str | float) -> list[Row]:
-    """The spread behind each ratio of a headline; none for what could not be measured."""
+    """Return the spread behind each ratio of a headline; none for a ratio that could not be measured."""
     return [
         {
             **constant,
@@ -206,7 +207,7 @@ def middle(found: Spread | None) -> float | None:
 
 
 def short(value: float) -> float:
-    """Five significant digits: more would be noise in a file that people compare."""
+    """Round to five significant digits: more would be noise in a file that people compare."""
     return float(f"{value:.5g}")
 
 
@@ -218,5 +219,5 @@ class _Quiet:
     probe: float = field(default_factory=lambda: machine.probe())
 
     def disturbed(self, probes: Sequence[float]) -> bool:
-        """Whether others used the machine; `probes` are those of rounds that were kept."""
+        """Return whether others used the machine; `probes` are those of rounds that were kept."""
         return self.busy > BUSY_LIMIT or self.probe > DRIFT_LIMIT * min([*probes, self.probe])

@@ -1,10 +1,10 @@
-"""Owns slow network links on one machine: proxies that let each node's traffic through at a fixed rate.
+"""Slow network links on one machine: proxies that let each node's traffic through at a fixed rate.
 
     store ──────────► [origin door of node i] ── in(i) ──► agent i
     agent j ── out(j) ► [peer door of node j] ── in(i) ──► agent i
 
-Whatever node i gets, from the store or from others, shares one rate, and so does all that it gives. Who knocks at a
-peer door is read from the first frame that it sends. What comes from the store is counted.
+All bytes that node i receives, from the store or from other nodes, share one rate, and so do all bytes that it sends.
+A peer door knows the connecting node from its first frame. The bytes from the store are counted.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_PIECE = 32 << 10  # what passes at once
+_PIECE = 32 << 10  # bytes that pass at once
 _BUFFER = 64 << 10
 
 
 class _Rate:
-    """Lets so many bytes per second through, in the order of those who ask."""
+    """Let a number of bytes per second through, in the order of the calls."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
@@ -39,10 +39,10 @@ class _Rate:
 
 
 class Links:
-    """The doors of one cluster; all are closed at the end of the block."""
+    """The doors of one cluster, closed at the end of the block."""
 
     def __init__(self, rate: float) -> None:
-        """`rate` of every node, in bytes per second in each direction."""
+        """`rate` is every node's, in bytes per second in each direction."""
         self.from_store: Counter[str] = Counter()  # bytes, by node
         self._rate = rate
         self._in: dict[str, _Rate] = {}
@@ -54,7 +54,7 @@ class Links:
         self._thread.start()
 
     def origin_door(self, node: str, host: str, port: int) -> int:
-        """The port at which a node reaches the store."""
+        """Return the port at which a node reaches the store."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             def count(size: int) -> None:
@@ -65,7 +65,7 @@ class Links:
         return self._open(serve)
 
     def peer_door(self, node: str, port: int) -> int:
-        """The port at which others reach a node's agent."""
+        """Return the port at which others reach a node's agent."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             header = await reader.readexactly(4)
@@ -86,7 +86,7 @@ class Links:
             try:
                 await serve(reader, writer)
             except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-                pass  # one of the two ended, or all of it does
+                pass  # one side has ended, or the block
             finally:
                 self._tasks.discard(task)
                 writer.close()

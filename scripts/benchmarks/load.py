@@ -1,4 +1,4 @@
-"""Loading a 1.1 B model from this machine's disk: every way in a fresh process, imports done, until one token is out.
+"""Loads of a 1.1 B model from this machine's disk: each way in a fresh process, from its imports to one token.
 
 A cold variant finds nothing of the checkpoint in the page cache. `attach` finds the weights in the agent's memory, `ssd
 cold` an agent that has their image on SSD, `agent cold` one that has to read the checkpoint itself. The prompt is one
@@ -69,7 +69,7 @@ def _case(place: Path, threads: int, pages: str, rounds: int, console: Console, 
 
 
 def _variants(place: Path, running: Running, keeper: Running, threads: int, *, whole: bool) -> list[Variant]:
-    """All of them, or only those that thread count and page kind can change. `keeper` is the agent with an SSD tier."""
+    """Return all variants, or those that depend on threads and pages; `keeper` is the agent with an SSD tier."""
     uri = f"file://{place}"
     serialised = place.with_name(place.name + "-tensorizer") / "model.tensors"
 
@@ -98,7 +98,10 @@ def _variants(place: Path, running: Running, keeper: Running, threads: int, *, w
         def run() -> Sample:
             before = which.cpu_seconds()
             sample = children.run("glowplug", {"socket": str(which.socket), "uri": uri}, threads=threads)
-            return {**sample, "cpu_s": sample["cpu_s"] + which.cpu_seconds() - before}  # the agent's work is ours, too
+            return {
+                **sample,
+                "cpu_s": sample["cpu_s"] + which.cpu_seconds() - before,
+            }  # the agent's time counts, too
 
         return run
 
@@ -141,7 +144,7 @@ def _variants(place: Path, running: Running, keeper: Running, threads: int, *, w
 
 
 def _ratios(result: Result) -> dict[str, Spread | None]:
-    """How many times as fast as from_pretrained, until the first forward is done."""
+    """Return the ratios of from_pretrained's time to each variant's, until the first forward is done."""
     return {
         "agent_cold_vs_from_pretrained_cold": result.ratio("from_pretrained cold", "glowplug agent cold", "first_s"),
         "ssd_cold_vs_from_pretrained_cold": result.ratio("from_pretrained cold", "glowplug ssd cold", "first_s"),
@@ -152,7 +155,7 @@ def _ratios(result: Result) -> dict[str, Spread | None]:
 
 
 def _serialise(place: Path, target: Path) -> None:
-    """tensorizer reads a format of its own, which its users write once."""
+    """Write the checkpoint in tensorizer's own format, as its users do once."""
     if target.exists():
         return
     try:
@@ -170,7 +173,7 @@ def _serialise(place: Path, target: Path) -> None:
 
 
 def _segments() -> list[Path]:
-    """The segment files of the one image that the keeping agent has."""
+    """Return the segment files of the one image that the agent with the SSD tier has."""
     return sorted(_SSD.glob("images/*/*.seg"))
 
 
@@ -179,7 +182,7 @@ def _image_bytes() -> int:
 
 
 def _raw_read(files: list[Path]) -> Sample:
-    """What the disk gives: O_DIRECT into one reused buffer of huge pages, as many reads in flight as an agent has."""
+    """Measure the disk: O_DIRECT into one reused buffer of huge pages, as many reads in flight as an agent has."""
     buffer = machine.hugetlb_buffer(_QUEUE * _CHUNK)
     if buffer is None:
         raise Unavailable("no huge pages are left for its buffer")
@@ -209,7 +212,7 @@ def _raw_read(files: list[Path]) -> Sample:
 
 
 def _growth(quick: bool, console: Console) -> Result:
-    """Lease, map and views of two models with equal numbers of tensors: time should not follow bytes."""
+    """Measure lease, map and views of two models of equally many tensors: the time should not follow the bytes."""
     small, large = (0.25, 1.0) if quick else (2.0, 8.0)
     places = {"attach small": models.zeros(small, console), "attach large": models.zeros(large, console)}
     with agent("--huge-pages", "never", "--dram", str(int((small + large) * 1.1e9))) as running:

@@ -1,4 +1,4 @@
-"""Owns what a benchmark changes about the machine, page cache and pool of huge pages, and reads its noise."""
+"""The machine: its page cache and its pool of huge pages, which benchmarks change, and its noise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPARE_PAGES = 24  # for the buffer of raw reads
 
 
 def drop(paths: Iterable[Path]) -> None:
-    """Drops these files from the page cache; what some process maps stays there."""
+    """Drop these files from the page cache; mapped pages stay there."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -32,7 +32,7 @@ def drop(paths: Iterable[Path]) -> None:
 
 
 def drop_everything() -> bool:
-    """Drops the whole page cache, libraries included; False where we may not."""
+    """Drop the whole page cache, libraries included; False without the right to."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("1\n")
@@ -42,7 +42,7 @@ def drop_everything() -> bool:
 
 
 def warm(paths: Iterable[Path]) -> None:
-    """Reads these files into the page cache."""
+    """Read these files into the page cache."""
     buffer = bytearray(16 << 20)
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -51,7 +51,7 @@ def warm(paths: Iterable[Path]) -> None:
 
 
 def cached(path: Path) -> int:
-    """Bytes of a file that are in the page cache, whoever brought them there."""
+    """Return the bytes of a file that are in the page cache."""
     size = path.stat().st_size
     if size == 0:
         return 0
@@ -80,9 +80,9 @@ def cached(path: Path) -> int:
 
 @contextmanager
 def huge_pages(size: int) -> Iterator[int]:
-    """A pool with `size` bytes of free 2 MiB pages for the time of the block; yields 0 where it cannot be had.
+    """Provide `size` bytes of free 2 MiB pages for the block; yields 0 where the pool cannot be made.
 
-    The lock is the one that tests take, so that nobody reserves pages of ours, or restores the pool under us.
+    The lock is the one that tests take: meanwhile no test reserves pages, or restores the pool.
     """
     if not size or not os.access(_POOL, os.W_OK) or not _FREE.exists():
         yield 0
@@ -104,7 +104,7 @@ def huge_pages(size: int) -> Iterator[int]:
 
 
 def hugetlb_buffer(size: int) -> mmap.mmap | None:
-    """Anonymous memory of huge pages, or None where the pool has too few."""
+    """Return anonymous memory of huge pages, or None where the pool has too few."""
     map_hugetlb = 0x40000
     try:
         return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | map_hugetlb)
@@ -116,7 +116,7 @@ def hugetlb_buffer(size: int) -> mmap.mmap | None:
 
 
 def probe() -> float:
-    """Seconds of a fixed piece of work, the best of five: what one processor gives us right now."""
+    """Return the seconds of a fixed piece of work, the best of five: the present speed of one processor."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -128,7 +128,7 @@ def probe() -> float:
 
 
 def others(seconds: float = 0.25) -> float:
-    """The share of the machine's processors that is busy while we do nothing."""
+    """Return the share of the machine's processors that is busy while this process does nothing."""
     busy, total = _jiffies()
     time.sleep(seconds)
     busy_after, total_after = _jiffies()
@@ -136,7 +136,7 @@ def others(seconds: float = 0.25) -> float:
 
 
 def _jiffies() -> tuple[int, int]:
-    """(busy, all); time stolen by a hypervisor counts as busy, waiting for a disk does not."""
+    """Return (busy, all); time stolen by a hypervisor counts as busy, waiting for a disk does not."""
     values = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     idle = values[3] + values[4]
     return sum(values) - idle, sum(values)

@@ -1,4 +1,4 @@
-"""Owns the checkpoints that benchmarks read: made once under build/ and kept there, whole or not at all."""
+"""Checkpoints for benchmarks: made once under build/ and kept there, whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLACE = ROOT / "build" / "bench"
 
 
 def checkpoint(size: Size, console: Console, *, shards: int = 2) -> Path:
-    """The directory of a bf16 Llama of seeded random weights."""
+    """Return the directory of a bf16 Llama of seeded random weights."""
 
     def write(place: Path) -> None:
         random_checkpoint(place, arch="llama", size=size, dtype="bf16", shards=shards, seed=0)
@@ -25,13 +25,13 @@ def checkpoint(size: Size, console: Console, *, shards: int = 2) -> Path:
 
 
 def copy(original: Path, number: int, console: Console) -> Path:
-    """The same bytes in files of their own, as each container image has them."""
+    """Copy a checkpoint to files of its own, as each container image has them."""
     place = PLACE / f"{original.name}-copy-{number}"
     return _kept(place, lambda unfinished: shutil.copytree(original, unfinished), console)
 
 
 def zeros(gigabytes: float, console: Console) -> Path:
-    """A checkpoint of 290 tensors, as a 32-layer Llama has, that takes no disk space: its bytes are a hole."""
+    """Make a checkpoint of 290 tensors, as a 32-layer Llama has, without disk space: its bytes are a hole."""
     tensors = 290
     width = int(gigabytes * 1e9) // tensors // 8192 * 4096
 

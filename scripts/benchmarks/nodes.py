@@ -1,4 +1,4 @@
-"""Owns a node in node mode: a pool that was there before, with its layers, and containers with a memory limit."""
+"""A node in node mode: a pool with its layers, and containers with a memory limit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.harness import Sample, Unavailable
 
 Layer = Literal["lang", "model"]
 _SECONDS = 60.0
-_SETTLED = 1.0  # what a spare has for itself before it is needed: idle workers are parked for longer
+_SETTLED = 1.0  # seconds that a spare has before it is needed: idle workers are away for longer
 _STEPS = ("pool: fork ms", "pool: cgroup ms", "pool: join ms")
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One model on it, one container at a time."""
+    """A node with one model, and one container at a time."""
 
     model: str
     agent: Path
@@ -34,15 +34,15 @@ class Node:
     cgroup: MemoryCgroup
 
     def start(self, **settings: str) -> AbstractContextManager[Function]:
-        """A container's first start, which has answered."""
+        """Start a container for the first time; it has answered when the block begins."""
         variables = {"GLOWPLUG_POOL": str(self.pool), "GLOWPLUG_LAYERS": self.layer, **settings}
         return functions.glowplug(
             self.model, agent=self.agent, threads=self.threads, cgroup=self.cgroup, settings=variables, static=True
         )
 
     @contextlib.contextmanager
-    def parked(self) -> Iterator[Function]:
-        """One whose idle worker has gone, and whose next one waits in it."""
+    def standby(self) -> Iterator[Function]:
+        """Start a container and let its idle worker go; the next worker waits in it."""
         with self.start(GLOWPLUG_HOLD="user=1") as function:
             _until(lambda: b"parked" in function.request("GET", "/_/ready"), "it was not parked", function)
             _until(lambda: _waits(function), "no spare waits in it", function)
@@ -50,7 +50,7 @@ class Node:
             yield function
 
     def joined(self, function: Function) -> Sample:
-        """How long its worker took to be forked and placed. Raises `Unavailable` if it was not."""
+        """Return the time to fork and place a function's worker. Raises `Unavailable` if there was no fork."""
         phases = function.phases()
         if not phases.keys() >= {*_STEPS}:
             raise Unavailable(f"the pool did not fork it: {', '.join(phases)}")
@@ -59,13 +59,13 @@ class Node:
 
 @contextlib.contextmanager
 def node(model: str, *, agent: Path, threads: int, layer: Layer) -> Iterator[Node]:
-    """Needs root."""
+    """Run a node in node mode for the block. Needs root."""
     with (
         functions.pool("llama", "--agent", str(agent)) as pool,
         containers.MemoryCgroup("node", 8 << 30) as cgroup,
     ):
         made = Node(model, agent, threads, layer, pool, cgroup)
-        with made.start() as first:  # what a worker reads of the runtime's files is in the page cache afterwards, too
+        with made.start() as first:  # puts the runtime's files into the page cache, too
             if layer == "model":
                 log = pool.with_name("log")
                 _until(lambda: f"model layer of {model} is ready" in log.read_text(), "the pool has no model", first)
@@ -73,7 +73,7 @@ def node(model: str, *, agent: Path, threads: int, layer: Layer) -> Iterator[Nod
 
 
 def _waits(function: Function) -> bool:
-    """It is in the container, and a child of the pool's."""
+    """Return whether the next worker waits: a process in the container that is a child of the pool's."""
     inside = {os.stat(f"/proc/{pid}/ns/pid").st_ino for pid in function.container.pids()}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

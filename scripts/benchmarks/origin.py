@@ -1,7 +1,7 @@
-"""From S3 to memory, and to a model that has run its first token. The server is a real one, on this machine's loopback.
+"""Loads from S3, to memory and to a model that has run its first token. The server is real, on loopback.
 
-Its own processor time is not counted, but it takes part in the race: every variant has it as its opponent. The server's
-files are in the page cache. Child processes have done their imports; the prompt is one token.
+The server's processor time is not counted, but it competes with every variant for this machine's processors. Its files
+are in the page cache. Child processes have done their imports; the prompt is one token.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run(quick: bool, console: Console) -> Report:
 
 
 def _variants(place: Path, s3: Store, running: Running, keeper: Running) -> list[Variant]:
-    """`keeper` is the agent that writes the model to SSD while it arrives."""
+    """Return the variants; `keeper` is the agent that writes the model to SSD while it arrives."""
     size = models.weight_bytes(place)
     target = models.PLACE / "downloaded"
 
@@ -94,12 +94,12 @@ def _variants(place: Path, s3: Store, running: Running, keeper: Running) -> list
         machine.warm(models.weight_files(place))
 
     def to_memory_and_ssd() -> Sample:
-        """Seconds until the bytes are in memory; processor seconds until they are on SSD, too."""
+        """Return the seconds until the bytes are in memory, and the processor seconds until they are on SSD, too."""
         before, start = keeper.cpu_seconds(), time.perf_counter()
         with keeper.client.lease(s3.uri) as lease:
             lease.wait_ready(time.monotonic() + children.LIMIT_SECONDS)
             seconds = time.perf_counter() - start
-            while not any(_SSD.glob("images/*/image.json")):  # asking the agent would cost it what is measured here
+            while not any(_SSD.glob("images/*/image.json")):  # asking the agent would add to the time that is measured
                 time.sleep(0.01)
             return _rate(size, seconds, keeper.cpu_seconds() - before)
 
@@ -131,7 +131,7 @@ def _variants(place: Path, s3: Store, running: Running, keeper: Running) -> list
 
 
 def _raw(place: Path, s3: Store) -> Sample:
-    """Nothing but HTTP: ranges of presigned URLs, read into one reused buffer per connection."""
+    """Read ranges of presigned URLs by HTTP alone, into one reused buffer per connection."""
     client = s3.client()
     parts = []
     for file in models.weight_files(place):
@@ -158,7 +158,7 @@ def _raw(place: Path, s3: Store) -> Sample:
             got += done
         link.close()
         view.release()
-        buffer.close()  # now, and not when somebody collects garbage: the pool has room for two models and little more
+        buffer.close()  # now, and not at a later garbage collection: the pool has room for two models and little more
         return got
 
     return _timed(models.weight_bytes(place), lambda: _parallel(connection))
@@ -175,7 +175,7 @@ def _parallel(connection: Callable[[int], int]) -> None:
 
 
 class _Memory:
-    """A seekable file in memory that was there before, as s3transfer wants to write parts out of order."""
+    """A seekable file in memory of full size: s3transfer writes parts out of order."""
 
     def __init__(self, size: int) -> None:
         self._map = mmap.mmap(-1, size)
@@ -184,7 +184,7 @@ class _Memory:
 
 
 def _s3transfer(place: Path, s3: Store) -> Sample:
-    """boto3's transfer manager with its own defaults for parts and connections, into memory."""
+    """Read into memory with boto3's transfer manager, at its own defaults for parts and connections."""
     client = s3.client()
     from s3transfer.manager import TransferManager
 

@@ -1,7 +1,7 @@
-"""A function that more people want than it can serve, from a real `glowplug serve`: a herd, a flood, a day's traffic.
+"""Overload of a real `glowplug serve`: a herd, a flood, a trace of traffic.
 
-herd    50 clients at once on a function whose worker does not exist yet: nobody may be refused, one load may happen
-flood   ten times the rate it can sustain: only 200 and 429, whoever is let in is served in bounded time, memory is flat
+herd    50 clients at once on a function whose worker does not exist yet: none may be refused, one load may happen
+flood   ten times the sustainable rate: only 200 and 429, admitted requests are served in bounded time, memory is flat
 trace   the Azure LLM trace, scaled to the machine, bursts and all: time to the first token, time per token, refusals
 """
 
@@ -63,7 +63,7 @@ class Function:
             time.sleep(0.05)
 
     def resident(self) -> int:
-        """Bytes of memory that the processes of this session have for themselves, shared weights left out."""
+        """Return the bytes of the session's processes, without shared weights."""
         total = 0
         for status in Path("/proc").glob("[0-9]*/status"):
             with contextlib.suppress(OSError, ValueError, IndexError):
@@ -91,7 +91,7 @@ class Function:
 
 @contextlib.contextmanager
 def function(place: Path, agent_socket: Path) -> Iterator[Function]:
-    """The port is open when the block begins; the worker is not there yet."""
+    """Run a function for the block; its port is open at the beginning, and its worker not there yet."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as folder:
@@ -106,7 +106,7 @@ def function(place: Path, agent_socket: Path) -> Iterator[Function]:
             "GLOWPLUG_HANDLER": "",
             "HF_HUB_OFFLINE": "1",
         }
-        environment.pop("OMP_NUM_THREADS", None)  # the function decides by the processors it has
+        environment.pop("OMP_NUM_THREADS", None)  # the function decides by its processors
         process = subprocess.Popen(
             [sys.executable, "-m", "runtime.shim"], env=environment, cwd=folder, start_new_session=True
         )
@@ -186,7 +186,7 @@ def _herd(results: list[Result], tested: Function) -> dict[str, float]:
 
 
 def _sustained(tested: Function, seconds: float) -> tuple[float, float]:
-    """Requests per second that leave when some always wait, and the tokens of their prompts and answers."""
+    """Return the requests per second, and their tokens, that the function completes while some always wait."""
     tested.until_ready()
     deadline, done, begun = time.monotonic() + seconds, 0, time.monotonic()
     seed = 100

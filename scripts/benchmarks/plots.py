@@ -1,4 +1,4 @@
-"""Draws results for a talk: one claim a picture. What is no curve and has no phases stays in the tables."""
+"""Pictures of results: one claim each. Results without a curve or phases stay in the tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PHASES = {
         "#7fa6c9",
     ),
 }
-_LAST = ("first token, and the rest", OURS)  # what is left of the whole once its phases are taken away
+_LAST = ("first token, and the rest", OURS)  # the rest of the whole beside its phases
 _STARTS = {
     "plain, warm": "plain: Flask and transformers",
     "glowplug agent, warm": "Glowplug, first start",
@@ -63,7 +63,7 @@ def picture(report: Report, title: str, caption: str, path: Path, *, height: flo
 
 
 def draw(report: Report, path: Path) -> bool:
-    """Draw what there is a picture of; whether there is one."""
+    """Draw a report's picture; return whether it has one."""
     drawn = PICTURES.get(report.name)
     if drawn is not None:
         drawn(report, path)
@@ -175,7 +175,7 @@ def _fanout(report: Report, path: Path) -> None:
 
 
 def _curve(axes: Any, curve: Mapping[int, float], colour: str, name: str) -> None:
-    """Draw it with its last value beside it."""
+    """Draw a curve with its last value beside it."""
     axes.plot(list(curve), list(curve.values()), marker="o", markersize=8, linewidth=3, color=colour, label=name)
     if curve:
         last, value = max(curve.items())

@@ -1,4 +1,4 @@
-"""Owns an S3 server on loopback whose objects are a checkpoint's files: a real server process, rclone's."""
+"""An S3 server on loopback whose objects are a checkpoint's files: a real server process, rclone's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEYS = ("glowplug", "only-for-benchmarks")
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """`environment` is what a client needs: endpoint and keys under the names that every S3 library reads."""
+    """A running server; `environment` has endpoint and keys under the names that every S3 library reads."""
 
     endpoint: str
     prefix: str
@@ -50,7 +50,7 @@ class Store:
 
 @contextmanager
 def store(model: Path) -> Iterator[Store]:
-    """Serves the files of one directory below its name. Raises `Unavailable` where rclone is not installed."""
+    """Serve the files of one directory below its name. Raises `Unavailable` where rclone is not installed."""
     beside = Path(sys.executable).parent / "rclone"
     program = str(beside) if beside.exists() else shutil.which("rclone")
     if program is None:

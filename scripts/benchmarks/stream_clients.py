@@ -2,8 +2,8 @@
 
     python -m benchmarks.stream_clients PORT REQUESTS.json
 
-The file holds a list of {"at": seconds after the start, "body": …}. Prints a list of {"at", "status", "tokens",
-"first_s", "total_s"} as JSON; status 0 is a connection that failed or a stream that broke off or had no end.
+The file holds a list of {"at": seconds after the start, "body": …}. The output is a list of {"at", "status",
+"tokens", "first_s", "total_s"} as JSON; status 0 is a failed connection, or a stream without its end.
 """
 
 from __future__ import annotations

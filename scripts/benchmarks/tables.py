@@ -1,7 +1,7 @@
-"""Writes the tables of measurements, and the plots beside them, from committed results: no figure is typed by hand.
+"""The tables of measurements, and the plots beside them, written from committed results: no figure is typed by hand.
 
-Between `<!-- bench: NAME -->` and `<!-- bench: end -->` stands what `results/NAME.json` says, and nothing else. A
-result that is not to be quoted is refused.
+The text between `<!-- bench: NAME -->` and `<!-- bench: end -->` is made from `results/NAME.json`. A result that is not
+to be quoted is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks import plots
 PAGES = tuple(report.ROOT / "scripts" / folder / "README.md" for folder in ("benchmarks", "simulations"))
 PLOTS = report.ROOT / ".github" / "plots"
 FROM_PAGES = os.path.relpath(PLOTS, PAGES[0].parent)
-"""The plots as each of the pages links to them; both lie equally deep."""
+"""The plots' folder as each of the pages links to it; all pages lie equally deep."""
 RESULTS = report.ROOT / report.RESULTS
 _PLACE = re.compile(r"(<!-- bench: (?!end)(?P<name>[\w-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 _NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "runs")
@@ -28,8 +28,11 @@ _NOT_CASE = ("variant", "metric", "reason", "median", "q1", "q3", "runs")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Heading → metric of a table's columns; `case` picks the rows where several cases were measured: those that have
-    one of these values, None where a row has no such key."""
+    """Shape of a table: heading → metric of its columns.
+
+    `case` picks the rows where several cases were measured: those with one of these values; None is a row without the
+    key.
+    """
 
     columns: Mapping[str, str]
     case: Mapping[str, str | float | tuple[str | float | None, ...]]
@@ -66,7 +69,7 @@ _SHAPES = {
 
 
 def write() -> list[str]:
-    """Renew the pages and the plots; return the names of the files that were looked after."""
+    """Renew the pages and the plots; return the names of the files that are up to date now."""
     for page in PAGES:
         page.write_text(rendered(page.read_text(), RESULTS))
     PLOTS.mkdir(exist_ok=True)
@@ -78,7 +81,7 @@ def write() -> list[str]:
 
 
 def rendered(text: str, results: Path) -> str:
-    """The text with every marked place filled. Raises `ValueError` for a result that must not be quoted."""
+    """Return the text with every marked place filled. Raises `ValueError` for a result that must not be quoted."""
 
     def fill(match: re.Match[str]) -> str:
         path = results / f"{match['name']}.json"
@@ -103,7 +106,7 @@ def _table(found: Report) -> str:
 
 
 def _spreads(found: Report) -> dict[str, Row]:
-    """What is behind each ratio of the headline: the first case has the plain name."""
+    """Return the spread behind each ratio of the headline; the first case has the plain name."""
     spreads: dict[str, Row] = {}
     for row in found.rows:
         if row["variant"] == "(ratio)":
@@ -118,7 +121,7 @@ def _picked(rows: Sequence[Row], shape: Shape) -> list[Row]:
 
 
 def _variants(found: Report, shape: Shape) -> str:
-    """A line per variant and case, a column per metric: medians."""
+    """Return a line per variant and case, with a column of medians per metric."""
     rows = [row for row in found.rows if not f"{row['variant']}".startswith("(")]
     picked = _picked(rows, shape)
     reasons = [f"- {row['variant']}: {row['reason']}" for row in rows if row.get("reason")]
@@ -141,7 +144,7 @@ def _variants(found: Report, shape: Shape) -> str:
 
 
 def _figures(found: Report) -> str:
-    """The headline: each figure, and the quartiles of those that are ratios taken round by round."""
+    """Return the headline's lines: each figure, and the quartiles of those that are ratios taken round by round."""
     spreads = _spreads(found)
     lines = [_line(["figure", "median", "quartiles"]), "|---|---:|---:|"]
     for key, value in found.headline.items():
@@ -168,6 +171,6 @@ def _line(cells: list[str]) -> str:
 
 
 def _number(value: str | float | None) -> str:
-    """Three digits are as many as a reader can use."""
+    """Write a number with three digits, as many as a reader can use."""
     assert isinstance(value, (int, float)), "figures are numbers"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

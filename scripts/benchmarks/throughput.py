@@ -1,8 +1,8 @@
-"""Tokens per second of a warm function's engine, against transformers' own ways, one to sixteen requests at once.
+"""Throughput: tokens per second of a warm function's engine and of transformers' own ways, 1 to 16 requests at once.
 
 `generate_batch` is transformers' continuous batching, `padded` its static `generate` over equally long prompts (which
-no server can choose), `sequential` one request after the other. Each run is a process of its own that decodes on a
-thread of its own, after a first batch that warms it. `http` is the engine behind the function's own server, its
+no server can choose), `sequential` one request after the other. Each run is a fresh process that decodes on a
+thread, after a first batch that warms it up. `http` is the engine behind the function's own server, its
 clients another process whose time is not counted.
 """
 
@@ -25,8 +25,8 @@ from benchmarks.harness import Result, Sample, Unavailable, Variant, judged, mea
 NAME = "throughput"
 
 _PROMPT = 64
-_SEQUENTIAL = (1, 8)  # it takes as long as all the rest together, and says nothing more at 4 and 16
-_HTTP_PAIRS = 9  # a few per cent are looked for, and single runs differ by ten
+_SEQUENTIAL = (1, 8)  # takes as long as all the others together, and is no different at 4 and 16
+_HTTP_PAIRS = 9  # differences of a few per cent are looked for, and single runs differ by ten
 _WAYS = ("glowplug", "deterministic", "generate_batch", "padded", "sequential")
 
 

@@ -1,8 +1,8 @@
-"""One way of decoding a batch, in a process and on a thread of its own. Prints one JSON line.
+"""A process that decodes a batch in one way, on a thread, and prints one JSON line.
 
     python -m benchmarks.throughput_child WAY MODEL DTYPE CONCURRENT PROMPT NEW THREADS
 
-Loads the model, decodes a first batch of other prompts to be warm, then the one that counts.
+It loads the model, decodes a first batch of other prompts to warm up, then the one that is measured.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _generate(model: Any, prompts: Prompts, new: int) -> int:
 
 
 def generate_batch(model: Any, _place: Path, _threads: int) -> Decode:
-    """transformers' continuous batching; its manager is kept, so that its start is not part of what is measured."""
+    """Decode with transformers' continuous batching; its manager is kept, so that its start is not measured."""
     wanted = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)  # type: ignore[no-untyped-call]
 
     def decode(prompts: Prompts, new: int) -> int:
@@ -89,7 +89,7 @@ def deterministic(model: Any, place: Path, threads: int) -> Decode:
 
 
 def http(model: Any, place: Path, threads: int) -> Decode:
-    """The function's own HTTP server; the clients are another process."""
+    """Decode behind the function's own HTTP server; the clients are another process."""
     from cache_agent.ledger import Ledger
     from runtime.config import FunctionConfig
     from runtime.engine.base import SamplingParams
@@ -171,4 +171,4 @@ if __name__ == "__main__":
     thread.join()
     with suppress(BrokenPipeError):
         sys.stdout.flush()
-    os._exit(1 if failed else 0)  # managers and servers that are kept have threads of their own
+    os._exit(1 if failed else 0)  # kept managers and servers have threads of their own

@@ -1,4 +1,4 @@
-"""Owns the traffic that benchmarks send to a function: requests with their times, and what became of them."""
+"""The traffic that benchmarks send to a function: requests with their times, and their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRACE = "traces/azure-llm-2023-code.csv"
 
 
 def clients(port: int, requests: Sequence[Mapping[str, Any]]) -> list[Result]:
-    """Sends each request {"at", "body"} at its time, from a process of its own; the results in the same order."""
+    """Send each request {"at", "body"} at its time, from another process; return the results in the same order."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(requests, file)
         file.flush()
@@ -35,18 +35,18 @@ def clients(port: int, requests: Sequence[Mapping[str, Any]]) -> list[Result]:
 
 
 def dice(seed: int) -> random.Random:
-    """Randomness for traffic: the same seed gives the same requests."""
+    """Return a source of randomness: the same seed gives the same requests."""
     return random.Random(seed)  # noqa: S311  nothing here is a secret
 
 
 def request(at: float, prompt: int, new: int, chance: random.Random) -> dict[str, Any]:
-    """A completion of `prompt` random tokens by `new` ones."""
+    """Return a request to complete `prompt` random tokens by `new` ones."""
     ids = [chance.randrange(3, 30_000) for _ in range(prompt)]
     return {"at": at, "body": {"prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True}}
 
 
 def steady(rate: float, seconds: float, prompt: int, new: int, seed: int) -> list[dict[str, Any]]:
-    """Poisson arrivals of equal requests."""
+    """Return Poisson arrivals of equal requests."""
     chance, at, found = dice(seed), 0.0, []
     while (at := at + chance.expovariate(rate)) < seconds:
         found.append(request(at, prompt, new, chance))
@@ -54,8 +54,11 @@ def steady(rate: float, seconds: float, prompt: int, new: int, seed: int) -> lis
 
 
 def azure(seconds: float, tokens_s: float, context: int, scale: float, seed: int) -> list[dict[str, Any]] | None:
-    """The beginning of the Azure LLM trace (code, 2023), its lengths times `scale` and its clock such that it asks for
-    `tokens_s` tokens, prompt and answer, per second; None where GLOWPLUG_TEST_DATA does not have it."""
+    """Return the beginning of the Azure LLM trace (code, 2023); None where GLOWPLUG_TEST_DATA does not have it.
+
+    Its lengths are multiplied by `scale`, and its clock runs such that it asks for `tokens_s` tokens, of prompts and
+    answers, per second.
+    """
     file = Path(os.environ.get("GLOWPLUG_TEST_DATA", "/nonexistent")) / _TRACE
     if not file.exists():
         return None
@@ -80,7 +83,7 @@ def _time(row: Mapping[str, str]) -> float:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """P50, P95 and P99, linear between the two nearest values."""
+    """Return P50, P95 and P99, linear between the two nearest values."""
     if len(values) < 2:
         return dict.fromkeys(("p50", "p95", "p99"), values[0] if values else 0.0)
     cuts = statistics.quantiles(values, n=100, method="inclusive")

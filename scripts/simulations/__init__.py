@@ -1,1 +1,1 @@
-"""Policies on traces."""
+"""Simulations of the policies on traces."""

@@ -1,7 +1,7 @@
-"""A cluster in fast motion: nodes with places, tiers and one loader each; requests that start, wait, move and end.
+"""The simulation of a cluster: nodes with places, tiers and one loader each; requests that start, wait, move and end.
 
-What is simple here on purpose: a load goes through its node's loader alone and in order; a model runs on one place; an
-idle instance keeps its place until somebody needs it; a moved request goes on where its model is in memory.
+Simplifications: a node's loads run one after the other; a model runs on one place; an idle instance keeps its place
+until a request needs the place; a request moves only to a node that has its model in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GB = 10**9
 
 
 class Hardware(NamedTuple):
-    """Of each node; bytes, and bytes per second. Seconds for a token read or written."""
+    """Hardware of each node, in bytes and bytes per second, and the seconds for a token read or written."""
 
     nodes: int = 20
     places: int = 2
@@ -71,7 +71,7 @@ class Node:
 
     @property
     def open(self) -> int:
-        """Places that are free, or held by idle instances."""
+        """Return the number of places that are free, or have idle instances."""
         return self.places - sum(instance.request is not None for instance in self.instances)
 
     def queue(self, now: float) -> float:
@@ -79,7 +79,7 @@ class Node:
 
 
 class Choice(NamedTuple):
-    """Where, and whether what runs there shall move: then the instance, and the node that it goes to."""
+    """A policy's choice of a node; `victim` is the running instance that moves to `target` before, if any."""
 
     node: Node
     victim: Instance | None = None
@@ -91,7 +91,7 @@ Policy = Callable[["Cluster", int, float], Choice | None]
 
 
 class Cluster:
-    """Runs a trace under a policy; `done` are the requests."""
+    """Run a trace under a policy; `done` has the finished requests."""
 
     def __init__(self, sizes: list[int], policy: Policy, hardware: Hardware, seed: int) -> None:
         self.sizes = sizes
@@ -141,7 +141,7 @@ class Cluster:
         return True
 
     def _begin(self, node: Node, running: Running, now: float) -> None:
-        """Takes a place, of an idle instance if need be, and loads."""
+        """Take a place, an idle instance's if need be, and load the model."""
         if len(node.instances) >= node.places:
             idle = [instance for instance in node.instances if instance.request is None]
             node.instances.remove(min(idle, key=lambda instance: instance.used))
@@ -170,7 +170,10 @@ class Cluster:
                 self._pending.popleft()
 
     def _same(self, instance: Instance) -> Running | None:
-        """The first that waits anywhere for what just became idle: platforms queue per function, not per node."""
+        """Take the first request that waits, on any node, for the idle instance's model; None if there is none.
+
+        Platforms queue per function, not per node.
+        """
         queues = [queue for queue in (self._pending, *(node.waiting for node in self.nodes)) if queue]
         found = [
             (running.arrival, queue, running)
@@ -185,7 +188,7 @@ class Cluster:
         return running
 
     def _load(self, node: Node, model: int, now: float) -> tuple[float, str]:
-        """When the model is on its device, and the tier that it came from."""
+        """Return the time at which the model is on its device, and the tier that it came from."""
         hardware, size = self.hardware, self.sizes[model]
         used = {instance.model for instance in node.instances}
         if model in node.dram:
@@ -227,11 +230,14 @@ class Cluster:
         return self.sizes[model] / self.hardware.dram_rate + self.hardware.attach
 
     def move_seconds(self, model: int, tokens: int, now: float) -> float:  # noqa: ARG002
-        """ServerlessLLM's a · (t_in + t_out) + b."""
+        """Return the seconds that a migration takes, by ServerlessLLM's formula: a · (t_in + t_out) + b."""
         return self.hardware.move_token * tokens + self.hardware.move_base
 
     def movable(self, node: Node) -> tuple[Instance, Node] | None:
-        """What could go from a node, once at most, and where to: where its model is in memory and a place is open."""
+        """Return an instance that can move away from a node, and its target; None if there is none.
+
+        A request moves at most once, to a node with an open place and its model in memory.
+        """
         for instance in node.instances:
             if instance.request is None or instance.request.moved or instance.request.start < 0:
                 continue
@@ -241,7 +247,7 @@ class Cluster:
         return None
 
     def ends_in(self, node: Node, now: float) -> float:
-        """The expected seconds until a place opens there for one more: nobody knows how long an answer will be."""
+        """Return the expected seconds until a place opens for one more: the lengths of answers are not known."""
         left = sorted(
             max(0.1, instance.request.arrival + max(0.0, instance.request.start) + self.mean_service - now)
             for instance in node.instances

@@ -1,4 +1,4 @@
-"""What is called and when: functions with their layers, and a trace of calls, split anew for each seed.
+"""Workloads of keep-alive: functions with their layers, and a trace of calls, split anew for each seed.
 
 Three workloads: RainbowCake's 20 functions under its curve of arrivals per minute, whose split by function was not
 published; Azure's trace of LLM requests over functions of this project's kind; and one made up in the likeness of the
@@ -25,7 +25,7 @@ MB = 10**6
 
 
 class Function(NamedTuple):
-    """`layers` from the shallowest to its own; `seconds` that a call runs once they are there."""
+    """A function: its layers, the shallowest first, and the seconds that a call runs once they are there."""
 
     name: str
     layers: tuple[LayerCost, ...]
@@ -33,7 +33,7 @@ class Function(NamedTuple):
 
 
 class Call(NamedTuple):
-    """`seconds` it runs."""
+    """A call of a function: when, which one, and the seconds that it runs."""
 
     at: float
     function: int
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`calls(seed)` in order of time."""
+    """Functions and their calls; `calls(seed)` is in order of time."""
 
     source: str
     functions: tuple[Function, ...]
@@ -50,7 +50,9 @@ class Workload:
 
 
 def load(path: Path | None) -> list[Workload]:
-    """What a file has, known by its heading; without one all traces of GLOWPLUG_TEST_DATA, or else a synthetic one.
+    """Read a workload from a file; without one, all traces of GLOWPLUG_TEST_DATA, or else a synthetic one.
+
+    The heading of the file says of which kind it is.
 
     Raises `OSError`, and `ValueError` for a file of another kind.
     """
@@ -62,7 +64,7 @@ def load(path: Path | None) -> list[Workload]:
 
 
 def synthetic(minutes: int = 480, calls: int = 28_800) -> Workload:
-    """A curve with RainbowCake's features: bursts every five minutes above a base that wanders."""
+    """Make a curve with RainbowCake's features: bursts every five minutes above a base that wanders."""
     source = random.Random(1)  # noqa: S311
     level, shape = 1.0, []
     for minute in range(minutes):
@@ -74,7 +76,7 @@ def synthetic(minutes: int = 480, calls: int = 28_800) -> Workload:
 
 
 def shortened(workload: Workload, part: float) -> Workload:
-    """The first part of it."""
+    """Return the first part of a workload; `part` is a share of its time."""
 
     def calls(seed: int) -> list[Call]:
         every = workload.calls(seed)
@@ -99,8 +101,11 @@ def _read(path: Path) -> Workload:
 
 
 def _split(curve: Sequence[int], functions: Sequence[Function], seed: int) -> list[Call]:
-    """Which function each arrival of a minute calls: popularity is log-normal, as in Azure's traces of functions, and
-    every fifth minute's surplus belongs to a few functions on timers."""
+    """Assign each arrival of a minute to a function.
+
+    Popularity is log-normal, as in Azure's traces of functions; every fifth minute's surplus belongs to a few functions
+    on timers.
+    """
     source = random.Random(seed)  # noqa: S311
     count = len(functions)
     popular = [source.lognormvariate(0.0, 1.5) for _ in range(count)]
@@ -146,7 +151,7 @@ def _invented() -> tuple[Function, ...]:
 
 
 def _assemble(rows: Sequence[tuple[str, str, Sequence[tuple[float, float]], float]]) -> tuple[Function, ...]:
-    """Layers that functions share have one size and one build time: the mean of what was measured in each of them."""
+    """Give layers that functions share one size and one build time: the mean over these functions."""
     measured = defaultdict(list)
     paths = [("bare", f"lang:{language}", f"user:{name}") for name, language, _, _ in rows]
     for names, (_, _, parts, _) in zip(paths, rows, strict=True):
@@ -166,7 +171,7 @@ _PREFILL, _DECODE = 1 / 4000, 0.03  # seconds a token
 
 
 def _llm(path: Path, count: int = 50) -> Workload:
-    """Azure's requests over 50 functions on four models; the layers are this project's, as measured on two cores."""
+    """Spread Azure's requests over 50 functions on four models, with this project's layers as measured on two cores."""
     requests, _ = trace.load(path)
     random_source = random.Random(3)  # noqa: S311
     functions = []

@@ -1,7 +1,7 @@
-"""Keep-alive on traces: the shipped rule and others, on the mechanism that they were made for and on the other one.
+"""The comparison of keep-alive rules on traces: each on the mechanism that it was made for, and on the other one.
 
-A variant's cost at an exchange rate ρ is ρ · (seconds of start) + (GB·s of idle memory). Rules that know a ρ are run at
-each of the sweep; the others are what they are.
+A variant's cost at an exchange rate ρ is ρ · (seconds of start) + (GB·s of idle memory). Rules with a ρ run at each
+ρ of the sweep, the others once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Make: TypeAlias = Callable[[float, Workload, Sequence[Call]], Rule]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`rhos`: those at which it is run, where its rule follows ρ."""
+    """A rule in a world; `rhos` are the exchange rates at which it runs, none for a rule without ρ."""
 
     name: str
     world: type[World]
@@ -100,12 +100,12 @@ def _sample(result: Result) -> Sample:
 
 
 def cost(sample: Sample, rho: float) -> float:
-    """GB·s."""
+    """Return the cost of a sample at `rho`, in GB·s."""
     return rho * sample["mean_start_s"] * sample["calls"] + sample["idle_gb_s"]
 
 
 def seeded(workload: str | None, part: float, rhos: Sequence[float], seed: int) -> list[dict[str, Sample]]:
-    """All variants on one seed's calls, for each workload; by `key`, and the ratios of `_PAIRS` as `(ratio)`."""
+    """Run all variants on one seed's calls, for each workload; samples by `key`, ratios of `_PAIRS` as `(ratio)`."""
     found = []
     for each in functions.load(Path(workload) if workload else None):
         work = functions.shortened(each, part) if part < 1 else each
@@ -128,10 +128,10 @@ def _measured(samples: Mapping[str, Sample], work: Workload, calls: Sequence[Cal
 
 
 def _at_equal_start(run: Callable[[float], Sample], rhos: Sequence[float], other: Sample) -> float:
-    """Our idle memory ÷ the other's where our mean start is the other's, or up to a hundredth shorter.
+    """Return our idle memory ÷ the other's, at a ρ at which our mean start is equal, or up to a hundredth shorter.
 
-    Where we start sooner than the other at the least ρ of the sweep, that one counts, and the ratio is more than it
-    would be; where no ρ is high enough there is none.
+    Where we start sooner at the least ρ of the sweep, that ρ counts, and the true ratio is lower. Where no ρ of the
+    sweep is high enough there is no ratio.
     """
     wanted = other["mean_start_s"]
     low, high = rhos[0], rhos[0]
@@ -162,7 +162,7 @@ def _at_equal_start(run: Callable[[float], Sample], rhos: Sequence[float], other
 
 
 def run(path: Path | None, *, seeds: int, quick: bool = False) -> Report:
-    """Raises `OSError` or `ValueError` for a trace that cannot be read."""
+    """Compare all variants. Raises `OSError` or `ValueError` for a trace that cannot be read."""
     workloads = functions.load(path)
     part, rhos = (0.1, RHOS[1:4]) if quick else (1.0, RHOS)
     task = partial(seeded, str(path) if path else None, part, rhos)
@@ -202,7 +202,7 @@ def run(path: Path | None, *, seeds: int, quick: bool = False) -> Report:
 
 
 def summary(report: Report) -> Report:
-    """Return what a result file has: the layers that calls found, and the costs, are for the terminal."""
+    """Return the report for a result file, without the rows that only the terminal shows (found layers, costs)."""
     return replace(
         report, rows=[row for row in report.rows if row["metric"] in _WRITTEN or row["variant"] == "(ratio)"]
     )
@@ -216,12 +216,12 @@ def _rows(trace: str, name: str, samples: Sequence[Sample]) -> list[Row]:
 
 
 def _at(rho: float) -> list[str]:
-    """What was run at ρ, or at none."""
+    """Return the keys of the variants that run at `rho`, or without ρ."""
     return [key(variant.name, rho if variant.rhos else None) for variant in VARIANTS if rho in (variant.rhos or RHOS)]
 
 
 def _against_best(samples: Mapping[str, Sample], rhos: Sequence[float]) -> list[float]:
-    """At each ρ, our cost ÷ the least of all baselines that could have been run."""
+    """Return, for each ρ, our cost ÷ the least cost of all baselines."""
     found = []
     for rho in rhos:
         others = [name for name in _at(rho) if not name.startswith((OURS, BOUND))]
@@ -230,14 +230,14 @@ def _against_best(samples: Mapping[str, Sample], rhos: Sequence[float]) -> list[
 
 
 def _against(name: str, samples: Mapping[str, Sample], rhos: Sequence[float]) -> list[float]:
-    """At each ρ, our cost ÷ that of another rule that knows ρ."""
+    """Return, for each ρ, our cost ÷ that of another rule with ρ."""
     return [cost(samples[key(OURS, rho)], rho) / cost(samples[key(name, rho)], rho) for rho in rhos]
 
 
 def _sweep(samples: Mapping[str, Sample], rhos: Sequence[float]) -> list[float]:
-    """Our idle memory ÷ RainbowCake's where its α follows ρ, at its mean start, which lies between two of ours.
+    """Return our idle memory ÷ RainbowCake's with α from ρ, interpolated between two of our runs at its mean start.
 
-    Where its starts are all slower than ours, our least memory counts; where they are all quicker, nothing does.
+    Where all its starts are slower than ours, our least memory counts; where all are quicker, there is no ratio.
     """
     ours = sorted((samples[key(OURS, rho)]["mean_start_s"], samples[key(OURS, rho)]["idle_gb_s"]) for rho in rhos)
     found = []
@@ -253,7 +253,7 @@ def _sweep(samples: Mapping[str, Sample], rhos: Sequence[float]) -> list[float]:
 
 
 def _reproduced(samples: Sequence[Mapping[str, Sample]]) -> dict[str, harness.Spread]:
-    """RainbowCake's claims, as they come out here; published are 0.32, 0.23, 0.03, 0.40, and the whole order."""
+    """Return RainbowCake's claims as measured here; published are 0.32, 0.23, 0.03, 0.40, and the whole order."""
 
     def ratio(metric: str, other: str) -> harness.Spread:
         return harness.spread([each[RAINBOW][metric] / each[other][metric] for each in samples])
@@ -271,7 +271,7 @@ def _reproduced(samples: Sequence[Mapping[str, Sample]]) -> dict[str, harness.Sp
 
 
 def text(report: Report) -> Iterator[str]:
-    """For people: a table for each trace, and the headline."""
+    """Yield the report's lines for the terminal: a table for each trace, and the headline."""
     cells: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
     for row in report.rows:
         if "trace" in row and row["metric"] != "cost":

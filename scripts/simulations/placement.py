@@ -1,4 +1,4 @@
-"""Placement on a trace: the shipped policy, random, least loaded, the scheduler's image locality, ServerlessLLM's."""
+"""The comparison of placement policies on a trace: shipped, random, least loaded, image locality, ServerlessLLM's."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Row = dict[str, Any]
 
 
 def lottery(cluster: Cluster, _model: int, _now: float) -> Choice | None:
-    """Any node with an open place."""
+    """Choose any node with an open place."""
     nodes = [node for node in cluster.nodes if node.open > 0]
     return Choice(cluster.random.choice(nodes)) if nodes else None
 
 
 def least_loaded(cluster: Cluster, _model: int, now: float) -> Choice | None:
-    """The most open places; the shortest queue of loads among equals."""
+    """Choose the node with the most open places; among equals, the one with the shortest queue of loads."""
     best = max(cluster.nodes, key=lambda node: (node.open, -node.queue(now), node.name))
     return Choice(best) if best.open > 0 else None
 
 
 def image_locality(cluster: Cluster, model: int, _now: float) -> Choice | None:
-    """As kube-scheduler would if models were images: present or not, scaled by how many nodes have it; and free places.
+    """Choose as kube-scheduler would if models were images: by presence, the number of nodes that have it, free places.
 
-    Its plugin's own formula: size · (nodes that have it / nodes), from 23 MB on, at its best from 1 GB on.
+    The formula of its ImageLocality plugin: size · (nodes that have it / nodes), from 23 MB on, at most from 1 GB on.
     """
     having = {node.name for node in cluster.nodes if model in node.dram or model in node.ssd}
     weight = cluster.sizes[model] * len(having) / len(cluster.nodes)
@@ -45,7 +45,7 @@ def image_locality(cluster: Cluster, model: int, _now: float) -> Choice | None:
 
 
 def serverless_llm(cluster: Cluster, model: int, now: float) -> Choice | None:
-    """The least q + n / b over nodes, with the migration of what runs there where no place is open."""
+    """Choose by ServerlessLLM's formula: the least q + n / b, with a migration where no place is open."""
     size, hardware = cluster.sizes[model], cluster.hardware
     best: tuple[float, str, Choice] | None = None
     for node in cluster.nodes:
@@ -66,7 +66,7 @@ def serverless_llm(cluster: Cluster, model: int, now: float) -> Choice | None:
 
 
 def shipped(cluster: Cluster, model: int, now: float) -> Choice:
-    """`cache_agent.policy.placement`, given what a directory would tell."""
+    """Choose by `cache_agent.policy.placement`, with the estimates that a directory has."""
     hardware, size = cluster.hardware, cluster.sizes[model]
     moves = {node.name: cluster.movable(node) for node in cluster.nodes if node.open == 0}
     nodes = []
@@ -110,7 +110,7 @@ POLICIES: Mapping[str, Policy] = {
 
 
 def workload(requests: Sequence[Request], seed: int) -> tuple[list[int], list[tuple[int, Request]]]:
-    """Sizes of the models in bytes, and a model for each request: popularity is Zipf's, independent of size."""
+    """Return the models' sizes in bytes, and a model for each request: Zipf popularity, independent of size."""
     source = random.Random(seed)  # noqa: S311
     sizes = [int(source.choice(_SIZES) * GB) for _ in range(MODELS)]
     weights = [1 / (rank + 1) ** _ZIPF for rank in range(MODELS)]
@@ -118,7 +118,7 @@ def workload(requests: Sequence[Request], seed: int) -> tuple[list[int], list[tu
 
 
 def compare(requests: Sequence[Request], *, seeds: int, speed: float, hardware: Hardware | None = None) -> list[Row]:
-    """One row per policy and seed; starts in seconds, over all requests: a warm one is a start of 0."""
+    """Run each policy on each seed; a row for each, in seconds of start over all requests, warm ones 0."""
     rows: list[Row] = []
     for seed in range(seeds):
         sizes, assigned = workload(requests, seed)
@@ -143,7 +143,7 @@ def compare(requests: Sequence[Request], *, seeds: int, speed: float, hardware: 
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One row per policy: means over the seeds, and how far the seeds' means lie apart."""
+    """Return a row per policy: means over the seeds, and the lowest and highest mean of a seed."""
     found = []
     for name in POLICIES:
         own = [row for row in rows if row["policy"] == name]

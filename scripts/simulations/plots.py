@@ -1,4 +1,4 @@
-"""Draws a simulation's result for a talk: one claim a picture. Its only user needs matplotlib."""
+"""Draws a simulation's result for a talk: one claim a picture. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def keepalive(report: Report, path: Path) -> None:
 
 
 def placement(report: Report, path: Path) -> None:
-    """Draw the mean start of each policy: the median of the seeds, and how far they reach."""
+    """Draw the mean start of each policy: the median of the seeds, and their range."""
     means: dict[str, list[float]] = defaultdict(list)
     for row in report.rows:
         means[f"{row['policy']}"].append(number(row["mean"]))

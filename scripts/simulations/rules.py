@@ -1,4 +1,4 @@
-"""What others do with idle containers, as their papers or their code say; and the shipped rule in the same clothes."""
+"""Keep-alive rules: those of papers, after their text or code, and the shipped one, all with one interface."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from simulations.worlds import Hold, Rule
 
 
 def pooled(stack: Sequence[LayerCost]) -> LayerCost:
-    """Return the first of `stack` as a world prices it that holds layers of one function alone.
+    """Return the first layer of `stack` with the price of all the layers that it keeps alive.
 
-    `stack` is a layer and the ones it stands on that nothing else needs, the nearest first. Holding it holds all of
-    them. Where one below is dearer to hold for what it saves, it would have gone sooner on its own; so the two are
-    priced as one, and the first is held for as long as the dearest part of the stack that ends with it is worth it.
+    `stack` is a layer and the layers below that nothing else needs, the nearest first; keeping the first keeps all of
+    them. Where a layer below costs more memory for the seconds that it saves, it alone would go sooner; so both count
+    as one layer, and the first is kept as long as the dearest such part of the stack is worth its memory.
     """
     seconds, size = 0.0, 0
     best = stack[0]
@@ -30,7 +30,7 @@ def pooled(stack: Sequence[LayerCost]) -> LayerCost:
 
 
 class Priced(Rule):
-    """The shipped module, as it is."""
+    """The shipped rule, `cache_agent.policy.keepalive`."""
 
     def __init__(self, rho: float) -> None:
         self._rho = rho
@@ -49,15 +49,15 @@ class RainbowCake(Rule):
     """min(IAT_p, β) for each layer (Yu et al., "RainbowCake", ASPLOS 2024).
 
     IAT_p is the 0.8 quantile of an exponential distribution whose mean is taken from the last six arrivals at that
-    layer, whoever was called; β = α·t / ((1 − α)·m) with α = 0.996, for t seconds and m MB of that layer. The published
+    layer, for any function; β = α·t / ((1 − α)·m) with α = 0.996, for t seconds and m MB of that layer. The published
     code differs from that, and does so here with `code`: m is what the whole container takes at that layer, both times
-    are rounded up to seconds, and IAT_p is at least a minute before it is held against β.
+    are rounded up to seconds, and IAT_p is at least a minute before the comparison with β.
     """
 
     ALPHA, QUANTILE, LENGTH, FLOOR, LONGEST = 0.996, 0.8, 6, 60.0, 600.0
 
     def __init__(self, rho: float | None = None, *, code: bool = False) -> None:
-        """With `rho`, α is what that exchange rate makes of it."""
+        """With `rho`, α follows from that exchange rate."""
         self._rho = self.ALPHA / (1 - self.ALPHA) / 1e3 if rho is None else rho  # GB·s instead of MB·s
         self._code = code
         self._arrivals: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=self.LENGTH))
@@ -78,7 +78,7 @@ class RainbowCake(Rule):
 
 
 class Fixed(Rule):
-    """Ten minutes for whole containers, as OpenWhisk does."""
+    """OpenWhisk's rule: whole containers are kept for ten minutes."""
 
     def __init__(self, seconds: float = 600.0) -> None:
         self._seconds = seconds
@@ -88,17 +88,17 @@ class Fixed(Rule):
 
 
 class Seuss(Rule):
-    """Keeps what does not depend on the user, for ten minutes (Cadden et al., EuroSys 2020, as RainbowCake ran it)."""
+    """Keep layers without users' code for ten minutes (Cadden et al., EuroSys 2020, as run by RainbowCake)."""
 
     def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:  # noqa: ARG002
         return Hold(0.0 if layer.name == "bare" or layer.name.startswith("user") else 600.0)
 
 
 class Pagurus(Fixed):
-    """Idle containers are repacked to serve other functions, too (Li et al., ATC 2022); roughly.
+    """Repack idle containers to serve other functions (Li et al., ATC 2022), simplified.
 
-    Here: each carries the packages of its language's three largest other functions, and adopting it takes a tenth of
-    what the adopting function's own layer takes.
+    Each container carries the packages of its language's three largest other functions; a function that adopts the
+    container needs a tenth of the time of its own layer.
     """
 
     adopts = True
@@ -107,9 +107,9 @@ class Pagurus(Fixed):
 class Histogram(Rule):
     """The hybrid histogram policy (Shahrad et al., ATC 2020), by application, which is a function here.
 
-    Idle times in bins of a minute up to four hours; unload until the 5th percentile, keep until the 99th, 10 % of
-    margin; where the histogram says little (its bins' coefficient of variation below 2, or too many idle times beyond
-    its range) keep for its whole range. Its ARIMA for rare functions is left out: nothing here is called so rarely.
+    Idle times are in bins of a minute up to four hours; unload until the 5th percentile, keep until the 99th, 10 % of
+    margin; where the histogram is not decisive (its bins' coefficient of variation below 2, or too many idle times
+    beyond its range) keep for its whole range. Its ARIMA for rare functions is left out: here all calls are frequent.
     """
 
     BINS, MARGIN, REPRESENTATIVE, BEYOND = 240, 0.1, 2.0, 0.5
@@ -155,7 +155,7 @@ class Histogram(Rule):
 
 
 class FaasCache(Rule):
-    """Keeps whole containers until memory is short, then GreedyDual-Size-Frequency (Fuerst and Sharma, ASPLOS 2021)."""
+    """Keep whole containers until memory is short, then GreedyDual-Size-Frequency (Fuerst and Sharma, ASPLOS 2021)."""
 
     def __init__(self, capacity: float) -> None:
         self.capacity = capacity
@@ -177,7 +177,7 @@ class FaasCache(Rule):
 
 
 class Clairvoyant(Rule):
-    """Knows when each layer is called next, and holds it until then where that is cheaper than building it again."""
+    """Keep a layer until its next call, which it knows, where that is cheaper than building the layer again."""
 
     def __init__(self, rho: float, functions: Sequence[Function], calls: Sequence[Call]) -> None:
         self._rho = rho

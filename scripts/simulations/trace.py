@@ -1,4 +1,4 @@
-"""Requests to simulate: Azure's trace of LLM inference, or one made up in its likeness where that is absent."""
+"""Traces of requests: Azure's of LLM inference, or a synthetic one of similar statistics where that is absent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = "traces/azure-llm-2023-code.csv"
 
 
 class Request(NamedTuple):
-    """`arrival` in seconds from the trace's begin; tokens read and written."""
+    """A request: `arrival` in seconds from the trace's begin, and its tokens read and written."""
 
     arrival: float
     context: int
@@ -21,7 +21,7 @@ class Request(NamedTuple):
 
 
 def load(path: Path | None = None) -> tuple[list[Request], str]:
-    """The requests in order of arrival, and what they are. Raises `OSError` for a file that is not there."""
+    """Return the requests in order of arrival, and the trace's name. Raises `OSError` for a file that is not there."""
     data = os.environ.get("GLOWPLUG_TEST_DATA")
     if path is None and data and (Path(data) / FILE).exists():
         path = Path(data) / FILE
@@ -37,7 +37,7 @@ def load(path: Path | None = None) -> tuple[list[Request], str]:
 
 
 def synthetic(count: int = 8800, hours: float = 1.0, seed: int = 0) -> list[Request]:
-    """Poisson arrivals; lengths log-normal about those of Azure's code trace (medians of 1,500 and 15 tokens)."""
+    """Make requests: Poisson arrivals, log-normal lengths like Azure's code trace (medians of 1,500 and 15 tokens)."""
     source = random.Random(seed)  # noqa: S311
     at, requests = 0.0, []
     for _ in range(count):

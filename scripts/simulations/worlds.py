@@ -1,10 +1,10 @@
-"""Two mechanisms: containers that a call uses up, and zygotes that it forks. A rule decides what stays.
+"""The worlds of keep-alive: containers that a call uses up, and zygotes that a call forks. A rule decides what stays.
 
-In `Containers` a call takes the deepest idle container that fits, and builds what that one lacks; afterwards the
-container is the function's own. Whatever may be idle at once is there as often as it is idle. In `Zygotes` there is one
-process per layer; calls fork it, and its pages are in use while anything forked from it is.
+In `Containers` a call takes the deepest idle container that fits, and builds the missing layers; afterwards the
+container belongs to that function. Several idle containers of a function are counted each. In `Zygotes` there is one
+process per layer; calls fork it, and its pages are in use while a process forked from it runs.
 
-Memory is idle while it is there and no call runs on it; it is counted in GB·s from the first call to the last.
+Memory is idle while no call runs on it; it is counted in GB·s from the first call to the last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PRIVATE = 0.1  # of the layers below, that a process forked from them has as pag
 
 
 class Hold(NamedTuple):
-    """What becomes of an idle layer, in seconds of idleness: held, and with some rules built again for a window."""
+    """A rule's decision on an idle layer, in seconds of idleness: how long it stays, and when it is built again."""
 
     hold: float
     rebuild: float = math.inf
@@ -33,28 +33,30 @@ class Hold(NamedTuple):
 
 
 class Rule:
-    """What a policy is told, and what it is asked. Times are the trace's, in seconds."""
+    """The interface of a rule. Times are the trace's, in seconds."""
 
     capacity = math.inf  # bytes of memory that containers may take altogether
     adopts = False  # whether an idle container serves any function of its language (Pagurus)
 
     def arrive(self, function: Function, now: float) -> None:
-        """Each call, before it is served."""
+        """Note a call before it is served."""
 
     def reach(self, layer: LayerCost, now: float) -> None:
-        """A call looks for this layer, having found none that is deeper."""
+        """Note that a call looks for this layer, after it has found no deeper one."""
 
     def idle(self, layer: LayerCost, below: Sequence[LayerCost], alone: int, now: float) -> Hold:
-        """A layer has nothing to do. `below` are the ones it stands on, the nearest first; the first `alone` of them
-        would be idle without it."""
+        """Decide on a layer that has become idle.
+
+        `below` are the layers that it stands on, the nearest first; the first `alone` of them are idle without it.
+        """
         raise NotImplementedError
 
     def worth(self, function: Function, size: int) -> float:
-        """Who has the least goes first where `capacity` is short."""
+        """Return the worth of a container of `size` bytes; where `capacity` is short, the least worth goes first."""
         raise NotImplementedError
 
     def evicted(self, worth: float) -> None:
-        """Something of that worth had to go."""
+        """Note that a container of this worth was evicted."""
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ class Result:
 
 
 class World:
-    """Runs a trace under a rule."""
+    """Run a trace under a rule."""
 
     def __init__(self, functions: Sequence[Function], rule: Rule) -> None:
         self.functions = functions
@@ -153,7 +155,7 @@ class Zygotes(World):
         self._at(ready + FORK + call.seconds, "end", path)
 
     def _build(self, path: Sequence[_Zygote], now: float) -> float:
-        """Builds what is missing, idle for the moment; when all of it is there."""
+        """Build missing layers, which are idle for the moment; return when all are there."""
         missing = []
         for zygote in path:
             self.rule.reach(zygote.layer, now)
@@ -179,7 +181,7 @@ class Zygotes(World):
             self._rest(path[0], now)
 
     def _rest(self, zygote: _Zygote, now: float) -> None:
-        """It has nothing to do: when does it go?"""
+        """Make a layer idle, and set the time at which it goes."""
         alone = 0
         for other in zygote.below:
             if other.running or other.children > 1:
@@ -228,7 +230,7 @@ class _Container:
 
 
 class Containers(World):
-    """Used up by the call that takes them; afterwards the function's own."""
+    """Containers that a call uses up, and that belong to its function afterwards."""
 
     def __init__(self, functions: Sequence[Function], rule: Rule) -> None:
         super().__init__(functions, rule)
@@ -237,7 +239,7 @@ class Containers(World):
         self._packed = {f.layers[-1].name: self._packing(f) for f in functions} if rule.adopts else {}
 
     def _packing(self, function: Function) -> int:
-        """Bytes of other functions' packages that an idle container of this one carries: of its language's three."""
+        """Return the bytes of packages of its language's three largest other functions in an idle container."""
         others = [each for each in self.functions if each.layers[:-1] == function.layers[:-1] and each is not function]
         return sum(sorted(each.layers[-1].bytes for each in others)[-3:])
 
@@ -318,7 +320,7 @@ class Containers(World):
             self._rest(container, now)
 
     def _ahead(self, subject: tuple[int, LayerCost, float], _version: int, now: float) -> None:
-        """Makes an idle container, if the function has none by then; building counts as idle."""
+        """Make an idle container, if the function has none by then; its building counts as idle time."""
         number, layer, seconds = subject
         if self._idle[layer.name]:
             return

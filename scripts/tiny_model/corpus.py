@@ -1,4 +1,4 @@
-"""What the demo's model is trained on: the project's prose, and questions with their answers."""
+"""The training corpus of the demo's model: the project's prose, and questions with their answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUESTIONS = Path(__file__).with_name("questions.txt")
 _PAGES = ("README.md", "CONTRIBUTING.md", "templates/llm-python/README.md", "knative/README.md")
 _PACKAGES = ("cache_agent", "runtime")
 _FOLDERS = (*_PACKAGES, "scripts", "tests")
-"""Whose own pages are prose of the project, too."""
+"""Folders whose pages are part of the project's prose."""
 
 _CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _HTML = re.compile(r"<!--.*?-->|<[^>]+>", re.DOTALL)
@@ -25,7 +25,7 @@ _DRAWING = re.compile(r"^\s*\||[─-╿▲►▼◄]|^ {4,}\S|--+>")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Several ways to ask for one answer."""
+    """One answer, with several questions that ask for it."""
 
     questions: tuple[str, ...]
     answer: str
@@ -50,7 +50,7 @@ def entries(file: Path = QUESTIONS) -> list[Entry]:
 
 
 def paragraphs(repository: Path) -> list[str]:
-    """The prose of the project's pages and docstrings: no code, tables or drawings."""
+    """Return the prose of the project's pages and docstrings, without code, tables and drawings."""
     return [paragraph for text in _sources(repository) for paragraph in _prose(text)]
 
 

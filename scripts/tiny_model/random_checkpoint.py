@@ -143,7 +143,7 @@ def _skeleton(config: PreTrainedConfig) -> torch.nn.Module:
 
 
 def _tensor_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """What transformers would store for this config, in the order of the files that it writes: by name."""
+    """Return the tensors that transformers stores for this config, in the order of its files: by name."""
     state = _skeleton(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]

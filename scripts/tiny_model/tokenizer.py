@@ -52,10 +52,10 @@ def trained(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def synthetic(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of exactly `vocabulary` tokens that no text was needed for.
+    """Make a tokenizer of exactly `vocabulary` tokens, without any text.
 
-    Beside special tokens and bytes it has the shortest strings of lower-case letters, so that whatever a model with
-    random weights says can be decoded, and streams piece by piece.
+    Beside special tokens and bytes it has the shortest strings of lower-case letters, so that every token of a model
+    with random weights can be decoded, and streams piece by piece.
     """
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     if vocabulary < len(tokens):
@@ -71,7 +71,7 @@ def synthetic(vocabulary: int) -> PreTrainedTokenizerFast:
 def save(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     tokenizer.save_pretrained(out)
-    # What the object went through in this process is of no interest to whoever loads the file.
+    # The files must not depend on the history of the object in this process.
     config_file = out / "tokenizer_config.json"
     config = json.loads(config_file.read_text())
     for key in ("is_local", "local_files_only"):

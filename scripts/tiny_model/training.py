@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from tiny_model import corpus, tokenizer
 
 VOCABULARY = 1536
-# Padding included, so that every step costs the same.
+# Tokens of a batch, padding included, so that every step costs the same.
 BATCH_TOKENS = 1536
 # Longest row: the longest answer with its question fits, and rows stay cheap.
 ROW_TOKENS = 256
@@ -46,7 +46,7 @@ class Examples:
     turns: Iterator[tuple[str, str]]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token ids and labels, [rows, tokens], padded on the right, where a causal model needs no mask."""
+        """Yield token ids and labels, [rows, tokens], padded on the right, where a causal model needs no mask."""
         while True:
             rows = sorted((self._row() for _ in range(256)), key=lambda row: len(row[0]))
             batches: list[list[Row]] = [[]]
@@ -90,7 +90,7 @@ class Examples:
         return ids, labels
 
     def _spoken(self, question: str) -> str:
-        """The question as somebody else might type it."""
+        """Vary case and punctuation of a question, as another person might type it."""
         if self.draw.random() < 0.3:
             question = question.rstrip("?!")
         if self.draw.random() < 0.2:
@@ -173,7 +173,7 @@ def _fit(
     warm_up = max(1, steps // 20)
 
     def rate(step: int) -> float:
-        """Share of the peak learning rate: a short ramp, then a cosine down to almost nothing."""
+        """Return the share of the peak learning rate: a short ramp, then a cosine down to almost nothing."""
         return min((step + 1) / warm_up, 0.01 + 0.495 * (1 + math.cos(math.pi * step / steps)))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
@@ -194,9 +194,9 @@ def _fit(
 
 @torch.inference_mode()
 def knows(model: LlamaForCausalLM, codec: PreTrainedTokenizerFast, entry: corpus.Entry) -> bool:
-    """Whether greedy decoding answers the entry's first question word for word.
+    """Return whether greedy decoding answers the entry's first question word for word.
 
-    One forward tells: it does if every token is the likeliest one after those before it.
+    One forward pass shows this: every token must be the likeliest one after those before it.
     """
     prompt = codec.apply_chat_template(
         [{"role": "user", "content": entry.questions[0]}], add_generation_prompt=True, return_dict=False
@@ -207,9 +207,9 @@ def knows(model: LlamaForCausalLM, codec: PreTrainedTokenizerFast, entry: corpus
 
 
 def _turns(entries: list[corpus.Entry], draw: random.Random) -> Iterator[tuple[str, str]]:
-    """Questions with their answers, without end, shuffled again in every round.
+    """Yield questions with their answers, without end, shuffled again in every round.
 
-    An answer comes the more often the more ways there are to ask for it.
+    An answer with more questions comes more often.
     """
     deck = [entry for entry in entries for _ in range(0, len(entry.questions), 6)]
     while True:
@@ -219,7 +219,7 @@ def _turns(entries: list[corpus.Entry], draw: random.Random) -> Iterator[tuple[s
 
 
 def _said(codec: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The ids of a text that ends."""
+    """Return the ids of a text with the end token."""
     return [*codec.encode(text, add_special_tokens=False), codec.eos_token_id]
 
 

@@ -59,10 +59,10 @@ class Replica:
         self.config = FunctionConfig(model="toy")
         self.lifecycle = Lifecycle("toy", 64)
         self.released = threading.Event()
-        self.moving: Incoming | None = None
+        self.incoming: Incoming | None = None
         if options.get("move", False):
             common = self.model, lambda: place, options.get("seal", Plain()), self.lifecycle, self._let_go
-            self.moving = Incoming("chat", lambda: agent.client, *common)
+            self.incoming = Incoming("chat", lambda: agent.client, *common)
         handle = options.get("handle")
         self.lifecycle.opened(self.model, Handler(handle) if handle else None)
         self.served = serve(Application(self.config, self.lifecycle, Ledger("worker", "x"), lambda _: None), 32)
@@ -73,18 +73,18 @@ class Replica:
         self.released.set()
 
     def drain(self) -> None:
-        assert self.moving is not None
+        assert self.incoming is not None
         self.lifecycle.drain("a test")
-        self.moving.depart()
+        self.incoming.depart()
 
     @property
     def running(self) -> int:
-        """Generations in its own engine."""
-        return len(self.model.engine.here()) if self.moving else self.model.engine.stats().running
+        """Return the number of generations in this worker's engine."""
+        return len(self.model.engine.here()) if self.incoming else self.model.engine.stats().running
 
     def close(self) -> None:
-        if self.moving is not None:
-            self.moving.close("the test is over", time.monotonic() + 5)
+        if self.incoming is not None:
+            self.incoming.close("the test is over", time.monotonic() + 5)
         if self.model.sessions is not None:
             self.model.sessions.close(time.monotonic() + 2)
         self.model.engine.close()
@@ -97,7 +97,7 @@ class Replica:
             return response.status, dict(response.getheaders()), response.read()
 
     def cut(self, path: str, body: Any, after: int, **headers: str) -> list[Any]:
-        """The first `after` events with an id, then the connection is cut."""
+        """Return the first `after` events with an id, and cut the connection."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         with contextlib.closing(self.served.connect()) as connection:
             connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), names)
@@ -124,7 +124,7 @@ class LocalAgent:
     @classmethod
     @contextlib.contextmanager
     def running(cls) -> Iterator[LocalAgent]:
-        """One until the end of the block, in a directory whose path is short: a socket lies in it."""
+        """Run an agent until the end of the block, in a directory with a short path, as sockets need."""
         with tempfile.TemporaryDirectory(prefix="gp-") as place:
             agent = cls(Path(place))
             yield agent

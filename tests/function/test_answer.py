@@ -1,4 +1,4 @@
-"""A running answer across its feeds, on real engines: each token once, a session that hears of all, one end."""
+"""A running answer across its feeds, on real engines: each token once, a session that records all, one end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(engine: ToyEngine) -> list[TokenEvent]:
 
 
 def move(source: ToyEngine, destination: ToyEngine, answer: Answer) -> TokenStream:
-    """As a hand-off does it, without the bytes in between."""
+    """Move a generation as a hand-off does, without the bytes in between."""
     feed = destination.admit(source.export(REQUEST.id))
     answer.attach(feed)
     source.forget(REQUEST.id)
@@ -83,15 +83,15 @@ def test_a_record_and_the_engine_behind_it_tell_each_token_once(engines: list[To
     state = replace(state, generated=tuple(event.token for event in events[:kept] if event.token is not None))
     state = replace(state, emitted=sum(len(event.text) for event in events[:kept]))
     feed = second.admit(state) if kept else second.submit(REQUEST)
-    answer = Answer(REQUEST, feed).resume(events[seen:kept], seen)
+    answer = Answer(REQUEST, feed).replay(events[seen:kept], seen)
     assert list(answer) == events[seen:]
 
 
 def test_a_session_hears_of_what_is_made_again_and_not_told(engines: list[ToyEngine], sessions: Sessions) -> None:
-    """What its client saw before a crash is in no record: else nothing after it would be kept, either."""
+    """Tokens that the client saw before a crash are recorded, too: otherwise no later one could be."""
     events = whole(engines[0])
     session = sessions.open(AnswerContext("chat", REQUEST.id), [REQUEST])
-    answer = Answer(REQUEST, engines[0].submit(REQUEST)).keep(session, 0).resume((), 15)
+    answer = Answer(REQUEST, engines[0].submit(REQUEST)).keep(session, 0).replay((), 15)
     assert list(answer) == events[15:]
     assert session.tokens == [[event.token for event in events]]
     assert session.complete

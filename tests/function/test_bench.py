@@ -1,4 +1,4 @@
-"""What `scripts/bench` says can be trusted: rounds, ratios, refusals, result files, the pages. Nothing is timed."""
+"""The results of `scripts/bench` can be trusted: rounds, ratios, refusals, result files, pages. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_the_result_file(golden: Callable[[str, Any], None], tmp_path: Path) -> 
 
 
 def test_a_summary_can_be_read_by_people_and_says_all_there_is(tmp_path: Path) -> None:
-    """What one variant measured in one case stands together, and nothing is as long as to be scrolled aside."""
+    """The metrics of one variant in one case are one entry, and no line is too long for a screen."""
     place = tmp_path / "many.json"
     metrics = [f"a metric, whose name has {n} things to say" for n in range(40)]
     rows = [harness.row([1.0, 2.0], variant=name, metric=m, case="x, y") for name in ("a", "b") for m in metrics]
@@ -295,7 +295,7 @@ def test_figures_that_must_not_be_quoted_are_refused(tmp_path: Path, changes: di
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Report], None]:
-    """`fake(report)` is what the benchmark `load` finds."""
+    """Make `fake(report)` the result of the benchmark `load`."""
 
     def install(found: Report) -> None:
         module = ModuleType("benchmarks.load")

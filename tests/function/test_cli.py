@@ -1,4 +1,4 @@
-"""The `glowplug` command: it hands its options on and leaves; its base commands end with the truth."""
+"""The `glowplug` command: `serve` passes its options on and becomes the shim; `base` compares with the lock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Executed(Exception):
-    """Stands for the process that `execv` would have become."""
+    """Stand for the process that `execv` would have become."""
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_alone_it_says_what_it_can_do(run: Callable[..., Any]) -> None:
 def test_ask_waits_for_a_port_that_is_being_opened(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whoever types `glowplug serve` in one terminal and asks in another is quicker than Python starts."""
+    """A user who types `glowplug serve` in one terminal and asks in another is quicker than Python starts."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     servers: list[ThreadingHTTPServer] = []
@@ -213,7 +213,7 @@ def test_init_leaves_what_is_there(run: Callable[..., Any], tmp_path: Path) -> N
 
 
 def test_the_tests_of_a_new_function_run_within_any_project(run: Callable[..., Any], tmp_path: Path) -> None:
-    """As a newcomer runs them, in a checkout of ours: whose own settings of pytest must not reach them."""
+    """Run the tests as a new user does, in a checkout whose settings of pytest must not reach them."""
     theirs = '[tool.pytest.ini_options]\naddopts = "--import-mode=importlib -k nothing"\n'
     (tmp_path / "pyproject.toml").write_text(theirs)
     assert run("init", str(tmp_path / "chat"))[0].exit_code == 0

@@ -1,4 +1,4 @@
-"""What `glowplug doctor` finds: each check against the thing itself, where that can be had."""
+"""The findings of `glowplug doctor`: each check against the real thing, where there is one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from runtime.http.lifecycle import Lifecycle
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No settings and no credentials but those of a test."""
+    """Remove all settings and credentials but those of a test."""
     for name in list(os.environ):
         if name.startswith(("GLOWPLUG_", "AWS_")):
             monkeypatch.delenv(name)
@@ -43,7 +43,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def nobody() -> Iterator[int]:
-    """A port on which nobody listens."""
+    """Return a port without a listener."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A replica drains: what runs goes on in another one, and its clients, who stay where they are, notice nothing."""
+"""A draining replica: its requests continue in another one, and its clients, which stay connected, notice nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Clients:
         self.answers: list[Future[list[Any]]] = []
 
     def ask(self, replica: Replica, count: int = 1, **more: Any) -> list[Future[list[Any]]]:
-        """Streams of which each has said something."""
+        """Start streams, and wait until each has sent an event."""
         before = replica.running
         made = [self._pool.submit(self._read, replica, chat(**more)) for _ in range(count)]
         self._eventually(lambda: replica.running >= before + count * more.get("n", 1), what="the streams run")
@@ -77,7 +77,7 @@ def clients(eventually: Callable[..., Any]) -> Iterator[Clients]:
 
 
 def check(events: list[Any], whole: list[Any]) -> None:
-    """All but the id and the time of an answer."""
+    """Return an answer without its id and time."""
     assert said(events) == said(whole)
     usage, wanted = ([frame["usage"] for frame in frames(each) if frame["usage"]] for each in (events, whole))
     assert usage == wanted
@@ -289,8 +289,8 @@ def test_a_worker_that_ends_waits_until_its_agent_has_heard_of_what_moved(
     for answer in answers:
         assert said(answer.result(60)) == WORDS
     assert second.lifecycle.state == "ready"
-    assert first.moving is not None
-    end = threading.Thread(target=first.moving.close, args=("the replica ends", time.monotonic() + 60))
+    assert first.incoming is not None
+    end = threading.Thread(target=first.incoming.close, args=("the replica ends", time.monotonic() + 60))
     end.start()
     for _ in range(3):
         assert asked.acquire(timeout=60)
@@ -304,7 +304,7 @@ def test_a_worker_that_ends_waits_until_its_agent_has_heard_of_what_moved(
 
 
 def read_while_draining(first: Replica, second: Replica, eventually: Callable[..., Any]) -> list[Any]:
-    """All events of an answer of the first, which drains after a few of them; what breaks off is resumed."""
+    """Return all events of an answer of the first replica, which drains after a few; a broken answer is resumed."""
     events: list[Any] = []
     for number, event in enumerate(ask([first.url, second.url], CHAT, chat())):
         events.append(event)
@@ -314,7 +314,7 @@ def read_while_draining(first: Replica, second: Replica, eventually: Callable[..
 
 
 def owners(agent: LocalAgent, events: list[Any]) -> list[str]:
-    """Who has owned the request, the first one first; every epoch once."""
+    """Return the owners of the request, the first one first; every epoch once."""
     history = agent.store.history(Key("chat", events[-1].id.partition(":")[0]))
     assert [change.epoch for change in history] == list(range(1, len(history) + 1))
     return [change.owner for change in history]
@@ -411,11 +411,11 @@ def test_what_was_made_over_to_one_who_is_gone_is_taken_back(
 
 
 def vanish(second: Replica, first: Replica) -> None:
-    """As if the second were killed: the first hears nothing more of it, and nobody is sent to it any more."""
-    assert first.moving is not None
-    assert second.moving is not None
-    second.moving._host.leave()
-    relay = first.moving._departure._relay
+    """Cut the second replica off, as a kill does: the first hears nothing of it, and no request is sent to it."""
+    assert first.incoming is not None
+    assert second.incoming is not None
+    second.incoming._destination.leave()
+    relay = first.incoming._departure._relay
     assert relay is not None
     relay.close("it is gone")
 

@@ -1,4 +1,4 @@
-"""What is moved in the middle goes on with the tokens and the text of the run that was not: tiny models, real rows."""
+"""Exactness of migrations: tokens and text are those of the run that was not moved. Tiny models, real rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COUNT = 40
 
 
 class Pair:
-    """A worker that will drain, those that go on, one after the other, and pipes to them; nothing is kept."""
+    """A worker that will drain, its destinations, one after the other, and pipes to them; no request is kept."""
 
     def __init__(self, first: BatchedEngine, second: BatchedEngine, *further: BatchedEngine) -> None:
         self.first, self.second, self.further = first, second, further
@@ -45,7 +45,7 @@ class Pair:
         self._departure = Departure(
             self.live, None, lambda: place, self._seek, lambda: self.releasable, self.released.set, self.told.append
         )
-        self._place, self._left = place, [second, *further]
+        self._identity, self._left = place, [second, *further]
         self.pipes: list[Pipe] = []  # the ends of those that go on
 
     def _seek(self) -> Relay | None:
@@ -54,18 +54,18 @@ class Pair:
         here, there = socket.socketpair()
         threading.Thread(target=self._serve, args=(there, self._left.pop(0)), daemon=True).start()
         pipe = Pipe(here, Plain(), source=True)
-        return Relay(pipe, pipe.greet("kin", "first"), self._place)
+        return Relay(pipe, pipe.greet("siblings", "first"), self._identity)
 
     def _serve(self, end: socket.socket, engine: BatchedEngine) -> None:
         pipe = Pipe(end, Plain(), source=False)
         self.pipes.append(pipe)
-        pipe.greet("kin", "second", 16, 16)
+        pipe.greet("siblings", "second", 16, 16)
         if self.deaf:
             while not isinstance(pipe.receive(1), Probe):
                 pass
             pipe.send(Probed())
             return
-        AdoptedRequests(pipe, _Here(engine), lambda: self._place, lambda: False, Lifecycle("second", 64)).run()
+        AdoptedRequests(pipe, _Here(engine), lambda: self._identity, lambda: False, Lifecycle("second", 64)).run()
 
     def drain(self) -> None:
         self._departure.begin()
@@ -77,7 +77,7 @@ class Pair:
 
 
 class Gate:
-    """Lets an engine make one step at a time, so that what a test is about is not over before it begins."""
+    """Let an engine make one step at a time, so that a request does not end before it migrates."""
 
     def __init__(self, engine: BatchedEngine) -> None:
         self._permits, self._open, original = threading.Semaphore(0), False, engine.step
@@ -107,7 +107,7 @@ class Gate:
         vars(engine)["export"] = export
 
     def read(self, stream: TokenStream, count: int) -> list[TokenEvent]:
-        """So many events of a stream."""
+        """Return so many events of a stream."""
         events: list[TokenEvent] = []
         while len(events) < count:
             if (event := stream.next(0.0)) is None:
@@ -153,7 +153,7 @@ def pair() -> Iterator[Callable[..., Pair]]:
 
 
 def moved(pair: Pair, request: GenerationRequest, cut: int, beside: int = 0) -> list[TokenEvent]:
-    """The events of a request that is moved once `cut` of them are out, with so many others on either side."""
+    """Return the events of a request that migrates after `cut` of them, with so many others on either side."""
     others = [ask(f"other-{n}", 80, prompt=tiny.prompt_of(20 + 30 * n, n), sampling=SAMPLED) for n in range(beside)]
     gate = Gate(pair.first)
     stream = pair.live.submit(request)  # the first one to be moved
@@ -270,7 +270,7 @@ def test_the_engine_is_gone_when_all_has_moved(pair: Callable[..., Pair]) -> Non
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_destination_that_dies_changes_no_bit(pair: Callable[..., Pair], dtype: str, sampling: Any) -> None:
-    """What it made, and what it was given as rows, is made anew by the next one, token by token."""
+    """The next destination computes all rows of the dead one again, token by token."""
     tested = pair(dtype, count=3)
     request = ask("moved", COUNT, sampling=sampling)
     whole = run(tested.further[0], replace(request, id="whole"))

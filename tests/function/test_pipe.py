@@ -27,7 +27,7 @@ KEY = Sealed(b"k" * 32)
 
 
 def together(here: Callable[[], Any], there: Callable[[], Any]) -> None:
-    """Both at once: each waits for the other."""
+    """Greet from both ends at once, as each waits for the other."""
     thread = threading.Thread(target=there)
     thread.start()
     here()
@@ -120,7 +120,7 @@ def _frame(sock: socket.socket, body: bytes) -> None:
 
 
 def _sniffed(seal: Seal) -> tuple[Pipe, Pipe, list[bytes], Callable[[bytes], None]]:
-    """Two pipes with somebody in between, who holds back what the source says, and can say something in its name."""
+    """Two pipes with an attacker in between, which withholds the source's messages, and can send in its name."""
     (a, inner), (outer, b) = socket.socketpair(), socket.socketpair()
     seen: list[bytes] = []
 
@@ -196,7 +196,7 @@ def test_no_bytes_are_more_than_refused(data: bytes) -> None:
     ],
 )
 def test_an_event_comes_as_it_went(event: TokenEvent) -> None:
-    message = decode(encode(messages.told(1, 2, event)))
+    message = decode(encode(messages.relayed(1, 2, event)))
     assert isinstance(message, messages.RelayedEvent)
     assert messages.event_of(message) == event
     assert decode(encode(Beat())) == Beat()

@@ -1,4 +1,4 @@
-"""A worker's agent hears of every hand-off, each once, also where it was away, busy or is told twice."""
+"""Reports of hand-offs: the agent has each once, also after it was away or busy, or when one is repeated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_agent_that_was_away_hears_it_when_it_is_back(
 
 
 def test_the_end_waits_for_an_agent_that_stands_still(agent: Any, reporter: Reporter) -> None:
-    """Its socket takes what comes, and nothing is answered: the report is repeated, and counts once."""
+    """The agent's socket accepts a report, and no answer comes: the report is repeated, and counts once."""
     os.kill(agent.pid, signal.SIGSTOP)
     try:
         reporter.report(handed(1))

@@ -1,4 +1,4 @@
-"""Answers that outlive their connection: kept, gone on with by the same replica and by others, each token once."""
+"""Answers that outlive their connection: kept, continued by the same replica and by others, each token once."""
 
 from __future__ import annotations
 
@@ -135,7 +135,9 @@ def test_a_key_whose_first_client_left_goes_on_where_it_was(replica: Any, eventu
     connection = first.served.connect()
     connection.request("POST", CHAT, body, {"Idempotency-Key": "k"})
     eventually(lambda: first.model.engine.stats().running == 1)
-    eventually(lambda: any(session.at and sum(session.sent) > 8 for session in first.model.sessions._sessions.values()))
+    eventually(
+        lambda: any(session.at and sum(session.stored) > 8 for session in first.model.sessions._sessions.values())
+    )
     (session,) = first.model.sessions._sessions.values()
     tokens = list(session.tokens[0])
     connection.close()
@@ -157,7 +159,7 @@ def test_keys_belong_to_their_callers_and_to_their_requests(replica: Any) -> Non
 
 
 def test_log_probabilities_of_the_rest_are_made_again(replica: Any) -> None:
-    """The toy makes none, but takes the same way."""
+    """The toy has no log-probabilities, but takes the same path."""
     first, second = replica(), replica()
     whole = said(parsed(first.post(CHAT, chat(logprobs=True))[2]))
     head = first.cut(CHAT, chat(logprobs=True), 23)
@@ -218,9 +220,9 @@ def test_a_function_with_a_key_hides_all_and_takes_nothing_else(replica: Any, ag
 
 
 def test_the_slots_are_taken(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.resume import resume
+    from runtime.resume import resumption
 
-    monkeypatch.setattr(resume, "PATIENCE", 0.3)
+    monkeypatch.setattr(resumption, "PATIENCE", 0.3)
     first, full, third = replica(), replica(slots=1, delay=0.05), replica()
     whole = said(parsed(first.post(CHAT, chat())[2]))
     head = first.cut(CHAT, chat(), 9)
@@ -252,7 +254,7 @@ def test_two_connections_at_once_and_the_later_one_has_it(replica: Any, agent: A
 
 
 def test_whoever_was_overtaken_while_it_stood_still_says_nothing_more(replica: Any, agent: Any) -> None:
-    """As after SIGSTOP: its lease is over, another took the request, and then it wakes in the middle of its answer."""
+    """A replica as after SIGSTOP: its lease is over, another took the request, and then it wakes in its answer."""
     first, second = replica(), replica()
     sessions, stopped = first.model.sessions, threading.Event()
     exchange = sessions._client.keep
@@ -314,7 +316,7 @@ def test_a_handler_that_returns_the_stream_as_it_is(replica: Any) -> None:
 
 
 def test_a_handlers_answer_whose_end_its_client_claims_to_have_seen_ends(replica: Any) -> None:
-    """No event of a handler's stream says so: its ids have no end."""
+    """A handler's ids do not state the end of its stream."""
     first = replica(handle=lambda event, context: context.model.generate(WORDS, stream=True, max_tokens=120))
     head = first.cut("/", b"", 5, Accept="text/event-stream")
     status, _, body = first.post("/", b"", Last_Event_ID=f"{head[-1].id}f", Accept="text/event-stream")

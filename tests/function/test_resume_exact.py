@@ -1,4 +1,4 @@
-"""What is gone on with from its tokens alone is what would have come: tiny models, two engines, bytes in between."""
+"""Exactness of resumption from tokens alone: tiny models, two engines, bytes in between."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import GREEDY, SAMPLED, ask, run, text_of
 from runtime.engine.base import STATE_VERSION, GenerationState, TokenEvent
 from runtime.engine.batched import BatchedEngine
 from runtime.engine.serial import TokenizerCodec
-from runtime.resume import record, resume
+from runtime.resume import record, resumption
 from runtime.resume.record import AnswerContext
 from runtime.resume.snapshot import ReplicaIdentity, Snapshot, check
 
@@ -57,8 +57,8 @@ def test_the_tokens_and_texts_of_the_uninterrupted_run(
         for n in range(neighbours)
     ]
     told = cut // 2
-    events = resume._replayed(choice.state.request, choice.state.generated, second.codec)
-    stream = resume._continued(second, choice, events, told, 0.0)
+    events = resumption._replayed(choice.state.request, choice.state.generated, second.codec)
+    stream = resumption._continued(second, choice, events, told, 0.0)
     rest: list[TokenEvent] = list(_all(stream))
     assert [event.token for event in rest] == [event.token for event in whole[told:]]
     assert [event.text for event in rest] == [event.text for event in whole[told:]]

@@ -1,4 +1,4 @@
-"""The format of snapshots and of what is kept of a request: golden bytes, damage, strangers, hostile input."""
+"""The formats of snapshots and records: golden bytes, damage, other replicas, hostile input."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HERE = ReplicaIdentity("batched", "rev-1", "tok-1", "", "8 rows, 1 thread")
 
 
 def resealed(data: bytes) -> bytes:
-    """The same with a checksum that fits."""
+    """Return the same bytes with a checksum that fits."""
     return data[:-8] + xxhash.xxh3_64_digest(data[:-8])
 
 
@@ -148,7 +148,7 @@ def test_fuzz_any_bytes(data: bytes) -> None:
 
 
 def test_fuzz_changed_headers(rounds: Callable[[int, int], int]) -> None:
-    """Whatever still passes is a state of the declared types; nothing else comes out than that and a refusal."""
+    """Damaged bytes give a state of the declared types, or a refusal, and nothing else."""
     source, data = random.Random(5), encode(SNAPSHOT)
     for _ in range(rounds(2000, 300_000)):
         changed = bytearray(data)

@@ -1,12 +1,12 @@
-"""One fault per round while answers stream: kill -9 of a worker, an agent or Redis, or a worker that stands still; and
+"""Faults while answers stream, one per round: kill -9 of a worker, an agent or Redis, or a worker that stands still.
 
-the same while one of them hands its work over. Two workers, each with an agent of its own, and a Redis with its
-append-only file. Whatever happens when:
+Some rounds have the fault while a worker hands its requests over. There are two workers, each with an agent of its own,
+and a Redis with its append-only file. After any fault at any time:
 
 - every answer comes whole: sampled text and usage are those of the undisturbed run;
-- no token is told by two owners: none under an old epoch of what the next one has begun to tell (`_check_told`);
-- the fencing log in the store names one owner per epoch, and just those under which anything was told;
-- nothing is left: in the workers at once, in the store when it has expired.
+- no token is sent by two owners: none under an old epoch after the next owner has sent a token (`_check_told`);
+- the fencing log in the store names one owner per epoch, for just the epochs with tokens;
+- nothing is left: in the workers at once, in the store after its expiry.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WORDS = " ".join(f"w{n}ü" for n in range(35))
 
 
 class Cluster:
-    """All of its processes; `kill` and `revive` by name."""
+    """The cluster's processes, to `kill` and `revive` by name."""
 
     def __init__(self, place: Path, agents: list[Any]) -> None:
         self.place, self.agents = place, agents
@@ -65,7 +65,7 @@ class Cluster:
             self.redis = subprocess.Popen([*command, "--appendonly", "yes"], stdout=log, stderr=log)
 
     def start_worker(self, number: int) -> None:
-        """Beside the agent of that number, or the last one."""
+        """Start a worker beside the agent of that number, or the last one."""
         self.born += 1
         name = f"worker-{number}-{self.born:04}"
         command = [sys.executable, str(WORKER), str(self.agents[min(number, 1)].socket), name, str(self.told)]
@@ -99,13 +99,13 @@ class Cluster:
                 worker.send_signal(signal.SIGCONT)
 
     def kill_worker(self, number: int) -> None:
-        """Another one takes its place."""
+        """Start another process in its place."""
         _kill(self.workers[number])
         self.start_worker(number)
 
     @property
     def store(self) -> Any:
-        """Redis, once it answers."""
+        """Return a client of Redis once the server answers."""
         client = redis.Redis(port=self.port)
         deadline = time.monotonic() + 20
         while True:
@@ -116,7 +116,7 @@ class Cluster:
             time.sleep(0.02)
 
     def left(self) -> set[int]:
-        """How many requests, generations and holds the workers still have in hand; {0} for none."""
+        """Return the numbers of requests, generations and sessions that the workers still have; {0} for none."""
         return {count for number in range(len(self.urls)) for count in self.in_hand(number).values()}
 
     def in_hand(self, number: int) -> dict[str, int]:
@@ -126,7 +126,7 @@ class Cluster:
             return dict(json.loads(connection.getresponse().read()))
 
     def drain(self) -> None:
-        """Has the first worker hand its work over."""
+        """Make the first worker hand its requests over."""
         self.workers[0].send_signal(signal.SIGUSR1)
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ def test_every_answer_comes_whole_and_has_one_owner_at_a_time(
 def test_a_destination_is_killed_and_no_client_of_the_source_notices(
     cluster: Cluster, rounds: Callable[[int, int], int], eventually: Callable[..., Any], keep: bool
 ) -> None:
-    """Three workers: the first hands its streams over and relays them, then whoever has them dies."""
+    """Three workers: the first hands its streams over and relays them, then the worker that has them dies."""
     count, killed, long = rounds(int(keep), 100), 0, " ".join([WORDS] * 3)
     if not count:
         pytest.skip("the full count alone; test_drain_exact.py has it on two engines in one process")
@@ -238,14 +238,15 @@ def test_a_destination_is_killed_and_no_client_of_the_source_notices(
 
 
 class Streams:
-    """Answers being read, each by a client that resumes while it has `patience` (0: it has one connection, and an
+    """Answers that clients read; each client resumes for `patience` seconds (0: an error ends its answer).
 
-    error is one); `silence` is when it gives a connection up."""
+    `silence` is the number of seconds without an event after which a client gives a connection up.
+    """
 
     def __init__(
         self, urls: list[str], seeds: list[int], *, silence: float, patience: float = 40, **request: Any
     ) -> None:
-        """`request`: what of it is not as in the others, `text` and `temperature`."""
+        """`request` may have a `text` and a `temperature` of its own."""
         self._urls, self._limits = urls, {"silence": silence, "patience": patience}
         self._said, self._temperature = request.get("text", WORDS), request.get("temperature", 1.0)
         self._heard = threading.Semaphore(0)
@@ -269,7 +270,7 @@ class Streams:
             self._answers[n] = error
 
     def hear(self, events: int) -> None:
-        """Waits until so many have come, of all of them together; or until no more come."""
+        """Wait until so many events of all streams together have come, or until no more come."""
         for _ in range(events):
             self._heard.acquire(timeout=20)
 
@@ -280,7 +281,7 @@ class Streams:
 
 
 def _expected(seed: int, temperature: float = 1.0, text: str = WORDS) -> str:
-    """What the toy says, without anything in between."""
+    """Return the toy model's text, from the engine alone."""
     from runtime.engine.base import SamplingParams
     from runtime.engine.toy import EOS, ToyCodec, _answer
 
@@ -294,7 +295,7 @@ def _expected(seed: int, temperature: float = 1.0, text: str = WORDS) -> str:
 
 
 def _check_told(cluster: Cluster, what: str) -> None:
-    """Who told what under which epoch, and what the store says to it; forgets it."""
+    """Compare the tokens sent, with their epochs and owners, with the store's log; then forget them."""
     lines = sorted(Line.parsed(text) for text in cluster.told.read_text().splitlines())
     cluster.told.write_text("")
     by_request: dict[str, list[Line]] = defaultdict(list)

@@ -1,11 +1,11 @@
-"""A function's HTTP side on the toy model, as a process: what kills are aimed at.
+"""A function's HTTP side on the toy model, as a process that tests kill.
 
     python toy_worker.py SOCKET NAME TOLD [halting | unkept]
 
-On SIGUSR1 it drains. Each token that it tells a client is a line of the file TOLD (`Line`), under the epoch and the
-owner that it knows the request to have: that file is what two owners at once would show in. `/_toy/left` says what it
-still has in hand. One that is `halting` stops itself, as SIGSTOP does, in the middle of the first request that is
-copied to it; one whose requests are `unkept` has no store for them.
+On SIGUSR1 it drains. Each token that it sends to a client becomes a line of the file TOLD (`Line`), with the epoch and
+the owner that it knows; two owners at once would show there. `/_toy/left` counts the requests that it still has. A
+`halting` worker stops itself, as SIGSTOP does, in the middle of the first request that is copied to it; an `unkept` one
+has no store for its requests.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ LEASE = 0.8
 
 
 class Line(NamedTuple):
-    """A client was told token number `index` of a choice, `owner`'s under `epoch`, no later than at `time`
+    """A token that a client got: number `index` of a choice, from `owner` under `epoch`, at the latest at `time`.
 
-    (CLOCK_MONOTONIC, the same for all processes).
+    `time` is of CLOCK_MONOTONIC, which is the same for all processes.
     """
 
     time: float
@@ -62,15 +62,15 @@ class Line(NamedTuple):
 
 
 class Watched(Sessions):
-    """Takes down, in a file that outlives this process, what its owner told and when."""
+    """Write each token that goes to a client into a file that outlives this process."""
 
     def __init__(self, told: str, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._told = os.open(told, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._inherited: weakref.WeakSet[Session] = weakref.WeakSet()
 
-    def tell(self, session: Session, choice: int, event: TokenEvent) -> bool:
-        permitted = super().tell(session, choice, event)
+    def record(self, session: Session, choice: int, event: TokenEvent) -> bool:
+        permitted = super().record(session, choice, event)
         if permitted and event.token is not None and session not in self._inherited:
             # It was permitted while the lease ran: a process that was stopped since then must not seem to tell later.
             now = time.monotonic() if session.handed else min(time.monotonic(), session.until)
@@ -90,10 +90,10 @@ class Watched(Sessions):
 
 
 class Halting(adopted.AdoptedRequests):
-    """Stops its process when a request has been announced, and before a byte of it is read."""
+    """Stop the process when a request has been announced, and before a byte of it is read."""
 
-    def _offered(self, offer: Any) -> None:
-        super()._offered(offer)
+    def _accept(self, offer: Any) -> None:
+        super()._accept(offer)
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -107,10 +107,10 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     if kind == "halting":
         destination.AdoptedRequests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)
-    moving = Incoming(
+    incoming = Incoming(
         "chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None
     )
-    signal.signal(signal.SIGUSR1, lambda *_: moving.depart())
+    signal.signal(signal.SIGUSR1, lambda *_: incoming.depart())
     lifecycle.opened(model, None)
     app = Application(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def handle(event: Any, context: Any) -> str | Iterator[str]:
-    """Continues the body by `?tokens=N` tokens, 1 without it; a GET of /word or /words asks no model."""
+    """Continue the body by `?tokens=N` tokens, 1 without it; a GET of /word or /words asks no model."""
     if event.path == "/word":
         return "word"
     if event.path == "/words":

@@ -1,6 +1,6 @@
-"""The function that benchmarks compare with, as anyone would write it: Flask, gunicorn, `from_pretrained`.
+"""The function that benchmarks compare with, as usually written: Flask, gunicorn, `from_pretrained`.
 
-Only `MARKS` is not anyone's: (phase, when it ended in ns of CLOCK_MONOTONIC), so that the start can be told in phases.
+Only `MARKS` is unusual: (phase, its end in ns of CLOCK_MONOTONIC), which reports the phases of the start.
 """
 
 # ruff: noqa: E402  the imports are what is timed

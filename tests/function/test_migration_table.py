@@ -1,4 +1,4 @@
-"""How a request changes hands, as a table: every order of events ends it once, and on one side only."""
+"""The table of a migration: every order of events ends a request once, and on one side only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANSWERS = {
 
 def test_the_table_is_drawn_in_its_module() -> None:
     table = (migration_table.__doc__ or "").replace("\n    ", "\n")
-    assert migration_table.drawn() in table
+    assert migration_table.as_text() in table
 
 
 def test_every_event_that_can_come_has_its_row() -> None:
@@ -44,9 +44,7 @@ def test_one_side_has_it_in_the_end(seed: int) -> None:
     assert {"back": resumed, "moved": attached, "lost": lost}[tested.state] == 1
     if attached:
         assert done.index(MigrationAction.COMMIT) < done.index(MigrationAction.GO) < done.index(MigrationAction.ATTACH)
-    if (
-        MigrationAction.GO in done and resumed
-    ):  # the destination may run it: it must be ours again before it goes on here
+    if MigrationAction.GO in done and resumed:  # the destination may run it: only RECLAIM makes it ours again
         assert done.index(MigrationAction.RECLAIM) < done.index(MigrationAction.RESUME)
         assert events[-1] is MigrationEvent.YES
     if MigrationAction.OFFER in done and not attached and MigrationEvent.REFUSED not in events:

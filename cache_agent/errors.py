@@ -97,9 +97,9 @@ class NoCapacity(AgentError):
     def __init__(self, text: str, holders: Sequence[tuple[str, str]] = (), rest: str = "") -> None:
         """Make a sentence of `text`, the models that take the room as (URI, a few words), and `rest`."""
         self._parts = text, holders, rest
-        super().__init__(self.told(lambda _: True))
+        super().__init__(self.text_for(lambda _: True))
 
-    def told(self, may_have: Callable[[str], bool]) -> str:
+    def text_for(self, may_have: Callable[[str], bool]) -> str:
         """Return the sentence for a caller that may know of some models only; the other models are counted."""
         text, holders, rest = self._parts
         words = [words for uri, words in holders if may_have(uri)][:_NAMED]

@@ -16,7 +16,7 @@ from cache_agent.errors import AgentUnreachable, LeaseLost, VersionMismatch
 from cache_agent.model import manifest as manifests
 from cache_agent.model.manifest import Manifest
 from cache_agent.wire.channel import Channel, Disconnected
-from cache_agent.wire.layers import LayersTold
+from cache_agent.wire.layers import LayersReport
 from cache_agent.wire.link import Link, dial
 from cache_agent.wire.message import Message
 from cache_agent.wire.messages import (
@@ -188,7 +188,7 @@ class CacheClient:
         """Report how a start went, for the agent's status page."""
         self._ask(start, StartedReply)
 
-    def tell_layers(self, layers: LayersTold) -> None:
+    def tell_layers(self, layers: LayersReport) -> None:
         """Report which layers a supervisor keeps, for the agent's status page."""
         self._ask(layers, StartedReply)
 

@@ -14,11 +14,11 @@ from cache_agent.wire.channel import Channel
 from cache_agent.wire.messages import ErrorReply
 from cache_agent.wire.requests import (
     MAX_ITEMS,
+    DestinationRequest,
     HandedReply,
     HandedReport,
     HandoffOutcome,
     HandoffRequest,
-    HostRequest,
     Matched,
 )
 
@@ -29,7 +29,7 @@ _POLL_SECONDS = 1.0
 
 def offer_as_destination(channel: Channel, siblings: str, owner: str) -> None:
     """Offer the worker on this channel as a destination of its siblings' requests. Raises `Disconnected`."""
-    channel.send(HostRequest(siblings, owner))
+    channel.send(DestinationRequest(siblings, owner))
 
 
 def await_match(channel: Channel, unwilling: Callable[[], bool]) -> socket.socket | None:

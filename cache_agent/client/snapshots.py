@@ -20,7 +20,7 @@ from cache_agent.wire.requests import (
     ClaimReply,
     ClaimRequest,
     KeepItem,
-    KeptStatus,
+    KeepStatus,
     TransferReply,
     TransferRequest,
 )
@@ -43,9 +43,9 @@ class SnapshotClient:
         self._lock = threading.Lock()
         self._channel: Channel | None = None
 
-    def keep(self, steps: Sequence[Keep]) -> list[KeptStatus]:
+    def keep(self, steps: Sequence[Keep]) -> list[KeepStatus]:
         """Store steps of requests, as many per message as fit, and return their outcomes in the same order."""
-        results: list[KeptStatus] = []
+        results: list[KeepStatus] = []
         small: list[Keep] = []
         size = 0
         for step in steps:
@@ -56,14 +56,14 @@ class SnapshotClient:
             small, size = [*small, step], size + more
         return results + (self._keep(small) if small else [])
 
-    def _keep(self, steps: Sequence[Keep]) -> list[KeptStatus]:
+    def _keep(self, steps: Sequence[Keep]) -> list[KeepStatus]:
         items = [
             KeepItem(*step.key, step.owner, step.epoch, step.at, list(map(len, step.pieces)), step.lease, step.done)
             for step in steps
         ]
         _, data, fds = blobs.pack([piece for step in steps for piece in step.pieces])
 
-        def exchange(channel: Channel) -> list[KeptStatus]:
+        def exchange(channel: Channel) -> list[KeepStatus]:
             channel.send(Checkpoint(items, data, len(fds)), fds)
             return expect(channel, Checkpointed, time.monotonic() + self._timeout)[0].results
 

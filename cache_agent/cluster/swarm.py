@@ -26,7 +26,7 @@ from cache_agent.errors import AgentError, OriginUnavailable
 from cache_agent.loading.loader import ModelLoad
 from cache_agent.loading.parallelism import Parallelism
 from cache_agent.policy.fanout import ORIGIN, Fanout, Step
-from cache_agent.wire.peers import Holds, Said
+from cache_agent.wire.peers import ChunkStatement, Holds
 
 log = logging.getLogger("glowplug.peers")
 
@@ -93,7 +93,7 @@ class Swarm:
         self._peers: dict[str, Peer] = {}
         chunks = len(load.checksums)
         self._fanout = Fanout(chunks, set(range(chunks)) - set(load.missing()), start=start)
-        self._statements: list[dict[str, Said]] = [{} for _ in range(chunks)]
+        self._statements: list[dict[str, ChunkStatement]] = [{} for _ in range(chunks)]
         self._disputed: set[int] = set()  # chunks for which only the origin is asked
         self._reading: set[int] = set()
         self._origin_down = not origin_answers
@@ -269,7 +269,7 @@ class Swarm:
                     continue
                 self._statements[said.chunk][peer] = said
                 self._weigh(said.chunk)
-                if said.digest and self._load.said_of(said.chunk) not in ("", said.digest):
+                if said.digest and self._load.digest_of(said.chunk) not in ("", said.digest):
                     doubted.append(said.chunk)
             self._changed.notify_all()
         for chunk in doubted:
@@ -313,7 +313,7 @@ class Swarm:
 
     def _judge(self, chunk: int) -> None:
         """Shun the peers that stated another digest than that of the origin's bytes, which are here."""
-        truth = self._load.said_of(chunk)
+        truth = self._load.digest_of(chunk)
         with self._lock:
             others = [peer for peer, said in self._statements[chunk].items() if said.digest not in ("", truth)]
         for peer in others if truth else ():

@@ -20,16 +20,16 @@ from cache_agent.wire.requests import (
     Checkpoint,
     ClaimReply,
     ClaimRequest,
+    DestinationRequest,
     HandedReply,
     HandedReport,
     HandoffRequest,
-    HostRequest,
     Matched,
     TransferReply,
     TransferRequest,
 )
 
-WorkerRequest = Checkpoint | ClaimRequest | TransferRequest | HostRequest | HandoffRequest | HandedReport
+WorkerRequest = Checkpoint | ClaimRequest | TransferRequest | DestinationRequest | HandoffRequest | HandedReport
 
 
 class WorkerConnection(Protocol):
@@ -66,7 +66,7 @@ class Broker:
                 self._claim(message, within, reply)
             case TransferRequest():
                 reply(TransferReply(self._index.transfer(message, within)), ())
-            case HostRequest(siblings, owner):
+            case DestinationRequest(siblings, owner):
                 self._destinations.add(worker, _worker(within, siblings, owner))
             case HandoffRequest(siblings, owner):
                 self._match(_worker(within, siblings, owner), reply)

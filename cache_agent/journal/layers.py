@@ -10,14 +10,14 @@ from threading import Lock
 from typing import NamedTuple
 
 from cache_agent.policy import keepalive
-from cache_agent.wire.layers import FunctionLayers, Layer, LayerStatus, LayersTold
+from cache_agent.wire.layers import FunctionLayers, Layer, LayersReport, LayerStatus
 
 KEPT = 256  # supervisors
 SILENT_SECONDS = 100.0  # after which a supervisor counts as ended; each reports every thirty
 
 
 class _Report(NamedTuple):
-    content: LayersTold
+    content: LayersReport
     at: float
 
 
@@ -29,7 +29,7 @@ class Layers:
         self._lock = Lock()
         self._reports: OrderedDict[str, _Report] = OrderedDict()  # by supervisor
 
-    def add(self, report: LayersTold) -> None:
+    def add(self, report: LayersReport) -> None:
         """Replace the supervisor's former report; one without layers says that the supervisor ends."""
         with self._lock:
             self._reports.pop(report.id, None)

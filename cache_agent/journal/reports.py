@@ -8,7 +8,7 @@ from threading import Lock
 
 from cache_agent.journal.journal import Journal
 from cache_agent.journal.layers import Layers
-from cache_agent.wire.layers import LayersTold
+from cache_agent.wire.layers import LayersReport
 from cache_agent.wire.operations import Start, Started
 
 KEPT = 64
@@ -21,9 +21,9 @@ class FunctionReports:
         self._journal = journal
         self.starts, self.layers = Starts(), Layers()
 
-    def add(self, report: Started | LayersTold) -> None:
+    def add(self, report: Started | LayersReport) -> None:
         """Keep a report; a start that is new is an event of the journal, too."""
-        if isinstance(report, LayersTold):
+        if isinstance(report, LayersReport):
             self.layers.add(report)
             return
         start, new = self.starts.add(report)

@@ -21,7 +21,7 @@ from cache_agent.model.checkpoint import Description
 from cache_agent.model.origin import Origin
 from cache_agent.tiers.dram import Dram
 from cache_agent.tiers.ssd import Reading
-from cache_agent.wire.peers import Said
+from cache_agent.wire.peers import ChunkStatement
 
 log = logging.getLogger("glowplug.loader")
 
@@ -74,7 +74,7 @@ class ModelLoad:
         self.helper: Helper | None = None
         self.proved = ""  # the revision that the bytes were shown to have
         self.given: dict[int, str] = {}  # chunk -> the peer that gave it
-        self.said: list[Said] = []  # of every chunk, in the order of arrival
+        self.statements: list[ChunkStatement] = []  # of every chunk, in the order of arrival
         self._digests: dict[int, str] = {}
         self._settled = False  # whether no chunk of a peer can turn out to be wrong any more
         self._with_digests = with_digests
@@ -202,7 +202,7 @@ class ModelLoad:
         with self._lock:
             return self._finished[number]
 
-    def said_of(self, number: int) -> str:
+    def digest_of(self, number: int) -> str:
         """Return the digest of a complete chunk, or ""."""
         with self._lock:
             return self._digests.get(number, "") if self._finished[number] else ""
@@ -287,7 +287,7 @@ class ModelLoad:
         segment, start, end = self._chunks[number]
         with self._lock:
             if self._with_digests:
-                self.said.append(Said(number, digest, own))
+                self.statements.append(ChunkStatement(number, digest, own))
                 self._digests[number] = digest
             self._finished[number] = True
             self._done += end - start

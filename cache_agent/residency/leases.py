@@ -138,7 +138,7 @@ class Grants:
                 asked = self._asked.pop(lease)
                 text = error.text
                 if isinstance(error, NoCapacity) and not (grant := asked.holder.grant).admin:
-                    text = error.told(lambda uri: _may_have(grant, uri))
+                    text = error.text_for(lambda uri: _may_have(grant, uri))
                 asked.holder.deliver(ErrorReply(error.code, text[:TEXT_LIMIT]), [])
                 self._journal.refused(asked.model, error.code, error.text)
             case events.EvictDone(asker, size, stays):

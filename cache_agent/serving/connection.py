@@ -24,7 +24,7 @@ from cache_agent.residency import report
 from cache_agent.serving.agent import Agent
 from cache_agent.wire.blobs import sealed_bytes
 from cache_agent.wire.channel import Channel, Disconnected
-from cache_agent.wire.layers import LayersTold
+from cache_agent.wire.layers import LayersReport
 from cache_agent.wire.message import TEXT_LIMIT, Message
 from cache_agent.wire.messages import (
     AnyMessage,
@@ -225,7 +225,7 @@ class Connection:
                     self._send_manifest(model)
                 case PushDrain(reason, grace, model):
                     self._send(PushDrainReply(self._agent.push_drain(reason, grace, model)))
-                case Started() | LayersTold():
+                case Started() | LayersReport():
                     self._agent.reports.add(message)
                     self._send(StartedReply())
                 case EventsRequest(since):

@@ -43,7 +43,7 @@ from cache_agent.wire.messages import (
 )
 from cache_agent.wire.peers import DescribeRequest, FetchRequest, FollowRequest, Holds
 from cache_agent.wire.protocol import VERSION
-from cache_agent.wire.requests import HandoffRequest, HostRequest
+from cache_agent.wire.requests import DestinationRequest, HandoffRequest
 
 _IDLE_SECONDS = 60.0  # that an agent may ask for nothing
 _NEWS_SECONDS = 0.1  # at least, between two reports on a followed model
@@ -125,7 +125,7 @@ class RemoteConnection(Connection):
                 raise ProtocolError("memory cannot be offered over TCP")
             case HandoffRequest() if self._channel.state == "fetching":
                 self._hand_over(message)
-            case HandoffRequest() | HostRequest():
+            case HandoffRequest() | DestinationRequest():
                 self._refuse(NoDestination("hand-offs take the socket of the node's own agent"))
             case _:
                 super()._answer(message, fds)

@@ -15,7 +15,7 @@ from cache_agent.model.manifest import LAYOUT
 from cache_agent.residency.memory import EntryMemory
 from cache_agent.residency.retention import Retention
 from cache_agent.wire.link import Link
-from cache_agent.wire.peers import Chunk, Described, Said
+from cache_agent.wire.peers import Chunk, ChunkStatement, Described
 
 _MOST_NEWS = 4096  # chunks in one message
 
@@ -63,7 +63,7 @@ class Sharing:
             if memory.load is not None and not memory.load.has(number):
                 return None
             segment, start, end = place
-            digest = memory.load.said_of(number) if memory.load is not None else ""
+            digest = memory.load.digest_of(number) if memory.load is not None else ""
             return BorrowedChunk(os.dup(memory.dram.fds[segment]), start, end - start, digest)
 
     def describe(self, link: Link, source: str) -> None:
@@ -119,15 +119,15 @@ class Following:
         """Whether the followed copy has left the memory, or its load has failed."""
         return self._of is not None and self._find(self._source) is not self._of
 
-    def news(self) -> tuple[list[Said], list[int]] | None:
+    def news(self) -> tuple[list[ChunkStatement], list[int]] | None:
         """Return chunks that have come, and those being read from the origin now; None where nothing has changed."""
-        if self.load is not None and self.load.said:
-            said = self.load.said[self._sent : self._sent + _MOST_NEWS]
+        if self.load is not None and self.load.statements:
+            said = self.load.statements[self._sent : self._sent + _MOST_NEWS]
             reading = self.load.reading()
         elif self.load is not None and not self.load.finished.is_set():
             said, reading = [], self.load.reading()
         else:  # all chunks are here and have no digests; a receiver verifies the whole model
-            said = [Said(number) for number in range(self._sent, min(self._sent + _MOST_NEWS, self._chunks))]
+            said = [ChunkStatement(number) for number in range(self._sent, min(self._sent + _MOST_NEWS, self._chunks))]
             reading = []
         if not said and reading == self.reading:
             return None

@@ -15,7 +15,7 @@ from cache_agent.access import keyfile
 from cache_agent.config import AgentConfig
 from cache_agent.errors import BadSetting, ProtocolError, SnapshotTooLarge
 from cache_agent.snapshots.store import Change, Claimed, InProcessSnapshots, Keep, Key, Snapshots
-from cache_agent.wire.requests import Checkpoint, Checkpointed, ClaimRequest, KeptStatus, TransferRequest
+from cache_agent.wire.requests import Checkpoint, Checkpointed, ClaimRequest, KeepStatus, TransferRequest
 from cache_agent.wire.signing import sign, verified
 
 _SPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,200}")
@@ -45,9 +45,9 @@ class SnapshotIndex:
             lease = _lease(item.lease)
             step = Keep(key, _owner(item.owner), item.epoch, item.at, tuple(signed), lease, item.done)
             try:
-                results.append(KeptStatus(*self._store.keep(step)))
+                results.append(KeepStatus(*self._store.keep(step)))
             except SnapshotTooLarge as error:
-                results.append(KeptStatus("too_large", why=error.text))
+                results.append(KeepStatus("too_large", why=error.text))
         return Checkpointed(results)
 
     def claim(self, asked: ClaimRequest, within: str = "") -> Claimed:

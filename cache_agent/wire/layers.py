@@ -28,7 +28,7 @@ class Layer(msgspec.Struct, frozen=True):
     why: Text = ""
 
 
-class LayersTold(Message, frozen=True, tag="layers"):
+class LayersReport(Message, frozen=True, tag="layers"):
     """All layers of the supervisor with this `id`; an empty list when it has ended.
 
     `price` is in GB·s of idle memory per second of start. The agent shows the report and decides nothing by it. The

@@ -195,7 +195,7 @@ AnyMessage = (
     | operations.PushDrain
     | operations.PushDrainReply
     | operations.Started
-    | layers.LayersTold
+    | layers.LayersReport
     | operations.StartedReply
     | operations.StartsRequest
     | operations.StartsReply
@@ -209,7 +209,7 @@ AnyMessage = (
     | requests.ClaimReply
     | requests.TransferRequest
     | requests.TransferReply
-    | requests.HostRequest
+    | requests.DestinationRequest
     | requests.HandoffRequest
     | requests.Matched
     | requests.HandedReport

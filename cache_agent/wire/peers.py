@@ -15,7 +15,7 @@ class FollowRequest(Message, frozen=True, tag="follow"):
     source: Short
 
 
-class Said(msgspec.Struct, frozen=True, array_like=True):
+class ChunkStatement(msgspec.Struct, frozen=True, array_like=True):
     """A statement that an agent has a chunk; `digest` of its bytes or "", `own` where they came from the origin."""
 
     chunk: Count
@@ -26,7 +26,7 @@ class Said(msgspec.Struct, frozen=True, array_like=True):
 class Holds(Message, frozen=True, tag="holds"):
     """The chunks that came since the last message, and all that the agent is reading from the origin now."""
 
-    said: list[Said]
+    said: list[ChunkStatement]
     reading: list[Count]
 
 

@@ -32,7 +32,7 @@ class Checkpoint(Message, frozen=True, tag="checkpoint"):
     fds: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
 
 
-class KeptStatus(msgspec.Struct, frozen=True):
+class KeepStatus(msgspec.Struct, frozen=True):
     """The outcome of one item: `kept`, `fenced`, `gap` (see `KeepResult` in snapshots/store.py), or `too_large`."""
 
     outcome: Short
@@ -43,7 +43,7 @@ class KeptStatus(msgspec.Struct, frozen=True):
 class Checkpointed(Message, frozen=True, tag="checkpointed"):
     """The outcomes of all items, in their order."""
 
-    results: list[KeptStatus]
+    results: list[KeepStatus]
 
 
 class ClaimRequest(Message, frozen=True, tag="claim"):
@@ -83,7 +83,7 @@ class TransferReply(Message, frozen=True, tag="transfer_reply"):
     done: bool
 
 
-class HostRequest(Message, frozen=True, tag="host"):
+class DestinationRequest(Message, frozen=True, tag="host"):
     """Offers a worker, `owner`, as destination for the requests of its siblings; the answer comes once one drains.
 
     `siblings` is the same name for all workers that can go on with each other's requests.

@@ -64,11 +64,11 @@ class LayerReporter:
 
     def _say(self, layers: Sequence[Mapping[str, Any]]) -> None:
         from cache_agent.errors import AgentError
-        from cache_agent.wire.layers import MOST, Layer, LayersTold
+        from cache_agent.wire.layers import MOST, Layer, LayersReport
         from runtime.errors import FunctionError
 
         known = Layer.__struct_fields__
         told = [Layer(**{name: each[name] for name in known if name in each}) for each in layers[:MOST]]
         head = self._head
         with contextlib.suppress(AgentError, FunctionError, OSError):
-            self._client().tell_layers(LayersTold(self._id, head["name"][:256], head["mode"], head["rho"], told))
+            self._client().tell_layers(LayersReport(self._id, head["name"][:256], head["mode"], head["rho"], told))

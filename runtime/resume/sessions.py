@@ -26,7 +26,7 @@ from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.snapshots import SnapshotClient
 from cache_agent.errors import AgentError
 from cache_agent.snapshots.store import Claimed, Keep, Key
-from cache_agent.wire.requests import KeptStatus
+from cache_agent.wire.requests import KeepStatus
 from runtime.config import FunctionConfig
 from runtime.engine.base import GenerationRequest, TokenEvent
 from runtime.resume import record
@@ -308,7 +308,7 @@ class Sessions:
         done = session.complete and not session.renew_only
         return Keep(session.key, self._owner, session.epoch, session.at, sealed, lease, done), counts
 
-    def _apply(self, session: Session, step: Keep, counts: list[int], since: float, kept: KeptStatus) -> None:
+    def _apply(self, session: Session, step: Keep, counts: list[int], since: float, kept: KeepStatus) -> None:
         session.answered = session.begun
         match kept.outcome:
             case "kept":

@@ -10,13 +10,13 @@ import pytest
 
 from cache_agent.errors import AgentError
 from cache_agent.journal.layers import KEPT, SILENT_SECONDS, Layers
-from cache_agent.wire.layers import MOST, Layer, LayerStatus, LayersTold
+from cache_agent.wire.layers import MOST, Layer, LayersReport, LayerStatus
 
 LANG = Layer("lang", "idle", since=100.0, seconds=3.0, bytes=300_000_000, hold=120.0, why="held for 120 s")
 
 
-def told(*layers: Layer, of: str = "a", function: str = "chat") -> LayersTold:
-    return LayersTold(of, function, "pod", 60.0, list(layers))
+def told(*layers: Layer, of: str = "a", function: str = "chat") -> LayersReport:
+    return LayersReport(of, function, "pod", 60.0, list(layers))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_function_of_an_older_image_is_understood(layers: Layers) -> None:
     """Its supervisor tells of a window, too, in which it builds the layer ahead of a request."""
     window = {"state": "absent", "hold": 0.0, "rebuild": 50.0, "until": 70.0}
     sent = msgspec.to_builtins(told(LANG)) | {"layers": [{**msgspec.to_builtins(LANG), **window}]}
-    layers.add(msgspec.json.decode(msgspec.json.encode(sent), type=LayersTold))
+    layers.add(msgspec.json.decode(msgspec.json.encode(sent), type=LayersReport))
     assert (only(layers).state, only(layers).left_seconds) == ("absent", None)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cache_agent.errors import BY_CODE, AgentError, ProtocolError, from_wire
 from cache_agent.ledger import Span
 from cache_agent.wire import messages, protocol
-from cache_agent.wire.layers import Layer, LayersTold
+from cache_agent.wire.layers import Layer, LayersReport
 from cache_agent.wire.message import TEXT_LIMIT
 from cache_agent.wire.messages import (
     Adopted,
@@ -69,20 +69,20 @@ from cache_agent.wire.operations import (
     StatusRequest,
     TierStatus,
 )
-from cache_agent.wire.peers import Chunk, Described, DescribeRequest, FetchRequest, FollowRequest, Holds, Said
+from cache_agent.wire.peers import Chunk, ChunkStatement, Described, DescribeRequest, FetchRequest, FollowRequest, Holds
 from cache_agent.wire.protocol import MAX_REPLY, MAX_REQUEST, Decoder, advance, encode
 from cache_agent.wire.requests import (
     Checkpoint,
     Checkpointed,
     ClaimReply,
     ClaimRequest,
+    DestinationRequest,
     HandedReply,
     HandedReport,
     HandoffOutcome,
     HandoffRequest,
-    HostRequest,
     KeepItem,
-    KeptStatus,
+    KeepStatus,
     Matched,
     RelayedBytes,
     TransferReply,
@@ -131,7 +131,7 @@ EXAMPLES = [
     PushDrainReply(2),
     Started("start-1", "chat", "file:///m", "cold", [Span("shim", "python", 10, 20)], ""),
     StartedReply(),
-    LayersTold("0a1b", "chat", "pod", 60.0, [Layer("lang", "idle", since=12.5, seconds=3.0, bytes=5, hold=600.0)]),
+    LayersReport("0a1b", "chat", "pod", 60.0, [Layer("lang", "idle", since=12.5, seconds=3.0, bytes=5, hold=600.0)]),
     EventsRequest(3),
     EventsReply([EventRecord(4, 1767225600.5, "evicted", "s3://m/b", "evicted s3://m/b (6 MB): asked for")]),
     StartsRequest(),
@@ -139,7 +139,7 @@ EXAMPLES = [
         [Start("start-1", "chat", "file:///m", "cold", 1.5e9, [Span("shim", "python", 10, 20)], "no", "ssd", 9)]
     ),
     Checkpoint([KeepItem("chat", "chatcmpl-0123456789abcdef", "worker-7f", 2, 1, [3, 0], 3.0, True)], b"abc"),
-    Checkpointed([KeptStatus("kept", True), KeptStatus("too_large", why="it takes 9 bytes")]),
+    Checkpointed([KeepStatus("kept", True), KeepStatus("too_large", why="it takes 9 bytes")]),
     ClaimRequest("chat", "chatcmpl-0123456789abcdef", "worker-7f", 3.0),
     ClaimReply("taken", 2, 0.0, [3, 0], b"", 1),
     ClusterRequest(),
@@ -154,14 +154,14 @@ EXAMPLES = [
     StreamedPiece(0, 2 << 20, 4 << 20),
     ManifestInline(1234),
     FollowRequest("src-1"),
-    Holds([Said(3, "00112233445566778899aabbccddeeff", True), Said(4)], [5, 6]),
+    Holds([ChunkStatement(3, "00112233445566778899aabbccddeeff", True), ChunkStatement(4)], [5, 6]),
     FetchRequest("src-1", 3, 1),
     Chunk("00112233445566778899aabbccddeeff", 8 << 20),
     DescribeRequest("src-1"),
     Described(5678),
     TransferRequest("chat", "chatcmpl-0123456789abcdef", "worker-7f", 2, "worker-8a", 3.0),
     TransferReply(True),
-    HostRequest("chat:00ff:plain", "worker-8a"),
+    DestinationRequest("chat:00ff:plain", "worker-8a"),
     HandoffRequest("chat:00ff:plain", "worker-7f", "0123456789abcdef"),
     Matched("node-b", "worker-8a", "fedcba9876543210", 1),
     HandedReport([HandoffOutcome("chat", "gen-1", "worker-7f", "worker-8a", 12, 0.025, "kv", "moved")]),
@@ -195,7 +195,7 @@ ALLOWED = {
     ("asking", PrefetchReply): "open",
     ("asking", PushDrainReply): "open",
     ("open", Started): "asking",
-    ("open", LayersTold): "asking",
+    ("open", LayersReport): "asking",
     ("asking", StartedReply): "open",
     ("open", StartsRequest): "asking",
     ("asking", StartsReply): "open",
@@ -209,7 +209,7 @@ ALLOWED = {
     ("asking", ClaimReply): "open",
     ("open", TransferRequest): "asking",
     ("asking", TransferReply): "open",
-    ("open", HostRequest): "hosting",
+    ("open", DestinationRequest): "hosting",
     ("hosting", Matched): "open",
     ("hosting", ErrorReply): "closed",
     ("open", HandoffRequest): "asking",

@@ -140,9 +140,9 @@ def test_who_may_not_know_of_a_model_is_not_told_who_takes_the_room() -> None:
     assert error is not None
     assert "s3://llm/a" in error.text
     assert "s3://web/b" in error.text
-    told = error.told(lambda uri: uri.startswith("s3://llm/"))
+    told = error.text_for(lambda uri: uri.startswith("s3://llm/"))
     assert ("s3://llm/a" in told, "s3://web/b" in told, "and 1 more" in told) == (True, False, True)
-    assert "by 2 other models" in error.told(lambda _: False)
+    assert "by 2 other models" in error.text_for(lambda _: False)
 
 
 ACCOUNTS = [Account("a", 300), Account("b", 200), Account("c")]

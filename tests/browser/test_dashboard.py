@@ -17,7 +17,7 @@ import pytest
 
 from cache_agent.client import handoff as handoffs
 from cache_agent.ledger import Span
-from cache_agent.wire.layers import Layer, LayersTold
+from cache_agent.wire.layers import Layer, LayersReport
 from cache_agent.wire.operations import Started
 from cache_agent.wire.requests import HandoffOutcome
 
@@ -86,9 +86,9 @@ def node(
         agent.client.report_start(started("summarise", models[1], *COLD, tier="origin", bytes=2 << 20))
         agent.client.report_start(started(HOSTILE, HOSTILE, error="no room [no_capacity]"))
         agent.client.report_start(started("chat", models[0], *COLD, tier="ssd", bytes=2 << 20))
-        agent.client.tell_layers(LayersTold("1", "chat", "pod", 60.0, layers(time.monotonic() - 40)))
+        agent.client.tell_layers(LayersReport("1", "chat", "pod", 60.0, layers(time.monotonic() - 40)))
         pool = [Layer("lang", "used", seconds=3.0, bytes=5 * MB)]
-        agent.client.tell_layers(LayersTold("2", HOSTILE, "pool", 60.0, pool))
+        agent.client.tell_layers(LayersReport("2", HOSTILE, "pool", 60.0, pool))
         handoffs.report(agent.client, HANDED)
         yield SimpleNamespace(agent=agent, url=f"http://127.0.0.1:{port}/dashboard", models=models, port=port)
 

@@ -10,7 +10,7 @@ import pytest
 
 from cache_agent.client.cache_client import CacheClient
 from cache_agent.errors import ProtocolError
-from cache_agent.wire.layers import LayersTold
+from cache_agent.wire.layers import LayersReport
 from runtime.layers import reporter
 from runtime.layers.reporter import LayerReporter
 
@@ -56,7 +56,7 @@ class Recorder(CacheClient):
         self.told: list[int] = []
         self.fault = fault
 
-    def tell_layers(self, told: LayersTold) -> None:
+    def tell_layers(self, told: LayersReport) -> None:
         self.told.append(len(told.layers))
         if self.fault is not None:
             raise self.fault

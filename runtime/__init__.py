@@ -1,1 +1,1 @@
-"""What serves a function: shim, worker, engine, HTTP."""
+"""The runtime of a function: shim, worker, engine, HTTP."""

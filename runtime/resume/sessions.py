@@ -60,11 +60,13 @@ class Sessions:
         every: int,
         lease: float = LEASE,
     ) -> None:
-        """`identity` returns this replica's identity (nothing is kept while its revision is unknown); a request is
-        recorded after `every` new tokens; `lease` in seconds."""
+        """`identity` returns this replica's identity (nothing is kept while its revision is unknown).
+
+        `owner` names this worker in the store; a request is recorded after `every` new tokens; `lease` in seconds.
+        """
         self.identity = identity
         self._client, self._space, self._seal = client, space, seal
-        self._owner, self._every, self._lease = owner, every, lease
+        self.owner, self._every, self._lease = owner, every, lease
         self._changed = threading.Condition()
         self._sessions: dict[str, Session] = {}
         self._closing = False
@@ -95,17 +97,12 @@ class Sessions:
                 self._changed.wait_for(lambda: self._sessions.get(request_id) is not session, self._lease)
         while True:
             since = time.monotonic()
-            found = self._client.claim(Key(self._space, request_id), self._owner, self._lease)
+            found = self._client.claim(Key(self._space, request_id), self.owner, self._lease)
             if found.outcome != "held" or since >= deadline:
                 return found, since
             time.sleep(min(_LOOK, found.wait))
 
     # --- for hand-offs --------------------------------------------------------------------------------------------
-
-    @property
-    def owner(self) -> str:
-        """Return the name under which this worker owns requests."""
-        return self._owner
 
     def find(self, request_id: str) -> Session | None:
         """Return the session of a generation; None where the store has nothing of its request."""
@@ -186,7 +183,7 @@ class Sessions:
 
     def give_up(self, request_id: str, claimed: Claimed) -> None:
         """Give up the lease on a claimed request that cannot be continued here."""
-        step = Keep(Key(self._space, request_id), self._owner, claimed.epoch, len(claimed.pieces), (), 0.0)
+        step = Keep(Key(self._space, request_id), self.owner, claimed.epoch, len(claimed.pieces), (), 0.0)
         try:
             self._client.keep([step])
         except AgentError as error:
@@ -306,7 +303,7 @@ class Sessions:
         )
         lease = 0.0 if session.free or session.complete else self._lease
         done = session.complete and not session.renew_only
-        return Keep(session.key, self._owner, session.epoch, session.at, sealed, lease, done), counts
+        return Keep(session.key, self.owner, session.epoch, session.at, sealed, lease, done), counts
 
     def _apply(self, session: Session, step: Keep, counts: list[int], since: float, kept: KeepStatus) -> None:
         session.answered = session.begun

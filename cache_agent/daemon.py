@@ -176,7 +176,7 @@ def private(fd: int, parent: int) -> None:
         _end_with(parent)
         Daemon(config, listening=socket.socket(fileno=fd)).run()
     except AgentError as error:
-        print(f"glowplug agent: {error.text} [{error.code}]", file=sys.stderr)
+        print(f"glowplug: {error.text} [{error.code}]", file=sys.stderr)
         sys.exit(BAD_CONFIG if isinstance(error, BadSetting) else 1)
 
 

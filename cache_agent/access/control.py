@@ -46,24 +46,24 @@ class Access:
             log.info("refused", extra={"fields": {"who": "", "client": client, "what": "hello", "outcome": error.code}})
             raise
 
-    def grant(self, caller: Caller) -> Permission:
+    def permission(self, caller: Caller) -> Permission:
         return EVERYTHING if self._rights is None else self._rights.current().of(caller)
 
     def may_have(self, caller: Caller, model: str) -> bool:
         """Whether the caller may know of the model at this URI."""
-        grant = self.grant(caller)
-        if grant.admin:
+        permission = self.permission(caller)
+        if permission.admin:
             return True
         try:
-            return _covers(grant, parse_uri(model))
+            return _covers(permission, parse_uri(model))
         except AgentError:
             return False
 
     def require_model(self, caller: Caller, model: str) -> None:
         """Raise `AccessDenied` unless the caller has a right to the model, `BadModelURI` where `model` is no URI."""
-        grant = self.grant(caller)
+        permission = self.permission(caller)
         uri = parse_uri(model)
-        if not grant.admin and not _covers(grant, uri):
+        if not permission.admin and not _covers(permission, uri):
             raise AccessDenied(
                 f"{caller} has no right to {uri.text}, or there is no such model; the agent's rights file says which "
                 "models it may have"
@@ -71,7 +71,7 @@ class Access:
 
     def require_admin(self, caller: Caller, what: str) -> None:
         """Raise `AccessDenied` unless the caller is an administrator; `what` names the command."""
-        if not self.grant(caller).admin:
+        if not self.permission(caller).admin:
             raise AccessDenied(f"{caller} has no right to {what}: that takes `admin = true` in the agent's rights file")
 
     def reload(self) -> None:
@@ -86,9 +86,9 @@ class Access:
         log.info("%s", outcome, extra={"fields": {**fields, **more}})
 
 
-def _covers(grant: Permission, uri: ModelURI) -> bool:
+def _covers(permission: Permission, uri: ModelURI) -> bool:
     """Whether the grant covers the URI. Only granted places are looked at on disk: a refusal's time tells nothing."""
-    if not grant.covers(uri.scheme, uri.place):
+    if not permission.covers(uri.scheme, uri.place):
         return False
     if uri.scheme != "file":
         return True
@@ -96,7 +96,7 @@ def _covers(grant: Permission, uri: ModelURI) -> bool:
     real = pieces("file", os.path.realpath(uri.place))
     return real is not None and any(
         prefix.covers("file", real) or (prefix.scheme == "file" and real[: len(place := _real(prefix.pieces))] == place)
-        for prefix in grant.models
+        for prefix in permission.models
     )
 
 

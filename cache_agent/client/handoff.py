@@ -11,6 +11,7 @@ from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.lease import expect
 from cache_agent.errors import AgentTimeout, ProtocolError, from_wire
 from cache_agent.wire.channel import Channel
+from cache_agent.wire.message import tag_of
 from cache_agent.wire.messages import ErrorReply
 from cache_agent.wire.requests import (
     MAX_ITEMS,
@@ -67,5 +68,5 @@ def _end(message: object, fds: list[int]) -> socket.socket:
     if not isinstance(message, Matched) or len(fds) != 1:
         for fd in fds:
             os.close(fd)
-        raise ProtocolError(f"the agent answered {type(message).__name__} without the end of a pipe")
+        raise ProtocolError(f"the agent answered {tag_of(type(message))} without the end of a pipe")
     return socket.socket(fileno=fds[0])

@@ -16,7 +16,7 @@ from cache_agent.ledger import Span
 from cache_agent.model import manifest as manifests
 from cache_agent.model.manifest import Manifest
 from cache_agent.wire.channel import Channel, Disconnected
-from cache_agent.wire.message import Message
+from cache_agent.wire.message import Message, tag_of
 from cache_agent.wire.messages import (
     AnyMessage,
     Drain,
@@ -139,7 +139,7 @@ def expect(channel: Channel, kind: type[M], deadline: float) -> tuple[M, list[in
             case _:
                 for fd in fds:
                     os.close(fd)
-                raise ProtocolError(f"the agent answered {type(message).__name__}, expected {kind.__name__}")
+                raise ProtocolError(f"the agent answered {tag_of(type(message))}, expected {tag_of(kind)}")
 
 
 class KnownManifest:

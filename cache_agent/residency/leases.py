@@ -41,7 +41,7 @@ class Holder(Protocol):
     def caller(self) -> Caller: ...
 
     @property
-    def grant(self) -> Permission:
+    def permission(self) -> Permission:
         """The rights of the caller now."""
         ...
 
@@ -65,7 +65,7 @@ class PrefetchHolder:
 
     pod = ""
     caller = NOBODY
-    grant = EVERYTHING
+    permission = EVERYTHING
 
     def __init__(self, uri: str, later: Callable[[Callable[[], None]], None], release: Callable[[int], None]) -> None:
         """`later(work)` runs the work once the ledger's lock is free."""
@@ -137,8 +137,8 @@ class Grants:
             case events.Refuse(lease, error):
                 asked = self._asked.pop(lease)
                 text = error.text
-                if isinstance(error, NoCapacity) and not (grant := asked.holder.grant).admin:
-                    text = error.text_for(lambda uri: _may_have(grant, uri))
+                if isinstance(error, NoCapacity) and not (permission := asked.holder.permission).admin:
+                    text = error.text_for(lambda uri: _may_have(permission, uri))
                 asked.holder.deliver(ErrorReply(error.code, text[:TEXT_LIMIT]), [])
                 self._journal.refused(asked.model, error.code, error.text)
             case events.EvictDone(asker, size, stays):
@@ -168,9 +168,9 @@ class Grants:
         holder.deliver(Granted(source, memory.manifest_bytes, sizes, memory.dram.page, len(fds)), fds, memory.load)
 
 
-def _may_have(grant: Permission, model: str) -> bool:
+def _may_have(permission: Permission, model: str) -> bool:
     uri = parse_uri(model)  # an entry's URI, so a valid one
-    return grant.covers(uri.scheme, uri.place)
+    return permission.covers(uri.scheme, uri.place)
 
 
 def _duplicates(*fds: int) -> list[int]:

@@ -214,4 +214,4 @@ class Agent:
 
 
 def _account(holder: Holder) -> Account:
-    return Account(holder.caller.account, holder.grant.dram)
+    return Account(holder.caller.account, holder.permission.dram)

@@ -25,7 +25,7 @@ from cache_agent.serving.agent import Agent
 from cache_agent.wire.blobs import sealed_bytes
 from cache_agent.wire.channel import Channel, Disconnected
 from cache_agent.wire.layers import LayersReport
-from cache_agent.wire.message import TEXT_LIMIT, Message
+from cache_agent.wire.message import TEXT_LIMIT, Message, tag_of
 from cache_agent.wire.messages import (
     AnyMessage,
     ErrorReply,
@@ -95,8 +95,8 @@ class Connection:
     # --- for other threads ----------------------------------------------------------------------------------------
 
     @property
-    def grant(self) -> Permission:
-        return self._access.grant(self.caller)
+    def permission(self) -> Permission:
+        return self._access.permission(self.caller)
 
     def deliver(self, message: Message, fds: list[int], load: ModelLoad | None = None) -> None:
         """Queue a message, and take over `fds`. `load` is the load whose progress is reported from then on."""
@@ -237,13 +237,13 @@ class Connection:
                 case _ if isinstance(message, WorkerRequest):
                     self._broker.answer(self, message, fds, self._send)
                 case _:
-                    raise ProtocolError(f"'{type(message).__name__}' is a message of the agent's side")
+                    raise ProtocolError(f"'{tag_of(type(message))}' is a message of the agent's side")
         except (ProtocolError, Disconnected):
             raise
         except AgentError as error:
             self._refuse(error)
         except Exception as error:
-            log.exception("answering %s failed", type(message).__name__)
+            log.exception("answering %s failed", tag_of(type(message)))
             self._refuse(InternalError(f"the agent failed ({error!r}); its log has the traceback, please report it"))
 
     def _require(self, message: AnyMessage, fds: list[int]) -> None:
@@ -271,7 +271,7 @@ class Connection:
 
     def _status(self) -> StatusReply:
         reply = self._agent.full_status()
-        if self.grant.admin:
+        if self.permission.admin:
             return reply
         return report.visible(reply, lambda model: self._access.may_have(self.caller, model))
 

@@ -19,3 +19,8 @@ Digest = Annotated[str, msgspec.Meta(max_length=32)]
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=False):
     """Root of all messages; a class's tag is the "type" in its JSON."""
+
+
+def tag_of(kind: type[Message]) -> str:
+    """Return the "type" that the messages of this class have on the wire."""
+    return str(kind.__struct_config__.tag)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _OPEN_FILES = 4096
 _REDIS_SECONDS = 2.0
 _OTHER_VARIABLES = {"GLOWPLUG_TORCH_INDEX", "GLOWPLUG_REPLAY_ROOT"}  # of scripts
+# The tests' own, and the variables that Kubernetes and Docker set for each Service that is called glowplug-something.
+_FOREIGN = re.compile(r"^GLOWPLUG_TEST_|_SERVICE_(HOST|PORT)|_PORT$|_PORT_\d+_(TCP|UDP)")
 _SERVED = "http://127.0.0.1:8080"
 _URL_SECONDS = 2.0
 
@@ -113,7 +116,7 @@ def _settings() -> Finding:
     known = {f"GLOWPLUG_{field.name.upper()}" for field in fields} | _OTHER_VARIABLES
     texts = [*functions.gone(os.environ), *agents.gone(os.environ)]
     named = {text.partition(" ")[0] for text in texts}
-    other = {name for name in os.environ if name.startswith("GLOWPLUG_") and not name.startswith("GLOWPLUG_TEST_")}
+    other = {name for name in os.environ if name.startswith("GLOWPLUG_") and not _FOREIGN.search(name)}
     texts += [f"{name} is no setting and changes nothing" for name in sorted(other - known - named)]
     if not texts:
         return Finding("settings", "ok", "every GLOWPLUG_ variable that is set is a setting")

@@ -5,9 +5,14 @@ watch them, let an idle worker go and start one for the next request, replace a 
 everything, exit with the truth:
 
     0            SIGTERM came and every request was answered
-    64 … 69      a FunctionError that a restart does not cure (see errors.py), as the worker reported it,
+    64 … 69      a FunctionError that a restart does not cure (see runtime/errors.py), as the worker reported it,
                  or 69 when the worker, or the private agent, crashed again and again
+    70           the shim could not take over from its static twin
+    71           some requests were cut by the end of the grace
     128 + N      the worker was killed by signal N while it was stopping
+
+In node mode `shim.c`, the static twin, lives this life without an interpreter, and executes this program in its own
+process when something out of the ordinary comes (takeover.py).
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@
       └─ forget(id)       it lives elsewhere now: the stream ends with finish="moved"
     admit(state)          continues an exported generation; its stream begins at the next token
 
-Every verb may be called from any thread; none waits for a forward pass except `export`, which waits for the step in
-progress. A state of one engine is accepted by every engine of the same kind on the same revision, in any process.
+Every verb may be called from any thread. Of these only `export` waits for a forward pass, the step in progress;
+`embed` and `close` wait, too. A state of one engine is accepted by every engine of the same kind on the same revision,
+in any process.
 Token `index` counts generated tokens from 0; readers check by it, across replicas, that no token is lost or doubled.
 """
 

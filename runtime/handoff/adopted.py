@@ -135,7 +135,7 @@ class AdoptedRequests:
             case Embed(number, prompts):
                 threading.Thread(target=self._embed, args=(number, prompts), name="adopted", daemon=True).start()
             case _:
-                raise Broken(f"{type(message).__name__} is not for a destination")
+                raise Broken(f"{message.__struct_config__.tag} is not for a destination")
 
     # --- adopting ---------------------------------------------------------------------------------------------------
 

@@ -36,8 +36,11 @@ _LOOK = 0.1  # seconds between two attempts to transfer
 
 @dataclass(slots=True)
 class MigrationReport:
-    """Outcome of one migration. `how` is "kv", "recompute" or "relay"; `outcome` "moved", "back" or "lost"; `pause` in
-    seconds."""
+    """Outcome of one migration.
+
+    `how` is "kv" (keys and values travelled), "recompute" (tokens only) or "relay" (nothing was generated yet);
+    `outcome` is "moved", "back" or "lost"; `pause` is in seconds.
+    """
 
     id: str
     to: str

@@ -146,7 +146,7 @@ class Relay:
                     self._probed = True
                     self._changed.notify_all()
             case _:
-                raise Broken(f"{type(message).__name__} is not for the worker that drains")
+                raise Broken(f"{message.__struct_config__.tag} is not for the worker that drains")
 
     def _receive_event(self, number: int, choice: int, event: TokenEvent) -> None:
         with self._changed:

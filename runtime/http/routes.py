@@ -31,8 +31,8 @@ from runtime import sse
 from runtime.engine.base import TokenEvent
 from runtime.errors import AnswerTooLong, BadRequest, FunctionError, NotReady
 from runtime.function.model import Model
-from runtime.http.answer import TICK, AnswerRequest, Run, chunks, event_of, frame, opening, prefix
 from runtime.http.body import read_body
+from runtime.http.run import TICK, AnswerRequest, Run, chunks, event_of, frame, opening, prefix
 from runtime.protocol.requests import (
     ChatRequest,
     CompletionRequest,

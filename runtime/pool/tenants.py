@@ -142,8 +142,8 @@ class Tenant:
                     self.greet()
             case {
                 "fork": int(number), "environment": dict(environment), "cwd": str(cwd), "start_id": str(start_id),
-                "spans": list(spans),
             } if self.serving is not None and len(fds) >= 2 + _STDIO:  # fmt: skip
+                spans = message.get("spans", [])  # a message without any has no such field
                 request = {"environment": environment, "cwd": cwd, "start_id": start_id, "spans": spans}
                 if self.worker is not None or self._asked is not None:
                     self.send({"refused": number, "why": "its container has a worker"})

@@ -9,8 +9,8 @@
 One thread sends the agent what is new (`keep`). A token goes to the client only while the lease on its request runs.
 The lease counts from the moment a `keep` is sent, not from its answer, so it ends here before it ends in the store: a
 worker that was stopped and wakes finds its lease over, and asks the store before it sends another token. A store that
-does not answer gives the request to no other replica either, and so does not stop a worker. Tokens are sent first and
-recorded a little later: those that a crash loses are generated again.
+does not answer gives the request to no other replica either, and so does not stop a worker. Tokens go to the client
+first and to the store a little later: those that a crash loses are generated again.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Sessions:
         return None
 
     def freeze(self, session: Session, deadline: float) -> bool:
-        """Record nothing of the session until `thaw` or `handed`; False, without effect, for one that is over."""
+        """Send the store nothing of the session until `thaw` or `handed`; False, without effect, if it is over."""
         with self._changed:
             session.frozen = True
             self._changed.wait_for(

@@ -54,8 +54,8 @@ class Leasing:
         self._socket = config.socket
         self._fell_back = False
         self._private: queue.SimpleQueue[str] = queue.SimpleQueue()
-        # Memory of the worker before this one.
-        self._fd_store = line.stored() if config.socket.startswith("tcp:") else []
+        # Weights that the worker before this one got over TCP.
+        self._leftover_fds = line.stored() if config.socket.startswith("tcp:") else []
 
     def client(self, timeout: float = 10.0) -> CacheClient:
         """Return a client of the agent; `timeout` in seconds. Raise `BadConfig`."""
@@ -84,7 +84,7 @@ class Leasing:
                         uri,
                         start_id=self._ledger.start_id,
                         deadline=deadline,
-                        leftover=self._memory(),
+                        leftover=self._leftover(),
                         known=self._known,
                     )
                     self._ledger.node = client.node
@@ -112,7 +112,7 @@ class Leasing:
         """Give a lease whose bytes are all there to the shim, for the next worker, if the bytes came over TCP."""
         if lease.fetched:
             self._line.store([lease.manifest_fd, *lease.segments])
-        self._close_memory()
+        self._close_leftover()
 
     def rejoin(self, lease: Lease) -> None:
         """Wait for an agent and offer the weights to it, so that the node needs no second copy of them."""
@@ -132,21 +132,21 @@ class Leasing:
         """Take the shim's answer: the path of the socket of the agent that it has started."""
         self._private.put(path)
 
-    def _memory(self) -> Leftover | None:
-        if not self._fd_store:
+    def _leftover(self) -> Leftover | None:
+        if not self._leftover_fds:
             return None
         from cache_agent.client.streamed import Leftover
 
-        return Leftover.of(self._fd_store, self._drop_memory)
+        return Leftover.of(self._leftover_fds, self._drop_leftover)
 
-    def _drop_memory(self) -> None:
+    def _drop_leftover(self) -> None:
         """Give up the previous worker's memory: it has another model, and there may not be room for both."""
-        self._close_memory()
+        self._close_leftover()
         self._line.store([])
 
-    def _close_memory(self) -> None:
-        while self._fd_store:
-            os.close(self._fd_store.pop())
+    def _close_leftover(self) -> None:
+        while self._leftover_fds:
+            os.close(self._leftover_fds.pop())
 
     def _fall_back(self, error: AgentError) -> None:
         """Change to a private agent, once. Raise `error` if there is none, or if this is the second time."""

@@ -39,7 +39,7 @@ from runtime.worker.reporting import Reporting
 
 if TYPE_CHECKING:
     from runtime.function.handler import Handler
-    from runtime.handoff.incoming import Incoming
+    from runtime.handoff.handoffs import Handoffs
     from runtime.http.server import HttpServer
     from runtime.resume.sessions import Sessions
     from runtime.worker.layer import WarmLayer
@@ -78,7 +78,7 @@ class Worker:
         self._cut = 0  # requests for which the grace was too short
         self._end_at = 0.0  # the end of the grace, on time.monotonic; 0 before SIGTERM
         self._sessions: Sessions | None = None
-        self._incoming: Incoming | None = None
+        self._handoffs: Handoffs | None = None
         self._given_up = threading.Event()  # set once another worker has all the work, and the weights are released
         self._exit: FunctionError | None = None
         self._leasing = Leasing(config, ledger, line, self._lifecycle, None if warm is None else warm.known)
@@ -152,17 +152,17 @@ class Worker:
             self._lifecycle.phase = "handler"
             with self._ledger.span("handler"):
                 handler = self._import_handler(assembled)
-        from runtime.handoff.incoming import make_incoming
+        from runtime.handoff.handoffs import make_handoffs
         from runtime.resume.sessions import make_sessions
 
         self._sessions = model.sessions = make_sessions(self._config, self._leasing.client, lambda: model.identity)
-        self._incoming = make_incoming(
+        self._handoffs = make_handoffs(
             self._config, self._leasing.client, model, self._lifecycle, lambda: self._released(assembled)
         )
         self._lifecycle.phase = "serving"
         self._lifecycle.opened(model, handler)
-        if self._incoming is not None and self._lifecycle.draining:
-            self._incoming.depart()
+        if self._handoffs is not None and self._lifecycle.draining:
+            self._handoffs.depart()
         self._reporting.spans()
         self._line.send(state="ready", kind=assembled.kind)
         threading.Thread(target=self._obey_agent, args=(assembled,), name="agent", daemon=True).start()
@@ -189,7 +189,7 @@ class Worker:
         log.error("%s [%s]", error.text, error.code)
         self._lifecycle.fail(error)
         self._line.send(error=error.code, text=error.text)
-        self._reporting.start()
+        self._reporting.start(_LAST_WORDS)
         server = self._server
         self._exit = error
         server.wait_idle(time.monotonic() + _LAST_ANSWERS)
@@ -243,8 +243,8 @@ class Worker:
         if self._lifecycle.drain(reason):
             log.info("draining: %s", reason)
             self._line.send(state="draining")
-            if self._incoming is not None and self._lifecycle.state == "draining":
-                self._incoming.depart()
+            if self._handoffs is not None and self._lifecycle.state == "draining":
+                self._handoffs.depart()
 
     def _end_serving(self) -> None:
         """Wait for SIGTERM, then end the serving: the drainer thread, while the main thread serves."""
@@ -256,13 +256,13 @@ class Worker:
         time.sleep(self._config.drain_linger)
         # Later requests are answered, too, as long as the grace has time for a request as long as the last ones.
         self._server.wait_idle(end - min(grace / 2, max(_LAST_ANSWERS, self._lifecycle.longest)))
-        resumable = self._sessions is not None or self._incoming is not None
+        resumable = self._sessions is not None or self._handoffs is not None
         self._server.finish(end + 2 * _LAST_WORDS if resumable else end)
         if resumable and not self._over.wait(max(0.0, end - time.monotonic())):
             # Requests that still run end with an error that says how to resume them.
             self._cut = self._server.in_hand
-            if self._incoming is not None:
-                self._incoming.close("this replica ends", end + _LAST_WORDS)
+            if self._handoffs is not None:
+                self._handoffs.close("this replica ends", end + _LAST_WORDS)
             if self._sessions is not None:
                 self._sessions.close(time.monotonic() + _LAST_WORDS)
 
@@ -284,8 +284,8 @@ class Worker:
         # News that agent and shim do not get now is lost with the process.
         now = time.monotonic()
         deadline = max(now + _LAST_WORDS, min(now + _REPORTS, self._end_at + _LAST_WORDS))
-        if self._incoming is not None:
-            self._incoming.close("this replica ends", deadline)
+        if self._handoffs is not None:
+            self._handoffs.close("this replica ends", deadline)
         self._reporting.close(deadline)
         return self._exit.exit_code if self._exit else 0
 

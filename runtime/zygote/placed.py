@@ -73,7 +73,7 @@ class ContainerEntry:
         for target, fd in enumerate(fds[-_STDIO:]):
             os.dup2(fd, target)
         del fds[-_STDIO:]
-        spans = order["spans"]
+        spans = order.get("spans", [])
         since = min((start for _, _, start, _ in spans), default=0)  # earlier steps are no part of this start
         spans += [("pool", name, start, end) for name, start, end in steps if start >= since]
         request.update(order, spans=spans)

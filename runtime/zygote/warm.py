@@ -59,7 +59,7 @@ class Warm:
             import numpy.random  # noqa: F401  numpy imports it at first use only
 
             from runtime.engine import choice, serial  # noqa: F401
-            from runtime.handoff import incoming  # noqa: F401
+            from runtime.handoff import handoffs  # noqa: F401
             from runtime.worker import weights
 
             for kind in kinds:

@@ -24,7 +24,7 @@ from cache_agent.wire.requests import HandoffRecord
 from runtime.config import FunctionConfig
 from runtime.function.handler import Handler
 from runtime.function.testing import toy_model
-from runtime.handoff.incoming import Incoming
+from runtime.handoff.handoffs import Handoffs
 from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.resume.seal import Plain
@@ -59,10 +59,10 @@ class Replica:
         self.config = FunctionConfig(model="toy")
         self.lifecycle = Lifecycle("toy", 64)
         self.released = threading.Event()
-        self.incoming: Incoming | None = None
+        self.handoffs: Handoffs | None = None
         if options.get("move", False):
             common = self.model, lambda: place, options.get("seal", Plain()), self.lifecycle, self._let_go
-            self.incoming = Incoming("chat", lambda: agent.client, *common)
+            self.handoffs = Handoffs("chat", lambda: agent.client, *common)
         handle = options.get("handle")
         self.lifecycle.opened(self.model, Handler(handle) if handle else None)
         self.served = serve(Application(self.config, self.lifecycle, Ledger("worker", "x"), lambda _: None), 32)
@@ -73,18 +73,18 @@ class Replica:
         self.released.set()
 
     def drain(self) -> None:
-        assert self.incoming is not None
+        assert self.handoffs is not None
         self.lifecycle.drain("a test")
-        self.incoming.depart()
+        self.handoffs.depart()
 
     @property
     def running(self) -> int:
         """Return the number of generations in this worker's engine."""
-        return len(self.model.engine.here()) if self.incoming else self.model.engine.stats().running
+        return len(self.model.engine.here()) if self.handoffs else self.model.engine.stats().running
 
     def close(self) -> None:
-        if self.incoming is not None:
-            self.incoming.close("the test is over", time.monotonic() + 5)
+        if self.handoffs is not None:
+            self.handoffs.close("the test is over", time.monotonic() + 5)
         if self.model.sessions is not None:
             self.model.sessions.close(time.monotonic() + 2)
         self.model.engine.close()

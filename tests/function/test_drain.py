@@ -289,8 +289,8 @@ def test_a_worker_that_ends_waits_until_its_agent_has_heard_of_what_moved(
     for answer in answers:
         assert said(answer.result(60)) == WORDS
     assert second.lifecycle.state == "ready"
-    assert first.incoming is not None
-    end = threading.Thread(target=first.incoming.close, args=("the replica ends", time.monotonic() + 60))
+    assert first.handoffs is not None
+    end = threading.Thread(target=first.handoffs.close, args=("the replica ends", time.monotonic() + 60))
     end.start()
     for _ in range(3):
         assert asked.acquire(timeout=60)
@@ -412,10 +412,10 @@ def test_what_was_made_over_to_one_who_is_gone_is_taken_back(
 
 def vanish(second: Replica, first: Replica) -> None:
     """Cut the second replica off, as a kill does: the first hears nothing of it, and no request is sent to it."""
-    assert first.incoming is not None
-    assert second.incoming is not None
-    second.incoming._destination.leave()
-    relay = first.incoming._departure._relay
+    assert first.handoffs is not None
+    assert second.handoffs is not None
+    second.handoffs._destination.leave()
+    relay = first.handoffs._departure._relay
     assert relay is not None
     relay.close("it is gone")
 

@@ -26,7 +26,7 @@ from runtime.config import FunctionConfig
 from runtime.engine.base import TokenEvent
 from runtime.function.testing import toy_model
 from runtime.handoff import adopted, destination
-from runtime.handoff.incoming import Incoming
+from runtime.handoff.handoffs import Handoffs
 from runtime.http.application import Application
 from runtime.http.lifecycle import Lifecycle
 from runtime.http.server import HttpServer
@@ -107,10 +107,10 @@ def main(path: str, name: str, told: str, kind: str = "") -> None:
     if kind == "halting":
         destination.AdoptedRequests = Halting  # type: ignore[misc]
     lifecycle = Lifecycle("toy", 64)
-    incoming = Incoming(
+    handoffs = Handoffs(
         "chat", lambda: CacheClient(path, timeout=2), model, lambda: here, Plain(), lifecycle, lambda: None
     )
-    signal.signal(signal.SIGUSR1, lambda *_: incoming.depart())
+    signal.signal(signal.SIGUSR1, lambda *_: handoffs.depart())
     lifecycle.opened(model, None)
     app = Application(FunctionConfig(model="toy"), lifecycle, Ledger("worker", "x"), lambda _: None)
 

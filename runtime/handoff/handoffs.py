@@ -26,7 +26,7 @@ from runtime.resume.seal import Seal, seal
 from runtime.resume.snapshot import VERSION, ReplicaIdentity
 
 
-class Incoming:
+class Handoffs:
     """The hand-offs of one worker. It replaces `model.engine` by a `LiveEngine`."""
 
     def __init__(
@@ -111,14 +111,14 @@ class Incoming:
         )
 
 
-def make_incoming(
+def make_handoffs(
     config: FunctionConfig,
     client: Callable[[], CacheClient],
     model: Model,
     work: WorkCounter,
     released: Callable[[], None],
-) -> Incoming | None:
+) -> Handoffs | None:
     """Return a worker's part in hand-offs; None for a function without hand-off. Raises `BadConfig`."""
     if not (name := config.handoff_name):
         return None
-    return Incoming(name, client, model, lambda: model.identity, seal(config.function_key_file), work, released)
+    return Handoffs(name, client, model, lambda: model.identity, seal(config.function_key_file), work, released)

@@ -190,7 +190,7 @@ class Residency:
     def _attach(self, entry: Entry, lease: int, pinned: str, now: float) -> list[Action]:
         self._hold(entry, lease, pinned, now)
         actions: list[Action] = [Grant(lease, entry.number)] if entry.reserved else []
-        # A pinned lease is complete only once the digest proves that these bytes are the revision asked for.
+        # A lease that insists on a revision is complete only once the digest proves that these bytes are that one.
         if entry.state == "ready" and (entry.revision or not pinned):
             actions.append(Complete(lease, entry.number, True, entry.revision))
         return actions

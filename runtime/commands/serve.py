@@ -46,7 +46,7 @@ def serve(folder: Path | None, follow: bool, as_json: bool, **options: object) -
         if value is not None:
             os.environ[OPTIONS[name]] = str(value)
     if options.get("port") is not None:
-        os.environ.pop("PORT", None)
+        os.environ.pop("PORT", None)  # the option goes before, also before a PORT without sense
     if folder is not None:
         os.environ["GLOWPLUG_HANDLER"] = str(folder)
     if follow:

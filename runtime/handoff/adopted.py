@@ -1,7 +1,7 @@
 """The destination's end of a hand-off: the requests that one draining worker has moved here.
 
     offer, part … ──► check ──► the engine begins, in silence ──► ready
-    go ──► this worker owns the request ──► running, told …      drop, cancel, or the end of the pipe ──► it ends here
+    go ──► this worker owns the request ──► running, `RelayedEvent` …   drop, cancel, or the pipe's end ──► it ends here
 
 Tokens made before `go` wait in their stream. One thread receives from the pipe; one thread per stream sends its events.
 """

@@ -47,9 +47,8 @@ class Departure:
         released: Callable[[], None],
         report: Callable[[MigrationReport], None],
     ) -> None:
-        """`seek` asks the agent for a destination (cache_agent/client/handoff.py), greets it, and returns a relay to it.
-
-        `seek` returns None where there is none, and raises `Broken` or `AgentError`.
+        """`seek` asks the agent for a destination (cache_agent/client/handoff.py), greets it, and returns a relay
+        to it; None where there is none. It raises `Broken` or `AgentError`.
 
         `releasable` returns whether the engine may be released once it runs nothing; `released` is called after that.
         `report` takes the outcome of each migration, and does not block.

@@ -1,7 +1,7 @@
 """A worker as a destination of hand-offs: it waits at its agent for draining workers, and serves each on a pipe.
 
-    agent ◄── host(siblings) ── this worker
-          ── matched, with one end of a pipe ──► `AdoptedRequests`, on a thread of its own; then it waits again
+    agent ◄── DestinationRequest(siblings) ── this worker
+          ── Matched, with one end of a pipe ──► `AdoptedRequests`, on a thread of its own; then it waits again
 
 The worker waits only while it has a free slot, so that none is sent here in vain.
 """

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cache_agent.client.lease import Lease
 
 
+WARM = "is warm after"  # of a layer, in the log: benchmarks and tests wait for it
 _BELOW = "the layer below it is gone"
 
 
@@ -129,7 +130,7 @@ class ZygoteLayer:
                 case ZygoteReady(_, _, seconds, size):
                     self.rule.measured(seconds=seconds, size=self.freed(size))
                     self.rule.retry.worked()
-                    self._say(f"{self.name} is warm after {seconds:.2f} s and holds {size / 1e6:.0f} MB")
+                    self._say(f"{self.name} {WARM} {seconds:.2f} s and holds {size / 1e6:.0f} MB")
                 case Lost(why):
                     self.postpone(f"its zygote was lost: {why}", now)
                 case _:

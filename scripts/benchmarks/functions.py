@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks.containers import NAMESPACES, Container, MemoryCgroup, container
 from benchmarks.harness import Sample, Unavailable
 from runtime.container import native
+from runtime.layers.building import WARM
 
 WITHOUT_MODEL = {"handler": "/word", "ready": "/_/ready", "stream": "/words"}  # by name, paths that ask no model
 PROMPT_TOKENS = 32  # the checkpoints' tokenizer merges letters only: every digit is a token
@@ -218,7 +219,7 @@ def standby(model: str, *, agent: Path, threads: int, layer: str) -> Iterator[Fu
     hold = {"GLOWPLUG_LAYERS": layer, "GLOWPLUG_HOLD": "user=1,model=inf,lang=inf"}
     with glowplug(model, agent=agent, threads=threads, settings=hold) as function:
         deadline = time.monotonic() + _SECONDS
-        while b"parked" not in function.request("GET", "/_/ready") or f"layer {layer} is warm" not in (
+        while b"parked" not in function.request("GET", "/_/ready") or f"layer {layer} {WARM}" not in (
             function.container.output()
         ):
             if time.monotonic() > deadline:
@@ -249,7 +250,7 @@ def pool(kind: str, *options: str) -> Iterator[Path]:
             )
         try:
             deadline = time.monotonic() + _SECONDS
-            while "layer is warm" not in log.read_text():
+            while f"layer {WARM}" not in log.read_text():
                 if time.monotonic() > deadline or process.poll() is not None:
                     raise Unavailable(f"the pool did not become ready: {log.read_text()[-500:]}")
                 time.sleep(0.05)

@@ -15,6 +15,7 @@ from benchmarks import containers, functions
 from benchmarks.containers import MemoryCgroup
 from benchmarks.functions import Function
 from benchmarks.harness import Sample, Unavailable
+from runtime.layers.building import WARM
 
 Layer = Literal["lang", "model"]
 _SECONDS = 60.0
@@ -68,7 +69,7 @@ def node(model: str, *, agent: Path, threads: int, layer: Layer) -> Iterator[Nod
         with made.start() as first:  # puts the runtime's files into the page cache, too
             if layer == "model":
                 log = pool.with_name("log")
-                _until(lambda: f"model layer of {model} is ready" in log.read_text(), "the pool has no model", first)
+                _until(lambda: f"model layer of {model} {WARM}" in log.read_text(), "the pool has no model", first)
         yield made
 
 

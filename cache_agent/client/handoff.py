@@ -11,7 +11,7 @@ from cache_agent.client.cache_client import CacheClient
 from cache_agent.client.lease import expect
 from cache_agent.errors import AgentTimeout, ProtocolError, from_wire
 from cache_agent.wire.channel import Channel
-from cache_agent.wire.message import tag_of
+from cache_agent.wire.message import Message, tag_of
 from cache_agent.wire.messages import ErrorReply
 from cache_agent.wire.requests import (
     MAX_ITEMS,
@@ -64,7 +64,7 @@ def report(client: CacheClient, items: Sequence[HandoffOutcome]) -> None:
             expect(channel, HandedReply, time.monotonic() + _REPORT_SECONDS)
 
 
-def _end(message: object, fds: list[int]) -> socket.socket:
+def _end(message: Message, fds: list[int]) -> socket.socket:
     if not isinstance(message, Matched) or len(fds) != 1:
         for fd in fds:
             os.close(fd)

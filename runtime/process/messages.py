@@ -64,8 +64,7 @@ def unpack(data: bytes, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"{field[:40]!r} is no field")
         if name == "span":
-            if (span := _span(value)) is not None:  # a row that is none costs itself, not the message
-                message.setdefault("spans", []).append(span)
+            message.setdefault("spans", []).append(_span(value))
         elif name not in message:
             message[name] = kinds.get(name, str)(value)
     if more:
@@ -80,9 +79,11 @@ def _encoded(text: str) -> bytes:
         return text.encode("utf-8", "replace")
 
 
-def _span(text: str) -> Span | None:
+def _span(text: str) -> Span:
     found = _SPAN.fullmatch(text)
-    return None if found is None else (found[3], found[4], int(found[1]), int(found[2]))
+    if found is None:
+        raise ValueError(f"{text[:40]!r} is no span")
+    return found[3], found[4], int(found[1]), int(found[2])
 
 
 def _environment(variables: Iterable[str]) -> dict[str, str]:
